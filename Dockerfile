@@ -1,0 +1,38 @@
+# Two stages. `docker build -t d2m .` makes the slim one that only draws (no torch);
+# `docker build --target toolchain -t d2m-toolchain .` makes the one that converts and exports.
+#
+#   docker run --rm -v "$PWD:/work" d2m run "a red circle" -o out.png
+#   docker run --rm -v "$PWD:/work" d2m-toolchain convert DENSE -o SPARSE
+#
+# The container runs as user 1000; add --user "$(id -u):$(id -g)" where /work belongs to another.
+
+FROM python:3.11-slim AS toolchain
+# cpu, or a CUDA release such as cu130 (what `uv pip install --torch-backend` takes)
+ARG TORCH_BACKEND=cpu
+RUN pip install --no-cache-dir uv && useradd --create-home --uid 1000 d2m
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY d2m d2m
+COPY runtime runtime
+COPY export export
+COPY calib calib
+RUN uv pip install --system --no-cache --torch-backend "$TORCH_BACKEND" \
+    --constraint constraints.txt ".[export,trt-rtx]"
+USER d2m
+WORKDIR /work
+ENTRYPOINT ["d2m"]
+CMD ["--help"]
+
+FROM python:3.11-slim AS runtime
+RUN useradd --create-home --uid 1000 d2m
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY d2m d2m
+COPY runtime runtime
+COPY export export
+COPY calib calib
+RUN pip install --no-cache-dir --constraint constraints.txt .
+USER d2m
+WORKDIR /work
+ENTRYPOINT ["d2m"]
+CMD ["--help"]
