@@ -1,0 +1,1 @@
+"""What is learnt by running the dense model, and the shapes world it is learnt and judged on."""

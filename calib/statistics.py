@@ -1,0 +1,152 @@
+"""Routing statistics: how evenly a sparse model uses its experts, by layer and noise level.
+
+Shape letters: B batch, T tokens, E experts, K chosen. A layer is a SparseFFN, named as in the
+state dict; a bucket is a range of the time t in [0, 1], 1 being pure noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calib.importance import CONDITIONS, GUIDANCE
+from d2m.flow import generator_at
+from d2m.losses import choices, load_figures
+from d2m.surgery import sparse_ffns
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def routing_statistics(logits: Tensor, top_k: int) -> dict[str, Any]:
+    """Figures of one layer from recorded router logits [.., E].
+
+    `load` [E]: each expert's share of all choices (sums to 1), `gate` [E]: its mean gate before
+    the choice (sums to 1), `token_entropy`: mean entropy of a token's gate over log E, and from
+    `d2m.losses.load_figures` `entropy` of the load, `busiest`, `dead`. ValueError without tokens.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    if not flat.numel():
+        raise ValueError(f"logits of shape {list(logits.shape)} hold no token; expected some.")
+    totals: dict[str, Tensor] = {}
+    _add(totals, flat, top_k)
+    return _figures(totals)
+
+
+def routing_table(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    top_k: int | None = None,
+    count: int = 4,
+    batch_size: int = 16,
+    edges: Sequence[float] = EDGES,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run `model` on noisy batches and collect every layer's routing in every time bucket.
+
+    Args:
+        batches: (step, batch size) -> dict, as `calib.batches.shapes_batches`.
+        top_k: experts a token uses meanwhile; None leaves the model's own.
+        count: batches per bucket, whose times are spread evenly over it.
+        edges: bounds of the buckets, rising from 0 to 1.
+
+    Returns {"top_k", "edges", "layers": {name: {"all": figures, "buckets": [figures, ...]}}} with
+    the figures of `routing_statistics` as plain numbers. The model is left as it was.
+
+    Raises ValueError if the model has no routed experts, top_k is 0, or the edges do not rise.
+    """
+    ffns = sparse_ffns(model)
+    if not ffns:
+        raise ValueError("the model has no routed experts; expected a converted model.")
+    used = next(iter(ffns.values())).top_k if top_k is None else top_k
+    if used < 1:
+        raise ValueError("top_k is 0, so nothing is routed; expected 1 or more.")
+    if len(edges) < 2 or any(low >= high for low, high in zip(edges, edges[1:])):
+        raise ValueError(f"edges {list(edges)} do not rise; expected e.g. {list(EDGES)}.")
+    buckets = len(edges) - 1
+    totals: dict[str, list[dict[str, Tensor]]] = {
+        name: [{} for _ in range(buckets)] for name in ffns
+    }
+    with torch.no_grad(), _recording(model, used):
+        for step in range(count * buckets):
+            bucket = step % buckets
+            low, high = edges[bucket], edges[bucket + 1]
+            _run(model, batches(step, batch_size), low, high, generator_at(seed, "routing", step))
+            for name, ffn in ffns.items():
+                assert ffn.last_logits is not None
+                _add(totals[name][bucket], ffn.last_logits, used)
+            if progress:
+                progress("routing statistics", step + 1, count * buckets)
+    layers = {}
+    for name, parts in totals.items():
+        together = {key: sum(part[key] for part in parts) for key in parts[0]}
+        layers[name] = {"all": _figures(together), "buckets": [_figures(part) for part in parts]}
+    return {"top_k": used, "edges": list(edges), "layers": layers}
+
+
+@contextmanager
+def _recording(model: nn.Module, top_k: int) -> Iterator[None]:
+    """Within: every SparseFFN uses top_k experts and keeps its logits; restored after."""
+    ffns = sparse_ffns(model).values()
+    before = [(ffn.top_k, ffn.record) for ffn in ffns]
+    try:
+        for ffn in ffns:
+            ffn.top_k, ffn.record = top_k, True
+        yield
+    finally:
+        for ffn, (k, record) in zip(ffns, before):
+            ffn.top_k, ffn.record, ffn.last_logits = k, record, None
+
+
+def _run(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    low: float,
+    high: float,
+    generator: torch.Generator,
+) -> None:
+    """One forward pass at times spread evenly over [low, high)."""
+    latents = batch["latents"]
+    size = latents.shape[0]
+    t = low + (high - low) * (torch.arange(size) + 0.5) / size
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    t = t.to(latents)
+    inputs = {name: batch[name] for name in CONDITIONS}
+    inputs |= {"hidden_states": torch.lerp(latents, noise, t[:, None, None]), "timestep": t}
+    if model.config.guidance_embeds:  # type: ignore[union-attr]
+        inputs["guidance"] = batch.get("guidance", torch.full_like(t, GUIDANCE))
+    model(**inputs, return_dict=False)
+
+
+def _add(totals: dict[str, Tensor], logits: Tensor, top_k: int) -> None:
+    probabilities, counts = choices(logits.reshape(-1, logits.shape[-1]), top_k)
+    values = {
+        "tokens": torch.tensor(float(probabilities.shape[0]), dtype=torch.float64),
+        "counts": counts.double().cpu(),
+        "gates": probabilities.sum(0, dtype=torch.float64).cpu(),
+        "entropy": -torch.xlogy(probabilities, probabilities).sum(dtype=torch.float64).cpu(),
+    }
+    for key, value in values.items():
+        totals[key] = totals[key] + value if key in totals else value
+
+
+def _figures(totals: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Sums over tokens -> the figures of `routing_statistics`."""
+    tokens, counts = totals["tokens"], totals["counts"]
+    experts = len(counts)
+    width = torch.log(torch.tensor(float(max(experts, 2)), dtype=torch.float64))
+    return {
+        "tokens": int(tokens),
+        "load": [round(float(x), 6) for x in counts / counts.sum()],
+        "gate": [round(float(x), 6) for x in totals["gates"] / tokens],
+        "token_entropy": round(float(totals["entropy"] / tokens / width), 6),
+        **load_figures(counts.tolist()),
+    }
