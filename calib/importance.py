@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from d2m.families import Site, family_of_model, read_ffn, sites_of
 from d2m.flow import generator_at, noisy
+from d2m.inputs import transformer_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int, int], Mapping[str, "Tensor"]]
 Progress = Callable[[str, int, int], None]
-CONDITIONS = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
-GUIDANCE = 3.5  # ours, where a batch brings none: what FLUX.1 [dev] is drawn with
 
 
 def neuron_importance(
@@ -71,13 +70,10 @@ def flow_matching_loss(
     `batch` as `shapes_batches` returns it, with `guidance` [B] where it should not be 3.5.
     """
     x, t, velocity = noisy(batch["latents"], generator, mean, std)
-    inputs: dict[str, Any] = {name: batch[name] for name in CONDITIONS}
-    inputs |= {"hidden_states": x, "timestep": t.to(x.dtype)}
-    if model.config.guidance_embeds:  # type: ignore[union-attr]
-        inputs["guidance"] = batch.get("guidance", torch.full_like(inputs["timestep"], GUIDANCE))
+    inputs = transformer_inputs(model, batch, x, t.to(x.dtype))
     prediction = model(**inputs, return_dict=False)[0]
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 would round the mean
-    return torch.nn.functional.mse_loss(prediction.to(dtype), velocity.to(dtype))
+    return torch.nn.functional.mse_loss(prediction.to(dtype), velocity.to(prediction.device, dtype))
 
 
 def taylor(

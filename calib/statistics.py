@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calib.importance import CONDITIONS, GUIDANCE
 from d2m.flow import generator_at
+from d2m.inputs import transformer_inputs
 from d2m.losses import choices, load_figures
 from d2m.surgery import sparse_ffns
 
@@ -119,10 +119,8 @@ def _run(
     t = low + (high - low) * (torch.arange(size) + 0.5) / size
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     t = t.to(latents)
-    inputs = {name: batch[name] for name in CONDITIONS}
-    inputs |= {"hidden_states": torch.lerp(latents, noise, t[:, None, None]), "timestep": t}
-    if model.config.guidance_embeds:  # type: ignore[union-attr]
-        inputs["guidance"] = batch.get("guidance", torch.full_like(t, GUIDANCE))
+    x = torch.lerp(latents, noise, t[:, None, None])
+    inputs = transformer_inputs(model, batch, x, t)
     model(**inputs, return_dict=False)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from calib.render import render, render_batch
 from calib.verify import components, find_objects, verify
-from calib.world import BACKGROUND, CATEGORIES, Scene, Thing, World, sample_scene
+from calib.world import BACKGROUND, CATEGORIES, COLOURS, Scene, Thing, World, sample_scene
 
 HARD = World(size=32, colours=10, shapes=6, max_count=6)
 HARD_64 = World(size=64, colours=10, shapes=6, max_count=6)
@@ -194,13 +194,28 @@ def test_a_thing_of_no_known_colour_counts_as_a_thing(colour):
     assert not verdict.ok and "unclear" in verdict.reason and len(verdict.found) == 2
 
 
-def test_a_thing_of_two_colours_is_unclear():
+@pytest.mark.parametrize("second", ["blue", "black"])  # black alone keeps the shape: see MAX_IMPURE
+@pytest.mark.parametrize("cut", [16, 18])
+def test_a_thing_of_two_colours_is_unclear(second, cut):
     def circle(u, v):
         return u * u + v * v <= 36
 
-    image = painted(circle, (210, 25, 25))
-    image[:, 16:] = painted(circle, (30, 50, 230))[:, 16:]
+    image = painted(circle, COLOURS["red"])
+    image[:, cut:] = painted(circle, COLOURS[second])[:, cut:]
     assert all("?" in (f.shape, f.colour) for f in find_objects(image, World()))
+
+
+@pytest.mark.parametrize("down, ok", [(7, True), (11, False), (14, False)])
+def test_a_relation_must_dominate_the_other_axis(down, ok):
+    # The square is 10 px right of the circle and `down` px below it.
+    image = painted(lambda u, v: (u + 5) ** 2 + (v + 7) ** 2 <= 16, COLOURS["red"])
+    square = painted(lambda u, v: (abs(u - 5) <= 4) & (abs(v + 7 - down) <= 4), COLOURS["blue"])
+    image[:, 16:] = square[:, 16:]
+    scene = Scene("position", (Thing("circle"), Thing("square")), "left of", "")
+    verdict = verify(image, scene, World())
+    assert len(verdict.found) == 2 and verdict.ok is ok
+    above = Scene("position", scene.things, "above", "")
+    assert verify(image, above, World()).ok is not ok
 
 
 def test_specks_and_another_background_do_not_matter():
