@@ -440,7 +440,12 @@ def save_pipeline(out: Path, vae: AutoencoderKL, stage: TextStage, tokenizers: t
         tokenizer_2=tokenizers[1], transformer=transformer,
     )  # fmt: skip
     part = out.with_name(out.name + ".part")
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(part, safe_serialization=True)
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    # Transformers 5 loads an encoder in the dtype it was saved in, diffusers loads its models in float32: with the (small)
+    # encoders in float32, FluxPipeline.from_pretrained(out) draws without being told a dtype.
+    half.text_encoder.float()
+    half.text_encoder_2.float()
+    half.save_pretrained(part, safe_serialization=True)
     size = world.size
     defaults = {"height": size, "width": size, "num_inference_steps": 16, "guidance_scale": 3.5, "max_sequence_length": LENGTH}
     (part / "defaults.json").write_text(json.dumps(defaults, indent=2, sort_keys=True) + "\n")

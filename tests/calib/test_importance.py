@@ -129,6 +129,10 @@ def test_flow_matching_loss_is_zero_for_a_perfect_model():
     class Perfect(torch.nn.Module):
         config = tiny_transformer().config
 
+        def __init__(self):
+            super().__init__()
+            self.place = torch.nn.Parameter(torch.zeros(()))  # tells the device
+
         def forward(self, hidden_states, timestep, guidance, return_dict, **conditions):
             assert torch.equal(hidden_states, x) and torch.equal(timestep, t)
             assert guidance.tolist() == [3.5, 3.5] and not return_dict

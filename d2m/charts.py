@@ -1,0 +1,297 @@
+"""Charts as inline SVG, drawn from plain numbers; colours and fonts come from the page's style.
+
+Classes instead of colours, so that one drawing is right on light and on dark paper: `c0`, `c1` ...
+are categories, `d0`-`d10` a diverging scale with its middle at `d5`, `s0`-`s8` a rising one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from d2m.markup import Html, el, join
+
+Point = tuple[float, float]
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 22, 42  # room for tick labels and axis titles, in pixels
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart. `band` is the area (x, low, high) around it; `faint` draws it dashed."""
+
+    name: str
+    points: Sequence[Point]
+    colour: int = 0
+    faint: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_y: bool = False,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+    percent_x: bool = False,
+    percent_y: bool = False,
+    width: int = 460,
+    height: int = 270,
+) -> Html:
+    """Lines over a shared x axis, with ticks, axis titles, and vertical `marks` (x, label).
+
+    `title` is read out by screen readers. A logarithmic y axis leaves out what is not positive.
+    """
+    if log_y:
+        lines = [
+            Line(line.name, [p for p in line.points if p[1] > 0], line.colour, line.faint)
+            for line in lines
+        ]
+    xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
+    ys = [y for line in lines for _, y in line.points]
+    ys += [y for line in lines for _, *pair in line.band for y in pair]
+    low, high = y_range or (min(ys, default=0.0), max(ys, default=1.0))
+    if log_y:
+        low, high = _log_range(low, high)
+        y_ticks = log_ticks(low, high)
+    elif y_range:
+        y_ticks = [tick for tick in ticks(low, high) if low <= tick <= high]
+    else:
+        low = min(low, 0.0) if low > -1e-12 and low < 0.5 * high else low
+        y_ticks = ticks(low, high)
+        low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+    x_low, x_high = x_range or (min(xs), max(max(xs), min(xs) + 1e-9))
+
+    def x_at(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
+
+    def y_at(y: float) -> float:
+        if log_y:
+            share = math.log(y / low) / math.log(high / low)
+        else:
+            share = (y - low) / ((high - low) or 1.0)
+        return height - BOTTOM - min(max(share, 0.0), 1.0) * (height - TOP - BOTTOM)
+
+    parts = [_grid(y_ticks, y_at, width, _percent if percent_y else number)]
+    x_ticks = [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high * (1 + 1e-9)]
+    for x in x_ticks:
+        name = _percent(x) if percent_x else number(x)
+        parts.append(_text(x_at(x), height - BOTTOM + 16, name, "tick", "middle"))
+    for x, name in marks:
+        at, right = x_at(x), x_at(x) > width - 120
+        parts.append(el("line", x1=at, x2=at, y1=TOP, y2=height - BOTTOM, class_="mark"))
+        parts.append(_text(at, TOP - 7, name, "marked", "end" if right else "start"))
+    for line in lines:
+        colour = f"c{line.colour}"
+        if line.band:
+            edge = [(x, h) for x, _, h in line.band] + [(x, lo) for x, lo, _ in line.band[::-1]]
+            parts.append(el("path", d=_path(edge, x_at, y_at) + "Z", class_=f"band {colour}"))
+        kind = f"line {colour}" + (" faint" if line.faint else "")
+        parts.append(el("path", d=_path(line.points, x_at, y_at), class_=kind))
+        if len(line.points) == 1:
+            (x, y) = line.points[0]
+            parts.append(el("circle", cx=x_at(x), cy=y_at(y), r=3, class_=f"dot {colour}"))
+    parts += _axis_titles(x_label, y_label, width, height)
+    return _svg(width, height, title, parts)
+
+
+def legend(lines: Sequence[Line]) -> Html:
+    """The lines' names beside a stroke of their colour."""
+    entries = []
+    for line in lines:
+        kind = f"line c{line.colour}" + (" faint" if line.faint else "")
+        stroke = el("line", x1=0, x2=22, y1=6, y2=6, class_=kind)
+        swatch = el("svg", stroke, width=22, height=12, aria_hidden="true")
+        entries.append(el("span", swatch, line.name))
+    return el("p", *entries, class_="legend")
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float]],
+    *,
+    level: Callable[[float], str],
+    show: Callable[[float], str],
+    x_label: str,
+    title: str,
+    row_groups: Sequence[str] = (),
+    column_groups: Sequence[str] = (),
+    cell: tuple[float, float] = (26, 15),
+) -> Html:
+    """Cells in rows and columns. `level` gives a value's class, `show` its words on hovering.
+
+    Groups are headings, one per row or column; a gap is left where they change.
+    """
+    wide, high = cell
+    label, gap = 10 + max(len(row) for row in rows) * 7, 12
+    top = 22 if column_groups else 6
+    parts: list[Html] = []
+    lefts: list[float] = []
+    before = ""
+    for index in range(len(columns)):
+        group = column_groups[index] if column_groups else ""
+        shift = gap if group != before and index else 0.0
+        lefts.append(lefts[-1] + wide + shift if lefts else float(label))
+        if group != before:
+            parts.append(_text(lefts[-1], 13, group, "group", "start"))
+            before = group
+    y, before = float(top), ""
+    for index, (row, cells) in enumerate(zip(rows, values, strict=True)):
+        group = row_groups[index] if row_groups else ""
+        if group != before:
+            y += 20
+            parts.append(_text(0, y - 6, group, "group", "start"))
+            before = group
+        parts.append(_text(label - 7, y + high - 4, row, "tick", "end"))
+        for column, (x, value) in enumerate(zip(lefts, cells, strict=True)):
+            place = [group, row, column_groups[column] if column_groups else "", columns[column]]
+            words = el("title", f"{', '.join(filter(None, place))}: {show(value)}")
+            box = {"x": x, "y": y, "width": wide - 1.5, "height": high - 1.5, "rx": 2}
+            parts.append(el("rect", words, **box, class_=level(value)))
+        y += high
+    if wide >= 20:
+        for x, name in zip(lefts, columns):
+            parts.append(_text(x + wide / 2, y + 14, name, "tick", "middle"))
+        y += 16
+    width = lefts[-1] + wide + 4
+    parts.append(_text((label + width) / 2, y + 20, x_label, "title", "middle"))
+    return _svg(width, y + 28, title, parts)
+
+
+def scale(levels: Sequence[str], low: str, middle: str, high: str, title: str) -> Html:
+    """The key of a heat map: its classes in a row, named at both ends and in the middle."""
+    cell, top = 20, 4
+    parts = [
+        el("rect", x=i * cell, y=top, width=cell, height=10, class_=name)
+        for i, name in enumerate(levels)
+    ]
+    width = len(levels) * cell
+    for x, name, anchor in ((0, low, "start"), (width / 2, middle, "middle"), (width, high, "end")):
+        parts.append(_text(x, top + 24, name, "tick", anchor))
+    return _svg(width, 34, title, parts, "scale")
+
+
+def interval_chart(
+    rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]],
+    names: Sequence[str],
+    *,
+    x_label: str,
+    title: str,
+    width: int = 500,
+) -> Html:
+    """Per row a dot and its interval (value, low, high in 0..1) for each of `names`."""
+    label_width = 16 + max((len(row) for row, _ in rows), default=0) * 7
+    row_height, top = 12 + 12 * len(names), 6
+    height = top + row_height * len(rows) + BOTTOM
+
+    def x_at(share: float) -> float:
+        return label_width + share * (width - label_width - 20)
+
+    parts: list[Html] = []
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        at = x_at(tick)
+        parts.append(el("line", x1=at, x2=at, y1=top, y2=height - BOTTOM, class_="grid"))
+        parts.append(_text(at, height - BOTTOM + 16, _percent(tick), "tick", "middle"))
+    for index, (row, values) in enumerate(rows):
+        y = top + index * row_height
+        parts.append(_text(label_width - 10, y + row_height / 2 + 4, row, "tick", "end"))
+        for colour, (name, value) in enumerate(zip(names, values, strict=True)):
+            if value is None:
+                continue
+            middle, low, high = value
+            at = y + 12 + 12 * colour
+            words = f"{row}, {name}: {middle:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+            whisker = el("line", x1=x_at(low), x2=x_at(high), y1=at, y2=at, class_="whisker")
+            dot = el("circle", cx=x_at(middle), cy=at, r=4.5, class_="dot")
+            parts.append(el("g", el("title", words), whisker, dot, class_=f"c{colour}"))
+    parts.append(_text((label_width + width) / 2, height - 6, x_label, "title", "middle"))
+    return _svg(width, height, title, parts)
+
+
+# ---------------------------------------------------------------- axes
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers 1, 2 or 5 times a power of ten apart that cover low..high."""
+    if not high > low:
+        return [low, low + 1.0]
+    rough = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in low..high, with 2 and 5 of each where there are few of them."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1,) if last - first > 4 else (1, 3) if last - first > 2 else (1, 2, 5)
+    found = [m * 10.0**power for power in range(first, last + 1) for m in steps]
+    return [tick for tick in found if low * 0.999 <= tick <= high * 1.001]
+
+
+def number(value: float) -> str:
+    """A tick's label: 0.002, 40, 1.5 k."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g} k"
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _log_range(low: float, high: float) -> tuple[float, float]:
+    """At least a factor of 1.5, bounds a little outside the data."""
+    low, high = max(low, 1e-30), max(high, 1e-30)
+    margin = max((high / low) ** 0.05, 1.25 if high < 1.5 * low else 1.0)
+    return low / margin, high * margin
+
+
+def _grid(
+    y_ticks: Sequence[float], y_at: Callable[[float], float], width: int, show: Callable
+) -> Html:
+    parts = []
+    for tick in y_ticks:
+        at = y_at(tick)
+        parts.append(el("line", x1=LEFT, x2=width - RIGHT, y1=at, y2=at, class_="grid"))
+        parts.append(_text(LEFT - 8, at + 4, show(tick), "tick", "end"))
+    return join(*parts)
+
+
+def _axis_titles(x_label: str, y_label: str, width: int, height: int) -> list[Html]:
+    middle = (TOP + height - BOTTOM) / 2
+    turned = f"rotate(-90 12 {middle:g})"
+    return [
+        _text((LEFT + width - RIGHT) / 2, height - 6, x_label, "title", "middle"),
+        el("text", y_label, x=12, y=middle, class_="title", text_anchor="middle", transform=turned),
+    ]
+
+
+def _path(
+    points: Sequence[Point], x_at: Callable[[float], float], y_at: Callable[[float], float]
+) -> str:
+    return "M" + "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in points) if points else ""
+
+
+def _text(x: float, y: float, words: str, kind: str, anchor: str) -> Html:
+    return el("text", words, x=x, y=y, class_=kind, text_anchor=anchor)
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[Html], kind: str = "") -> Html:
+    return el(
+        "svg",
+        el("title", title),
+        *parts,
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=width,
+        role="img",
+        class_=kind or None,
+    )

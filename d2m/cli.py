@@ -1,0 +1,348 @@
+"""The command line: every command parses, calls one function and prints what it returned.
+
+Only this file imports calib, export and runtime sideways, inside the command bodies, so that
+`d2m run` and `d2m inspect` work on the base install and `d2m --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2m import options
+from d2m.console import (
+    explain,
+    print_json,
+    print_rich,
+    print_table,
+    print_tree,
+    progress_bars,
+    quiet_libraries,
+    say,
+)
+
+app = typer.Typer(
+    name="d2m",
+    help="Dense2MoE: a dense FLUX becomes a compiled sparse one that draws without torch.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Draw = Callable[[Sequence[str], Sequence[int]], Any]
+
+
+@app.command()
+def convert(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Pipeline directory or hub id.")],
+    out: options.SparseOut,
+    preset: options.Preset = "L",
+    recipe: options.RecipeFile = None,
+    steps: options.TrainSteps = None,
+    init_only: options.InitOnly = False,
+    seed: options.RecipeSeed = None,
+    resume: options.Resume = False,
+    report: options.Report = True,
+    data: options.Data = "shapes",
+    score: options.Score = 120,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn the dense pipeline DENSE into a sparse one and distil it."""
+    if data != "shapes":
+        raise ValueError(f"--data is {data!r}, expected shapes, the only training data so far")
+    if init_only and steps is not None:
+        raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
+    if score < 0:
+        raise ValueError(f"--score is {score}, expected a number of pictures, 0 for none")
+    from calib.batches import shapes_batches
+    from calib.importance import neuron_importance
+    from calib.statistics import routing_table
+    from calib.suite import evaluate as judge
+    from calib.world import World, eval_scenes
+    from d2m.convert import convert as function
+
+    with progress_bars() as progress:
+        answer = function(
+            dense,
+            out,
+            recipe or preset,
+            lambda pipe, seed: shapes_batches(pipe, seed=seed),
+            neuron_importance,
+            steps=steps,
+            init_only=init_only,
+            seed=seed,
+            resume=resume,
+            statistics=routing_table,
+            score=(lambda draw: judge(draw, score, 0)[0]) if score else None,
+            prompts=[scene.caption for scene in eval_scenes(World(), 6, 0)],
+            report=report,
+            progress=progress,
+            log=say,
+        )
+    print_json(answer) if json_ else print_tree(answer)
+
+
+@app.command()
+def export(
+    sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
+    out: options.BundleOut,
+    trt: options.Trt = False,
+    trt_rtx: options.TrtRtx = False,
+    sm: options.Sm = "",
+    top_k: options.TopKs = "0,1,2,4",
+    dtype: options.Dtype = "fp32",
+    plan_dtype: options.PlanDtype = None,
+    storage: options.Storage = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest."""
+    capabilities = options.numbers("--sm", sm)
+    choices = options.numbers("--top-k", top_k)
+    from export.bundle import export_bundle
+
+    with progress_bars() as progress:
+        answer = export_bundle(
+            sparse,
+            out,
+            trt=trt,
+            trt_rtx=trt_rtx,
+            sm=capabilities,
+            top_k=choices,
+            dtype=dtype,
+            plan_dtype=plan_dtype,
+            storage=storage,
+            progress=progress,
+        )
+    print_json(answer) if json_ else print_tree(answer)
+
+
+@app.command()
+def run(
+    first: Annotated[str, typer.Argument(metavar="BUNDLE|PROMPT", help="Bundle, or the prompt.")],
+    second: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    bundle: options.BundleOption = None,
+    out: options.Png = Path("out.png"),
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    n: options.Count = 1,
+    top_k: options.TopK = None,
+    backend: options.Backend = "auto",
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Draw PROMPT; without BUNDLE, with the small shapes model that ships with d2m."""
+    began = time.perf_counter()
+    import runtime
+    from runtime.picture import save
+
+    prompt, path = (first, bundle) if second is None else (second, Path(first))
+    if second is not None and bundle is not None:
+        raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")
+    if second is None and (Path(first) / "manifest.json").is_file():
+        raise ValueError(f"{first!r} is a bundle and no prompt follows it; add what to draw")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"the picture's file is {str(out)!r}, expected a name ending in .png")
+    pipeline = runtime.load(path, backend)
+    with progress_bars() as progress:
+        answer = pipeline(
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            n=n,
+            top_k=top_k,
+            progress=progress,
+        )
+    images = answer if isinstance(answer, list) else [answer]
+    names = [out] if n == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(n)]
+    files = [str(save(image, name)) for image, name in zip(images, names, strict=True)]
+    seconds = round(time.perf_counter() - began, 2)
+    if json_:
+        print_json({"files": files, "backend": pipeline.backend, "seconds": seconds})
+    else:
+        print(f"{', '.join(files)} ({pipeline.backend}, {seconds} s)")
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="What to judge.")],
+    suite: options.Suite = "shapes",
+    n: options.Count = 600,
+    seed: options.Seed = 0,
+    json_file: options.JsonFile = None,
+    grid: options.Grid = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    top_k: options.TopK = None,
+    batch: options.Batch = 16,
+    world: options.Harder = "",
+    backend: options.Backend = "auto",
+    debug: options.Debug = False,
+) -> None:
+    """Score PIPELINE_OR_BUNDLE: pictures of held-out captions against an exact verifier."""
+    if suite != "shapes":
+        raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite so far")
+    if n < 1 or batch < 1:
+        raise ValueError(f"-n is {n} and --batch is {batch}, expected 1 or more of each")
+    from calib.suite import evaluate as function
+    from calib.suite import save_grid
+    from calib.world import World
+    from d2m.files import write_json
+
+    harder = options.pairs("--world", world, World.__dataclass_fields__)
+    asked = World(**harder)
+    draw, size = drawer(path, harder.get("size"), steps, guidance, top_k, batch, backend)
+    with progress_bars() as progress:
+        answer, samples = function(
+            draw,
+            n,
+            seed,
+            replace(asked, size=size),
+            batch=batch,
+            progress=lambda done, total: progress("draw and judge", done, total),
+        )
+    if grid is not None:
+        save_grid(samples, grid)
+    if str(json_file) == "-":
+        print_json(answer)
+        return
+    if json_file is not None:
+        write_json(json_file, answer)
+    rows = [*answer["categories"].items(), ("overall", answer["overall"])]
+    columns = ("score", "low", "high", "n")
+    print_table(
+        f"{path}: {suite}, {n} pictures, {answer['images_per_second']} a second",
+        ["category", *columns],
+        [[name.replace("_", " "), *(row[column] for column in columns)] for name, row in rows],
+    )
+
+
+def drawer(
+    path: Path,
+    size: int | None,
+    steps: int | None,
+    guidance: float | None,
+    top_k: int | None,
+    batch: int,
+    backend: str,
+) -> tuple[Draw, int]:
+    """(prompts, seeds) -> pictures for a bundle (no torch) or a pipeline directory, and the size.
+
+    What is None comes from the directory. Raises FileNotFoundError where it is neither.
+    """
+    if (path / "manifest.json").is_file():
+        from runtime.pipeline import Pipeline
+
+        bundle = Pipeline(path, backend, max_batch=batch)
+        pixels = size or int(bundle.manifest["defaults"]["height"])
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+            kept: dict[str, Any] = {"steps": steps, "guidance": guidance, "top_k": top_k}
+            return bundle(list(prompts), seed=list(seeds), height=pixels, width=pixels, **kept)
+
+        return draw, pixels
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} is neither a bundle (manifest.json) nor a pipeline directory "
+            "(model_index.json); give what d2m export or d2m convert has written"
+        )
+    from d2m.draw import load_pipeline, pipeline_draw, settings
+
+    values = settings(
+        path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
+    )
+    pipe = load_pipeline(path)
+    if top_k is not None:
+        from d2m.model import set_top_k
+
+        set_top_k(pipe.transformer, top_k)
+    return pipeline_draw(pipe, batch_size=batch, **values), values["height"]
+
+
+@app.command()
+def parity(
+    sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported from it.")],
+    backend: options.Backend = "ort",
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    top_k: options.TopK = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare BUNDLE with torch part by part; exit code 1 where it misses a limit."""
+    from export.parity import parity as function
+    from export.parity import tables
+
+    with progress_bars() as progress:
+        answer = function(
+            sparse,
+            bundle,
+            backend=backend,
+            seed=seed,
+            steps=steps,
+            top_k=top_k,
+            progress=progress,
+        )
+    print_json(answer) if json_ else print_rich(tables(answer))
+    if not answer["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint or bundle.")],
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what a sparse checkpoint or a bundle holds and what machine its plans need."""
+    from runtime.inspect import inspect as function
+    from runtime.inspect import lines
+
+    answer = function(path)
+    print_json(answer) if json_ else print("\n".join(lines(answer)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0, 2 bad input, 130 Ctrl-C, 1 a fault of ours).
+
+    The command is invoked without typer's own `main`, which would swallow what a KeyboardInterrupt
+    has to say (where a conversion stopped and how it goes on).
+    """
+    arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if "--debug" not in arguments:
+        quiet_libraries()
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("d2m", arguments.copy()) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as done:  # --help, or a comparison that failed
+        return done.exit_code
+    except BrokenPipeError:  # `d2m inspect DIR | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            raise
+        sentence, code = explain(error)
+        say(f"error: {sentence}")
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""A dense pipeline directory becomes a sparse one: importance, surgery, distillation, result.
+
+What is under way lives in `OUT.work` beside the result, which appears under its name at once when
+it is whole: a kill at any moment loses nothing that was saved there.
+Torch is imported inside the functions: this module answers bad arguments before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m import recipe as recipes
+from d2m.dense import dense_family, fingerprint, locate
+from d2m.draw import load_pipeline
+from d2m.files import replace_dir, temporary_sibling, write_json
+from d2m.recipe import Recipe
+from d2m.result import (
+    compare,
+    final_losses,
+    parameters_of,
+    stage_seconds,
+    timed,
+    write_papers,
+    write_sparse,
+)
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+    from torch import Tensor, nn
+
+Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+Progress = Callable[[str, int, int], None]
+
+CALIBRATION = 1_000_003  # added to the seed: calibration must not see the training batches
+
+
+def convert(
+    dense_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    recipe: Recipe | str | Path,
+    batches: Callable[[FluxPipeline, int], Batches],
+    importance: Callable[..., dict[str, Tensor]],
+    *,
+    steps: int | None = None,
+    init_only: bool = False,
+    seed: int | None = None,
+    resume: bool = False,
+    statistics: Callable[..., dict[str, Any]] | None = None,
+    score: Callable[[Any], dict[str, Any]] | None = None,
+    prompts: Sequence[str] = (),
+    report: bool = True,
+    device: str = "auto",
+    save_seconds: float = 60.0,
+    progress: Progress | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Convert the pipeline in `dense_dir`, distil it, and write the sparse pipeline `out_dir`.
+
+    Args:
+        dense_dir: a diffusers pipeline directory of a known family, or a hub id.
+        recipe: a Recipe, a preset's name, or the path of a recipe file.
+        batches: (pipeline, seed) -> ((step, batch size) -> batch), e.g. `shapes_batches` of calib.
+        importance: (dense transformer, batches, recipe, seed=, progress=) -> {site: scores [N]},
+            e.g. `calib.importance.neuron_importance`.
+        steps: training steps over all stages, in the recipe's proportion; None: the recipe's own.
+        init_only: split the FFNs and train nothing.
+        seed: in place of the recipe's.
+        resume: go on with what `OUT.work` holds; from the beginning where it holds nothing.
+        statistics: (sparse transformer, batches, top_k=, seed=, progress=) -> table for the report,
+            e.g. `calib.statistics.routing_table`.
+        score: (draw) -> score, run on the dense and the sparse pipeline for the report.
+        prompts: what the report draws with both.
+        save_seconds: time between training checkpoints.
+
+    Returns what was done, in JSON types: out, base_model, recipe (its name), steps, parameters,
+    identity_error, losses, scores, seconds (by phase).
+
+    Raises:
+        FileNotFoundError, ValueError: no dense pipeline of a known family; an output directory in
+            use; a resume under other settings; a recipe that does not fit the model.
+        ImportError: torch or diffusers is missing.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM after saving; its text says how to go on.
+    """
+    recipe = _settings(recipe, steps, init_only, seed)
+    out = Path(out_dir)
+    work = out.with_name(out.name + ".work")
+    if resume and _finished(out, recipe):
+        shutil.rmtree(work, ignore_errors=True)  # of a kill between the result and the clean-up
+        log(f"{out} is already converted with this recipe; nothing is left to do.")
+        return {"out": str(out), "already_converted": True}
+    _check_free(out, work, resume)
+    dense_path = locate(dense_dir)
+    family = dense_family(dense_path, recipe)
+    _need_torch()
+    _start(work, dense_path, recipe)
+    from d2m.model import sparse_model_of
+
+    seconds: dict[str, float] = {}
+    with timed(seconds, "loading"):
+        pipe = load_pipeline(dense_path, device=device, dtype="fp32")
+        dense = pipe.transformer
+        calibration = batches(pipe, recipe.seed + CALIBRATION)
+    with timed(seconds, "importance"):
+        neurons = _importance(work, dense, calibration, recipe, importance, progress)
+    with timed(seconds, "conversion"):
+        student = sparse_model_of(dense, neurons, recipe, family)
+        error = _identity(student, dense, calibration)
+    history: list[dict[str, Any]] = []
+    if recipe.steps:
+        from d2m.distill import distill
+
+        options: dict[str, Any] = {"seed": recipe.seed, "workdir": work, "resume": resume}
+        options |= {"save_seconds": save_seconds, "progress": progress, "log": log}
+        history = distill(student, dense, recipe, batches(pipe, recipe.seed), **options)
+    seconds |= stage_seconds(history)
+
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)  # half of one, of a kill
+    write_sparse(result, student, dense_path, recipe, neurons)
+    with timed(seconds, "pictures and scores"):
+        shown = prompts if report else ()
+        images, scores = compare(pipe, student, dense_path, shown, score, recipe.seed, progress)
+    facts = {"name": out.name, "base_model": str(dense_dir), "scores": scores}
+    facts["parameters"] = parameters_of(pipe, student, recipe)
+    more: dict[str, Any] | None = None
+    if report:
+        routing = None
+        if statistics and recipe.top_k:
+            options = {"top_k": recipe.top_k, "seed": recipe.seed, "progress": progress}
+            with timed(seconds, "routing statistics"):
+                routing = statistics(student, calibration, **options)
+        more = {"history": history, "importance": neurons, "routing": routing, "images": images}
+        more |= {"timings": seconds, "identity_error": error}
+    write_papers(result, dense_path, recipe, facts, more)
+    replace_dir(result, out)
+    shutil.rmtree(work, ignore_errors=True)
+    answer = {"out": str(out), "base_model": str(dense_dir), "recipe": recipe.name}
+    return answer | {
+        "steps": recipe.steps,
+        "parameters": facts["parameters"],
+        "identity_error": error,
+        "losses": final_losses(history),
+        "scores": scores,
+        "seconds": seconds,
+    }
+
+
+# ---------------------------------------------------------------- steps of `convert`
+
+
+def _settings(
+    recipe: Recipe | str | Path, steps: int | None, init_only: bool, seed: int | None
+) -> Recipe:
+    """The recipe with the caller's steps and seed in it."""
+    if not isinstance(recipe, Recipe):
+        is_file = isinstance(recipe, Path) or recipe.endswith(".json")
+        recipe = recipes.load(recipe) if is_file else recipes.preset(str(recipe))
+    if init_only and steps is not None:
+        raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
+    if seed is not None:
+        recipe = dataclasses.replace(recipe, seed=seed)
+    if init_only:
+        return dataclasses.replace(recipe, stages=())
+    return recipe if steps is None else recipes.with_steps(recipe, steps)
+
+
+def _need_torch() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"converting needs torch and diffusers ({error}); install them with: "
+            "pip install 'd2m[convert]'"
+        ) from error
+
+
+def _finished(out: Path, recipe: Recipe) -> bool:
+    """Whether `out` is a finished conversion; ValueError if it is one of another recipe."""
+    record = out / "recipe.json"
+    if not record.is_file():
+        return False
+    if recipes.load(record) != recipe:
+        raise ValueError(
+            f"{out} is already converted with other settings than these; choose another output "
+            "directory, or remove it."
+        )
+    return True
+
+
+def _check_free(out: Path, work: Path, resume: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} exists and is not empty; choose another output directory, or remove it."
+        )
+    if work.exists() and not resume:
+        raise ValueError(
+            f"{work} holds an unfinished conversion; go on with --resume, or remove it to start "
+            "again."
+        )
+
+
+def _start(work: Path, dense: Path, recipe: Recipe) -> None:
+    """Make the work directory, or check that it is one of the same conversion."""
+    record = work / "run.json"
+    now = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
+    if not record.is_file():
+        write_json(record, now)
+        return
+    before = json.loads(record.read_text("utf-8"))
+    for what in now:
+        if before.get(what) != json.loads(json.dumps(now[what])):
+            words = "another dense model" if what == "dense" else "another recipe, seed or steps"
+            raise ValueError(
+                f"{work} holds a conversion with {words}; resume it with the same, or remove it to "
+                "start again."
+            )
+
+
+def _importance(
+    work: Path,
+    dense: nn.Module,
+    calibration: Batches,
+    recipe: Recipe,
+    importance: Callable[..., dict[str, Tensor]],
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """The neurons' scores, from the work directory if they were computed before."""
+    from safetensors.torch import load_file, save_file
+
+    path = work / "importance.safetensors"
+    if not path.is_file():
+        scores = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
+        temporary = temporary_sibling(path)
+        save_file({name: score.contiguous() for name, score in scores.items()}, temporary)
+        os.replace(temporary, path)
+    return load_file(path)
+
+
+def _identity(student: nn.Module, dense: nn.Module, calibration: Batches) -> float:
+    """The conversion's own check, on real data: with all experts on it is the dense model."""
+    from d2m.flow import generator_at, noisy
+    from d2m.inputs import transformer_inputs
+    from d2m.surgery import identity_error
+
+    batch = calibration(0, 2)
+    x, t, _ = noisy(batch["latents"], generator_at(0, "identity"))
+    return identity_error(student, dense, transformer_inputs(dense, batch, x, t))

@@ -1,0 +1,96 @@
+"""The dense pipeline that a conversion starts from: finding it, checking it, knowing it again.
+
+Torch-free, so that a wrong path is answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from d2m.families import Family, family_of, hidden_sizes
+from d2m.recipe import Recipe
+
+
+def locate(dense: str | os.PathLike[str]) -> Path:
+    """The directory of a dense pipeline; a hub id (`owner/name`) is fetched with diffusers.
+
+    FileNotFoundError, in one sentence, if it is neither.
+    """
+    path = Path(dense)
+    if path.exists():
+        return path
+    owner, _, name = str(dense).partition("/")
+    # `models/shapes-dens` beside a folder `models` is a mistyped path, nothing to ask the hub for.
+    if not owner or not name or "/" in name or owner[0] in ".~" or Path(owner).exists():
+        raise FileNotFoundError(
+            f"{dense} is no directory; expected a diffusers pipeline directory such as "
+            "models/shapes-dense, or a hub id such as black-forest-labs/FLUX.1-dev."
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(str(dense)))
+    except Exception as error:  # of many kinds, by network, licence and release of the hub
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{dense} is no directory here and could not be fetched from the hub ({reason}); "
+            "check the path, or log in and accept the model's licence."
+        ) from error
+
+
+def dense_family(path: Path, recipe: Recipe) -> Family:
+    """The family of the dense pipeline in `path`, once it is sure that the recipe fits it.
+
+    FileNotFoundError or ValueError, in one sentence, if it is no pipeline, of no known family,
+    already sparse, or of other sizes than the recipe's ratios make up.
+    """
+    family = family_of(path)
+    index = json.loads((path / "model_index.json").read_text("utf-8"))
+    name = (index.get("transformer") or [None, None])[1]
+    if name != family.dense_class:
+        raise ValueError(
+            f"the transformer of {path} is a {name}; expected a dense {family.dense_class}."
+        )
+    file = path / "transformer" / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        width = int(config["num_attention_heads"] * config["attention_head_dim"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} is missing; expected the transformer's config there: copy the pipeline again."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not a {family.dense_class}'s config ({type(error).__name__}: {error}); "
+            "copy the pipeline again."
+        ) from error
+    hidden_sizes(width, family.ratio * width, recipe.spec)
+    return family
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a dense transformer's files: names, sizes and the first MiB of each.
+
+    All of a small model; of a large one what two releases would surely differ in.
+    """
+    digest = hashlib.sha256()
+    for file in sorted((path / "transformer").iterdir()):
+        if file.suffix in (".json", ".safetensors"):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with open(file, "rb") as stream:
+                digest.update(stream.read(1 << 20))
+    return digest.hexdigest()
+
+
+def licence_of(path: Path) -> str | None:
+    """The `license:` of the model card's front matter, which a conversion inherits; or None."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None

@@ -1,0 +1,160 @@
+"""Pictures out of a diffusers pipeline directory, dense or sparse, in batches, one seed each.
+
+`drawing_defaults` is the one place that knows how a pipeline directory wants to be drawn from:
+its optional `defaults.json`, and where that is silent, what its component configs imply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+    from PIL.Image import Image
+
+DEFAULTS_FILE = "defaults.json"
+FIELDS: dict[str, type] = {
+    "height": int,
+    "width": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "max_sequence_length": int,
+}
+Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
+
+
+def drawing_defaults(directory: str | Path) -> dict[str, Any]:
+    """How to draw from the pipeline in `directory` (reads JSON files only, no torch).
+
+    Returns height and width (pixels), num_inference_steps, guidance_scale, max_sequence_length.
+    `defaults.json` in the directory wins; fallbacks (derived): the VAE's `sample_size`, 28 steps
+    at guidance 3.5 for a model with guidance embedding (FLUX.1 dev) and 4 steps at 0.0 without
+    (schnell), and the T5 tokenizer's length up to 512.
+
+    Raises FileNotFoundError if the directory is no pipeline, ValueError for a bad `defaults.json`.
+    """
+    directory = Path(directory)
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{str(directory)!r} has no model_index.json, so it is not a diffusers pipeline "
+            "directory; give one that save_pretrained or d2m convert has written"
+        )
+    guided = bool(_config(directory / "transformer/config.json").get("guidance_embeds", False))
+    size = _config(directory / "vae/config.json").get("sample_size", 1024)
+    size = size if isinstance(size, int) else 1024
+    length = _config(directory / "tokenizer_2/tokenizer_config.json").get("model_max_length", 512)
+    length = length if isinstance(length, int) else 512
+    values: dict[str, Any] = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": 28 if guided else 4,
+        "guidance_scale": 3.5 if guided else 0.0,
+        # transformers writes 1e30 for a tokenizer without a limit
+        "max_sequence_length": min(length, 512),
+    }
+    path = directory / DEFAULTS_FILE
+    if path.is_file():
+        values.update(_checked(_config(path), path))
+    return values
+
+
+def write_defaults(directory: str | Path, **values: Any) -> Path:
+    """Write `defaults.json` into a pipeline directory; fields as in `drawing_defaults`."""
+    from d2m.files import write_json
+
+    path = Path(directory) / DEFAULTS_FILE
+    return write_json(path, _checked(values, path))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise ValueError(f"{str(path)!r} names {name!r}, expected only {', '.join(FIELDS)}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or (FIELDS[name] is int and (value != int(value) or value < 1)) or value < 0:
+            kind = "a whole number from 1 on" if FIELDS[name] is int else "a number from 0 on"
+            raise ValueError(f"{str(path)!r}: {name} is {value!r}, expected {kind}")
+    return {name: FIELDS[name](value) for name, value in values.items()}
+
+
+def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
+    """`drawing_defaults` with the overrides that are not None; ValueError for a bad value."""
+    values = drawing_defaults(directory)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        low = 0 if FIELDS[name] is float else 1
+        if value < low:
+            raise ValueError(f"{name} is {value}, expected {low} or more")
+    return values | given
+
+
+def load_pipeline(directory: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """The pipeline on `device` ("auto": CUDA where there is one), in eval mode, quiet.
+
+    dtype: "auto" is bfloat16 on CUDA and float32 elsewhere, or "fp32", "bf16", "fp16".
+    Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
+    """
+    drawing_defaults(directory)  # a clear error before five seconds of imports
+    try:
+        import torch
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging as diffusers_logging
+    except ImportError as error:
+        raise ImportError(
+            "drawing from a pipeline directory needs torch and diffusers; "
+            "install them with: pip install 'd2m[convert]'"
+        ) from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bf16" if device.startswith("cuda") else "fp32"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype {dtype!r} is not known, expected one of auto, {', '.join(dtypes)}")
+    diffusers_logging.disable_progress_bar()
+    pipe = DiffusionPipeline.from_pretrained(
+        str(directory), torch_dtype=dtypes[dtype], local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def pipeline_draw(pipe: FluxPipeline, *, batch_size: int = 16, **values: Any) -> Draw:
+    """A function (prompts, seeds) -> pictures; `values` are the fields of `drawing_defaults`.
+
+    A picture depends on its own prompt and seed and on nothing else: one CPU generator per seed,
+    so that batches, and CPU and CUDA, start from the same noise.
+    """
+    import torch
+
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}, expected 1 or more")
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds, expected as many")
+        pictures: list[Image] = []
+        with torch.inference_mode():
+            for start in range(0, len(prompts), batch_size):
+                chunk = slice(start, start + batch_size)
+                generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[chunk]]
+                answer = pipe(prompt=list(prompts[chunk]), generator=generators, **values)
+                pictures.extend(answer.images)
+        return pictures
+
+    return draw

@@ -1,0 +1,154 @@
+"""What learns in a stage of distillation: parameters, AdamW, and the average that is its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from d2m.recipe import PARTS, Stage
+from d2m.surgery import set_top_k, sparse_ffns
+
+BETAS = (0.9, 0.98)  # ours: short runs, so the second moment forgets sooner than at .999
+LAST_RATE = 0.02  # ours: the cosine ends at this share of the stage's learning rate
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them
+
+
+@dataclass
+class Learner:
+    """A stage under way. `average` is empty unless the stage asks for one."""
+
+    stage: Stage
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    average: dict[str, Tensor]
+
+
+def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
+    """The parameters that `stage.train` names, by full name, in the model's order.
+
+    Words are `recipe.PARTS`, parts of every sparse FFN. Nothing else may learn: the student shares
+    the other tensors with its teacher.
+
+    Raises:
+        ValueError: an unknown word, nothing to train, or experts that no token would reach.
+    """
+    for word in stage.train:
+        if word not in PARTS:
+            raise ValueError(
+                f"stage {stage.name!r} trains {word!r}; expected some of {', '.join(PARTS)}."
+            )
+        if word in ("experts", "gate") and stage.top_k == 0:
+            raise ValueError(
+                f"stage {stage.name!r} trains {word!r} with top_k 0, where no token reaches an "
+                "expert; give it a top_k of 1 or more or take the word out of its train list."
+            )
+    word_of: dict[str, str] = {}
+    for site, module in sparse_ffns(student).items():
+        word_of |= {f"{site}.{name}": name.split(".")[0] for name, _ in module.named_parameters()}
+    chosen = {
+        name: parameter
+        for name, parameter in student.named_parameters()
+        if word_of.get(name) in stage.train
+    }
+    if not chosen:
+        raise ValueError(
+            f"stage {stage.name!r} trains {list(stage.train)}, which names no parameter of this "
+            "student; give it a sparse model and some of " + ", ".join(PARTS) + "."
+        )
+    return chosen
+
+
+def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter]) -> Learner:
+    """Freeze the student but for `parameters`, set its top_k, and make a fresh optimizer."""
+    student.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    set_top_k(student, stage.top_k)
+    for module in sparse_ffns(student).values():
+        module.record, module.last_logits = stage.top_k > 0, None
+    # fused: one pass over weights and moments; on one CPU core 4x the plain loop.
+    optimizer = torch.optim.AdamW(
+        parameters.values(), betas=BETAS, weight_decay=stage.weight_decay, fused=True
+    )
+    average = {n: p.detach().clone() for n, p in parameters.items()} if stage.ema else {}
+    return Learner(stage, parameters, optimizer, average)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """The rate of step 0, 1, ...: a linear rise, then a cosine down to LAST_RATE of `stage.lr`."""
+    rise = round(stage.warmup * stage.steps)
+    if step < rise:
+        return stage.lr * (step + 1) / rise
+    way = (step - rise) / max(1, stage.steps - rise)
+    return stage.lr * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * way)))
+
+
+def update(learner: Learner, step: int) -> Tensor:
+    """Clip the gradients, take AdamW's step number `step`, move the average; the gradient's norm.
+
+    The norm is that before clipping; gradients are dropped afterwards.
+    """
+    stage, parameters = learner.stage, list(learner.parameters.values())
+    learner.optimizer.param_groups[0]["lr"] = learning_rate(stage, step)
+    norm = nn.utils.clip_grad_norm_(parameters, stage.clip or math.inf)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    if learner.average:
+        # A young average forgets faster, or it would keep its first value.
+        decay = min(stage.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(learner.average.values()), parameters, 1 - decay)
+    return norm
+
+
+def finish(student: nn.Module, learner: Learner) -> None:
+    """Put the average, if there is one, in the weights' place and stop recording logits."""
+    copy_into(learner.average, learner.parameters)
+    for module in sparse_ffns(student).values():
+        module.record, module.last_logits = False, None
+
+
+def state(learner: Learner) -> dict[str, Tensor]:
+    """Moments and average as flat tensors: `exp_avg/NAME`, `exp_avg_sq/NAME`, `average/NAME`.
+
+    AdamW's step count is not among them: it is the stage's.
+    """
+    tensors = {f"average/{name}": tensor for name, tensor in learner.average.items()}
+    for name, parameter in learner.parameters.items():
+        for moment in MOMENTS:
+            if parameter in learner.optimizer.state:
+                tensors[f"{moment}/{name}"] = learner.optimizer.state[parameter][moment]
+    return tensors
+
+
+def restore(learner: Learner, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Undo `state` after `step` steps of the stage."""
+    copy_into(part(tensors, "average"), learner.average)
+    first, second = (part(tensors, moment) for moment in MOMENTS)
+    for name in first:
+        parameter = learner.parameters[name]
+        learner.optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=parameter.device),
+            MOMENTS[0]: first[name].to(parameter.device),
+            MOMENTS[1]: second[name].to(parameter.device),
+        }
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors named `prefix/...`, without the prefix."""
+    return {
+        name.removeprefix(prefix + "/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + "/")
+    }
+
+
+def copy_into(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy values by name, in place."""
+    with torch.no_grad():
+        for name, tensor in source.items():
+            target[name].copy_(tensor)

@@ -1,0 +1,84 @@
+"""The options of the command line: their names, help and the parsing of lists in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """'0,1,2' -> (0, 1, 2) for the option `name`; ValueError otherwise."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {text!r}, expected whole numbers with commas such as 1,2"
+        ) from error
+
+
+def pairs(name: str, text: str, keys: Iterable[str]) -> dict[str, int]:
+    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}; ValueError otherwise."""
+    values = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        if key.strip() not in keys or not value.strip().isdecimal():
+            raise ValueError(
+                f"{name} has {part!r}, expected NAME=NUMBER with a name of {', '.join(keys)}"
+            )
+        values[key.strip()] = int(value)
+    return values
+
+
+# Everywhere
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, ort, trt or trt-rtx.")]
+# Drawing
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]
+Width = Annotated[int | None, typer.Option("--width", help="Pixels.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Experts per token.")]
+Count = Annotated[int, typer.Option("-n", "--n", help="Number of pictures.")]
+Png = Annotated[Path, typer.Option("-o", "--out", help="PNG file to write; with -n out-0.png, ...")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="BUNDLE as an option.")]
+# Converting
+Preset = Annotated[str, typer.Option("--preset", help="Recipe that comes with d2m.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe file (JSON), in place of a preset.")
+]
+TrainSteps = Annotated[int | None, typer.Option("--steps", help="Training steps over all stages.")]
+InitOnly = Annotated[bool, typer.Option("--init-only", help="Convert and train nothing.")]
+RecipeSeed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the recipe's.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")]
+Data = Annotated[str, typer.Option("--data", help="Training data; only shapes so far.")]
+Score = Annotated[int, typer.Option("--score", help="Pictures judged for the report, 0 for none.")]
+SparseOut = Annotated[Path, typer.Option("-o", "--out", help="Sparse pipeline directory to write.")]
+# Exporting
+BundleOut = Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to write.")]
+Trt = Annotated[
+    bool, typer.Option("--trt", help="Plans by TensorRT, or TensorRT-RTX where that is missing.")
+]
+TrtRtx = Annotated[bool, typer.Option("--trt-rtx", help="Plans by TensorRT-RTX.")]
+Sm = Annotated[str, typer.Option("--sm", help="Compute capabilities of the plans, e.g. 86,89,120.")]
+TopKs = Annotated[str, typer.Option("--top-k", help="Experts per token to offer.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="What ONNX computes in: fp32, bf16, fp16.")]
+PlanDtype = Annotated[
+    str | None, typer.Option("--plan-dtype", help="What plans compute in; bf16 beside fp32.")
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="What weights are stored in; as they came.")
+]
+# Judging
+Suite = Annotated[str, typer.Option("--suite", help="Only shapes so far.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file to write; - prints it.")]
+Grid = Annotated[Path | None, typer.Option("--grid", help="Labelled picture of samples to write.")]
+Batch = Annotated[int, typer.Option("--batch", help="Pictures drawn at a time.")]
+Harder = Annotated[
+    str, typer.Option("--world", help="A harder world, e.g. colours=8,shapes=6,max_count=5.")
+]

@@ -1,0 +1,142 @@
+"""What a conversion leaves behind: the sparse pipeline directory, its model card and its report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m import recipe as recipes
+from d2m.dense import licence_of
+from d2m.draw import DEFAULTS_FILE, drawing_defaults, pipeline_draw
+from d2m.files import write_json, write_text
+from d2m.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+    from torch import Tensor, nn
+
+Score = Callable[[Any], dict[str, Any]]
+Progress = Callable[[str, int, int], None]
+
+
+def write_sparse(
+    folder: Path, student: nn.Module, dense: Path, recipe: Recipe, scores: Mapping[str, Tensor]
+) -> None:
+    """Write a sparse pipeline directory: the student's weights, all else as in the dense one.
+
+    `folder` must not exist. `scores` are the neurons' importance, kept in importance.safetensors.
+    """
+    from safetensors.torch import save_file
+
+    from d2m.surgery import set_top_k
+
+    folder.mkdir(parents=True)
+    set_top_k(student, recipe.top_k)
+    student.save_pretrained(folder / "transformer")
+    index = json.loads((dense / "model_index.json").read_text("utf-8"))
+    for name, value in index.items():
+        if isinstance(value, list) and name != "transformer" and (dense / name).is_dir():
+            shutil.copytree(dense / name, folder / name)
+    index["transformer"] = ["d2m", type(student).__name__]
+    write_json(folder / "model_index.json", index)
+    for path in dense.iterdir():
+        if path.is_file() and (path.name == DEFAULTS_FILE or path.name.startswith("LICENSE")):
+            shutil.copyfile(path, folder / path.name)
+    write_json(folder / "recipe.json", recipes.to_dict(recipe))
+    save_file({k: v.contiguous() for k, v in scores.items()}, folder / "importance.safetensors")
+
+
+def compare(
+    pipe: FluxPipeline,
+    student: nn.Module,
+    dense: Path,
+    prompts: Sequence[str],
+    score: Score | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Pictures and scores of the dense pipeline and of the same with `student` in it.
+
+    Returns (images, scores): images [{"prompt", "seed", "dense", "sparse"}] with PIL pictures from
+    the same noise, scores {"dense", "sparse"} as `score(draw)` returns them, {} without `score`.
+    `pipe` has its dense transformer back afterwards.
+    """
+    seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
+    teacher, quiet = pipe.transformer, progress or (lambda phase, done, total: None)
+    pictures: dict[str, list[Any]] = {}
+    scores: dict[str, Any] = {}
+    total = 2 * (1 + (score is not None))
+    try:
+        for transformer, name in ((teacher, "dense"), (student, "sparse")):
+            pipe.register_modules(transformer=transformer)
+            draw = pipeline_draw(pipe, **drawing_defaults(dense))
+            pictures[name] = draw(prompts, seeds) if prompts else []
+            quiet("pictures and scores", len(pictures) + len(scores), total)
+            if score:
+                scores[name] = score(draw)
+                quiet("pictures and scores", len(pictures) + len(scores), total)
+    finally:
+        pipe.register_modules(transformer=teacher)
+    rows = zip(prompts, seeds, pictures["dense"], pictures["sparse"], strict=True)
+    return [dict(zip(("prompt", "seed", "dense", "sparse"), row)) for row in rows], scores
+
+
+def write_papers(
+    folder: Path,
+    dense: Path,
+    recipe: Recipe,
+    facts: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+) -> None:
+    """Write README.md (the model card) and, unless `report` is None, report.html and report.json.
+
+    `facts` and `report` are keywords of `d2m.report.build_report`; `facts` those of which the card
+    needs some: name, base_model, parameters, scores.
+    """
+    from d2m.card import model_card
+    from d2m.report import build_report, write_report
+
+    shown = {"name": facts["name"], "base_model": facts["base_model"]}
+    shown |= {"parameters": facts["parameters"], "recipe": recipes.to_dict(recipe)}
+    scores = facts["scores"] or None
+    about = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
+    write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
+    if report is not None:
+        write_report(folder, build_report(**shown, scores=facts["scores"], **report))
+
+
+def stage_seconds(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Training time of every stage from the log, {"stage NAME": seconds}."""
+    ends = {f"stage {line['stage']}": float(line["seconds"]) for line in history}
+    before = [0.0, *ends.values()]
+    return {name: round(end - start, 1) for (name, end), start in zip(ends.items(), before)}
+
+
+def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The output loss at the beginning and the end of every stage's log."""
+    losses: dict[str, dict[str, float]] = {}
+    for line in history:
+        stage = losses.setdefault(line["stage"], {"first": line["output"]})
+        stage["last"] = line["output"]
+    return losses
+
+
+def parameters_of(pipe: FluxPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """`d2m.parameters.count` of the dense and of the sparse transformer."""
+    from d2m.parameters import count, shapes_of
+
+    sparse = count(shapes_of(student), recipe.top_k)
+    return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Within: time that ends up in `seconds[name]`."""
+    began = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - began, 1)

@@ -1,0 +1,44 @@
+"""What routing means: the gate, the choice of experts, and the reference of the routed op.
+
+Shape letters: B batch, T tokens, D width, E experts, H expert hidden, K chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def routing_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 activations, float32 for all others: the gate never runs in bf16."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the experts, then the K largest, not renormalised (ours, see the paper notes).
+
+    logits [T, E] -> probabilities [T, E], gates [T, K] (largest first), chosen experts [T, K].
+    Equal gates go to the lowest expert: a stable sort, since topk promises no order.
+    """
+    probabilities = torch.softmax(logits, dim=-1)
+    ranked, experts = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    return probabilities, ranked[:, :top_k], experts[:, :top_k]
+
+
+def routed_experts_reference(
+    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+) -> Tensor:
+    """What the op means, in the plainest form: y = sum of gate_i * (gelu(x W1_i + b1_i) W2_i).
+
+    Args and result as `experts_op`. Every expert sees every token and unchosen ones weigh zero;
+    computed in float32, or float64 if x is float64. Differentiable by autograd.
+    """
+    dtype = routing_dtype(x)
+    _, gates, experts = route(logits.to(dtype), top_k)
+    weights = torch.zeros(logits.shape, dtype=dtype, device=x.device).scatter(1, experts, gates)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for i in range(w1.shape[0]):
+        hidden = F.gelu(x.to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype), approximate="tanh")
+        y = y + weights[:, i, None] * (hidden @ w2[i].to(dtype))
+    return y.to(x.dtype)

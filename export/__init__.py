@@ -1,0 +1,1 @@
+"""From a sparse checkpoint to a bundle: ONNX graphs per block type, engine plans, parity."""

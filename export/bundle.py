@@ -1,0 +1,348 @@
+"""`d2m export`: a sparse (or dense) pipeline directory becomes a bundle that needs no torch.
+
+The bundle is built under a temporary name beside its final one and appears whole or not at all.
+The same input gives the same bytes: no dates, no machine's name, keys sorted.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m import __version__
+from d2m.files import replace_dir, sha256, temporary_sibling, write_bytes, write_json, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.blocks import BlockType, Program
+    from export.source import Component
+
+Progress = Callable[[str, int, int], None]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def export_bundle(
+    sparse_dir: str | Path,
+    out: str | Path,
+    *,
+    trt: bool = False,
+    trt_rtx: bool = False,
+    sm: Sequence[int] = (),
+    top_k: Sequence[int] = (0, 1, 2, 4),
+    dtype: str = "fp32",
+    storage: str | None = None,
+    plan_dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export the pipeline in `sparse_dir` to the bundle `out`.
+
+    Args:
+        trt: build plans with TensorRT where it is importable, otherwise with TensorRT-RTX.
+        trt_rtx: build plans with TensorRT-RTX.
+        sm: compute capabilities of the plans, such as 86 or 120; none means portable.
+        top_k: numbers of experts to export, 0 to E; the checkpoint's own is always among them.
+            Ignored for a dense pipeline.
+        dtype: what the graphs compute in, fp32, bf16 or fp16. ONNX Runtime on CPUs needs fp32.
+        storage: what the weights are stored in; None: as the checkpoint stores them.
+        plan_dtype: what the plans compute in; None: bf16 for an fp32 bundle (TensorRT fuses no
+            attention in float32), else `dtype`.
+        progress: called as progress(phase, done, total).
+
+    Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes, plans.
+
+    Raises:
+        FileNotFoundError, ValueError: `sparse_dir` is no FLUX pipeline, or a value is out of range.
+        ImportError: an extra is missing; it is named.
+        OSError: the disk is full or not writable. Nothing is left behind.
+    """
+    source, final = Path(sparse_dir), Path(out)
+    check_arguments(source, final, dtype, storage, plan_dtype, sm, trt or trt_rtx)
+    need_extra()
+    from export.source import components, open_pipeline
+
+    _, _, sparse = open_pipeline(source)
+    choices = check_top_k(source, top_k) if sparse else []
+    apis = plan_apis(trt, trt_rtx)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_sibling(final)
+    try:
+        folder.mkdir()
+        parts = components(source, sparse, choices, progress)
+        manifest = first_facts(source, parts, sparse, choices, dtype)
+        for part in parts:
+            program = part.trace(torch_dtype(dtype))
+            write_weights(folder, part, program, storage, progress)
+            manifest["components"][part.name] = write_graphs(
+                folder, part.name, program, manifest["top_k"]
+            )
+        write_tokenizers(folder, source, manifest)
+        if apis:
+            kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
+            same = kind == dtype
+            write_plans(folder, manifest, apis, sm, kind, None if same else parts, progress)
+        write_manifest(folder, manifest, progress)
+        replace_dir(folder, final)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {final.parent} is full, expected room for the bundle {final.name};"
+            " nothing was left behind, free some space and export again.",
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sizes = [row["size"] for row in manifest["files"].values()]
+    return {
+        "out": str(final),
+        "name": manifest["name"],
+        "kind": manifest["kind"],
+        "compute_dtype": manifest["compute_dtype"],
+        "top_k": manifest["top_k"],
+        "top_k_choices": manifest["top_k_choices"],
+        "parameters": manifest["parameters"],
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "plans": {
+            target: {"version": row["version"], "dtype": row["dtype"], "files": len(row["files"])}
+            for target, row in manifest["plans"].items()
+        },
+    }
+
+
+def check_arguments(
+    source: Path,
+    out: Path,
+    dtype: str,
+    storage: str | None,
+    plan_dtype: str | None,
+    sm: Sequence[int],
+    plans: bool,
+) -> None:
+    """Refuse what cannot work before anything is imported or read."""
+    for option, value in (("dtype", dtype), ("storage", storage), ("plan_dtype", plan_dtype)):
+        if value is not None and value not in DTYPES:
+            raise ValueError(f"the {option} is {value!r}, expected one of {', '.join(DTYPES)}.")
+    if sm and not plans:
+        raise ValueError(
+            f"--sm {','.join(map(str, sm))} is given without --trt or --trt-rtx, expected one of"
+            " them: compute capabilities are of plans."
+        )
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source} is not a directory, expected a pipeline directory; make one with: d2m"
+            " convert DENSE -o SPARSE"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+        raise ValueError(
+            f"{out} exists and is no bundle, expected a new name or a bundle to replace; choose"
+            " another output directory."
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, expected a directory's name; choose another output.")
+    if out.exists() and out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the pipeline itself, expected another output directory.")
+
+
+def need_extra() -> None:
+    """ImportError naming the extra where one of its libraries is missing."""
+    try:
+        import accelerate  # noqa: F401
+        import diffusers  # noqa: F401
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"exporting needs torch, diffusers and onnx ({error}); install them with: pip install"
+            " 'd2m[export]'"
+        ) from error
+
+
+def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:
+    """The numbers of experts to export, ascending, the checkpoint's own among them."""
+    from export.source import config
+
+    values = config(source, "transformer")
+    experts, own = values.get("num_experts", 12), values.get("top_k", 2)
+    wrong = [k for k in top_k if type(k) is not int or not 0 <= k <= experts]
+    if wrong:
+        raise ValueError(
+            f"--top-k names {wrong[0]}, expected numbers of experts from 0 to {experts}, which is"
+            f" what {source} has."
+        )
+    return sorted({own, *top_k})
+
+
+def plan_apis(trt: bool, trt_rtx: bool) -> list[str]:
+    """Which libraries build plans: ImportError now rather than after the export."""
+    from export.toolchain import load_api
+
+    apis = [load_api("auto").__name__] if trt else []
+    if trt_rtx:
+        apis.append(load_api("tensorrt_rtx").__name__)
+    return sorted(set(apis))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """fp32 -> torch.float32"""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
+
+
+def first_facts(
+    source: Path, parts: Sequence[Component], sparse: bool, choices: Sequence[int], dtype: str
+) -> dict[str, Any]:
+    """The manifest without components, tokenizers, plans and files."""
+    from export.source import facts
+
+    transformer = next(part for part in parts if part.name == "transformer")
+    stored = str(transformer.checkpoint.main_dtype()).removeprefix("torch.")
+    return {
+        "format": 1,
+        "d2m": __version__,
+        "family": "flux",
+        "kind": "sparse" if sparse else "dense",
+        "name": source.resolve().name,
+        "compute_dtype": DTYPES[dtype],
+        "storage_dtype": stored,
+        "components": {},
+        "top_k_choices": list(choices),
+        "plans": {},
+        **facts(source, transformer.checkpoint, sparse),
+    }
+
+
+def write_weights(
+    folder: Path,
+    part: Component,
+    program: Program,
+    storage: str | None,
+    progress: Progress | None,
+) -> None:
+    """<component>.safetensors"""
+    from export.weights import place, refuse_unknown, write
+
+    wanted = torch_dtype(storage) if storage else part.storage
+    placed = place(program, lambda name: wanted or part.checkpoint.dtype(name))
+    if part.name == "transformer":
+        refuse_unknown(part.checkpoint, placed)
+    write(folder / f"{part.name}.safetensors", placed, part.get, progress)
+
+
+def write_graphs(folder: Path, name: str, program: Program, top_k: int | None) -> dict[str, Any]:
+    """The block graphs and <component>.onnx, checked; returns the component's record."""
+    import onnx
+
+    from export.compose import compose
+
+    types = {}
+    for kind, row in program.types.items():
+        paths = {}
+        for key, graph in row.graphs.items():
+            onnx.checker.check_model(graph)
+            paths[key] = f"blocks/{name}/{kind}{f'.k{key}' if key else ''}.onnx"
+            write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
+        types[kind] = type_record(row, paths)
+    weights = folder / f"{name}.safetensors"
+    model = compose(program, weights, top_k)
+    path = folder / f"{name}.onnx"
+    write_bytes(path, model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    return {
+        "onnx": path.name,
+        "weights": weights.name,
+        "inputs": {key: spec.json() for key, spec in program.inputs.items()},
+        "outputs": {key: spec.json() for key, spec in program.outputs.items()},
+        "types": types,
+        "program": [{"type": kind, "prefix": prefix} for kind, prefix in program.calls],
+    }
+
+
+def type_record(row: BlockType, paths: Mapping[str, str]) -> dict[str, Any]:
+    """A block type as the manifest holds it."""
+    from export.blocks import BODY
+
+    record = {
+        "graphs": dict(paths),
+        "inputs": list(row.inputs),
+        "outputs": list(row.outputs),
+        "weights": {name: spec.json() for name, spec in row.weights.items()},
+    }
+    return {**record, "body": BODY} if row.routed else record
+
+
+def write_tokenizers(folder: Path, source: Path, manifest: dict[str, Any]) -> None:
+    """tokenizer.json files and their records."""
+    from export.source import tokenizers
+
+    manifest["tokenizers"] = {}
+    for name, (record, text) in tokenizers(source).items():
+        write_text(folder / record["file"], text)
+        manifest["tokenizers"][name] = record
+
+
+def write_plans(
+    folder: Path,
+    manifest: dict[str, Any],
+    apis: Sequence[str],
+    sm: Sequence[int],
+    dtype: str,
+    parts: Sequence[Component] | None,
+    progress: Progress | None,
+) -> None:
+    """Plans of every block graph; with `parts` the graphs are traced anew, computing in `dtype`."""
+    from export.plans import build_plans, default_profiles
+
+    with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
+        where = folder
+        if parts is not None:
+            where = Path(scratch)
+            for part in parts:
+                for kind, row in part.trace(torch_dtype(dtype)).types.items():
+                    record = manifest["components"][part.name]["types"][kind]
+                    for key, path in record["graphs"].items():
+                        write_bytes(where / path, row.graphs[key].SerializeToString())
+        graphs = {
+            f"{name}/{kind}{f'.k{key}' if key else ''}": where / path
+            for name, component in manifest["components"].items()
+            for kind, record in component["types"].items()
+            for key, path in record["graphs"].items()
+        }
+        for api in apis:
+            manifest["plans"] |= build_plans(
+                graphs,
+                folder,
+                api=api,
+                sm=sm,
+                dtype=DTYPES[dtype],
+                profiles=default_profiles(manifest),
+                progress=progress,
+            )
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], progress: Progress | None) -> None:
+    """Hash every file, write manifest.json, and open the result as the runtime will."""
+    from runtime.bundle import open_bundle
+
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {}
+    for done, path in enumerate(paths):
+        if progress is not None:
+            progress("hash", done, len(paths))
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"sha256": sha256(path), "size": path.stat().st_size}
+    manifest["files"] = files
+    write_json(folder / "manifest.json", manifest)
+    open_bundle(folder, check="sizes")
+    if progress is not None:
+        progress("hash", len(paths), len(paths))

@@ -1,0 +1,175 @@
+"""The parts of a parity run: components, blocks, chosen experts, trajectory.
+
+Each takes what torch recorded (export/reference.py) and runs the backend on the same inputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.choices import agreement, tapped_bundle
+from export.comparison import Row, compare, measure, psnr
+from export.reference import Recording, to_unit
+from runtime.bundle import Bundle
+from runtime.executor import GPU_BACKENDS, open_component
+from runtime.pipeline import Pipeline
+from runtime.text import TextTokenizer
+
+Progress = Callable[[str, int, int], None]
+
+
+class Recorder(Pipeline):
+    """A pipeline that keeps the latents that each step of the transformer is given."""
+
+    latents: list[np.ndarray]
+
+    def execute(
+        self, component: str, inputs: Any, top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """See Pipeline.execute."""
+        if component == "transformer":
+            self.latents.append(np.array(inputs["hidden_states"]))
+        return super().execute(component, inputs, top_k)
+
+
+def open_blocks(bundle: Bundle, backend: str) -> Any:
+    """The transformer's executor that can run one block alone: `executor.block(...)`."""
+    options: dict[str, Any] = {} if backend in GPU_BACKENDS else {"mode": "blocks"}
+    return open_component(bundle, "transformer", backend, **options)
+
+
+def compare_components(
+    pipeline: Pipeline, reference: Recording, top_k: int | None, limit: float
+) -> list[Row]:
+    """Every component on the inputs it has in torch."""
+    rows = []
+    for component, (inputs, outputs) in sorted(reference.components.items()):
+        row = pipeline.bundle.component(component)
+        if len(inputs) == 1:  # named as the bundle names them
+            inputs = dict(zip(row["inputs"], inputs.values()))
+        outputs = dict(zip(row["outputs"], outputs.values()))
+        missing = sorted(set(row["inputs"]) ^ set(inputs))
+        if missing:
+            raise ValueError(
+                f"{component} of the bundle and of the pipeline differ in the inputs"
+                f" {', '.join(missing)}, expected the same; export the bundle from this pipeline."
+            )
+
+        def run(feed: Mapping[str, np.ndarray], name: str = component) -> dict[str, np.ndarray]:
+            return pipeline.execute(name, dict(feed), top_k)
+
+        rows += compare(component, inputs, outputs, run, name=pipeline.backend, limit=limit)
+    return rows
+
+
+def compare_ids(pipeline: Pipeline, reference: Recording, prompts: Sequence[str]) -> list[Row]:
+    """Token ids, which must be equal."""
+    rows = []
+    for index, name in enumerate(("text_encoder", "text_encoder_2")):
+        (expected,) = reference.components[name][0].values()
+        tokenizer = ("tokenizer", "tokenizer_2")[index]
+        spec = pipeline.manifest["tokenizers"][tokenizer]
+        found = TextTokenizer(tokenizer, pipeline.bundle.file(spec["file"]), spec)(prompts)
+        rows.append(measure(name, "token ids", expected, found, limit=0.0))
+    return rows
+
+
+def compare_blocks(
+    bundle: Bundle,
+    backend: str,
+    reference: Recording,
+    top_k: int | None,
+    limit: float,
+    tell: Progress,
+) -> list[Row]:
+    """Every block of the program alone, on torch's inputs, at the recorded steps."""
+    component = bundle.component("transformer")
+    executor = open_blocks(bundle, backend)
+    program = component["program"]
+    rows: list[Row] = []
+    for number, (step, recorded) in enumerate(reference.blocks.items()):
+        for index, call in enumerate(program):
+            tell("blocks", number * len(program) + index, len(reference.blocks) * len(program))
+            kind, prefix = call["type"], call["prefix"]
+            if (prefix or kind) not in recorded:
+                raise ValueError(
+                    f"the bundle has a block {prefix or kind!r} that the pipeline has not,"
+                    f" expected the same blocks; export the bundle from this pipeline."
+                )
+            inputs, outputs = recorded[prefix or kind]
+            feed = {name: inputs[name] for name in component["types"][kind]["inputs"]}
+
+            def run(
+                feed: Mapping[str, np.ndarray], kind: str = kind, prefix: str = prefix
+            ) -> dict[str, np.ndarray]:
+                result: dict[str, np.ndarray] = executor.block(kind, prefix, feed, top_k)
+                return result
+
+            place = f"{prefix.rstrip('.') or kind} (step {step})"
+            rows += compare(place, feed, outputs, run, name=backend, limit=limit)
+    tell("blocks", 1, 1)
+    return rows
+
+
+def compare_experts(
+    bundle: Bundle, backend: str, reference: Recording, top_k: int, margin: float
+) -> dict[str, Any]:
+    """The experts chosen by every router on torch's inputs of its block."""
+    component = bundle.component("transformer")
+    sites = []
+    with tempfile.TemporaryDirectory(prefix="d2m-parity-") as folder:
+        tapped = tapped_bundle(bundle, Path(folder), top_k)
+        executor = open_blocks(tapped, backend)
+        for step, logits in reference.logits.items():
+            for call in component["program"]:
+                kind, prefix = call["type"], call["prefix"]
+                inputs, _ = reference.blocks[step][prefix or kind]
+                feed = {name: inputs[name] for name in component["types"][kind]["inputs"]}
+                mine = {n: v for n, v in logits.items() if prefix and n.startswith(prefix)}
+                found = executor.block(kind, prefix, feed, top_k) if mine else {}
+                for name, expected in mine.items():
+                    tensor = found[f"{name.removeprefix(prefix)}.logits"]
+                    sites.append((f"{name} (step {step})", expected, tensor))
+    return agreement(sites, top_k, margin)
+
+
+def compare_trajectory(
+    pipeline: Recorder,
+    reference: Recording,
+    noise: np.ndarray,
+    latent: tuple[int, ...],
+    top_k: int | None,
+    steps: int,
+    tell: Progress,
+) -> dict[str, Any]:
+    """Both draw from the same noise and torch's embeddings; the latents after each step."""
+    states = next(iter(reference.components["text_encoder_2"][1].values()))
+    pooled = next(iter(reference.components["text_encoder"][1].values()))
+    pipeline.latents = []
+    final = pipeline.denoise(
+        noise,
+        states,
+        pooled,
+        latent_size=(latent[0], latent[1]),
+        top_k=[top_k] * steps,
+        guidance=pipeline.manifest["defaults"]["guidance"],
+        step=lambda done, total: tell("trajectory", done, total),
+    )
+    found = [*pipeline.latents, final][1:]
+    rows = [
+        measure("latents", f"step {step}", expected, latents, limit=float("inf"))
+        for step, (expected, latents) in enumerate(zip(reference.latents[1:], found, strict=True))
+    ]
+    images = to_unit(pipeline.decode(final, (latent[0], latent[1])))
+    return {
+        "steps": [
+            {"step": i, "relative_error": row.relative_error, "cosine": row.cosine}
+            for i, row in enumerate(rows)
+        ],
+        "image_psnr": [psnr(a, b) for a, b in zip(reference.image, images, strict=True)],
+    }

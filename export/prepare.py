@@ -1,0 +1,92 @@
+"""A FLUX transformer made ready for tracing: its ends as modules, its blocks in export's form.
+
+Parameters keep the model's names, but for q, k and v, which are concatenated. All of it runs on
+the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.attention import ExportAttention
+
+
+class Embed(nn.Module):
+    """What FluxTransformer2DModel does before its blocks; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.x_embedder = model.x_embedder
+        self.context_embedder = model.context_embedder
+        self.time_text_embed = model.time_text_embed
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D]."""
+        image = self.x_embedder(hidden_states)
+        times = [timestep.to(image.dtype) * 1000]
+        if guidance is not None:
+            times.append(guidance.to(image.dtype) * 1000)
+        temb = self.time_text_embed(*times, pooled_projections)
+        return image, self.context_embedder(encoder_hidden_states), temb
+
+
+class Final(nn.Module):
+    """What FluxTransformer2DModel does after its blocks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+class Sinusoid(nn.Module):
+    """diffusers' Timesteps with its frequencies as numbers: [B] -> [B, channels] float32.
+
+    Folded by the exporter they came out one bit off, which times 1000 is 2e-5 of temb (measured).
+    """
+
+    def __init__(self, timesteps: Any) -> None:
+        super().__init__()
+        half = timesteps.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
+        exponent = exponent / (half - timesteps.downscale_freq_shift)
+        self.register_buffer("frequencies", torch.exp(exponent), persistent=False)
+        self.scale, self.flip = timesteps.scale, timesteps.flip_sin_to_cos
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """As Timesteps.forward."""
+        angle = self.scale * (timesteps[:, None].float() * self.frequencies)
+        both = (torch.cos(angle), torch.sin(angle))
+        return torch.cat(both if self.flip else both[::-1], dim=-1)
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Concatenate QKV and set the modules that export well, in place; returns the model.
+
+    Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv.
+    """
+    for module in list(model.modules()):
+        if hasattr(module, "time_proj"):
+            module.time_proj = Sinusoid(module.time_proj)
+        if hasattr(module, "fuse_projections") and hasattr(module, "to_q"):
+            module.fuse_projections()
+            for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                if hasattr(module, name):
+                    delattr(module, name)
+            module.set_processor(ExportAttention())
+    return model

@@ -1,0 +1,208 @@
+"""What torch computes, recorded: a diffusers pipeline run once, every part's inputs and outputs.
+
+The pipeline is called as users call it and watched through forward hooks; nothing of diffusers is
+rewritten here, so a fault shared by exporter and runtime cannot hide in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Recording:
+    """One run. Arrays are float32 (ids int64), names are the bundle's.
+
+    components: name -> (inputs, outputs), the transformer's at the first recorded step.
+    blocks: step -> prefix -> (inputs, outputs), "" being all but the blocks.
+    logits: step -> site of routed experts -> [tokens, E]. latents: packed, before each step and
+    after the last. image: [n, 3, H, W], 0 to 1.
+    """
+
+    components: dict[str, tuple[Arrays, Arrays]] = field(default_factory=dict)
+    blocks: dict[int, dict[str, tuple[Arrays, Arrays]]] = field(default_factory=dict)
+    logits: dict[int, Arrays] = field(default_factory=dict)
+    latents: list[np.ndarray] = field(default_factory=list)
+    image: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+def load_reference(directory: str | Path, kind: str, top_k: int | None) -> Any:
+    """The pipeline in float32 on the CPU, which must be of `kind` ("sparse", with `top_k` set)."""
+    from d2m.draw import load_pipeline
+    from d2m.surgery import set_top_k, sparse_ffns
+
+    pipe = load_pipeline(directory, device="cpu", dtype="fp32")
+    found = "sparse" if sparse_ffns(pipe.transformer) else "dense"
+    if found != kind:
+        raise ValueError(
+            f"the pipeline {directory} is {found}, the bundle is {kind}, expected the pipeline"
+            " that the bundle was exported from."
+        )
+    if top_k is not None:
+        set_top_k(pipe.transformer, top_k)
+    return pipe
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: np.ndarray,
+    *,
+    steps: int,
+    guidance: float,
+    height: int,
+    width: int,
+    text_tokens: int,
+    recorded: Sequence[int],
+) -> Recording:
+    """Draw from packed `noise` [n, T, C], keeping the parts of the steps in `recorded`."""
+    import torch
+
+    result = Recording()
+    with torch.no_grad():
+        with watch_encoders(pipe, result):
+            states, pooled, _ = pipe.encode_prompt(
+                list(prompts), None, max_sequence_length=text_tokens
+            )
+        latents = torch.from_numpy(noise)
+        result.latents.append(noise)
+
+        def after(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            result.latents.append(array(values["latents"]))
+            return values
+
+        with watch_transformer(pipe.transformer, result, recorded):
+            final = pipe(
+                prompt_embeds=states,
+                pooled_prompt_embeds=pooled,
+                latents=latents,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                max_sequence_length=text_tokens,
+                callback_on_step_end=after,
+                output_type="latent",
+            ).images
+        config = pipe.vae.config
+        spatial = pipe._unpack_latents(final, height, width, pipe.vae_scale_factor)
+        spatial = spatial / config.scaling_factor + (config.shift_factor or 0.0)
+        image = pipe.vae.decode(spatial, return_dict=False)[0]
+    result.components["vae_decoder"] = ({"latents": array(spatial)}, {"image": array(image)})
+    result.image = to_unit(array(image))
+    return result
+
+
+@contextmanager
+def watch_encoders(pipe: Any, result: Recording) -> Iterator[None]:
+    """Keep the ids that the text encoders get, and the tensor that the pipeline takes from each."""
+
+    def keep(name: str, pick: Any) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            ids = args[0] if args else kwargs["input_ids"]
+            result.components[name] = ({"input_ids": ids.numpy()}, {"": array(pick(output))})
+
+        return hook
+
+    handles = [
+        pipe.text_encoder.register_forward_hook(
+            keep("text_encoder", lambda output: output.pooler_output), with_kwargs=True
+        ),
+        pipe.text_encoder_2.register_forward_hook(
+            keep("text_encoder_2", lambda output: output[0]), with_kwargs=True
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) -> Iterator[None]:
+    """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
+    from d2m.surgery import sparse_ffns
+
+    names = {
+        block: f"{group}.{index}."
+        for group in ("transformer_blocks", "single_transformer_blocks")
+        for index, block in enumerate(getattr(model, group))
+    }
+    sites = sparse_ffns(model)
+    step = -1
+    handles = []
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal step
+        step += 1
+        for site in sites.values():
+            site.record = step in recorded
+        if step in recorded:
+            result.blocks[step] = {}
+
+    def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if step not in recorded:
+            return
+        cos, sin = kwargs["image_rotary_emb"]
+        inputs = {name: array(kwargs[name]) for name in ("hidden_states", "encoder_hidden_states")}
+        inputs |= {"temb": array(kwargs["temb"]), "rope_cos": array(cos), "rope_sin": array(sin)}
+        outputs = {"encoder_hidden_states": array(output[0]), "hidden_states": array(output[1])}
+        result.blocks[step][names[module]] = (inputs, outputs)
+
+    def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if step not in recorded:
+            return
+        blocks = result.blocks[step]
+        first, last = blocks[next(iter(names.values()))][0], list(blocks.values())[-1]
+        wanted = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+        inputs = {name: array(kwargs[name]) for name in wanted}
+        if kwargs.get("guidance") is not None:
+            inputs["guidance"] = array(kwargs["guidance"])
+        inputs |= {name: first[name] for name in ("rope_cos", "rope_sin")}
+        sample = {"sample": array(output[0])}
+        if "transformer" not in result.components:
+            result.components["transformer"] = (inputs, sample)
+        embedded = {
+            name: first[name] for name in ("hidden_states", "encoder_hidden_states", "temb")
+        }
+        result.blocks[step]["embed"] = (inputs, embedded)
+        closing = {"hidden_states": last[1]["hidden_states"], "temb": last[0]["temb"]}
+        result.blocks[step]["final"] = (closing, sample)
+        found = {name: site.last_logits for name, site in sites.items() if site.top_k}
+        result.logits[step] = {
+            name: array(logits).reshape(-1, logits.shape[-1])
+            for name, logits in found.items()
+            if logits is not None
+        }
+
+    handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+    handles += [module.register_forward_hook(block, with_kwargs=True) for module in names]
+    handles.append(model.register_forward_hook(end, with_kwargs=True))
+    before = {name: site.record for name, site in sites.items()}
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, site in sites.items():
+            site.record = before[name]
+
+
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """-1..1 to 0..1, clipped, as pictures are saved."""
+    return np.clip(image / 2 + 0.5, 0, 1)
+
+
+def array(tensor: Any) -> np.ndarray:
+    """A copy of a torch tensor as numpy, floats as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy().copy()

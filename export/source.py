@@ -1,0 +1,201 @@
+"""The pipeline directory that is exported: its models, and the facts a manifest states of it.
+
+Reads a diffusers FLUX pipeline, dense or sparse. The transformer is built without memory (its
+weights stay in the checkpoint until they are written), the smaller components are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m.draw import drawing_defaults
+from d2m.families import Family, family_of
+from d2m.parameters import count
+from export.weights import Checkpoint, parameter_getter
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.blocks import Program
+
+    Progress = Callable[[str, int, int], None]
+
+# Component -> classes that export knows.
+CLASSES = {
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+    "vae": ("AutoencoderKL",),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+
+
+@dataclass
+class Component:
+    """One component of a bundle before it is traced.
+
+    `trace(dtype)` makes its program; `get` reads a checkpoint tensor; `storage` is the dtype to
+    store in (None: each tensor's own).
+    """
+
+    name: str
+    model: Any
+    trace: Callable[[torch.dtype], Program]
+    get: Callable[[str], torch.Tensor]
+    storage: torch.dtype | None
+    checkpoint: Checkpoint
+
+
+def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
+    """The family, model_index.json, and whether the pipeline is sparse.
+
+    FileNotFoundError or ValueError, one sentence, where it is no pipeline that export knows.
+    """
+    family = family_of(directory)
+    index = json.loads((directory / "model_index.json").read_text("utf-8"))
+    known = {"transformer": (family.dense_class, family.sparse_class), **CLASSES}
+    for name, classes in known.items():
+        found = (index.get(name) or [None, None])[1]
+        if found not in classes:
+            raise ValueError(
+                f"{directory} has a {name} of class {found}, expected {' or '.join(classes)}; give"
+                " a FLUX pipeline as save_pretrained or d2m convert writes it."
+            )
+        if not (directory / name).is_dir():
+            raise FileNotFoundError(
+                f"{directory} lacks the directory {name} that its model_index.json names; save the"
+                " pipeline again."
+            )
+    return family, index, index["transformer"][1] == family.sparse_class
+
+
+def config(directory: Path, name: str) -> dict[str, Any]:
+    """A component's config.json without diffusers' own fields."""
+    file = "scheduler_config.json" if name == "scheduler" else "config.json"
+    path = directory / name / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, expected a component's config; save it again.")
+    values = json.loads(path.read_text("utf-8"))
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def components(
+    directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
+) -> list[Component]:
+    """The four components in the order in which a picture needs them."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, T5EncoderModel
+    from transformers.utils import logging
+
+    from export.blocks import transformer_program
+    from export.components import clip_program, t5_program, vae_program
+
+    logging.disable_progress_bar()
+
+    def loaded(name: str, folder: str, cls: Any, keyword: str, trace: Any) -> Component:
+        checkpoint = Checkpoint(directory / folder)
+        stored = checkpoint.main_dtype()
+        model = cls.from_pretrained(directory / folder, local_files_only=True, **{keyword: stored})
+        get = parameter_getter(model)
+        return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
+
+    skeleton = empty_transformer(directory, sparse)
+    checkpoint = Checkpoint(directory / "transformer")
+
+    def trace(dtype: torch.dtype) -> Program:
+        return transformer_program(skeleton, dtype, top_k, progress)
+
+    return [
+        loaded("text_encoder", "text_encoder", CLIPTextModel, "dtype", clip_program),
+        loaded("text_encoder_2", "text_encoder_2", T5EncoderModel, "dtype", t5_program),
+        Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint),
+        loaded("vae_decoder", "vae", AutoencoderKL, "torch_dtype", vae_program),
+    ]
+
+
+def empty_transformer(directory: Path, sparse: bool) -> Any:
+    """The transformer's structure without weights, prepared for tracing."""
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+
+    from export.prepare import prepare
+
+    cls: Any = FluxTransformer2DModel
+    if sparse:
+        from d2m.model import SparseFluxTransformer2DModel as cls
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(config(directory, "transformer"))
+    return prepare(model)
+
+
+def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """name -> (the manifest's record, tokenizer.json's text); the file goes to record["file"]."""
+    from transformers import AutoTokenizer
+
+    clip = config(directory, "text_encoder")
+    lengths = {
+        "tokenizer": clip["max_position_embeddings"],
+        "tokenizer_2": drawing_defaults(directory)["max_sequence_length"],
+    }
+    result = {}
+    for name, length in lengths.items():
+        tokenizer = AutoTokenizer.from_pretrained(directory / name, local_files_only=True)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{directory / name} is a {type(tokenizer).__name__} without a tokenizer.json or a"
+                " pad token, expected a fast tokenizer; save it again with transformers 4.56 or"
+                " later."
+            )
+        record = {
+            "file": f"{name}/tokenizer.json",
+            "max_length": min(length, tokenizer.model_max_length),
+            "pad_id": tokenizer.pad_token_id,
+            "pad_token": tokenizer.pad_token,
+            "eos_id": tokenizer.eos_token_id,
+        }
+        result[name] = (record, backend.to_str(pretty=False))
+    return result
+
+
+def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, Any]:
+    """The manifest's entries that follow from configs: defaults, latents, scheduler, parameters."""
+    from runtime.flux import check_scheduler
+
+    transformer, vae = config(directory, "transformer"), config(directory, "vae")
+    scheduler = config(directory, "scheduler")
+    check_scheduler(scheduler)
+    defaults = drawing_defaults(directory)
+    channels = vae["latent_channels"]
+    if transformer.get("in_channels") != 4 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
+            " components are of different models."
+        )
+    top_k = transformer.get("top_k") if sparse else None
+    parameters = count(checkpoint.shapes(), top_k)
+    return {
+        "defaults": {
+            "steps": defaults["num_inference_steps"],
+            "guidance": defaults["guidance_scale"],
+            "height": defaults["height"],
+            "width": defaults["width"],
+        },
+        "latents": {
+            "channels": channels,
+            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+            "scaling_factor": vae["scaling_factor"],
+            "shift_factor": vae.get("shift_factor"),
+            "patch": 2,
+            "rope_axes": list(transformer["axes_dims_rope"]),
+            "rope_theta": 10000,
+        },
+        "scheduler": scheduler,
+        "parameters": {key: parameters[key] for key in ("total", "activated")},
+        "num_experts": transformer.get("num_experts") if sparse else None,
+        "top_k": top_k,
+    }

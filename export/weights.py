@@ -1,0 +1,227 @@
+"""A bundle's safetensors: a checkpoint's tensors re-laid as the block graphs take them.
+
+Linear weights are transposed to [in, out] and q, k, v concatenated; one tensor is in memory at a
+time. Order and bytes depend on the input alone. Data starts on a 64-byte boundary and tensors of a
+multiple of 64 bytes come first, so that nearly all can be used where they are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.blocks import Program
+
+Progress = Callable[[str, int, int], None]
+ALIGNMENT = 64  # bytes; a cache line, and the widest vector of any CPU
+# Concatenated projection -> the checkpoint's parts, in order.
+PARTS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+NOT_WEIGHTS = (".neurons",)  # buffers of a sparse checkpoint that no graph reads
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of the bundle: its name, what it is made of, its shape and stored dtype."""
+
+    name: str
+    sources: tuple[str, ...]
+    transposed: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a diffusers component directory, whole or in shards, read when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index = sorted(directory.glob("*.safetensors.index.json"))
+        if index:
+            files = set(json.loads(index[0].read_text("utf-8"))["weight_map"].values())
+        else:
+            files = {path.name for path in directory.glob("*.safetensors")}
+        if not files or any("/" in name or not (directory / name).is_file() for name in files):
+            raise FileNotFoundError(
+                f"{directory} lacks .safetensors files, expected the weights of a diffusers model;"
+                " save it with save_pretrained (pickled .bin weights are not read)."
+            )
+        from safetensors import SafetensorError, safe_open
+
+        self._where: dict[str, Any] = {}
+        for name in sorted(files):
+            try:
+                file = safe_open(directory / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{directory / name} cannot be read ({error}); restore the file."
+                ) from None
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                self._where[key] = file
+
+    def names(self) -> list[str]:
+        """All tensors."""
+        return sorted(self._where)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, without reading it."""
+        return {name: tuple(f.get_slice(name).get_shape()) for name, f in self._where.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's stored dtype, without reading it."""
+        import torch
+
+        kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        found = self.find(name).get_slice(name).get_dtype()
+        if found not in kinds:
+            raise ValueError(
+                f"{self.directory} stores the tensor {name} as {found}, expected one of"
+                f" {', '.join(kinds)}; save the model in one of these."
+            )
+        return kinds[found]
+
+    def main_dtype(self) -> torch.dtype:
+        """What most bytes are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for name, shape in self.shapes().items():
+            if not name.endswith(NOT_WEIGHTS):
+                sizes[self.dtype(name)] += math.prod(shape)
+        return max(sizes, key=lambda kind: (sizes[kind], str(kind)))
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU; ValueError where the checkpoint lacks it."""
+        return self.find(name).get_tensor(name)
+
+    def find(self, name: str) -> Any:
+        """The open file that holds a tensor."""
+        if name not in self._where:
+            raise ValueError(
+                f"{self.directory} lacks the tensor {name}, expected the weights of the class that"
+                " its config.json names; convert or save the model again."
+            )
+        return self._where[name]
+
+
+def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Placed]:
+    """What to write for a component; `dtype_of` says how a checkpoint's tensor is to be stored.
+
+    Routers stay in float32 whatever it says: bfloat16 gates choose other experts.
+    """
+    import torch
+
+    from export.trace import is_gate
+
+    placed = []
+    for kind, prefix in program.calls:
+        row = program.types[kind]
+        for local, spec in row.weights.items():
+            name = prefix + local
+            sources = sources_of(name)
+            stored = torch.float32 if is_gate(name) else dtype_of(sources[0])
+            shape = tuple(int(side) for side in spec.shape)
+            placed.append(Placed(name, sources, local in row.linears, shape, stored))
+    assert len({row.name for row in placed}) == len(placed), "two blocks share a weight"
+    return sorted(placed, key=order)
+
+
+def order(row: Placed) -> tuple[Any, ...]:
+    """Well aligned sizes first, then the names with numbers in numerical order."""
+    alignment = min(row.size & -row.size, ALIGNMENT) if row.size else ALIGNMENT
+    parts = re.split(r"(\d+)", row.name)
+    return -alignment, [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
+
+
+def sources_of(name: str) -> tuple[str, ...]:
+    """The checkpoint's names behind a bundle tensor: three for a concatenated projection."""
+    for whole, parts in PARTS.items():
+        stem, found, kind = name.rpartition(f".{whole}.")
+        if found:
+            return tuple(f"{stem}.{part}.{kind}" for part in parts)
+    return (name,)
+
+
+def build(row: Placed, get: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """The tensor itself, contiguous; ValueError where the checkpoint's shape does not fit."""
+    import torch
+
+    parts = [get(source) for source in row.sources]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if row.transposed:
+        tensor = tensor.t()
+    if tuple(tensor.shape) != row.shape:
+        raise ValueError(
+            f"the tensor {row.sources[0]} gives {list(tensor.shape)} as {row.name}, expected"
+            f" {list(row.shape)}; weights and config.json are of different models."
+        )
+    return tensor.detach().to(row.dtype).contiguous()
+
+
+def write(
+    path: Path,
+    placed: Iterable[Placed],
+    get: Callable[[str], torch.Tensor],
+    progress: Progress | None = None,
+) -> None:
+    """Write the tensors in the order of `placed`; the file is synced."""
+    import torch
+
+    rows = list(placed)
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header: dict[str, Any] = {}
+    position = 0
+    for row in rows:
+        end = position + row.size
+        header[row.name] = {
+            "dtype": names[row.dtype],
+            "shape": list(row.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for done, row in enumerate(rows):
+            if progress is not None:
+                progress(f"write {path.name}", done, len(rows))
+            file.write(build(row, get).reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    if progress is not None:
+        progress(f"write {path.name}", len(rows), len(rows))
+
+
+def refuse_unknown(checkpoint: Checkpoint, placed: Iterable[Placed]) -> None:
+    """ValueError if the checkpoint holds weights that the bundle would leave out."""
+    used = {source for row in placed for source in row.sources}
+    unknown = [
+        name for name in checkpoint.names() if name not in used and not name.endswith(NOT_WEIGHTS)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{checkpoint.directory} holds {len(unknown)} tensors that its class does not use"
+            f" ({unknown[0]}, ...), expected none; config.json is of another model."
+        )
+
+
+def parameter_getter(module: Any) -> Callable[[str], torch.Tensor]:
+    """`get` for a model in memory."""
+    parameters: Mapping[str, torch.Tensor] = dict(module.named_parameters())
+    return parameters.__getitem__

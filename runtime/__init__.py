@@ -1,0 +1,86 @@
+"""From a bundle to an image with numpy and a backend: no torch, no diffusers, no transformers.
+
+    import runtime
+    runtime.run("a red circle above a blue square").save("out.png")
+
+Importing this package loads nothing; the first call does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from runtime.pipeline import Pipeline
+
+__all__ = ["load", "run"]
+
+_last: dict[tuple[str, str, str | int | None], Pipeline] = {}
+
+
+def load(
+    bundle: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+) -> Pipeline:
+    """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
+
+    `backend` is "auto", "ort", "trt-rtx" or "trt"; `threads` defaults to the D2M_THREADS
+    environment variable, then to the physical cores this process may use.
+    Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
+    """
+    from runtime.pipeline import Pipeline
+
+    return Pipeline(bundle, backend, threads=threads)
+
+
+def run(
+    prompt: str | Sequence[str],
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    n: int = 1,
+    top_k: int | Sequence[int] | None = None,
+    backend: str = "auto",
+    latents: np.ndarray | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Image | list[Image]:
+    """Draw `n` images of `prompt`; one image, or a list of them where n > 1 or prompts are a list.
+
+    Arguments left out come from the bundle; see `runtime.pipeline.Pipeline.__call__`. The
+    pipeline opened last is kept, so that calling again with the same bundle costs no loading.
+    """
+    from runtime.pipeline import default_bundle
+
+    path = os.path.realpath(default_bundle() if bundle is None else bundle)
+    try:
+        changed: Any = os.stat(os.path.join(path, "manifest.json")).st_mtime_ns
+    except OSError:
+        changed = None
+    key = (path, backend, changed)
+    if key not in _last:
+        pipeline = load(path, backend)
+        _last.clear()
+        _last[key] = pipeline
+    return _last[key](
+        prompt,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        n=n,
+        top_k=top_k,
+        latents=latents,
+        progress=progress,
+    )

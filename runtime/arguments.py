@@ -1,0 +1,196 @@
+"""The arguments of a call, checked once: what comes out can be drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.manifest import MAX_PIXELS
+
+MAX_STEPS = 1000
+MAX_IMAGES = 10_000  # of one call
+MAX_PROMPT = 100_000  # characters; tokenizers take time in proportion
+
+
+@dataclass(frozen=True)
+class Request:
+    """One entry of `prompts` and `seeds` per image; one entry of `top_k` per step."""
+
+    prompts: list[str]
+    seeds: list[int | None]  # None: drawn from latents that were given
+    top_k: list[int | None]
+    guidance: float
+    height: int
+    width: int
+    latent_size: tuple[int, int]
+    many: bool  # whether the answer is a list
+
+    def settings(self, index: int) -> dict[str, Any]:
+        """What the text chunk of image `index` says, with the model's name: enough to redraw it."""
+        return {
+            "prompt": self.prompts[index],
+            "seed": self.seeds[index],
+            "steps": len(self.top_k),
+            "guidance": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "top_k": self.top_k[0] if len(set(self.top_k)) == 1 else list(self.top_k),
+        }
+
+
+def check_request(
+    manifest: dict[str, Any],
+    prompt: str | Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    n: int = 1,
+    top_k: int | Sequence[int] | None = None,
+) -> Request:
+    """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
+    defaults = manifest["defaults"]
+    one = isinstance(prompt, str)
+    prompts = check_prompts(prompt)
+    n = whole(n, "n", 1, MAX_IMAGES // len(prompts))
+    steps = whole(defaults["steps"] if steps is None else steps, "steps", 1, MAX_STEPS)
+    factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
+    height = side(defaults["height"] if height is None else height, "height", factor)
+    width = side(defaults["width"] if width is None else width, "width", factor)
+    if guidance is None:
+        guidance = defaults["guidance"]
+    number = isinstance(guidance, int | float | np.integer | np.floating)
+    if isinstance(guidance, bool) or not number or not 0 <= guidance <= 1000:
+        raise ValueError(f"guidance is {guidance!r}, expected a number from 0 to 1000.")
+    scale = manifest["latents"]["vae_scale_factor"]
+    seeds = check_seeds(seed, len(prompts), n)
+    return Request(
+        prompts=[text for text in prompts for _ in range(n)],
+        seeds=[start + i for start in seeds for i in range(n)],
+        top_k=check_top_k(manifest, top_k, steps),
+        guidance=float(guidance),
+        height=height,
+        width=width,
+        latent_size=(height // scale, width // scale),
+        many=not one or n > 1,
+    )
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """One or more texts."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ValueError(
+            f"the prompt is {type(prompt).__name__} {show(prompt)}, expected a text or a list"
+            f" of at least one text."
+        )
+    if len(prompts) > MAX_IMAGES:
+        raise ValueError(f"there are {len(prompts)} prompts, expected at most {MAX_IMAGES}.")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"a prompt is {type(text).__name__} {show(text)}, expected a text (str)."
+            )
+        if len(text) > MAX_PROMPT:
+            raise ValueError(
+                f"a prompt has {len(text)} characters, expected at most {MAX_PROMPT}; shorten it."
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the prompt {show(text)} holds half a surrogate pair, expected valid Unicode."
+            ) from None
+    return list(prompts)
+
+
+def check_seeds(seed: Any, prompts: int, n: int) -> list[int]:
+    """The first seed of every prompt."""
+    if not isinstance(seed, list | tuple | np.ndarray):
+        return [whole(seed, "seed", 0, 2**63 - 1 - n)] * prompts
+    if len(seed) != prompts:
+        raise ValueError(
+            f"there are {len(seed)} seeds for {prompts} prompts, expected one seed or as many."
+        )
+    return [whole(value, "seed", 0, 2**63 - 1 - n) for value in seed]
+
+
+def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | None]:
+    """Experts per token for every step."""
+    choices = manifest.get("top_k_choices") or []
+    if top_k is None:
+        return [manifest.get("top_k")] * steps
+    if not choices:
+        raise ValueError(
+            f"top_k is {show(top_k)}, expected none: this bundle holds a dense model, which has"
+            f" no experts."
+        )
+    several = isinstance(top_k, list | tuple | np.ndarray)
+    values = list(top_k) if several else [top_k] * steps
+    if len(values) != steps:
+        raise ValueError(
+            f"top_k lists {len(values)} numbers for {steps} steps, expected one number or as many."
+        )
+    for k in values:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k not in choices:
+            known = ", ".join(map(str, sorted(choices)))
+            raise ValueError(
+                f"top_k is {show(k)}, expected one of {known}, which this bundle was exported"
+                f" with; export again with --top-k to have others."
+            )
+    return [int(k) for k in values]
+
+
+def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np.ndarray:
+    """Initial noise as packed float32 [images, tokens, 4C]; unpacked noise is packed."""
+    from runtime.flux import pack
+
+    images, (h, w) = len(request.prompts), request.latent_size
+    channels = manifest["latents"]["channels"]
+    packed, unpacked = (images, h * w // 4, channels * 4), (images, channels, h, w)
+    if not isinstance(latents, np.ndarray) or not np.issubdtype(latents.dtype, np.floating):
+        kind = getattr(latents, "dtype", type(latents).__name__)
+        raise ValueError(f"latents is {kind}, expected a numpy array of floats.")
+    if latents.shape not in (packed, unpacked):
+        raise ValueError(
+            f"latents has shape {list(latents.shape)}, expected {list(packed)} (packed) or"
+            f" {list(unpacked)} for {images} images of {request.width} x {request.height}."
+        )
+    if not np.isfinite(latents).all():
+        raise ValueError("latents holds NaN or infinity, expected finite numbers.")
+    values = latents.astype(np.float32)
+    return values if latents.shape == packed else pack(values)
+
+
+def whole(value: Any, name: str, low: int, high: int) -> int:
+    """A whole number from low to high."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or not low <= value <= high:
+        raise ValueError(f"{name} is {show(value)}, expected a whole number from {low} to {high}.")
+    return int(value)
+
+
+def side(value: Any, name: str, factor: int) -> int:
+    """A side of the picture in pixels."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or not factor <= value <= MAX_PIXELS or value % factor:
+        near = ""
+        if integer and factor <= value <= MAX_PIXELS:
+            near = f"; {math.floor(value / factor) * factor} is the nearest below"
+        raise ValueError(
+            f"{name} is {show(value)}, expected a multiple of {factor} from {factor} to"
+            f" {MAX_PIXELS}{near}."
+        )
+    return int(value)
+
+
+def show(value: Any) -> str:
+    """A value of unknown size as at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

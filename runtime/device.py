@@ -1,0 +1,119 @@
+"""The few things asked of a CUDA device: memory, copies, one stream, graphs. Nothing else is CUDA.
+
+Through cuda-bindings (no torch; its import takes 0.1 s). An executor takes such an object as an
+argument, so that its tests run on host memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class Device:
+    """The current CUDA device with one stream of its own. Methods raise OSError."""
+
+    def __init__(self) -> None:
+        self.cuda = bindings()
+        self.capability = capability(self.cuda)
+        self.stream = int(self.check("making a stream", *self.cuda.cudaStreamCreate()))
+
+    def malloc(self, size: int) -> int:
+        """Address of `size` new bytes, a multiple of 256."""
+        error, address = self.cuda.cudaMalloc(max(size, 1))
+        if int(error) == int(self.cuda.cudaError_t.cudaErrorMemoryAllocation):
+            free = self.check("asking for free memory", *self.cuda.cudaMemGetInfo())[0]
+            raise OSError(
+                f"the GPU has {free >> 20} MiB free, expected {size >> 20} MiB more; draw a smaller"
+                " picture or fewer at once, or use --backend ort."
+            )
+        return int(self.check("allocating memory", error, address))
+
+    def free(self, address: int) -> None:
+        """Give back memory from `malloc`, after everything queued has run."""
+        self.synchronize()
+        self.check("freeing memory", *self.cuda.cudaFree(address))
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy a C-contiguous array to the device; it may be changed once this returns."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.copy("uploading", address, array.ctypes.data, array.nbytes, kind)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Fill a C-contiguous array from the device, after everything queued has run."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.copy("downloading", array.ctypes.data, address, array.nbytes, kind)
+
+    def copy(self, what: str, target: int, source: int, size: int, kind: Any) -> None:
+        """A copy on the stream, waited for: host memory is pageable and belongs to numpy."""
+        done = self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream)
+        self.check(what, *done)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self.check("waiting for the GPU", *self.cuda.cudaStreamSynchronize(self.stream))
+
+    def begin_capture(self) -> None:
+        """Record what is queued from now on instead of running it."""
+        mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.check("recording a CUDA graph", *self.cuda.cudaStreamBeginCapture(self.stream, mode))
+
+    def end_capture(self) -> Any:
+        """What was recorded, ready for `replay`."""
+        graph = self.check("recording a CUDA graph", *self.cuda.cudaStreamEndCapture(self.stream))
+        ready = self.check("building a CUDA graph", *self.cuda.cudaGraphInstantiate(graph, 0))
+        self.check("building a CUDA graph", *self.cuda.cudaGraphDestroy(graph))
+        return ready
+
+    def replay(self, graph: Any) -> None:
+        """Queue a recorded graph."""
+        self.check("running a CUDA graph", *self.cuda.cudaGraphLaunch(graph, self.stream))
+
+    def discard(self, graph: Any) -> None:
+        """Give a recorded graph back."""
+        self.check("freeing a CUDA graph", *self.cuda.cudaGraphExecDestroy(graph))
+
+    def check(self, what: str, error: Any, *values: Any) -> Any:
+        """The value of a CUDA call, the values where there are several."""
+        if int(error):
+            raise OSError(f"{what} failed with CUDA error {int(error)} ({text(self.cuda, error)}).")
+        return values[0] if len(values) == 1 else values
+
+
+def bindings() -> Any:
+    """The module cuda.bindings.runtime; ImportError says what installs it."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise ImportError(
+            "running plans needs cuda-bindings; install it with: pip install 'd2m[trt-rtx]'"
+        ) from None
+    return runtime
+
+
+def capability(cuda: Any) -> int:
+    """Compute capability of the current device, 89 for 8.9; OSError where there is none."""
+    error, count = cuda.cudaGetDeviceCount()
+    if int(error) or not count:
+        reason = text(cuda, error) if int(error) else "the driver shows no device"
+        raise OSError(
+            "running TensorRT plans needs an NVIDIA GPU with its driver, which this machine does"
+            f" not have ({reason}); use --backend ort."
+        )
+    error, device = cuda.cudaGetDevice()
+    numbers = []
+    for part in ("Major", "Minor"):
+        attribute = getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}")
+        error, value = cuda.cudaDeviceGetAttribute(attribute, device)
+        if int(error):
+            raise OSError(f"asking for the GPU's kind failed ({text(cuda, error)}).")
+        numbers.append(int(value))
+    return 10 * numbers[0] + numbers[1]
+
+
+def text(cuda: Any, error: Any) -> str:
+    """CUDA's own words for an error."""
+    _, words = cuda.cudaGetErrorString(error)
+    return words.decode() if isinstance(words, bytes) else str(words)

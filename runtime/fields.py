@@ -1,0 +1,71 @@
+"""The fields of a JSON object that came from outside, each taken with its type and range."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def mapping(obj: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    """obj[key], which must be an object."""
+    value = obj.get(key)
+    if not isinstance(value, dict):
+        raise wrong(join(where, key), value, "an object")
+    return value
+
+
+def text(obj: dict[str, Any], key: str, where: str = "") -> str:
+    """obj[key], which must be a string of reasonable length."""
+    value = obj.get(key)
+    if not isinstance(value, str) or len(value) > 1000:
+        raise wrong(join(where, key), value, "a string")
+    return value
+
+
+def integer(obj: dict[str, Any], key: str, low: int, high: int, where: str = "") -> int:
+    """obj[key], which must be a whole number from low to high."""
+    value = obj.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise wrong(join(where, key), value, f"a whole number from {low} to {high}")
+    return value
+
+
+def number(obj: dict[str, Any], key: str, low: float, high: float, where: str = "") -> float:
+    """obj[key], which must be a finite number from low to high."""
+    value: Any = obj.get(key)
+    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        raise wrong(join(where, key), value, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def one_of(obj: dict[str, Any], key: str, choices: tuple[Any, ...], where: str = "") -> Any:
+    """obj[key], which must be one of `choices`."""
+    value = obj.get(key)
+    if not isinstance(value, str | int) or value not in choices:
+        known = ", ".join(map(str, choices)) if choices else "something known"
+        raise wrong(join(where, key), value, known if len(choices) < 2 else f"one of {known}")
+    return value
+
+
+def listed(obj: dict[str, Any], key: str, files: dict[str, Any], where: str) -> str:
+    """obj[key], which must be a path listed (with size and hash) under files."""
+    value = obj.get(key)
+    if not isinstance(value, str) or value not in files:
+        raise wrong(join(where, key), value, "a path listed under files")
+    return value
+
+
+def join(where: str, key: str) -> str:
+    """The dotted name of a field."""
+    return f"{where}.{key}" if where else key
+
+
+def wrong(where: str, value: Any, expected: str) -> ValueError:
+    """The clause that names a field, what it holds and what was expected."""
+    return ValueError(f"{where[:120]} in its manifest.json is {show(value)}, expected {expected}")
+
+
+def show(value: Any) -> str:
+    """A value of unknown size as at most 80 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,0 +1,258 @@
+"""What a directory holds: a sparse checkpoint, a dense pipeline, or a bundle and its plans.
+
+Reads JSON and the headers of safetensors files, never a weight, and so answers at once for a
+model of any size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.executor import choose
+from runtime.weights import Tensor, read_header
+
+MAX_JSON = 32 << 20
+BUFFERS = ("neurons",)  # stored with the weights, but no parameters
+EXPERT_TENSORS = ("experts.w1", "experts.b1", "experts.w2")  # leading dimension: experts
+LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe the directory as a dict of JSON values; `lines` makes it readable.
+
+    Raises FileNotFoundError where it is neither a pipeline nor a bundle, ValueError where a file
+    in it is broken.
+    """
+    root = Path(path)
+    if (root / "manifest.json").is_file():
+        return inspect_bundle(open_bundle(root, check="sizes"))
+    if (root / "model_index.json").is_file():
+        return inspect_pipeline(root)
+    what = "has neither manifest.json nor model_index.json" if root.is_dir() else "is no directory"
+    raise FileNotFoundError(
+        f"{root} {what}, expected a bundle (d2m export) or a pipeline directory (d2m convert)."
+    )
+
+
+def inspect_pipeline(root: Path) -> dict[str, Any]:
+    """A diffusers FLUX pipeline directory, sparse or dense."""
+    index, config = (
+        read_json(root / "model_index.json"),
+        read_json(root / "transformer/config.json"),
+    )
+    tensors = {name: read_weights(root / name) for name, row in index.items() if loadable(row)}
+    tensors = {name: found for name, found in tensors.items() if found}
+    if "transformer" not in tensors:
+        raise FileNotFoundError(
+            f"{root / 'transformer'} has no .safetensors files, expected the transformer's weights."
+        )
+    shapes = {name: tensor.shape for name, tensor in tensors["transformer"].items()}
+    sites = [name.removesuffix(".experts.w1") for name in shapes if name.endswith(".experts.w1")]
+    top_k = config.get("top_k") if sites else None
+    if sites and (type(top_k) is not int or not 0 <= top_k <= shapes[f"{sites[0]}.experts.w1"][0]):
+        raise ValueError(
+            f"{root / 'transformer/config.json'} says top_k = {top_k!r}, expected a number of"
+            f" experts; convert again."
+        )
+    recipe = root / "recipe.json"
+    files = walk(root)
+    return {
+        "what": "sparse checkpoint" if sites else "dense pipeline",
+        "path": str(root),
+        "class": str(config.get("_class_name")),
+        "blocks": {
+            "double": blocks(shapes, "transformer_blocks"),
+            "single": blocks(shapes, "single_transformer_blocks"),
+        },
+        "experts": experts(shapes, sites, top_k) if sites else None,
+        "parameters": {
+            **{name: parameters(found.items()) for name, found in tensors.items()},
+            "transformer": parameters(tensors["transformer"].items(), top_k),
+        },
+        "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
+        "recipe": read_json(recipe).get("name") if recipe.is_file() else None,
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    """A bundle: what it draws with, and where its plans run."""
+    manifest = bundle.manifest
+    files = {name: row["size"] for name, row in sorted(manifest["files"].items())}
+    backend, reason = choose(bundle)
+    return {
+        "what": f"{manifest['kind']} bundle",
+        "path": str(bundle.path),
+        "name": manifest["name"],
+        "family": manifest["family"],
+        "format": manifest["format"],
+        "made_by": f"d2m {manifest['d2m']}",
+        "digest": bundle.digest,
+        "compute_dtype": manifest["compute_dtype"],
+        "storage_dtype": manifest["storage_dtype"],
+        "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
+        "experts": None
+        if manifest["kind"] == "dense"
+        else {
+            "num_experts": manifest["num_experts"],
+            "top_k": manifest["top_k"],
+            "top_k_choices": manifest["top_k_choices"],
+        },
+        "parameters": {
+            **{name: parameters(bundle.weights(name).tensors.items()) for name in others(bundle)},
+            "transformer": parameters(
+                bundle.weights("transformer").tensors.items(), manifest.get("top_k")
+            ),
+        },
+        "defaults": manifest["defaults"],
+        "scores": manifest.get("scores"),
+        "plans": [
+            plan(name, row, files) for name, row in sorted(manifest.get("plans", {}).items())
+        ],
+        "backend_here": {"name": backend, "reason": reason},
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def plan(target: str, row: Mapping[str, Any], files: Mapping[str, int]) -> dict[str, Any]:
+    """A set of plans: how many, how large, and the machine and library they need."""
+    library = f"{LIBRARIES.get(row['api'], row['api'])} {row['version']}, exactly"
+    named = [f"{int(c) // 10}.{int(c) % 10}" for c in row["compute_capabilities"]]
+    if named:
+        gpu = f"an NVIDIA GPU of compute capability {' or '.join(named)}"
+    else:
+        gpu = "an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, or 12.0 and later"
+    return {
+        "target": target,
+        "api": row["api"],
+        "version": row["version"],
+        "needs": f"{gpu}, and {library}",
+        "dtype": row.get("dtype"),
+        "profiles": row.get("profiles", {}),
+        "plans": len(row["files"]),
+        "bytes": sum(files[name] for name in row["files"].values()),
+    }
+
+
+def lines(info: Mapping[str, Any]) -> list[str]:
+    """`inspect`'s answer for people, one fact a line."""
+    total = info["parameters"]["transformer"]["total"]
+    active = info["parameters"]["transformer"]["activated"]
+    named = " + ".join(f"{count} {kind}" for kind, count in info["blocks"].items())
+    title = f"{info['what']} {info.get('name') or info['path']}"
+    out = [title, f"transformer: {total:,} parameters, {active:,} activated ({active / total:.1%})"]
+    out.append(f"blocks: {named}")
+    if info["experts"]:
+        out.append("experts: " + ", ".join(f"{k} {v}" for k, v in info["experts"].items()))
+    for name, row in info["parameters"].items():
+        if name != "transformer":
+            out.append(f"{name}: {row['total']:,} parameters")
+    for field in ("class", "recipe", "made_by", "compute_dtype", "storage_dtype", "digest"):
+        if info.get(field):
+            out.append(f"{field.replace('_', ' ')}: {info[field]}")
+    if info.get("defaults"):
+        out.append("defaults: " + ", ".join(f"{k} {v}" for k, v in info["defaults"].items()))
+    for row in info.get("plans", ()):
+        size = f"{row['plans']} plans, {row['bytes'] / 1e6:.1f} MB, {row['dtype']}"
+        out.append(f"plans {row['target']}: {size}; they need {row['needs']}")
+    if "plans" in info and not info["plans"]:
+        out.append("plans: none")
+    if "backend_here" in info:
+        here = info["backend_here"]
+        out.append(f"backend here: {here['name']} ({here['reason']})")
+    out.append(f"files: {len(info['files'])}, {info['bytes'] / 1e6:.1f} MB")
+    out += [f"  {size:>12,}  {name}" for name, size in info["files"].items()]
+    return out
+
+
+def experts(
+    shapes: Mapping[str, tuple[int, ...]], sites: list[str], top_k: int | None
+) -> dict[str, Any]:
+    """The sparse FFNs of a checkpoint (all alike)."""
+    count, width, hidden = shapes[f"{sites[0]}.experts.w1"]
+    shared = shapes.get(f"{sites[0]}.shared.fc1.weight", (0,))[0]
+    return {
+        "num_experts": count,
+        "top_k": top_k,
+        "layers": len(sites),
+        "width": width,
+        "expert_hidden": hidden,
+        "shared_hidden": shared,
+    }
+
+
+def parameters(tensors: Iterable[tuple[str, Tensor]], top_k: int | None = None) -> dict[str, int]:
+    """Parameters in all, and those that one token uses with `top_k` experts."""
+    total = activated = 0
+    for name, tensor in tensors:
+        if name.rsplit(".", 1)[-1] in BUFFERS:
+            continue
+        total += tensor.size
+        if top_k is not None and name.endswith(EXPERT_TENSORS) and tensor.shape[0]:
+            activated += top_k * (tensor.size // tensor.shape[0])
+        else:
+            activated += tensor.size
+    return {"total": total, "activated": activated}
+
+
+def blocks(names: Iterable[str], group: str) -> int:
+    """How many blocks a transformer has in a module list."""
+    start = f"{group}."
+    return len({name.split(".")[1] for name in names if name.startswith(start)})
+
+
+def others(bundle: Bundle) -> Iterator[str]:
+    """The components beside the transformer."""
+    return (name for name in bundle.manifest["components"] if name != "transformer")
+
+
+def loadable(row: Any) -> bool:
+    """Whether an entry of model_index.json names a component that is there."""
+    return isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The headers of a component's safetensors files; of the index's shards where it has one."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        shards = read_json(indexes[0]).get("weight_map")
+        values = shards.values() if isinstance(shards, dict) else ()
+        names = sorted({Path(str(name)).name for name in values})
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors.update(read_header(folder / name))
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; FileNotFoundError or ValueError names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, expected it in a pipeline directory.")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}.")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({str(error)[:80]}); restore the file.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; restore the file.")
+    return value
+
+
+def walk(root: Path) -> dict[str, int]:
+    """Every file below a directory and its size in bytes."""
+    return {
+        str(path.relative_to(root)): path.stat().st_size
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }

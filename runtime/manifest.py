@@ -1,0 +1,215 @@
+"""The manifest of a bundle, checked to the last field: nothing after this needs to doubt it.
+
+Unknown fields are left alone (a later minor version may add some); known ones must be right. A
+sentence names the field, what it holds and what was expected.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from runtime.fields import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.weights import naturals
+
+FORMAT = 1
+FAMILY = "flux"
+COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
+KINDS = ("sparse", "dense")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool")
+FLOATS = ("float32", "bfloat16", "float16")
+MAX_FILE = 1 << 42  # 4 TiB: no weights file is larger
+MAX_FILES = 10_000
+MAX_CALLS = 4096  # blocks of a component
+MAX_DIM = 1 << 40
+MAX_PIXELS = 16384  # a side of a picture
+
+
+def check(manifest: Any) -> None:
+    """Raise ValueError (a clause, no full stop) where the manifest is not one of format 1."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"manifest.json holds {show(manifest)}, expected an object")
+    version = manifest.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(
+            f"its format is {show(version)}, expected {FORMAT}: it was made by another version"
+            f" of d2m; use that version"
+        )
+    one_of(manifest, "family", (FAMILY,))
+    one_of(manifest, "kind", KINDS)
+    one_of(manifest, "compute_dtype", FLOATS)
+    one_of(manifest, "storage_dtype", FLOATS)
+    text(manifest, "d2m")
+    text(manifest, "name")
+    files = check_files(mapping(manifest, "files"))
+    components = mapping(manifest, "components")
+    for name in COMPONENTS:
+        mapping(components, name, "components")
+    for name in components:
+        check_component(mapping(components, name, "components"), f"components.{name}", files)
+    for name, count in (("text_encoder", 1), ("text_encoder_2", 1), ("vae_decoder", 1)):
+        for side in ("inputs", "outputs"):
+            if len(components[name][side]) != count:
+                raise wrong(f"components.{name}.{side}", components[name][side], "one tensor")
+    check_top_k(manifest)
+    check_settings(manifest)
+    for name in ("tokenizer", "tokenizer_2"):
+        where = f"tokenizers.{name}"
+        row = mapping(mapping(manifest, "tokenizers"), name, "tokenizers")
+        listed(row, "file", files, where)
+        integer(row, "max_length", 1, 1 << 16, where)
+        integer(row, "pad_id", 0, 1 << 31, where)
+    plans = mapping(manifest, "plans") if "plans" in manifest else {}
+    for target in plans:
+        check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)
+
+
+def check_files(files: dict[str, Any]) -> dict[str, Any]:
+    """Names must stay inside the directory; sizes and hashes must be such."""
+    if len(files) > MAX_FILES:
+        raise wrong("files", f"{len(files)} entries", f"at most {MAX_FILES}")
+    for name, row in files.items():
+        if not inside(name):
+            raise wrong("files", name, "a relative path inside the bundle, without '..'")
+        where = f"files[{show(name)}]"
+        if not isinstance(row, dict):
+            raise wrong(where, row, "an object with sha256 and size")
+        integer(row, "size", 0, MAX_FILE, where)
+        if not isinstance(row.get("sha256"), str) or not re.fullmatch(
+            "[0-9a-f]{64}", row["sha256"]
+        ):
+            raise wrong(f"{where}.sha256", row.get("sha256"), "64 hexadecimal digits")
+    return files
+
+
+def inside(name: str) -> bool:
+    """Whether `name` is a plain relative path: no '..', drive, backslash, root or NUL in it."""
+    parts = name.split("/")
+    if not name or len(name) > 512 or any(c in name for c in "\\:\0") or not name.isprintable():
+        return False
+    return all(part not in ("", ".", "..") for part in parts) and not PurePosixPath(name).root
+
+
+def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A component: its files, tensors, block types, and a program that can run to its end."""
+    listed(row, "onnx", files, where)
+    listed(row, "weights", files, where)
+    for side in ("inputs", "outputs"):
+        for name in mapping(row, side, where):
+            check_tensor(mapping(row[side], name, f"{where}.{side}"), f"{where}.{side}.{name}")
+    types = mapping(row, "types", where)
+    for name in types:
+        check_type(mapping(types, name, f"{where}.types"), f"{where}.types.{name}", files)
+    program = row.get("program")
+    if not isinstance(program, list) or not 1 <= len(program) <= MAX_CALLS:
+        raise wrong(f"{where}.program", program, f"a list of 1 to {MAX_CALLS} calls")
+    known = set(row["inputs"])
+    for index, call in enumerate(program):
+        here = f"{where}.program[{index}]"
+        if not isinstance(call, dict):
+            raise wrong(here, call, "an object with type and prefix")
+        one_of(call, "type", tuple(types), here)
+        text(call, "prefix", here)
+        for name in types[call["type"]]["inputs"]:
+            if name not in known:
+                raise wrong(here, name, "an input of the component or output of an earlier call")
+        known.update(types[call["type"]]["outputs"])
+    for name in row["outputs"]:
+        if name not in known:
+            raise wrong(f"{where}.outputs", name, "a tensor that the program writes")
+
+
+def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A block type: graphs by top_k ("" where it has none), tensor names, weights."""
+    graphs = mapping(row, "graphs", where)
+    if not graphs:
+        raise wrong(f"{where}.graphs", graphs, "at least one graph")
+    for key in graphs:
+        if key != "" and not (key.isascii() and key.isdigit() and len(key) < 5):
+            raise wrong(f"{where}.graphs", key, "the empty string or a number of experts")
+        if key == "" and len(graphs) > 1:
+            raise wrong(f"{where}.graphs", list(graphs), "one graph or a graph per top_k")
+        listed(graphs, key, files, f"{where}.graphs")
+    for side in ("inputs", "outputs"):
+        names = row.get(side)
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise wrong(f"{where}.{side}", names, "a list of tensor names")
+    for name in mapping(row, "weights", where):
+        weight = mapping(row["weights"], name, f"{where}.weights")
+        check_tensor(weight, f"{where}.weights.{name}", named=False)
+
+
+def check_tensor(row: dict[str, Any], where: str, *, named: bool = True) -> None:
+    """{"dtype", "shape"}; dimensions are numbers, or names where `named`."""
+    one_of(row, "dtype", DTYPES, where)
+    shape = row.get("shape")
+    if not isinstance(shape, list) or len(shape) > 8:
+        raise wrong(f"{where}.shape", shape, "a list of at most 8 dimensions")
+    for size in shape:
+        number = type(size) is int and 0 <= size < MAX_DIM
+        if not number and not (named and isinstance(size, str) and 0 < len(size) < 64):
+            raise wrong(f"{where}.shape", shape, "a list of dimensions")
+
+
+def check_top_k(manifest: dict[str, Any]) -> None:
+    """Sparse bundles name a default number of experts, and the others that were exported."""
+    choices, top_k = manifest.get("top_k_choices"), manifest.get("top_k")
+    if manifest["kind"] == "dense":
+        if choices or top_k is not None:
+            raise wrong("top_k", top_k, "null, and no top_k_choices, in a dense bundle")
+        return
+    experts = integer(manifest, "num_experts", 1, 4096)
+    if not isinstance(choices, list) or not choices:
+        raise wrong("top_k_choices", choices, "a list of numbers of experts")
+    if any(type(k) is not int or not 0 <= k <= experts for k in choices):
+        raise wrong("top_k_choices", choices, f"numbers between 0 and num_experts = {experts}")
+    if type(top_k) is not int or top_k not in choices:
+        raise wrong("top_k", top_k, f"one of top_k_choices = {choices}")
+    for component, row in manifest["components"].items():
+        for name, kind in row["types"].items():
+            missing = [k for k in choices if str(k) not in kind["graphs"]]
+            if "" not in kind["graphs"] and missing:
+                where = f"components.{component}.types.{name}.graphs"
+                raise wrong(where, list(kind["graphs"]), f"a graph for top_k = {missing[0]}")
+
+
+def check_settings(manifest: dict[str, Any]) -> None:
+    """Defaults, latents and scheduler: numbers in the range where drawing is possible."""
+    latents = mapping(manifest, "latents")
+    integer(latents, "channels", 1, 4096, "latents")
+    factor = integer(latents, "vae_scale_factor", 1, 256, "latents")
+    one_of(latents, "patch", (2,), "latents")
+    number(latents, "scaling_factor", 1e-6, 1e6, "latents")
+    if latents.get("shift_factor") is not None:
+        number(latents, "shift_factor", -1e6, 1e6, "latents")
+    number(latents, "rope_theta", 1, 1e9, "latents")
+    axes = latents.get("rope_axes")
+    if not isinstance(axes, list) or len(axes) != 3:
+        raise wrong("latents.rope_axes", axes, "three even numbers")
+    if any(type(dim) is not int or dim % 2 or not 0 < dim <= 4096 for dim in axes):
+        raise wrong("latents.rope_axes", axes, "three even numbers")
+    defaults = mapping(manifest, "defaults")
+    integer(defaults, "steps", 1, 1000, "defaults")
+    number(defaults, "guidance", 0, 1000, "defaults")
+    for side in ("height", "width"):
+        pixels = integer(defaults, side, 1, MAX_PIXELS, "defaults")
+        if pixels % (factor * 2):
+            raise wrong(f"defaults.{side}", pixels, f"a multiple of {factor * 2}")
+    mapping(manifest, "scheduler")
+
+
+def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A set of compiled plans: the library and release that built them, and where they run."""
+    text(row, "api", where)
+    text(row, "version", where)
+    capabilities = row.get("compute_capabilities")
+    if not isinstance(capabilities, list) or not all(
+        type(c) in (int, str) or isinstance(c, list) for c in capabilities
+    ):
+        raise wrong(f"{where}.compute_capabilities", capabilities, "a list")
+    for name, sizes in (mapping(row, "profiles", where) if "profiles" in row else {}).items():
+        if not naturals(sizes) or len(sizes) != 3:
+            raise wrong(f"{where}.profiles.{name}", sizes, "three sizes: min, opt, max")
+    for name in mapping(row, "files", where):
+        listed(row["files"], name, files, f"{where}.files")

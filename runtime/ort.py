@@ -1,0 +1,224 @@
+"""ONNX Runtime: a component as one graph, or block by block with weights as inputs.
+
+"graph" runs <component>.onnx, whose weights ONNX Runtime maps from the safetensors file itself;
+it packs and folds them, once. "blocks" makes one session per block type and number of experts
+and binds each block's weights to it: the same program that a GPU backend runs. The graph has the
+default number of experts compiled in; any other top_k is served by blocks, opened when first
+asked for. (Composing a graph per top_k would need onnx in the runtime and hold the weights once
+per k; block sessions hold no weights, so all of them share one set.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.executor import check_inputs, graph_key, run_program
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from runtime.bundle import Bundle
+    from runtime.executor import Executor
+
+log = logging.getLogger("runtime")
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+def open_component(
+    bundle: Bundle, component: str, *, threads: int | None = None, mode: str = "graph"
+) -> Executor:
+    """An executor on the CPU; `mode` "graph" or "blocks" (see above)."""
+    if mode not in ("graph", "blocks"):
+        raise ValueError(f"the mode is {mode!r}, expected 'graph' or 'blocks'.")
+    compute = bundle.manifest["compute_dtype"]
+    if compute == "bfloat16":
+        raise ValueError(
+            f"bundle {bundle.path} computes in bfloat16, which ONNX Runtime cannot do on a CPU;"
+            f" export it with --dtype fp32 (weights stay bfloat16 on disk)."
+        )
+    return (Graph if mode == "graph" else Blocks)(bundle, component, thread_count(threads))
+
+
+class Graph:
+    """<component>.onnx in one session; other top_k through Blocks."""
+
+    def __init__(self, bundle: Bundle, component: str, threads: int) -> None:
+        self.bundle, self.name, self.threads = bundle, component, threads
+        self.component = bundle.component(component)
+        self.session = open_session(bundle, self.component["onnx"], threads)
+        self.default = bundle.manifest.get("top_k")
+        keyed = any("" not in kind["graphs"] for kind in self.component["types"].values())
+        self.routed = keyed and self.default is not None
+        self._blocks: Blocks | None = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """See runtime.executor.Executor."""
+        if self.routed and top_k is not None and top_k != self.default:
+            return self.blocks()(inputs, top_k)
+        check_inputs(self.component, inputs)
+        names = list(self.component["outputs"])
+        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+
+    def blocks(self) -> Blocks:
+        """The same component block by block, opened once."""
+        with self._lock:
+            if self._blocks is None:
+                self._blocks = Blocks(self.bundle, self.name, self.threads)
+            return self._blocks
+
+
+class Blocks:
+    """A session per block type and top_k; weights are cast once and shared by all of them."""
+
+    def __init__(self, bundle: Bundle, component: str, threads: int) -> None:
+        self.bundle, self.threads = bundle, threads
+        self.component = bundle.component(component)
+        self.tensors = bundle.weights(component)
+        self.default = bundle.manifest.get("top_k")
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._weights: dict[str, onnxruntime.OrtValue] = {}
+        self._bindings: dict[tuple[str, str, str], onnxruntime.IOBinding] = {}
+        self._lock = threading.Lock()  # a binding holds one call's tensors
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """See runtime.executor.Executor."""
+        check_inputs(self.component, inputs)
+        with self._lock:
+            env = {name: ort_value(array) for name, array in inputs.items()}
+            k = self.default if top_k is None else top_k
+            env = run_program(self.component, env, k, self.call)
+            # numpy() of an output is a view that the next call would overwrite.
+            return {name: env[name].numpy().copy() for name in self.component["outputs"]}
+
+    def block(
+        self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """One block alone, fed with given tensors (parity compares blocks one by one so)."""
+        row = self.component["types"][kind]
+        key = graph_key(row, self.default if top_k is None else top_k)
+        with self._lock:
+            values = [ort_value(inputs[name]) for name in row["inputs"]]
+            outputs = self.call(-1, kind, key, prefix, values)
+            return {
+                name: value.numpy().copy()
+                for name, value in zip(row["outputs"], outputs, strict=True)
+            }
+
+    def call(
+        self, index: int, kind: str, key: str, prefix: str, inputs: list[Any]
+    ) -> list[onnxruntime.OrtValue]:
+        """run_program's callback: OrtValues in, OrtValues out."""
+        row = self.component["types"][kind]
+        place = (kind, key, prefix)
+        if place not in self._bindings:
+            self._bindings[place] = self.bind(kind, key, prefix)
+        binding, session = self._bindings[place], self.session(row["graphs"][key])
+        for name, value in zip(row["inputs"], inputs, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        # By position: a graph cannot read and write one name, so its outputs have others. Bound
+        # anew each time, or the outputs of the call before would be overwritten.
+        for output in session.get_outputs():
+            binding.bind_output(output.name, "cpu")
+        session.run_with_iobinding(binding)
+        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        return outputs
+
+    def session(self, graph: str) -> onnxruntime.InferenceSession:
+        """The session of a block graph, opened once."""
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(self.bundle, graph, self.threads)
+        return self._sessions[graph]
+
+    def bind(self, kind: str, key: str, prefix: str) -> onnxruntime.IOBinding:
+        """A binding of one block's weights; they stay bound from step to step."""
+        row = self.component["types"][kind]
+        binding = self.session(row["graphs"][key]).io_binding()
+        for local, weight in row["weights"].items():
+            name = prefix + local
+            if name not in self._weights:
+                array = self.tensors.array(name, weight["dtype"])
+                self._weights[name] = ort_value(np.ascontiguousarray(array))
+            binding.bind_ortvalue_input(local, self._weights[name])
+        return binding
+
+
+def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """An OrtValue on the array's own memory (kept alive by the value)."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def open_session(bundle: Bundle, graph: str, threads: int) -> onnxruntime.InferenceSession:
+    """A session on one of the bundle's graphs, deterministic, with `threads` threads."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError(
+            "backend 'ort' needs onnxruntime; install it with: pip install onnxruntime"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors; they are raised as well
+    path = bundle.file(graph)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+    except Exception as error:  # its exceptions share no base class but Exception
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
+            f" export the bundle again or install the version named in its constraints."
+        ) from None
+
+
+def thread_count(threads: int | None = None) -> int:
+    """The argument, else D2M_THREADS, else the physical cores this process may use."""
+    if threads is None:
+        text = os.environ.get("D2M_THREADS", "").strip()
+        if not text:
+            return physical_cores()
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(f"D2M_THREADS is {text!r}, expected a whole number of threads.")
+        threads = int(text)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise ValueError(f"the number of threads is {threads!r}, expected 1 to 1024.")
+    return threads
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs of this process's affinity mask, and within its CPU quota.
+
+    Two hyperthreads share one core's multipliers: a second thread there slows matmuls down.
+    """
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return max(1, (os.cpu_count() or 2) // 2)
+    cores = set()
+    for cpu in cpus:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            return max(1, min(len(cores), -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass
+    return len(cores)

@@ -1,0 +1,76 @@
+"""From the VAE's floats to a PIL image, and to a PNG that knows how it was made."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY = "d2m"  # of the text chunk: a JSON object
+
+
+def to_image(pixels: np.ndarray, settings: dict[str, Any] | None = None) -> Image:
+    """[3, H, W] in [-1, 1] -> an RGB image, rounded as diffusers' VaeImageProcessor rounds.
+
+    `settings` (prompt, seed, steps, ...) travel in `image.info` and `save` writes them.
+    """
+    from PIL import Image
+
+    if not np.isfinite(pixels).all():
+        raise ValueError(
+            "the image holds values that are not finite (NaN or infinity), expected numbers;"
+            " the bundle's weights or this backend's arithmetic overflow: try --dtype fp32."
+        )
+    # numpy's round is to even, as torch's and so diffusers' is.
+    values = np.clip(pixels.astype(np.float32).transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
+    image = Image.fromarray((values * 255).round().astype(np.uint8), "RGB")
+    if settings is not None:
+        image.info[KEY] = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return image
+
+
+def save(image: Image, path: str | os.PathLike[str]) -> Path:
+    """Write the image as a PNG with its settings, at once: a reader sees all of it or nothing."""
+    from PIL import PngImagePlugin
+
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, expected the name of an image file.")
+    texts = PngImagePlugin.PngInfo()
+    if KEY in image.info:
+        texts.add_itxt(KEY, image.info[KEY])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
+    """How an image (or a PNG file of ours) was made; {} where it does not say."""
+    from PIL import Image as images
+
+    if not isinstance(image, images.Image):
+        with images.open(image) as opened:
+            opened.load()
+            return settings_of(opened)
+    value = image.info.get(KEY)
+    return json.loads(value) if isinstance(value, str) else {}

@@ -1,0 +1,256 @@
+"""A bundle as a callable: prompts in, images out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime import flux
+from runtime.arguments import Request, check_request, read_latents
+from runtime.bundle import Bundle, open_bundle
+from runtime.executor import GPU_BACKENDS, Executor, batch_limit, choose, open_component
+from runtime.manifest import COMPONENTS
+from runtime.text import TextTokenizer
+from runtime.weights import to_dtype, to_float32
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger("runtime")
+Progress = Callable[[str, int, int], None]
+
+
+def default_bundle() -> Path:
+    """The bundle that ships with the package."""
+    return Path(__file__).parent / "default"
+
+
+class Pipeline:
+    """A bundle opened on a backend; call it to draw.
+
+    Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
+    alone, see runtime.ort. The same seed, bundle, backend and batch give the same bytes; another
+    batch size may round sums differently, and so change an image's last bits.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        mode: str | None = None,
+        max_batch: int = 8,
+    ) -> None:
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle or default_bundle())
+        self.bundle = opened
+        self.manifest: dict[str, Any] = opened.manifest
+        flux.check_scheduler(self.manifest["scheduler"])
+        self.asked = backend
+        self.backend, reason = choose(opened, backend)
+        log.info("backend %s (%s)", self.backend, reason)
+        self.threads, self.mode = threads, mode
+        self.max_batch = min(max_batch, batch_limit(opened, self.backend))
+        self._executors: dict[str, Executor] = {}
+        specs = self.manifest["tokenizers"]
+        self._tokenizers = [
+            TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
+            for name in ("tokenizer", "tokenizer_2")
+        ]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        n: int = 1,
+        top_k: int | Sequence[int] | None = None,
+        latents: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ) -> Image | list[Image]:
+        """Draw: one image, or a list of them where n > 1 or `prompt` is a list.
+
+        prompt   a text, or a list of them; every one is drawn `n` times
+        seed     of the first image; image i of a prompt has seed + i. With a list of prompts,
+                 a list of seeds (one per prompt) or one seed that all of them start from
+        steps    1 to 1000; guidance: a number from 0; height, width: pixels
+        top_k    experts per token: a number the bundle was exported with, or one per step
+        latents  initial noise instead of a seed's: [images, tokens, channels] packed, or
+                 [images, C, h, w]
+        progress called as progress(phase, done, total)
+
+        Arguments left out come from the bundle. Raises ValueError with one sentence.
+        """
+        request = check_request(
+            self.manifest,
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            n=n,
+            top_k=top_k,
+        )
+        noise = None
+        if latents is not None:
+            noise = read_latents(latents, request, self.manifest)
+            request = replace(request, seeds=[None] * len(request.seeds))
+        images: list[Image] = []
+        for start in range(0, len(request.prompts), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            images += self.draw(request, part, None if noise is None else noise[part], progress)
+        return images if request.many else images[0]
+
+    def draw(
+        self, request: Request, part: slice, noise: np.ndarray | None, progress: Progress | None
+    ) -> list[Image]:
+        """One batch of a checked request."""
+        from runtime.picture import to_image
+
+        tell = progress or (lambda phase, done, total: None)
+        done, total = min(part.stop, len(request.prompts)), len(request.prompts)
+        start, prompts = part.start, request.prompts[part]
+        tell("encode", start, total)
+        different = list(dict.fromkeys(prompts))
+        places = [different.index(prompt) for prompt in prompts]
+        states, pooled = (array[places] for array in self.encode(different))
+        tell("encode", done, total)
+        if noise is None:
+            seeds = [seed for seed in request.seeds[part] if seed is not None]
+            noise = flux.noise(seeds, self.manifest["latents"]["channels"], *request.latent_size)
+
+        def step(index: int, steps: int) -> None:
+            tell("denoise", start * steps + index * len(prompts), total * steps)
+
+        packed = self.denoise(
+            noise,
+            states,
+            pooled,
+            latent_size=request.latent_size,
+            top_k=request.top_k,
+            guidance=request.guidance,
+            step=step,
+        )
+        tell("decode", start, total)
+        pixels = self.decode(packed, request.latent_size)
+        tell("decode", done, total)
+        return [
+            to_image(image, {**request.settings(start + i), **self.identity()})
+            for i, image in enumerate(pixels)
+        ]
+
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts -> T5 states [n, T, joint dim] and CLIP's pooled vectors [n, P], float32."""
+        clip, t5 = self._tokenizers
+        (pooled,) = self.execute("text_encoder", clip(prompts)).values()
+        (states,) = self.execute("text_encoder_2", t5(prompts)).values()
+        return states, pooled
+
+    def denoise(
+        self,
+        noise: np.ndarray,
+        states: np.ndarray,
+        pooled: np.ndarray,
+        *,
+        latent_size: tuple[int, int],
+        top_k: Sequence[int | None],
+        guidance: float,
+        step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Packed noise [n, T, 4C] -> packed latents, one Euler step per entry of `top_k`.
+
+        `latent_size` is (h, w) in latent pixels; `step(done, steps)` is called before the first
+        step and after each.
+        """
+        settings, config = self.manifest["latents"], self.manifest["scheduler"]
+        steps, (batch, tokens, _) = len(top_k), noise.shape
+        sigmas = flux.sigmas(config, steps, tokens)
+        positions = flux.position_ids(states.shape[1], *latent_size)
+        cos, sin = flux.rope(positions, settings["rope_axes"], settings["rope_theta"])
+        inputs = {
+            "encoder_hidden_states": states,
+            "pooled_projections": pooled,
+            "rope_cos": cos,
+            "rope_sin": sin,
+        }
+        if "guidance" in self.bundle.component("transformer")["inputs"]:
+            inputs["guidance"] = flux.guidance_vector(guidance, batch)
+        latents = noise
+        for index in range(steps):
+            if step:
+                step(index, steps)
+            inputs["hidden_states"] = latents
+            inputs["timestep"] = flux.timestep(sigmas[index], batch, config)
+            (velocity,) = self.execute("transformer", inputs, top_k[index]).values()
+            latents = flux.euler(latents, velocity, sigmas[index], sigmas[index + 1])
+        if step:
+            step(steps, steps)
+        return latents
+
+    def decode(self, packed: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+        """Packed latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
+        settings = self.manifest["latents"]
+        latents = flux.unpack(packed, *latent_size)
+        latents = flux.unscale(latents, settings["scaling_factor"], settings.get("shift_factor"))
+        (pixels,) = self.execute("vae_decoder", latents).values()
+        return pixels
+
+    def execute(
+        self,
+        component: str,
+        inputs: np.ndarray | dict[str, np.ndarray],
+        top_k: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run a component: inputs cast to the dtypes it declares, outputs to float32.
+
+        A component with one input takes the array itself.
+        """
+        row = self.bundle.component(component)
+        if isinstance(inputs, np.ndarray):
+            (name,) = row["inputs"]
+            inputs = {name: inputs}
+        cast = {name: to_dtype(inputs[name], row["inputs"][name]["dtype"]) for name in inputs}
+        outputs = self.executor(component)(cast, top_k)
+        return {name: to_float32(value) for name, value in outputs.items()}
+
+    def executor(self, component: str) -> Executor:
+        """The component's executor, opened once.
+
+        "auto" that chose a GPU goes over to ONNX Runtime, with a warning, where it cannot open.
+        """
+        if component not in self._executors:
+            options = {} if self.mode is None else {"mode": self.mode}
+            try:
+                opened = open_component(
+                    self.bundle, component, self.backend, threads=self.threads, **options
+                )
+            except (ImportError, OSError, ValueError) as error:
+                if self.asked != "auto" or self.backend not in GPU_BACKENDS:
+                    raise
+                log.warning("backend ort in place of %s: %s", self.backend, error)
+                self.backend = "ort"
+                self._executors.clear()
+                return self.executor(component)
+            self._executors[component] = opened
+        return self._executors[component]
+
+    def warm(self) -> None:
+        """Open every component now rather than when the first image needs it."""
+        for component in COMPONENTS:
+            self.executor(component)
+
+    def identity(self) -> dict[str, Any]:
+        """The part of an image's settings that names the model and what ran it."""
+        digest = self.bundle.digest
+        return {"backend": self.backend, "name": self.bundle.name, "bundle": digest}

@@ -1,0 +1,238 @@
+"""What a program of plans does on a device, worked out without one: pure data, tested on a CPU.
+
+A component's program is run once with descriptions in place of tensors (`run_program`). Out comes
+every launch in order, which buffer or weight each of its tensors is bound to, with which shape, and
+where each buffer lies in one arena; a buffer's place is used again once its last reader has run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.executor import run_program
+
+ALIGN = 256  # bytes; what cudaMalloc guarantees and kernels may assume
+SIZES = {
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A tensor in device memory; `offset` is its place in the arena, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = -1
+
+    @property
+    def size(self) -> int:
+        """Bytes it fills."""
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One plan run once: tensor name -> buffer, and tensor name -> weight's full name."""
+
+    plan: str
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A component's run for one set of sizes; `arena` is the bytes all buffers need together."""
+
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+    launches: tuple[Launch, ...]
+    arena: int
+
+
+def plan_key(component: str, kind: str, graph: str) -> str:
+    """The name of a block type's plan: transformer/double.k2, or transformer/embed."""
+    return f"{component}/{kind}.k{graph}" if graph else f"{component}/{kind}"
+
+
+def sizes_of(component: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, int]:
+    """What each named dimension of a component's inputs measures, given arrays."""
+    return {
+        dim: size
+        for name, row in component["inputs"].items()
+        for dim, size in zip(row["shape"], inputs[name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def one_call(
+    component: Mapping[str, Any], kind: str, prefix: str, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A component of one block alone; `plan` is its plan's row of `tensors`, which has shapes."""
+    row = component["types"][kind]
+    return {
+        **component,
+        "program": [{"type": kind, "prefix": prefix}],
+        "types": {kind: {**row, "inputs": [n for n in row["inputs"] if n in names(plan)]}},
+        "inputs": {
+            tensor["name"]: tensor for tensor in plan["inputs"] if tensor["name"] in row["inputs"]
+        },
+        "outputs": dict(zip(row["outputs"], plan["outputs"], strict=True)),
+    }
+
+
+def names(plan: Mapping[str, Any]) -> list[str]:
+    """What a plan reads, inputs and weights."""
+    return [tensor["name"] for tensor in plan["inputs"]]
+
+
+def terms(dim: int | str) -> list[tuple[int, str]]:
+    """A named dimension as a sum of (factor, name): "8*latent_height", "image_tokens + 2"."""
+    if isinstance(dim, int):
+        return [(dim, "")]
+    names = "image_tokens + text_tokens" if dim == "tokens" else dim
+    result = []
+    for term in names.split("+"):
+        factor, _, name = term.strip().rpartition("*")
+        if name.strip().isdecimal():
+            factor, name = name, ""
+        result.append((int(factor) if factor.strip() else 1, name.strip()))
+    return result
+
+
+def measure(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension in numbers, given what its names measure."""
+    if isinstance(dim, str) and dim in sizes:
+        return sizes[dim]
+    missing = [name for _, name in terms(dim) if name and name not in sizes]
+    if missing:
+        raise ValueError(
+            f"a plan's tensor has a dimension {dim!r}, expected one of {', '.join(sorted(sizes))};"
+            f" export the bundle again."
+        )
+    return sum(factor * (sizes[name] if name else 1) for factor, name in terms(dim))
+
+
+def profile(
+    profiles: Mapping[str, Sequence[int]], component: str, dim: str
+) -> Sequence[int] | None:
+    """(min, opt, max) of a dimension; "text_encoder.text_tokens" goes before "text_tokens"."""
+    return profiles.get(f"{component}.{dim}", profiles.get(dim))
+
+
+def check_profiles(
+    target: str, component: str, row: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """Refuse sizes outside what a target's plans were built for."""
+    for name, size in sizes.items():
+        low, _, high = profile(row["profiles"], component, name) or (size, size, size)
+        if not low <= size <= high:
+            raise ValueError(
+                f"{name.replace('_', ' ')} is {size}, expected {low} to {high}, the range that the"
+                f" plans {target} were built for; draw with --backend ort, or a size in it."
+            )
+
+
+def make_schedule(
+    name: str,
+    component: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    top_k: int | None,
+) -> Schedule:
+    """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
+
+    `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
+    in order. Raises ValueError where the program and the plans do not go together.
+    """
+    launches: list[Launch] = []
+
+    def describe(rows: list[Any], index: int, env: str) -> Buffer:
+        row = rows[index]
+        shape = tuple(measure(dim, sizes) for dim in row["shape"])
+        return Buffer(env, row["dtype"], shape)
+
+    def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
+        row = component["types"][kind]
+        plan = plan_key(name, kind, key)
+        if plan not in plans["tensors"]:
+            known = ", ".join(sorted(plans["tensors"]))
+            raise ValueError(f"the bundle has no plan {plan}, only {known}; export it again.")
+        rows = plans["tensors"][plan]
+        where = {tensor: place for place, tensor in enumerate(names(rows))}
+        bound = {}
+        for tensor, value in zip(row["inputs"], inputs, strict=True):
+            if tensor not in where:  # a graph need not read all that its type is offered
+                continue
+            wanted = describe(rows["inputs"], where[tensor], tensor)
+            if value.dtype == "":  # a component's input takes the dtype that its plan reads
+                value.dtype = wanted.dtype
+            if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
+                raise ValueError(
+                    f"plan {plan} reads {tensor} as {wanted.dtype} {list(wanted.shape)}, expected"
+                    f" {value.dtype} {list(value.shape)} from the call before it;"
+                    f" export the bundle again."
+                )
+            bound[tensor] = value
+        outputs = [
+            describe(rows["outputs"], place, env) for place, env in enumerate(row["outputs"])
+        ]
+        written = [tensor["name"] for tensor in rows["outputs"]]
+        weights = {tensor: prefix + tensor for tensor in where if tensor not in row["inputs"]}
+        launches.append(Launch(plan, bound, dict(zip(written, outputs, strict=True)), weights))
+        return outputs
+
+    inputs = {
+        tensor: Buffer(tensor, "", tuple(measure(dim, sizes) for dim in row["shape"]))
+        for tensor, row in component["inputs"].items()
+    }
+    env = run_program(component, inputs, top_k, call)
+    for tensor, row in component["inputs"].items():
+        inputs[tensor].dtype = inputs[tensor].dtype or row["dtype"]
+    outputs = {tensor: env[tensor] for tensor in component["outputs"]}
+    arena = place_buffers(list(inputs.values()), launches, list(outputs.values()))
+    return Schedule(inputs, outputs, tuple(launches), arena)
+
+
+def place_buffers(inputs: list[Buffer], launches: list[Launch], outputs: list[Buffer]) -> int:
+    """Give every buffer an offset; returns the arena's size.
+
+    Inputs are all written before the first launch, outputs are read after the last; in between a
+    buffer lives from the launch that writes it to the last that reads it. First fit, in order.
+    """
+    last: dict[int, int] = {id(buffer): -1 for buffer in inputs}
+    for index, launch in enumerate(launches):
+        for buffer in (*launch.inputs.values(), *launch.outputs.values()):
+            last[id(buffer)] = index
+    for buffer in outputs:
+        last[id(buffer)] = len(launches)
+    live: list[Buffer] = []
+    end = 0
+
+    def place(buffer: Buffer) -> int:
+        offset = 0
+        for other in sorted(live, key=lambda item: item.offset):
+            if offset + buffer.size <= other.offset:
+                break
+            offset = max(offset, aligned(other.offset + other.size))
+        buffer.offset = offset
+        live.append(buffer)
+        return offset + buffer.size
+
+    for buffer in inputs:
+        end = max(end, place(buffer))
+    for index, launch in enumerate(launches):
+        for buffer in launch.outputs.values():
+            end = max(end, place(buffer))
+        live = [buffer for buffer in live if last[id(buffer)] > index]
+    return aligned(end)
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to ALIGN."""
+    return -(-size // ALIGN) * ALIGN

@@ -1,0 +1,64 @@
+"""Prompts to token ids with the `tokenizers` library, as CLIPTokenizer and T5TokenizerFast do it.
+
+FluxPipeline pads and cuts every prompt to one length, special tokens included, and masks
+nothing: the ids alone decide what the text encoders see. (Read: FluxPipeline._get_*_embeds.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger("runtime")
+
+
+class TextTokenizer:
+    """A tokenizer.json as FluxPipeline uses it.
+
+    `spec` is the manifest's record: max_length (tokens, special ones included) and pad_id. `name`
+    is "tokenizer" (CLIP's) or "tokenizer_2" (T5's), for messages.
+    """
+
+    def __init__(self, name: str, path: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self.name = name
+        self.max_length: int = spec["max_length"]
+        try:
+            tokenizer = Tokenizer.from_str(Path(path).read_text("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{path} is no tokenizer that this version of tokenizers reads"
+                f" ({str(error)[:80]}); export the bundle again."
+            ) from None
+        # The file may have been saved with other settings: these are FluxPipeline's.
+        pad_token = tokenizer.id_to_token(spec["pad_id"])
+        if pad_token is None:
+            raise ValueError(f"{path} has no token {spec['pad_id']} to pad with; export again.")
+        tokenizer.enable_truncation(self.max_length, strategy="longest_first", direction="right")
+        tokenizer.enable_padding(
+            direction="right", pad_id=spec["pad_id"], pad_token=pad_token, length=self.max_length
+        )
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
+        encodings = self.tokenizer.encode_batch(list(prompts))
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            if encoding.overflowing:
+                lost = sum(
+                    1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask
+                )
+                log.warning(
+                    "%s reads %d tokens; the last %d of a prompt of %d characters were left out",
+                    self.name,
+                    self.max_length,
+                    lost,
+                    len(prompt),
+                )
+        return np.array([encoding.ids for encoding in encodings], np.int64)

@@ -1,0 +1,208 @@
+"""Tensors of a .safetensors file as numpy arrays, mapped from disk, the header trusted in nothing.
+
+Format (read: the safetensors specification): 8 bytes little-endian header length, a JSON object
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the tensors' bytes end to end. numpy
+has no bfloat16: such tensors are float32 after a 16-bit shift, or uint16 as they lie on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Name in the file -> numpy type of the raw bytes.
+RAW_DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+MAX_HEADER = 100_000_000  # bytes; the reference implementation's bound
+MAX_RANK = 8
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `start` and `end` are byte offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read and check the header of a safetensors file; costs no more than the header's bytes.
+
+    Raises FileNotFoundError where there is no such file, and ValueError, one sentence, for
+    anything that does not add up: every byte after the header belongs to exactly one tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file, expected weights in .safetensors format.")
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little") if total >= 8 else -1
+        if not 2 <= length <= min(MAX_HEADER, total - 8):
+            raise broken(path, f"its header length is {length} bytes in a file of {total}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise broken(path, f"its header is no JSON ({short(error)})") from None
+    if not isinstance(header, dict):
+        raise broken(path, "its header is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise broken(path, "its __metadata__ is no object of strings")
+    tensors = {name: read_tensor(path, name, entry) for name, entry in header.items()}
+    position = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != position:
+            what = "overlaps another" if tensor.start < position else "leaves a hole before it"
+            raise broken(path, f"tensor {name[:80]!r} {what}")
+        position = tensor.end
+    if position != total - 8 - length:
+        raise broken(path, f"its tensors end at {position}, its data at {total - 8 - length}")
+    shift = 8 + length
+    return {
+        name: Tensor(tensor.dtype, tensor.shape, tensor.start + shift, tensor.end + shift)
+        for name, tensor in tensors.items()
+    }
+
+
+def read_tensor(path: Path, name: str, entry: Any) -> Tensor:
+    """One header entry, its offsets still relative to the data."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise broken(path, f"the entry of tensor {name[:80]!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in RAW_DTYPES:
+        known = ", ".join(RAW_DTYPES)
+        raise broken(path, f"tensor {name[:80]!r} has dtype {short(dtype)}, not one of {known}")
+    if not naturals(shape) or len(shape) > MAX_RANK:
+        raise broken(path, f"tensor {name[:80]!r} has shape {short(shape)}")
+    if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise broken(path, f"tensor {name[:80]!r} has offsets {short(offsets)}")
+    size = math.prod(shape) * np.dtype(RAW_DTYPES[dtype]).itemsize
+    if offsets[1] - offsets[0] != size:
+        stated = offsets[1] - offsets[0]
+        raise broken(path, f"tensor {name[:80]!r} fills {stated} bytes, its shape needs {size}")
+    return Tensor(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+class SafeTensors:
+    """A safetensors file mapped read-only; arrays are views of the mapping where that is possible.
+
+    `tensors` is the checked header. The mapping lives as long as an array made from it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.tensors = read_header(path)
+        end = max((tensor.end for tensor in self.tensors.values()), default=0)
+        self._bytes = np.memmap(path, np.uint8, "r") if end else np.empty(0, np.uint8)
+        if len(self._bytes) < end:
+            raise broken(self.path, "it shrank while it was being read")
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor as it lies on disk, without a copy; bfloat16 as uint16."""
+        tensor = self.find(name)
+        data = self._bytes[tensor.start : tensor.end]
+        dtype = np.dtype(RAW_DTYPES[tensor.dtype])
+        if tensor.start % dtype.itemsize:  # allowed by the format, though no writer aligns so
+            data = data.copy()
+        return data.view(dtype).view(np.ndarray).reshape(tensor.shape)
+
+    def array(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """The tensor as `dtype` ("float32", "float16", "bfloat16": uint16 bits, ...).
+
+        None keeps the stored dtype, bfloat16 becoming float32. No copy where none is needed.
+        """
+        stored, raw = self.find(name).dtype, self.raw(name)
+        if dtype is None:
+            return widen(raw) if stored == "BF16" else raw
+        if DTYPE_NAMES.get(dtype) == stored:
+            return raw
+        values = widen(raw) if stored == "BF16" else raw
+        if dtype == "bfloat16":
+            return narrow(values.astype(np.float32, copy=False))
+        return values.astype(dtype, copy=False)
+
+    def find(self, name: str) -> Tensor:
+        """The header entry of a tensor; ValueError naming the file where there is none."""
+        if name not in self.tensors:
+            raise broken(self.path, f"it has no tensor {name[:80]!r}")
+        return self.tensors[name]
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) to float32: exact, the lower half of the mantissa is zero."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits (uint16), to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array as an executor takes it; bfloat16 as uint16 bits."""
+    if dtype == "bfloat16":
+        return narrow(array)
+    return np.ascontiguousarray(array, dtype)
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """An executor's output as float32; uint16 is bfloat16's bits."""
+    return widen(array) if array.dtype == np.uint16 else array.astype(np.float32, copy=False)
+
+
+def naturals(value: Any) -> bool:
+    """Whether `value` is a list of non-negative integers of at most 63 bits."""
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 63 for item in value
+    )
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object hook: refuse an object that names a key twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def short(value: Any) -> str:
+    """A value of unknown size and origin as at most 80 printable characters."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def broken(path: Path, what: str) -> ValueError:
+    """The error for a file whose contents are wrong."""
+    return ValueError(f"{path} is not valid safetensors: {what}; fetch or export the file again.")

@@ -1,0 +1,97 @@
+"""Marks that need hardware or an extra are skipped, with the reason, where it is missing."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# One thread per process: two OpenMP threads beside other load are slower than one,
+# and sums come out in the same order on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def _cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _cuda():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    names = ("tensorrt_rtx", "tensorrt")
+    if not any(importlib.util.find_spec(name) for name in names):
+        for item in items:
+            if item.get_closest_marker("tensorrt"):
+                item.add_marker(pytest.mark.skip(reason="no tensorrt_rtx and no tensorrt"))
+
+
+# ---------------------------------------------------------------- tiny models, made once a session
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense FluxPipeline directory (see tiny.py)."""
+    pytest.importorskip("diffusers")
+    from tiny import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "dense")
+
+
+@pytest.fixture(scope="session")
+def tiny_sparse_dir(tiny_dense_dir: Path) -> Path:
+    """The same model converted, not trained: neurons split at random, gates of N(0, 1).
+
+    Such gates leave no doubt about which experts are chosen, so that outputs can be compared.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from d2m.families import FLUX
+    from d2m.model import SparseFluxTransformer2DModel
+    from d2m.recipe import SparseSpec
+    from d2m.surgery import convert_state_dict, sites_of, sparse_ffns, split_neurons
+
+    pipe = DiffusionPipeline.from_pretrained(tiny_dense_dir, local_files_only=True)
+    state, generator = pipe.transformer.state_dict(), torch.Generator().manual_seed(1)
+    width = pipe.transformer.inner_dim
+    permutations = {
+        name: split_neurons(torch.rand(4 * width, generator=generator), width, 12)
+        for name, _, _ in sites_of(state, FLUX)
+    }
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    sparse = SparseFluxTransformer2DModel(**config).eval()
+    sparse.load_state_dict(convert_state_dict(state, permutations, SparseSpec(), FLUX))
+    for ffn in sparse_ffns(sparse).values():
+        torch.nn.init.normal_(ffn.gate.weight, generator=generator)
+    pipe.register_modules(transformer=sparse)
+    path = tiny_dense_dir.parent / "sparse"
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_sparse_dir: Path) -> Path:
+    """The sparse model's bundle: float32, top_k 0, 1, 2 (the default) and 4."""
+    return exported(tiny_sparse_dir, top_k=(0, 1, 2, 4))
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_bundle(tiny_dense_dir: Path) -> Path:
+    """The dense model's bundle."""
+    return exported(tiny_dense_dir)
+
+
+def exported(pipeline: Path, **options: object) -> Path:
+    """Export a pipeline directory beside itself."""
+    pytest.importorskip("onnx")
+    from export.bundle import export_bundle
+
+    out = pipeline.with_name(f"{pipeline.name}-bundle")
+    export_bundle(pipeline, out, **options)
+    return out

@@ -1,0 +1,207 @@
+"""The command line: answers on stdout, one sentence and exit code 2 for bad input, nothing left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from d2m.cli import app, main
+from d2m.options import numbers, pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("convert", "export", "run", "eval", "parity", "inspect")
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+@pytest.fixture
+def dense(tiny_dense_dir: Path) -> Path:
+    return tiny_dense_dir
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """Run a command that has to fail; returns its sentence."""
+    assert main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    *_, last = err.splitlines()
+    assert last.startswith("error: ")
+    assert "Traceback" not in err
+    return last
+
+
+def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", text, re.M)
+        assert main([name, "--help"]) == 0
+        assert "--debug" in capsys.readouterr().out
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
+        *COMMANDS
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nope"], "No such command 'nope'"),
+        (["convert"], "Missing argument 'DENSE'"),
+        (["convert", "x"], "Missing option '-o'"),
+        (["convert", "x", "-o", "y", "--bad"], "No such option: --bad"),
+        (["convert", "x", "-o", "y", "--steps", "many"], "Invalid value for '--steps'"),
+        (["convert", "nothing", "-o", "y", "--init-only"], "nothing"),
+        (["convert", "nothing", "-o", "y", "--preset", "XXL"], "preset 'XXL' is not known"),
+        (["convert", "nothing", "-o", "y", "--recipe", "r.json"], "recipe r.json"),
+        (["convert", "nothing", "-o", "y", "--init-only", "--steps", "3"], "--init-only"),
+        (["export", "nothing", "-o", "y"], "nothing"),
+        (["export", "nothing", "-o", "y", "--sm", "high"], "--sm is 'high'"),
+        (["export", "nothing", "-o", "y", "--top-k", "1;2"], "--top-k is '1;2'"),
+        (["export", "nothing", "-o", "y", "--dtype", "fp8"], "fp8"),
+        (["run", "--bundle", "nothing", "a circle"], "nothing"),
+        (["run", "nothing", "a circle"], "nothing"),
+        (["run", "a", "b", "--bundle", "c"], "two bundles are given"),
+        (["run", "a", "-o", "picture.gif"], "picture.gif"),
+        (["run", "a", "--seed", "x"], "Invalid value for '--seed'"),
+        (["eval", "nothing"], "nothing"),
+        (["eval", "nothing", "--suite", "geneval"], "'geneval'"),
+        (["eval", "nothing", "-n", "0"], "0"),
+        (["eval", "nothing", "--world", "colours=many"], "colours=many"),
+        (["eval", "nothing", "--world", "hues=3"], "hues=3"),
+        (["eval", "nothing", "--world", "colours=99"], "99"),
+        (["parity", "nothing", "neither"], "neither"),
+        (["inspect", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, *arguments)
+    assert files(tmp_path) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", str(tmp_path / "nothing"), "--debug"])
+
+
+def test_a_fault_of_ours_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import runtime.inspect
+
+    monkeypatch.setattr(runtime.inspect, "inspect", lambda path: {}["x"])
+    assert "unexpected KeyError: 'x'" in refused(capsys, "inspect", "x", code=1)
+
+
+def test_inspect_a_pipeline(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(dense)]) == 0
+    assert capsys.readouterr().out.startswith("dense pipeline ")
+    assert main(["inspect", str(dense), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["blocks"] == {"double": 2, "single": 2}
+
+
+def blocked(modules: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run d2m in a process where `modules` cannot be imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
+        "from d2m.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+TORCH = ["torch", "diffusers", "transformers", "accelerate"]
+ONNX = ["onnx", "onnxscript", "onnx_ir", "polygraphy"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "arguments", "extra"),
+    [
+        (TORCH + ONNX, ["convert", "DENSE", "-o", "out"], "convert"),
+        (TORCH + ONNX, ["eval", "DENSE", "-n", "6"], "convert"),
+        (ONNX, ["export", "DENSE", "-o", "out"], "export"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    modules: list[str], arguments: list[str], extra: str, dense: Path, tmp_path: Path
+) -> None:
+    arguments = [str(dense) if word == "DENSE" else word for word in arguments]
+    answer = blocked(modules, *arguments, cwd=tmp_path)
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stdout == ""
+    assert f"pip install 'd2m[{extra}]'" in answer.stderr.splitlines()[-1]
+    assert "Traceback" not in answer.stderr
+    assert files(tmp_path) == []
+
+
+def test_the_base_install_inspects_and_helps(dense: Path, tmp_path: Path) -> None:
+    heavy = TORCH + ONNX + ["tensorrt", "tensorrt_rtx", "cuda"]
+    for arguments in (["--help"], ["run", "--help"], ["inspect", str(dense)]):
+        answer = blocked(heavy, *arguments, cwd=tmp_path)
+        assert answer.returncode == 0, answer.stderr
+
+
+def test_help_answers_within_a_second(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    blocked([], "--help", cwd=tmp_path)
+    assert time.perf_counter() - began < 2  # .4 s on an idle core
+
+
+def test_ctrl_c_is_a_sentence_and_130(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, runtime.inspect\n"
+        "def slow(path):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "runtime.inspect.inspect = slow\n"
+        "from d2m.cli import main; sys.exit(main(['inspect', 'x']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.strip().startswith("error: interrupted")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("text", "values"), [("", ()), ("0,1, 2", (0, 1, 2)), ("89", (89,))])
+def test_numbers(text: str, values: tuple[int, ...]) -> None:
+    assert numbers("--sm", text) == values
+
+
+@pytest.mark.parametrize(("text", "values"), [("", {}), ("a=1, b=22", {"a": 1, "b": 22})])
+def test_pairs(text: str, values: dict[str, int]) -> None:
+    assert pairs("--world", text, ("a", "b")) == values
+
+
+@pytest.mark.parametrize("text", ["c=1", "a", "a=", "a=x", "a=-1", ","])
+def test_bad_pairs(text: str) -> None:
+    with pytest.raises(ValueError, match="expected NAME=NUMBER with a name of a, b"):
+        pairs("--world", text, ("a", "b"))

@@ -1,0 +1,123 @@
+"""Progress lines, sentences for errors, and the printing of answers."""
+
+import errno
+import json
+
+import pytest
+
+from d2m import console
+from d2m.console import clock, explain, one_line, print_json, print_table, print_tree
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (75, "1:15"), (3600, "1:00:00")],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_lines_say_phase_elapsed_and_left(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 1.0, 12.0, 13.0, 20.0, 20.5])
+    progress = console._lines(lambda: next(times))
+    for done in (0, 1, 12, 13, 20):
+        progress("shared", done, 20)
+    progress("experts", 0, 5)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "shared: 0/20, 0:00",
+        "shared: 12/20, 0:12, 0:08 left",
+        "shared: 20/20, 0:20",
+        "experts: 0/5, 0:00",
+    ]
+
+
+def test_bars_take_new_phases_and_totals() -> None:
+    with console._bars() as progress:
+        progress("a", 0, 0)
+        progress("a", 1, 3)
+        progress("b", 2, 2)
+
+
+class Usage(Exception):
+    def format_message(self) -> str:
+        return "No such option: --bad"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (ValueError("top_k is 13,\n  expected 0 to 12."), "top_k is 13, expected 0 to 12", 2),
+        (KeyboardInterrupt(), "interrupted; a conversion goes on with --resume", 130),
+        (KeyboardInterrupt("stopped at step 3"), "stopped at step 3", 130),
+        (Usage(), "No such option: --bad; see d2m COMMAND --help", 2),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+            "cannot use 'x': no such file or directory; check the path and its rights",
+            2,
+        ),
+        (FileNotFoundError("'x' has no manifest.json"), "'x' has no manifest.json", 2),
+        (
+            ImportError("exporting needs onnx; install it with: pip install 'd2m[export]'"),
+            "exporting needs onnx; install it with: pip install 'd2m[export]'",
+            2,
+        ),
+    ],
+)
+def test_explain(error: BaseException, sentence: str, code: int) -> None:
+    assert explain(error) == (sentence, code)
+
+
+@pytest.mark.parametrize(("module", "extra"), sorted(console.EXTRAS.items()))
+def test_a_missing_module_names_its_extra(module: str, extra: str) -> None:
+    error = ModuleNotFoundError(f"No module named '{module}.nn'", name=f"{module}.nn")
+    sentence, code = explain(error)
+    assert code == 2
+    assert f"needs the Python package {module}" in sentence
+    assert f"pip install 'd2m[{extra}]'" in sentence
+
+
+def test_a_fault_of_ours_is_code_1() -> None:
+    sentence, code = explain(KeyError("x"))
+    assert code == 1
+    assert sentence.startswith("unexpected KeyError: 'x'")
+    assert "--debug" in sentence
+
+
+def test_one_line() -> None:
+    assert one_line(" a\n  b. ") == "a b"
+
+
+def test_json_goes_to_stdout_sorted(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"b": 1, "a": [1.5, None]})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"a": [1.5, None], "b": 1}
+    assert out.index('"a"') < out.index('"b"')
+
+
+def test_tree_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_tree(
+        {
+            "kind": "sparse",
+            "parameters": {"total": 1234567, "guided": True},
+            "blocks": [{"name": "double", "k": 2}],
+            "choices": [0, 1, 2],
+            "plans": [],
+        }
+    )
+    print_table("score", ["category", "score"], [["counting", "0.500"]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "kind: sparse",
+        "parameters",
+        "  total: 1,234,567",
+        "  guided: yes",
+        "blocks",
+        "  name double, k 2",
+        "choices: 0, 1, 2",
+        "plans: none",
+        "score",
+        "category  score",
+        "counting  0.500",
+    ]

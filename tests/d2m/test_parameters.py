@@ -1,0 +1,90 @@
+"""Parameter counts against the formulas of the method, at FLUX's size and at a tiny one."""
+
+import pytest
+
+from d2m.parameters import count, human, shapes_of
+
+
+def sites(d: int, number: int = 1) -> dict[str, tuple[int, ...]]:
+    """Shapes of sparse FFNs of width d, 1S12E."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(number):
+        shapes |= {
+            f"blocks.{i}.ff.shared.fc1.weight": (d, d),
+            f"blocks.{i}.ff.shared.fc1.bias": (d,),
+            f"blocks.{i}.ff.shared.fc2.weight": (d, d),
+            f"blocks.{i}.ff.shared.fc2.bias": (d,),
+            f"blocks.{i}.ff.gate.weight": (12, d),
+            f"blocks.{i}.ff.experts.w1": (12, d, d // 4),
+            f"blocks.{i}.ff.experts.b1": (12, d // 4),
+            f"blocks.{i}.ff.experts.w2": (12, d // 4, d),
+        }
+    return shapes
+
+
+@pytest.mark.parametrize("d", [32, 128, 3072])
+@pytest.mark.parametrize("k", [0, 1, 2, 4, 12])
+def test_ffn_follows_the_formula(d, k):
+    shapes = sites(d, 3) | {"blocks.0.attn.to_q.weight": (d, d), "blocks.0.ff.neurons": (4 * d,)}
+    counts = count(shapes, k)
+    activated = (2 * d**2 + 2 * d) + k * (d**2 // 2 + d // 4) + 12 * d
+    dense = 8 * d**2 + 4 * d + d
+    assert counts["ffn_activated"] == 3 * activated
+    assert counts["ffn"] == 3 * (dense + 12 * d)  # no weight lost, gates added
+    assert counts["total"] == counts["ffn"] + d**2  # buffers are no parameters
+    assert counts["activated"] == 3 * activated + d**2
+    assert counts["gates"] == 3 * 12 * d and counts["sites"] == 3 and counts["num_experts"] == 12
+    assert counts["ffn_share"] == (1 + 0.25 * k) / 4
+    assert counts["ffn_share_with_biases"] == pytest.approx(activated / dense)
+
+
+def test_ffn_share_of_L_is_exactly_three_eighths():
+    assert count(sites(3072), 2)["ffn_share"] == 0.375
+
+
+def test_dense_model_activates_everything():
+    counts = count({"a.weight": (3, 4), "a.bias": (3,)})
+    assert counts["total"] == counts["activated"] == 15
+    assert counts["sites"] == 0 and counts["ffn_share"] == 1.0
+
+
+@pytest.mark.parametrize("top_k", [None, -1, 13])
+def test_top_k_out_of_range(top_k):
+    with pytest.raises(ValueError, match="give a number from 0 to 12"):
+        count(sites(32), top_k)
+
+
+def test_real_flux_sizes_from_the_meta_device():
+    """19 + 38 blocks at d = 3072: the paper's 11.901 B dense; L keeps all of it and the gates.
+
+    The paper's 5.15 B activated needs the shared modulation too: 3.229 B of per-block modulation
+    are still here, so L activates 11.901 B less 10 of 12 experts in 76 FFNs, gates added.
+    """
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from d2m.model import SparseFluxTransformer2DModel
+
+    with torch.device("meta"):
+        dense = FluxTransformer2DModel(guidance_embeds=True)
+        sparse = SparseFluxTransformer2DModel(guidance_embeds=True)
+    total = count(shapes_of(dense))["total"]
+    assert round(total / 1e9, 3) == 11.901
+    counts = count(shapes_of(sparse), 2)
+    d = 3072
+    assert counts["sites"] == 2 * 19 + 38
+    assert counts["total"] == total + 76 * 12 * d
+    assert counts["activated"] == counts["total"] - 76 * 10 * (d**2 // 2 + d // 4)
+    # ... and with the shared modulation in place of the per-block one it is the paper's L.
+    modulation = 19 * 2 * (6 * d**2 + 6 * d) + 38 * (3 * d**2 + 3 * d)
+    shared = 6 * (d**2 + d) + (12 * 19 + 3 * 38) * d
+    assert round((counts["activated"] - modulation + shared) / 1e9, 3) == 5.147
+
+
+def test_human():
+    assert [human(n) for n in (96, 812_000, 11_400_000, 5_147_000_000)] == [
+        "96",
+        "812 k",
+        "11.4 M",
+        "5.15 B",
+    ]

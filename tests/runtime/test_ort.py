@@ -1,0 +1,158 @@
+"""ONNX Runtime: the whole graph and the block program give the same tensors."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import ort
+from runtime.bundle import Bundle, open_bundle
+from runtime.ort import Blocks, Graph, open_component, physical_cores, thread_count
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return open_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def graph(bundle: Bundle) -> Any:
+    return open_component(bundle, "transformer", threads=1)
+
+
+@pytest.fixture(scope="module")
+def blocks(bundle: Bundle) -> Any:
+    return open_component(bundle, "transformer", threads=1, mode="blocks")
+
+
+def inputs(bundle: Bundle, component: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
+    """Random inputs of a component; named dimensions from `sizes`."""
+    sizes = {"batch": 2, "image_tokens": 16, "text_tokens": 16, "tokens": 32, **sizes}
+    rng, made = np.random.default_rng(seed), {}
+    for name, row in bundle.component(component)["inputs"].items():
+        shape = [sizes.get(dim, 8) if isinstance(dim, str) else dim for dim in row["shape"]]
+        if row["dtype"] == "int64":
+            made[name] = rng.integers(0, 40, shape)
+        else:
+            made[name] = rng.standard_normal(shape).astype(row["dtype"])
+    return made
+
+
+def close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_graph_and_blocks_agree(bundle: Bundle, graph: Graph, blocks: Blocks) -> None:
+    for batch in (1, 3):
+        given = inputs(bundle, "transformer", batch=batch)
+        close(graph(given), blocks(given))
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_components_of_one_block(bundle: Bundle, component: str) -> None:
+    given = inputs(bundle, component, tokens=16, text_tokens=16)
+    whole = open_component(bundle, component, threads=1)
+    close(whole(given), open_component(bundle, component, threads=1, mode="blocks")(given))
+
+
+def test_vae_decoder(bundle: Bundle) -> None:
+    given = inputs(bundle, "vae_decoder")
+    whole = open_component(bundle, "vae_decoder", threads=1)
+    close(whole(given), open_component(bundle, "vae_decoder", threads=1, mode="blocks")(given))
+
+
+def test_every_top_k(bundle: Bundle, graph: Graph, blocks: Blocks) -> None:
+    given = inputs(bundle, "transformer")
+    outputs = {k: blocks(given, k) for k in bundle.manifest["top_k_choices"]}
+    close(blocks(given), outputs[bundle.manifest["top_k"]])
+    arrays = [next(iter(out.values())) for out in outputs.values()]
+    for i, first in enumerate(arrays):
+        assert all(np.abs(first - other).max() > 1e-3 for other in arrays[:i])
+    for k, expected in outputs.items():
+        close(graph(given, k), expected)
+    with pytest.raises(ValueError, match="top_k is 3, expected one of 0, 1, 2, 4"):
+        graph(given, 3)
+
+
+def test_weights_are_shared_by_all_top_k(bundle: Bundle) -> None:
+    blocks = Blocks(bundle, "transformer", 1)
+    given = inputs(bundle, "transformer")
+    blocks(given, 2)
+    before = dict(blocks._weights)
+    blocks(given, 4)
+    assert blocks._weights.keys() == before.keys()
+    assert all(blocks._weights[name] is value for name, value in before.items())
+
+
+def test_one_block_alone(bundle: Bundle, blocks: Blocks) -> None:
+    """Fed with what the program feeds it, a block gives what it gives in the program."""
+    seen: list[tuple[Any, ...]] = []
+    call = blocks.call
+
+    def watch(index: int, kind: str, key: str, prefix: str, values: list[Any]) -> list[Any]:
+        outputs = call(index, kind, key, prefix, values)
+        arrays = [[v.numpy().copy() for v in side] for side in (values, outputs)]
+        seen.append((kind, prefix, *arrays))
+        return outputs
+
+    blocks.call = watch  # type: ignore[method-assign]
+    try:
+        blocks(inputs(bundle, "transformer"))
+    finally:
+        blocks.call = call  # type: ignore[method-assign]
+    assert len(seen) == len(bundle.component("transformer")["program"])
+    for kind, prefix, given, expected in seen:
+        row = bundle.component("transformer")["types"][kind]
+        found = blocks.block(kind, prefix, dict(zip(row["inputs"], given, strict=True)))
+        for name, array in zip(row["outputs"], expected, strict=True):
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_results_are_not_overwritten_by_the_next_call(bundle: Bundle, blocks: Blocks) -> None:
+    first = blocks(inputs(bundle, "transformer", seed=0))
+    kept = {name: array.copy() for name, array in first.items()}
+    blocks(inputs(bundle, "transformer", seed=1))
+    for name in first:
+        np.testing.assert_array_equal(first[name], kept[name])
+
+
+def test_wrong_inputs(bundle: Bundle, graph: Graph, blocks: Blocks) -> None:
+    given = inputs(bundle, "transformer")
+    given["timestep"] = given["timestep"][:1]
+    for executor in (graph, blocks):
+        with pytest.raises(ValueError, match=r"is float32 \[.*\], expected float32 \['batch'"):
+            executor(given)
+
+
+def test_a_graph_that_onnx_runtime_refuses(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    bad = Bundle(tmp_path, {"files": {"bad.onnx": {}}}, "")
+    with pytest.raises(ValueError, match=r"ONNX Runtime .* cannot open .*bad\.onnx \(.*\);"):
+        ort.open_session(bad, "bad.onnx", 1)
+
+
+def test_wrong_options(bundle: Bundle) -> None:
+    with pytest.raises(ValueError, match="mode is 'fast', expected 'graph' or 'blocks'"):
+        open_component(bundle, "transformer", mode="fast")
+    half = Bundle(bundle.path, {**bundle.manifest, "compute_dtype": "bfloat16"}, "")
+    with pytest.raises(ValueError, match="computes in bfloat16, .*--dtype fp32"):
+        open_component(half, "transformer")
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("D2M_THREADS", raising=False)
+    assert thread_count() == physical_cores()
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+    monkeypatch.setenv("D2M_THREADS", "3")
+    assert thread_count() == 3 and thread_count(2) == 2
+    for text in ("0", "-1", "two", "1.5", "99999"):
+        monkeypatch.setenv("D2M_THREADS", text)
+        with pytest.raises(ValueError, match="D2M_THREADS|number of threads"):
+            thread_count()
+    for value in (0, True, 1.0):
+        with pytest.raises(ValueError, match="the number of threads is"):
+            thread_count(value)  # type: ignore[arg-type]

@@ -1,0 +1,141 @@
+"""Who may import whom, read from the sources; and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("d2m", "calib", "export", "runtime")
+# Package -> packages of ours that its files may import (anywhere, function bodies included).
+MAY = {
+    "d2m": {"d2m"},
+    "calib": {"calib", "d2m"},
+    "export": {"export", "d2m", "runtime"},
+    "runtime": {"runtime"},
+}
+TORCH_WORLD = {"torch", "diffusers", "transformers", "accelerate"}
+ONNX_WORLD = {"onnx", "onnxscript", "onnx_ir", "polygraphy"}
+HEAVY = TORCH_WORLD | ONNX_WORLD | {"tensorrt", "tensorrt_rtx", "cuda", "onnxruntime"}
+# Files of the command line's own path: nothing heavy while they load.
+LIGHT = (
+    "d2m/__init__.py",
+    "d2m/cli.py",
+    "d2m/console.py",
+    "d2m/draw.py",
+    "d2m/files.py",
+    "d2m/options.py",
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    """(top-level module name, statement) of every import below `tree`."""
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.split(".")[0], node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            found.append(((node.module or "").split(".")[0], node))
+    return found
+
+
+def at_load(tree: ast.Module) -> set[str]:
+    """Modules imported while the file loads: outside functions and `if TYPE_CHECKING`."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {name for name, _ in imported(node)}
+        waiting += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_only_what_the_table_allows(package: str) -> None:
+    assert sources(package), f"no sources in {package}/"
+    for path in sources(package):
+        allowed = MAY[package]
+        if path == ROOT / "d2m/cli.py":
+            allowed = set(OURS)
+        for name, node in imported(ast.parse(path.read_text())):
+            if name in OURS:
+                assert name in allowed, f"{path}:{node.lineno} imports {name}"
+
+
+def test_cli_imports_sideways_only_inside_command_bodies() -> None:
+    names = at_load(ast.parse((ROOT / "d2m/cli.py").read_text()))
+    assert not names & (set(OURS) - {"d2m"})
+
+
+def test_runtime_never_imports_torch_or_onnx() -> None:
+    for path in sources("runtime"):
+        for name, node in imported(ast.parse(path.read_text())):
+            assert name not in TORCH_WORLD | ONNX_WORLD, f"{path}:{node.lineno} imports {name}"
+
+
+def test_runtime_names_backends_only_inside_functions_or_backend_files() -> None:
+    for path in sources("runtime"):
+        heavy = at_load(ast.parse(path.read_text())) & HEAVY
+        own = {"ort.py": {"onnxruntime"}, "trt.py": {"tensorrt", "tensorrt_rtx", "cuda"}}
+        assert heavy <= own.get(path.name, set()), f"{path} imports {heavy} while it loads"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_command_line_loads_nothing_heavy(name: str) -> None:
+    assert not at_load(ast.parse((ROOT / name).read_text())) & HEAVY
+
+
+def test_no_file_imports_inside_a_package_init_of_ours() -> None:
+    for package in OURS:
+        names = at_load(ast.parse((ROOT / package / "__init__.py").read_text()))
+        assert not names & HEAVY, f"{package}/__init__.py imports {names & HEAVY} while it loads"
+
+
+@pytest.mark.parametrize("module", ["runtime", "d2m", "d2m.cli", "calib", "export"])
+def test_importing_loads_no_heavy_module(module: str) -> None:
+    heavy = sorted(HEAVY)
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_import_runtime_takes_less_than_half_a_second() -> None:
+    code = "import time; t = time.perf_counter(); import runtime; print(time.perf_counter() - t)"
+    best = min(
+        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout)
+        for _ in range(3)
+    )
+    assert best < 0.5
+
+
+def test_no_pickle_and_no_eval_in_the_runtime() -> None:
+    for path in sources("runtime"):
+        tree = ast.parse(path.read_text())
+        names = {name for name, _ in imported(tree)}
+        assert not names & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
+        calls = {
+            node.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec", "compile"}, path
+
+
+def test_no_utils_modules() -> None:
+    names = {path.name for package in OURS for path in sources(package)}
+    assert not names & {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}

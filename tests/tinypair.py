@@ -1,0 +1,47 @@
+"""A tiny teacher, a student made from it, data and a recipe: what distillation tests need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from d2m.recipe import Recipe, Stage
+from tiny import tiny_inputs, tiny_transformer
+
+if TYPE_CHECKING:
+    import torch
+
+LOSSES = {"output": 1.0, "feature": 1.0}
+SHARED = Stage("shared", ("shared",), 0, 6, 3e-3, LOSSES, batch_size=2)
+EXPERTS = Stage(
+    "experts", ("experts", "gate"), 2, 6, 3e-3, LOSSES | {"balance": 0.01}, batch_size=2, ema=0.9
+)
+RECIPE = Recipe("tiny", stages=(SHARED, EXPERTS))
+
+
+def recipe_with(steps: int, **changes: Any) -> Recipe:
+    """RECIPE with that many steps in each stage and other fields changed in each."""
+    stages = (replace(stage, steps=steps, **changes) for stage in RECIPE.stages)
+    return replace(RECIPE, stages=tuple(stages))
+
+
+def tiny_pair(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(student, teacher): the student is the teacher's conversion under random importance."""
+    import torch
+
+    from d2m.families import family_of_model, sites_of
+    from d2m.model import sparse_model_of
+
+    teacher = tiny_transformer(seed)
+    family, generator = family_of_model(teacher), torch.Generator().manual_seed(seed)
+    names = [name for name, _, _ in sites_of(teacher.state_dict(), family)]
+    scores = {name: torch.rand(4 * 32, generator=generator) for name in names}
+    return sparse_model_of(teacher, scores, RECIPE, family), teacher
+
+
+def tiny_batches(step: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """A batch of noise as data: a pure function of its arguments."""
+    inputs = tiny_inputs(1000 + step, batch=batch_size)
+    del inputs["timestep"], inputs["guidance"]
+    inputs["latents"] = inputs.pop("hidden_states")
+    return inputs
