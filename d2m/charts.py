@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from d2m.markup import Html, el, join
 
 Point = tuple[float, float]
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 22, 42  # room for tick labels and axis titles, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 22, 42  # room for tick labels and axis titles, in pixels
 
 
 @dataclass(frozen=True)

@@ -82,26 +82,34 @@ def _bars() -> Iterator[Progress]:
         def progress(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
+            elif done < bars.tasks[tasks[phase]].completed:  # the phase begins again
+                bars.reset(tasks[phase])
             bars.update(tasks[phase], completed=done, total=total)
 
         yield progress
 
 
 def _lines(now: Callable[[], float] = time.monotonic) -> Progress:
-    """Plain lines: the first and the last of every phase, and one each LINE_EVERY seconds."""
+    """Plain lines: a phase's beginning, one each LINE_EVERY seconds, and its end.
+
+    A phase that is over within a second has no line for its end; one that begins again has a
+    clock that begins again.
+    """
     began: dict[str, tuple[float, int]] = {}
-    last: dict[str, float] = {}
+    last: dict[str, tuple[float, int]] = {}
 
     def progress(phase: str, done: int, total: int) -> None:
         moment = now()
-        first = phase not in began
-        if first:
-            began[phase] = (moment, done)
-        if not (first or done >= total or moment - last[phase] >= LINE_EVERY):
+        if phase not in began or done < last[phase][1]:
+            began[phase] = last[phase] = (moment, done)
+            print(f"{phase}: {done}/{total}", file=sys.stderr, flush=True)
             return
-        last[phase] = moment
         start, done_at_start = began[phase]
-        elapsed, made = moment - start, done - done_at_start
+        elapsed, made, quiet = moment - start, done - done_at_start, moment - last[phase][0]
+        over = done >= total and elapsed >= 1 and last[phase][1] < total
+        if not over and quiet < LINE_EVERY:
+            return
+        last[phase] = (moment, done)
         left = f", {clock(elapsed / made * (total - done))} left" if made and done < total else ""
         print(f"{phase}: {done}/{total}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
 

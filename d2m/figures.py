@@ -235,12 +235,12 @@ def importance(report: Report) -> Html | None:
         marks=[(shared, f"shared expert: {percent(shared)}")],
         percent_x=True,
         percent_y=True,
-        width=640,
-        height=330,
+        width=960,
+        height=340,
     )
     note = (
-        f"Split: {plan['split']}. The shared expert takes the first {percent(shared)} of the neurons, "
-        f"which hold {join(*shares, between=', ')} of the importance; the others are dealt to the "
-        "experts. Bands span the layers."
+        f"Split: {plan['split']}. The shared expert takes the first {percent(shared)} of the "
+        f"neurons, which hold {join(*shares, between=', ')} of the importance; the others "
+        "are dealt to the experts. Bands span the layers."
     )
     return section("Importance of neurons", note, figure("", legend([*lines, even]), chart))

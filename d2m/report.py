@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.files import write_json, write_text
+from d2m.files import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,9 +78,10 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> P
     """
     from d2m.page import render
 
-    report = json.loads(json.dumps(report, allow_nan=False))
-    html = render(report)
-    write_json(Path(folder) / "report.json", report)
+    # Not files.write_json: its sorted keys would put layer 10 before layer 2.
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    html = render(json.loads(text))
+    write_text(Path(folder) / "report.json", text + "\n")
     return write_text(Path(folder) / "report.html", html)
 
 

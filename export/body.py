@@ -157,12 +157,13 @@ def sorted_lines(routing: Routing) -> list[str]:
         "rows = Gather (x, token)",
         f"{each('x', experts)} = Split <axis = 0> (rows, count)",
     ]
-    for e in range(experts):
+    # Folded where the weights are initializers.
+    for weights, stem in (("w1", "u"), ("w2", "d")):
         lines += [
-            f"e{e} = Constant <value = int64 {{{e}}}> ()",
-            f"u{e} = Gather (w1, e{e})",  # folded where w1 is an initializer
-            f"m{e} = MatMul (x{e}, u{e})",
+            f"{weights}_rows = Flatten <axis = 2> ({weights})",  # [E * in, out]
+            f"{each(stem, experts)} = Split <axis = 0, num_outputs = {experts}> ({weights}_rows)",
         ]
+    lines += [f"m{e} = MatMul (x{e}, u{e})" for e in range(experts)]
     lines += [
         f"m = Concat <axis = 0> ({each('m', experts)})",
         "bias = Gather (b1, sorted_pair)",
@@ -175,8 +176,7 @@ def sorted_lines(routing: Routing) -> list[str]:
         f"h = Mul (g, weight{'_x' if half else ''})",
         f"{each('h', experts)} = Split <axis = 0> (h, count)",
     ]
-    for e in range(experts):
-        lines += [f"d{e} = Gather (w2, e{e})", f"z{e} = MatMul (h{e}, d{e})"]
+    lines += [f"z{e} = MatMul (h{e}, d{e})" for e in range(experts)]
     lines += [f"z = Concat <axis = 0> ({each('z', experts)})"]
     if top_k == 1:
         return [*lines, "y = Gather (z, place)"]

@@ -26,7 +26,9 @@ Progress = Callable[[str, int, int], None]
 class Recorder(Pipeline):
     """A pipeline that keeps the latents that each step of the transformer is given."""
 
-    latents: list[np.ndarray]
+    def __init__(self, bundle: Bundle, backend: str) -> None:
+        super().__init__(bundle, backend)
+        self.latents: list[np.ndarray] = []
 
     def execute(
         self, component: str, inputs: Any, top_k: int | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Graph:
         self.bundle, self.name, self.threads = bundle, component, threads
         self.component = bundle.component(component)
         self.session = open_session(bundle, self.component["onnx"], threads)
+        check_session(bundle, self.component["onnx"], self.session, self.component)
         self.default = bundle.manifest.get("top_k")
         keyed = any("" not in kind["graphs"] for kind in self.component["types"].values())
         self.routed = keyed and self.default is not None
@@ -143,7 +144,9 @@ class Blocks:
     def bind(self, kind: str, key: str, prefix: str) -> onnxruntime.IOBinding:
         """A binding of one block's weights; they stay bound from step to step."""
         row = self.component["types"][kind]
-        binding = self.session(row["graphs"][key]).io_binding()
+        session = self.session(row["graphs"][key])
+        check_session(self.bundle, row["graphs"][key], session, row, row["weights"])
+        binding = session.io_binding()
         for local, weight in row["weights"].items():
             name = prefix + local
             if name not in self._weights:
@@ -182,6 +185,24 @@ def open_session(bundle: Bundle, graph: str, threads: int) -> onnxruntime.Infere
             f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
             f" export the bundle again or install the version named in its constraints."
         ) from None
+
+
+def check_session(
+    bundle: Bundle,
+    graph: str,
+    session: onnxruntime.InferenceSession,
+    row: Mapping[str, Any],
+    weights: Iterable[str] = (),
+) -> None:
+    """A graph takes what the manifest says and gives as many tensors as it says."""
+    found = {tensor.name for tensor in session.get_inputs()}
+    named = {*row["inputs"], *weights}
+    if found != named or len(session.get_outputs()) != len(row["outputs"]):
+        differ = ", ".join(sorted(found ^ named)) or "the number of outputs"
+        raise ValueError(
+            f"bundle {bundle.path} cannot be used: its {graph} and its manifest.json differ in"
+            f" {differ[:200]}; fetch it or export it again."
+        )
 
 
 def thread_count(threads: int | None = None) -> int:

@@ -25,17 +25,45 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from calib.render import render_batch
-from calib.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene, vocabulary
+from calib.world import (
+    CATEGORIES,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    World,
+    sample_scene,
+    vocabulary,
+)
 
 LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
 # Scenes that need binding or counting are learnt last, so they are shown more often (ours).
-SHARE = {"single_object": 0.06, "two_object": 0.18, "counting": 0.2, "colours": 0.1, "position": 0.24, "colour_attribution": 0.22}
+SHARE = {
+    "single_object": 0.06,
+    "two_object": 0.18,
+    "counting": 0.2,
+    "colours": 0.1,
+    "position": 0.24,
+    "colour_attribution": 0.22,
+}
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -43,7 +71,14 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None
     """Whole or not at all: written beside, synced, renamed. The numbers that are not tensors travel in the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, part, metadata={"meta": json.dumps(meta)})
+    save_file(
+        {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in tensors.items()
+        },
+        part,
+        metadata={"meta": json.dumps(meta)},
+    )
     with open(part, "rb") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
@@ -66,24 +101,36 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torc
     }
 
 
-def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizers(
+    optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+) -> None:
     for n, optimizer in enumerate(optimizers):
         state: dict[int, dict] = {}
         for key, value in tensors.items():
             if key.startswith(f"opt{n}."):
                 _, i, name = key.split(".", 2)
                 state.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
 
 
 def make_optimizers(model: torch.nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon`, the matrices inside attention and feed-forward go to Muon instead (same learning rate, matched RMS)."""
-    hidden = [p for n, p in model.named_parameters() if muon and p.ndim == 2 and "blocks." in n and "norm" not in n]
+    hidden = [
+        p
+        for n, p in model.named_parameters()
+        if muon and p.ndim == 2 and "blocks." in n and "norm" not in n
+    ]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    ]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(
+            torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        )
     return optimizers
 
 
@@ -151,7 +198,10 @@ def train(
             row = {"step": step + 1, "loss": round(sum(seen) / len(seen), 6), "lr": rate} | extra
             log.write(json.dumps(row) + "\n")
             log.flush()
-            print(f"{name} {step + 1}/{steps} loss {row['loss']:.5f} {extra} elapsed {elapsed:.0f}s left {left:.0f}s", flush=True)
+            print(
+                f"{name} {step + 1}/{steps} loss {row['loss']:.5f} {extra} elapsed {elapsed:.0f}s left {left:.0f}s",
+                flush=True,
+            )
             seen = []
         if time.time() - saved > save_every or step + 1 == steps:
             checkpoint(step + 1)
@@ -216,7 +266,11 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, args: argparse.Namespace)
 
 
 def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    return torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+    return (
+        torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16)
+        if args.bf16
+        else contextlib.nullcontext()
+    )
 
 
 @torch.no_grad()
@@ -237,14 +291,20 @@ def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+        vocab_size=4096,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        show_progress=False,
     )
     bpe.train_from_iterator(words, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
     pieces += [p for p in sorted(learnt["vocab"], key=learnt["vocab"].get) if p not in set(pieces)]
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in learnt["merges"]]
-    clip = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=LENGTH)
+    clip = CLIPTokenizer(
+        vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=LENGTH
+    )
     t5_pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     t5_pieces += [("▁" + w, -2.0) for w in words] + [("▁", -8.0)] + [(x, -10.0) for x in letters]
     t5 = T5TokenizerFast(vocab=t5_pieces, extra_ids=0, model_max_length=LENGTH)
@@ -272,12 +332,22 @@ class TextStage(torch.nn.Module):
         self.clip_heads = torch.nn.Linear(64, sum(ATTRIBUTES))
         self.t5_heads = torch.nn.Linear(128, sum(ATTRIBUTES))
 
-    def encode(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, clip_ids: torch.Tensor, t5_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As FluxPipeline does: CLIP pooled [B, 64], T5 sequence [B, LENGTH, 128], no attention mask."""
         return self.clip(clip_ids).pooler_output, self.t5(t5_ids).last_hidden_state
 
 
-ATTRIBUTES = (len(CATEGORIES) + 1, 7, len(SHAPES) + 1, len(COLOURS) + 1, len(SHAPES) + 1, len(COLOURS) + 1, len(RELATIONS) + 1)
+ATTRIBUTES = (
+    len(CATEGORIES) + 1,
+    7,
+    len(SHAPES) + 1,
+    len(COLOURS) + 1,
+    len(SHAPES) + 1,
+    len(COLOURS) + 1,
+    len(RELATIONS) + 1,
+)
 
 
 def attributes(scene: Scene | None) -> list[int]:
@@ -299,11 +369,16 @@ def attributes(scene: Scene | None) -> list[int]:
 
 
 def tokenise(tokenizers: tuple, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = [t(captions, padding="max_length", max_length=LENGTH, truncation=True).input_ids for t in tokenizers]
+    ids = [
+        t(captions, padding="max_length", max_length=LENGTH, truncation=True).input_ids
+        for t in tokenizers
+    ]
     return torch.tensor(ids[0]), torch.tensor(ids[1])
 
 
-def text_loss(stage: TextStage, tokenizers: tuple, scenes: list[Scene], args: argparse.Namespace) -> Callable:
+def text_loss(
+    stage: TextStage, tokenizers: tuple, scenes: list[Scene], args: argparse.Namespace
+) -> Callable:
     ids = tokenise(tokenizers, [s.caption for s in scenes] + [""])
     labels = torch.tensor([attributes(s) for s in scenes] + [attributes(None)])
 
@@ -319,7 +394,9 @@ def text_loss(stage: TextStage, tokenizers: tuple, scenes: list[Scene], args: ar
         t5_parts = stage.t5_heads(sequence).split(ATTRIBUTES, -1)
         for i in range(len(ATTRIBUTES)):
             loss = loss + F.cross_entropy(clip_parts[i], target[:, i])
-            loss = loss + F.cross_entropy(t5_parts[i].transpose(1, 2), target[:, i, None].expand(-1, LENGTH))
+            loss = loss + F.cross_entropy(
+                t5_parts[i].transpose(1, 2), target[:, i, None].expand(-1, LENGTH)
+            )
             right = min(right, (clip_parts[i].argmax(-1) == target[:, i]).float().mean().item())
         return loss, {"worst_clip_accuracy": round(right, 3)}
 
@@ -333,29 +410,59 @@ def make_transformer(world: World) -> FluxTransformer2DModel:
         num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )  # fmt: skip
-    for name, p in model.named_parameters():  # adaLN-zero: every block starts as the identity, the output at zero
-        if "norm1" in name or "norm.linear" in name or "norm_out.linear" in name or name.startswith("proj_out"):
+    for (
+        name,
+        p,
+    ) in (
+        model.named_parameters()
+    ):  # adaLN-zero: every block starts as the identity, the output at zero
+        if (
+            "norm1" in name
+            or "norm.linear" in name
+            or "norm_out.linear" in name
+            or name.startswith("proj_out")
+        ):
             torch.nn.init.zeros_(p)
     return model
 
 
-def flow_batch(latents: torch.Tensor, shape: tuple[float, float], g: torch.Generator, args: argparse.Namespace) -> tuple:
+def flow_batch(
+    latents: torch.Tensor, shape: tuple[float, float], g: torch.Generator, args: argparse.Namespace
+) -> tuple:
     """Noised packed latents, sigma and velocity target: x_sigma = (1 - sigma) x + sigma noise, v = noise - x (FLUX's)."""
     x = latents.to(args.device)
     noise = torch.randn(latents.shape, generator=g).to(args.device)
-    sigma = torch.sigmoid(torch.randn(len(latents), generator=g) * shape[1] + shape[0]).to(args.device)
+    sigma = torch.sigmoid(torch.randn(len(latents), generator=g) * shape[1] + shape[0]).to(
+        args.device
+    )
     s = sigma[:, None, None]
     return (1 - s) * x + s * noise, sigma, noise - x
 
 
-def forward(model: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, guidance: torch.Tensor, text: dict, ids: dict) -> torch.Tensor:
-    return model(hidden_states=x, timestep=sigma, guidance=guidance, return_dict=False, **text, **ids)[0].float()
+def forward(
+    model: FluxTransformer2DModel,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    guidance: torch.Tensor,
+    text: dict,
+    ids: dict,
+) -> torch.Tensor:
+    return model(
+        hidden_states=x, timestep=sigma, guidance=guidance, return_dict=False, **text, **ids
+    )[0].float()
 
 
 class Cache:
     """Packed latents of every scene and the embeddings of every distinct caption (frozen encoders: encoded once)."""
 
-    def __init__(self, latents: torch.Tensor, captions: list[str], stage: TextStage, tokenizers: tuple, args: argparse.Namespace):
+    def __init__(
+        self,
+        latents: torch.Tensor,
+        captions: list[str],
+        stage: TextStage,
+        tokenizers: tuple,
+        args: argparse.Namespace,
+    ):
         b, c, h, w = latents.shape
         self.packed = FluxPipeline._pack_latents(latents, b, c, h, w)
         distinct = sorted(set(captions) | {""})
@@ -371,12 +478,17 @@ class Cache:
                 sequence.append(s)
         self.pooled, self.sequence = torch.cat(pooled), torch.cat(sequence)
         self.ids = {
-            "img_ids": FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, args.device, torch.float32),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(
+                1, h // 2, w // 2, args.device, torch.float32
+            ),
             "txt_ids": torch.zeros(LENGTH, 3, device=args.device),
         }
 
     def text(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"pooled_projections": self.pooled[rows], "encoder_hidden_states": self.sequence[rows]}
+        return {
+            "pooled_projections": self.pooled[rows],
+            "encoder_hidden_states": self.sequence[rows],
+        }
 
 
 def compiled_once(*models: FluxTransformer2DModel) -> Callable[[], None]:
@@ -400,13 +512,25 @@ def flow_loss(model: FluxTransformer2DModel, cache: Cache, args: argparse.Namesp
         rows = torch.where(torch.rand(args.batch, generator=g) < 0.1, cache.empty, cache.rows[pick])
         x, sigma, target = flow_batch(cache.packed[pick], (1.0, 1.2), g, args)
         with autocast(args):
-            v = forward(model, x, sigma, torch.ones(args.batch, device=args.device), cache.text(rows), cache.ids)
+            v = forward(
+                model,
+                x,
+                sigma,
+                torch.ones(args.batch, device=args.device),
+                cache.text(rows),
+                cache.ids,
+            )
         return F.mse_loss(v, target), {}
 
     return loss_of
 
 
-def guidance_loss(model: FluxTransformer2DModel, teacher: FluxTransformer2DModel, cache: Cache, args: argparse.Namespace) -> Callable:
+def guidance_loss(
+    model: FluxTransformer2DModel,
+    teacher: FluxTransformer2DModel,
+    cache: Cache,
+    args: argparse.Namespace,
+) -> Callable:
     """Guidance distillation: one pass with guidance g learns v_empty + g (v_caption - v_empty) of the undistilled model."""
 
     ready = compiled_once(*([model, teacher] if args.compile else []))
@@ -420,7 +544,14 @@ def guidance_loss(model: FluxTransformer2DModel, teacher: FluxTransformer2DModel
         rows = cache.rows[pick]
         with torch.no_grad(), autocast(args):
             both = cache.text(torch.cat([rows, torch.full_like(rows, cache.empty)]))
-            v = forward(teacher, x.repeat(2, 1, 1), sigma.repeat(2), torch.ones(2 * len(x), device=args.device), both, cache.ids)
+            v = forward(
+                teacher,
+                x.repeat(2, 1, 1),
+                sigma.repeat(2),
+                torch.ones(2 * len(x), device=args.device),
+                both,
+                cache.ids,
+            )
             caption, empty = v.chunk(2)
             target = empty + scale[:, None, None] * (caption - empty)
         with autocast(args):
@@ -431,9 +562,21 @@ def guidance_loss(model: FluxTransformer2DModel, teacher: FluxTransformer2DModel
 
 
 # ---------------------------------------------------------------- the pipeline directory
-def save_pipeline(out: Path, vae: AutoencoderKL, stage: TextStage, tokenizers: tuple, transformer: FluxTransformer2DModel, world: World) -> None:
+def save_pipeline(
+    out: Path,
+    vae: AutoencoderKL,
+    stage: TextStage,
+    tokenizers: tuple,
+    transformer: FluxTransformer2DModel,
+    world: World,
+) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(  # FLUX.1 [dev]'s own settings
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
     )
     pipe = FluxPipeline(
         scheduler=scheduler, vae=vae, text_encoder=stage.clip, tokenizer=tokenizers[0], text_encoder_2=stage.t5,
@@ -447,9 +590,20 @@ def save_pipeline(out: Path, vae: AutoencoderKL, stage: TextStage, tokenizers: t
     half.text_encoder_2.float()
     half.save_pretrained(part, safe_serialization=True)
     size = world.size
-    defaults = {"height": size, "width": size, "num_inference_steps": 16, "guidance_scale": 3.5, "max_sequence_length": LENGTH}
+    defaults = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": 16,
+        "guidance_scale": 3.5,
+        "max_sequence_length": LENGTH,
+    }
     (part / "defaults.json").write_text(json.dumps(defaults, indent=2, sort_keys=True) + "\n")
-    for name in ("README.md", "scores.json", "training.json", "training.svg"):  # what a person or another script added stays
+    for name in (
+        "README.md",
+        "scores.json",
+        "training.json",
+        "training.svg",
+    ):  # what a person or another script added stays
         if (out / name).exists():
             (part / name).write_bytes((out / name).read_bytes())
     if out.exists():
@@ -468,20 +622,36 @@ def save_pipeline(out: Path, vae: AutoencoderKL, stage: TextStage, tokenizers: t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("models/shapes-dense"))
-    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="checkpoints; give the same one to resume")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/teacher"),
+        help="checkpoints; give the same one to resume",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--scenes", type=int, default=100_000, help="training images, drawn once and encoded once")
+    parser.add_argument(
+        "--scenes", type=int, default=100_000, help="training images, drawn once and encoded once"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--flow-steps", type=int, default=7500)
     parser.add_argument("--guidance-steps", type=int, default=700)
     parser.add_argument("--lr", type=float, default=1.6e-3)
-    parser.add_argument("--snapshot-every", type=int, default=1000, help="write the pipeline every so many flow steps (0: never)")
-    parser.add_argument("--snapshot", type=Path, default=None, help="where snapshots go (default: <work>/snapshot)")
-    parser.add_argument("--muon", action="store_true", help="Muon for the blocks' matrices instead of AdamW")
+    parser.add_argument(
+        "--snapshot-every",
+        type=int,
+        default=1000,
+        help="write the pipeline every so many flow steps (0: never)",
+    )
+    parser.add_argument(
+        "--snapshot", type=Path, default=None, help="where snapshots go (default: <work>/snapshot)"
+    )
+    parser.add_argument(
+        "--muon", action="store_true", help="Muon for the blocks' matrices instead of AdamW"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false")
     parser.add_argument("--threads", type=int, default=0)
@@ -489,7 +659,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")  # at 32 tokens the CPU's flash kernel is slower than plain products
+    torch.backends.cuda.enable_flash_sdp(
+        args.device != "cpu"
+    )  # at 32 tokens the CPU's flash kernel is slower than plain products
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     for _ in stages(args, World(size=args.size)):
@@ -503,7 +675,15 @@ def stages(args: argparse.Namespace, world: World) -> Iterator[str]:
     images = images_of(world, scenes, args.seed)
 
     vae = make_vae(world).to(args.device)
-    train("vae", vae, vae_loss(vae, images, args), work=args.work, steps=args.vae_steps, lr=2.5e-3, decay_share=0.5)
+    train(
+        "vae",
+        vae,
+        vae_loss(vae, images, args),
+        work=args.work,
+        steps=args.vae_steps,
+        lr=2.5e-3,
+        decay_share=0.5,
+    )
     vae.eval().requires_grad_(False)
     yield "vae"
     if args.until == "vae":
@@ -512,17 +692,30 @@ def stages(args: argparse.Namespace, world: World) -> Iterator[str]:
     tokenizers = make_tokenizers()
     stage = TextStage(len(tokenizers[0]), len(tokenizers[1])).to(args.device)
     text_scenes = scenes_of(world, 20_000, args.seed + 5)
-    train("text", stage, text_loss(stage, tokenizers, text_scenes, args), work=args.work, steps=args.text_steps, lr=2e-3, decay_share=0.5)
+    train(
+        "text",
+        stage,
+        text_loss(stage, tokenizers, text_scenes, args),
+        work=args.work,
+        steps=args.text_steps,
+        lr=2e-3,
+        decay_share=0.5,
+    )
     stage.eval().requires_grad_(False)
     yield "text"
     if args.until == "text":
         return
 
-    kept = args.work / "latents.safetensors"  # minutes of encoding that a resumed run need not repeat
+    kept = (
+        args.work / "latents.safetensors"
+    )  # minutes of encoding that a resumed run need not repeat
     if not kept.exists():
         save_state(kept, {"latents": encode_all(vae, images, args)}, {})
     latents = load_state(kept)[0]["latents"]
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 6), scaling_factor=round(1 / latents.std().item(), 6))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 6),
+        scaling_factor=round(1 / latents.std().item(), 6),
+    )
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     cache = Cache(latents, [s.caption for s in scenes], stage, tokenizers, args)
     snapshot_dir = args.snapshot or args.work / "snapshot"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from d2m.cli import app, main
 from d2m.options import numbers, pairs
@@ -113,6 +115,147 @@ def test_inspect_a_pipeline(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", str(dense), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["blocks"] == {"double": 2, "single": 2}
+
+
+# ---------------------------------------------------------------- every command on tiny models
+
+
+def answer_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that has to succeed; returns its stdout."""
+    assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_run_writes_a_picture(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "a.png"
+    text = answer_of(capsys, "run", tiny_bundle, "a red circle", "-o", out, "--steps", 2)
+    assert text.startswith(f"{out} (ort, ")
+    assert Image.open(out).size == (16, 16)
+    text = answer_of(
+        *(capsys, "run", "--bundle", tiny_bundle, "a red circle", "-n", 2, "-o", out),
+        *("--seed", 5, "--steps", 2, "--top-k", 1, "--json"),
+    )
+    answer = json.loads(text)
+    assert answer["files"] == [str(tmp_path / "new/a-0.png"), str(tmp_path / "new/a-1.png")]
+    assert answer["backend"] == "ort"
+    assert files(tmp_path / "new") == ["a-0.png", "a-1.png", "a.png"]
+
+
+def test_run_same_seed_same_bytes(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        answer_of(capsys, "run", tiny_bundle, "two rings", "-o", tmp_path / name, "--steps", 2)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", 0], "steps is 0"),
+        (["--height", 17], "height is 17"),
+        (["--top-k", 3], "top_k is 3"),
+        (["--seed", -1], "seed is -1"),
+        (["-n", 0], "n is 0"),
+        (["--guidance", -2], "guidance is -2"),
+        (["--backend", "cuda"], "'cuda'"),
+    ],
+)
+def test_run_refuses_bad_values(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[object],
+    words: str,
+) -> None:
+    out = tmp_path / "x.png"
+    assert words in refused(capsys, "run", tiny_bundle, "a ring", "-o", out, *arguments)
+    assert files(tmp_path) == []
+
+
+def test_run_wants_a_prompt_after_a_bundle(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no prompt follows" in refused(capsys, "run", tiny_bundle)
+
+
+EVAL = ("-n", 6, "--steps", 1, "--world", "size=32", "--batch", 4)
+
+
+def test_eval_of_a_bundle_and_of_pipelines(
+    tiny_bundle: Path,
+    tiny_sparse_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (tiny_bundle, tiny_sparse_dir):
+        target, grid = tmp_path / f"{path.name}.json", tmp_path / f"{path.name}.png"
+        text = answer_of(capsys, "eval", path, *EVAL, "--json", target, "--grid", grid)
+        assert "colour attribution" in text
+        answer = json.loads(target.read_text())
+        assert (answer["suite"], answer["n"], answer["seed"]) == ("shapes", 6, 0)
+        rates = [answer["overall"], *answer["categories"].values()]
+        assert all(set(rate) == {"score", "low", "high", "n"} for rate in rates)
+        assert len(answer["categories"]) == 6
+        assert Image.open(grid).width > 100
+    printed = answer_of(capsys, "eval", tiny_bundle, *EVAL, "--json", "-", "--top-k", 0)
+    assert json.loads(printed)["overall"]["n"] == 6
+
+
+def test_eval_refuses_experts_of_a_dense_model(
+    dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "top_k" in refused(capsys, "eval", dense, *EVAL, "--top-k", 2)
+
+
+def test_inspect_a_sparse_checkpoint_and_a_bundle(
+    tiny_bundle: Path, tiny_sparse_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, what in ((tiny_sparse_dir, "sparse checkpoint"), (tiny_bundle, "sparse bundle")):
+        assert answer_of(capsys, "inspect", path).startswith(what)
+        answer = json.loads(answer_of(capsys, "inspect", path, "--json"))
+        assert answer["experts"]["num_experts"] == 12
+        counts = answer["parameters"]["transformer"]
+        assert 0 < counts["activated"] < counts["total"]
+
+
+@pytest.fixture(scope="module")
+def shapes_dense(tiny_dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model drawing at 32 pixels, so that it has training data."""
+    path = tmp_path_factory.mktemp("shapes") / "dense"
+    shutil.copytree(tiny_dense_dir, path)
+    config = json.loads((path / "vae/config.json").read_text())
+    (path / "vae/config.json").write_text(json.dumps({**config, "sample_size": 32}))
+    (path / "defaults.json").write_text('{"num_inference_steps": 2}')
+    return path
+
+
+def test_convert_export_and_parity(
+    shapes_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way on a tiny model: only that the commands fit together."""
+    recipe = json.loads((ROOT / "d2m/presets/L.json").read_text())
+    recipe |= {"name": "tiny", "calibration": {"batches": 1, "batch_size": 4}}
+    for stage in recipe["stages"]:
+        stage["batch_size"] = 4
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    sparse, bundle = tmp_path / "sparse", tmp_path / "bundle"
+    convert = ["convert", shapes_dense, "-o", sparse, "--recipe", tmp_path / "r.json"]
+    convert += ["--steps", 4, "--score", 6, "--json"]
+    answer = json.loads(answer_of(capsys, *convert))
+    assert (answer["steps"], answer["recipe"]) == (4, "tiny")
+    for name in ("model_index.json", "recipe.json", "report.html", "README.md", "defaults.json"):
+        assert (sparse / name).is_file(), name
+    assert "exists" in refused(capsys, *convert)  # never written over
+    answer_of(capsys, *convert, "--resume")
+
+    answer_of(capsys, "export", sparse, "-o", bundle, "--top-k", "2")
+    assert main(["parity", str(sparse), str(bundle), "--json"]) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert found["backend"] == "ort" and found["components"] and found["blocks"]
+    assert files(tmp_path)[0] == "bundle" and not list(tmp_path.glob(".*"))
 
 
 def blocked(modules: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -18,18 +18,23 @@ def test_clock(seconds: float, text: str) -> None:
 
 
 def test_lines_say_phase_elapsed_and_left(capsys: pytest.CaptureFixture[str]) -> None:
-    times = iter([0.0, 1.0, 12.0, 13.0, 20.0, 20.5])
+    times = iter([0.0, 1.0, 12.0, 13.0, 20.0, 20.5, 20.6, 30.0, 31.5])
     progress = console._lines(lambda: next(times))
     for done in (0, 1, 12, 13, 20):
         progress("shared", done, 20)
-    progress("experts", 0, 5)
+    progress("short", 0, 5)
+    progress("short", 5, 5)
+    progress("shared", 0, 3)  # begins again
+    progress("shared", 3, 3)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "shared: 0/20, 0:00",
+        "shared: 0/20",
         "shared: 12/20, 0:12, 0:08 left",
         "shared: 20/20, 0:20",
-        "experts: 0/5, 0:00",
+        "short: 0/5",
+        "shared: 0/3",
+        "shared: 3/3, 0:02",
     ]
 
 
@@ -37,6 +42,7 @@ def test_bars_take_new_phases_and_totals() -> None:
     with console._bars() as progress:
         progress("a", 0, 0)
         progress("a", 1, 3)
+        progress("a", 0, 2)
         progress("b", 2, 2)
 
 
