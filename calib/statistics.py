@@ -44,7 +44,7 @@ def routing_table(
     batches: Batches,
     *,
     top_k: int | None = None,
-    count: int = 4,
+    count: int = 2,
     batch_size: int = 16,
     edges: Sequence[float] = EDGES,
     seed: int = 0,

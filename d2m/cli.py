@@ -266,8 +266,10 @@ def drawer(
     )
     pipe = load_pipeline(path)
     if top_k is not None:
-        from d2m.model import set_top_k
+        from d2m.surgery import set_top_k, sparse_ffns
 
+        if not sparse_ffns(pipe.transformer):
+            raise ValueError(f"--top-k is {top_k} but {str(path)!r} is dense; leave it out")
         set_top_k(pipe.transformer, top_k)
     return pipeline_draw(pipe, batch_size=batch, **values), values["height"]
 

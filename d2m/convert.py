@@ -98,7 +98,7 @@ def convert(
     dense_path = locate(dense_dir)
     family = dense_family(dense_path, recipe)
     _need_torch()
-    _start(work, dense_path, recipe)
+    identity = _identity_of(work, dense_path, recipe)
     from d2m.model import sparse_model_of
 
     seconds: dict[str, float] = {}
@@ -107,7 +107,7 @@ def convert(
         dense = pipe.transformer
         calibration = batches(pipe, recipe.seed + CALIBRATION)
     with timed(seconds, "importance"):
-        neurons = _importance(work, dense, calibration, recipe, importance, progress)
+        neurons = _importance(work, identity, dense, calibration, recipe, importance, progress)
     with timed(seconds, "conversion"):
         student = sparse_model_of(dense, neurons, recipe, family)
         error = _identity(student, dense, calibration)
@@ -206,14 +206,11 @@ def _check_free(out: Path, work: Path, resume: bool) -> None:
         )
 
 
-def _start(work: Path, dense: Path, recipe: Recipe) -> None:
-    """Make the work directory, or check that it is one of the same conversion."""
-    record = work / "run.json"
+def _identity_of(work: Path, dense: Path, recipe: Recipe) -> dict[str, Any]:
+    """What must be the same on a resume; ValueError if `work` holds another conversion."""
     now = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
-    if not record.is_file():
-        write_json(record, now)
-        return
-    before = json.loads(record.read_text("utf-8"))
+    record = work / "run.json"
+    before = json.loads(record.read_text("utf-8")) if record.is_file() else now
     for what in now:
         if before.get(what) != json.loads(json.dumps(now[what])):
             words = "another dense model" if what == "dense" else "another recipe, seed or steps"
@@ -221,22 +218,29 @@ def _start(work: Path, dense: Path, recipe: Recipe) -> None:
                 f"{work} holds a conversion with {words}; resume it with the same, or remove it to "
                 "start again."
             )
+    return now
 
 
 def _importance(
     work: Path,
+    identity: Mapping[str, Any],
     dense: nn.Module,
     calibration: Batches,
     recipe: Recipe,
     importance: Callable[..., dict[str, Tensor]],
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """The neurons' scores, from the work directory if they were computed before."""
+    """The neurons' scores, from the work directory if they were computed before.
+
+    They are the first thing worth keeping: the work directory is made here and not sooner, so that
+    input which cannot be converted leaves nothing behind.
+    """
     from safetensors.torch import load_file, save_file
 
     path = work / "importance.safetensors"
     if not path.is_file():
         scores = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
+        write_json(work / "run.json", identity)
         temporary = temporary_sibling(path)
         save_file({name: score.contiguous() for name, score in scores.items()}, temporary)
         os.replace(temporary, path)

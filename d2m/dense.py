@@ -93,4 +93,4 @@ def licence_of(path: Path) -> str | None:
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
     found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    return found[1].strip("\"'") if found else None

@@ -49,6 +49,9 @@ def write_sparse(
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "recipe.json", recipes.to_dict(recipe))
     save_file({k: v.contiguous() for k, v in scores.items()}, folder / "importance.safetensors")
+    for path in folder.rglob("*.safetensors"):
+        # safetensors 0.8 makes them readable by their owner alone, whatever the umask.
+        shutil.copymode(folder / "model_index.json", path)
 
 
 def compare(
@@ -101,10 +104,10 @@ def write_papers(
     from d2m.card import model_card
     from d2m.report import build_report, write_report
 
-    shown = {"name": facts["name"], "base_model": facts["base_model"]}
+    shown: dict[str, Any] = {"name": facts["name"], "base_model": facts["base_model"]}
     shown |= {"parameters": facts["parameters"], "recipe": recipes.to_dict(recipe)}
     scores = facts["scores"] or None
-    about = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
+    about: dict[str, Any] = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
     write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
     if report is not None:
         write_report(folder, build_report(**shown, scores=facts["scores"], **report))

@@ -52,7 +52,10 @@ def body(kind: str, routing: Routing, *, tile: int = 64) -> onnx.FunctionProto:
     lines = sorted_lines(routing) if kind == "sorted" else portable_lines(routing, tile)
     head = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>'
     text = f"{head}\n{OP} <top_k> (x, logits, w1, b1, w2) => (y)\n{{\n" + "\n".join(lines) + "\n}"
-    return parser.parse_function(text)
+    function = parser.parse_function(text)
+    for node in function.node:
+        node.name = node.output[0]
+    return function
 
 
 def tile_rows(tokens: int, routing: Routing) -> int:
@@ -148,8 +151,8 @@ def sorted_lines(routing: Routing) -> list[str]:
         "gate, chosen = TopK <axis = 0> (by_expert, k)",  # [K, T]; ties go to the lowest index
         "pair = Reshape (chosen, flat)",  # [P], the expert of every pair
         "pairs = Shape (pair)",
-        "sorted_pair, order = TopK <axis = 0, largest = 0> (pair, pairs)",
-        "sorted_order, place = TopK <axis = 0, largest = 0> (order, pairs)",  # order's inverse
+        "_sorted_pair, order = TopK <axis = 0, largest = 0> (pair, pairs)",
+        "_sorted_order, place = TopK <axis = 0, largest = 0> (order, pairs)",  # order's inverse
         "hit = OneHot <axis = 1> (pair, experts, hit_or_not)",
         "count = ReduceSum <keepdims = 0> (hit, zero)",
         "tokens = Shape <start = 0, end = 1> (x)",
@@ -158,17 +161,15 @@ def sorted_lines(routing: Routing) -> list[str]:
         f"{each('x', experts)} = Split <axis = 0> (rows, count)",
     ]
     # Folded where the weights are initializers.
-    for weights, stem in (("w1", "u"), ("w2", "d")):
-        lines += [
-            f"{weights}_rows = Flatten <axis = 2> ({weights})",  # [E * in, out]
-            f"{each(stem, experts)} = Split <axis = 0, num_outputs = {experts}> ({weights}_rows)",
-        ]
-    lines += [f"m{e} = MatMul (x{e}, u{e})" for e in range(experts)]
+    for weights, stem, rank in (("w1", "u", 3), ("b1", "c", 2), ("w2", "d", 3)):
+        rows = f"{weights}_rows" if rank == 3 else weights
+        if rank == 3:
+            lines += [f"{rows} = Flatten <axis = 2> ({weights})"]  # [E * in, out]
+        lines += [f"{each(stem, experts)} = Split <axis = 0, num_outputs = {experts}> ({rows})"]
+    lines += [f"m{e} = Gemm (x{e}, u{e}, c{e})" for e in range(experts)]
     lines += [
         f"m = Concat <axis = 0> ({each('m', experts)})",
-        "bias = Gather (b1, sorted_pair)",
-        "a = Add (m, bias)",
-        'g = Gelu <approximate = "tanh"> (a)',
+        'g = Gelu <approximate = "tanh"> (m)',
         "flat_gate = Reshape (gate, flat)",
         "sorted_gate = Gather (flat_gate, order)",
         "weight = Unsqueeze (sorted_gate, one)",

@@ -1,76 +1,16 @@
-"""Which experts a backend chooses: its routers' logits, tapped, against torch's.
+"""Which experts a backend chooses, from its routers' logits, against torch's choice.
 
-The op `d2m::RoutedExperts` takes the logits as its second input. A tapped block graph gives that
-tensor as one more output; nothing else of it changes. Where two experts' gates are closer than
-rounding, the choice may differ and the image with it: so agreement is told together with the
-margin, the difference between the last gate chosen and the first one left out.
+Where two experts' gates are closer than rounding, the choice may differ and the image with it: so
+agreement is told together with the margin, the difference between the last gate chosen and the
+first one left out.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from export.schema import DOMAIN, OP
-from runtime.bundle import Bundle
-
-OUT = "out_"  # block graphs' outputs are named so
-
-
-def tap(model: Any) -> tuple[Any, list[str]]:
-    """A copy of a block graph that also returns its routers' logits, and their names.
-
-    A router is named by its weights: "ff" for the node that reads ff.experts.w1. The outputs are
-    called out_<router>.logits, float32 [tokens, E].
-    """
-    import onnx
-    from onnx import helper
-
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
-    names = []
-    for node in tapped.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, OP):
-            continue
-        name = node.input[2].rpartition(".experts.")[0] + ".logits"
-        experts = next(
-            value.type.tensor_type.shape.dim[0].dim_value
-            for value in tapped.graph.input
-            if value.name == node.input[2]
-        )
-        out = f"{OUT}{name}"
-        tapped.graph.node.append(helper.make_node("Identity", [node.input[1]], [out], name=out))
-        tapped.graph.output.append(
-            helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, ["rows", experts])
-        )
-        names.append(name)
-    return tapped, names
-
-
-def tapped_bundle(bundle: Bundle, folder: Path, top_k: int) -> Bundle:
-    """The bundle with tapped transformer blocks for `top_k`, written to `folder`; weights shared.
-
-    A block type's `outputs` then name the logits too, so any executor returns them.
-    """
-    import onnx
-
-    manifest = copy.deepcopy(bundle.manifest)
-    kinds = manifest["components"]["transformer"]["types"]
-    for kind in kinds.values():
-        for key, path in kind["graphs"].items():
-            if key not in ("", str(top_k)):
-                continue
-            model, names = tap(onnx.load(str(bundle.file(path))))
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            onnx.save(model, str(target))
-            kind["outputs"] = [*kind["outputs"], *names]
-    weights = {"transformer": bundle.weights("transformer")}
-    return Bundle(folder, manifest, bundle.digest, weights)
 
 
 def chosen(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,10 +20,11 @@ from export.parts import (
     compare_experts,
     compare_ids,
     compare_trajectory,
+    plans_in_use,
 )
 from export.reference import load_reference, record
 from runtime import flux
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import open_bundle
 
 PROMPTS = ("a red circle", "two blue squares and a green triangle")
 # Per compute dtype: largest relative error of a tensor, smallest PSNR of the picture in dB, gate
@@ -61,7 +62,8 @@ def parity(
     k = manifest["top_k"] if top_k is None else top_k
     count = steps or manifest["defaults"]["steps"]
     pipeline = Recorder(opened, backend)
-    dtype = compute_dtype(opened, pipeline.backend)
+    target = plans_in_use(pipeline)
+    dtype = manifest["plans"][target]["dtype"] if target else manifest["compute_dtype"]
     limits = LIMITS[dtype]
     tell("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
@@ -85,7 +87,9 @@ def parity(
     blocks = compare_blocks(opened, pipeline.backend, reference, k, limit, tell)
     experts = None
     if k:
-        experts = compare_experts(opened, pipeline.backend, reference, k, limits["margin"])
+        experts = compare_experts(
+            opened, pipeline.backend, target, sparse_dir, reference, k, limits["margin"]
+        )
     trajectory = compare_trajectory(pipeline, reference, noise, latent, k, count, tell)
     result: dict[str, Any] = {
         "sparse": str(sparse_dir),
@@ -105,15 +109,6 @@ def parity(
     result["failures"] = failures(result)
     result["passed"] = not result["failures"]
     return result
-
-
-def compute_dtype(bundle: Bundle, backend: str) -> str:
-    """What a backend computes in: the bundle's type, or its plans'."""
-    api = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}.get(backend)
-    for plan in bundle.manifest.get("plans", {}).values():
-        if plan["api"] == api:
-            return str(plan["dtype"])
-    return str(bundle.manifest["compute_dtype"])
 
 
 def worst_first(rows: Sequence[Row]) -> list[dict[str, Any]]:

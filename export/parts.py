@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from export.choices import agreement, tapped_bundle
+from export.choices import agreement
 from export.comparison import Row, compare, measure, psnr
 from export.reference import Recording, to_unit
+from export.taps import tapped_bundle, tapped_plans
 from runtime.bundle import Bundle
 from runtime.executor import GPU_BACKENDS, open_component
 from runtime.pipeline import Pipeline
@@ -37,6 +38,13 @@ class Recorder(Pipeline):
         if component == "transformer":
             self.latents.append(np.array(inputs["hidden_states"]))
         return super().execute(component, inputs, top_k)
+
+
+def plans_in_use(pipeline: Pipeline) -> str | None:
+    """The target whose plans the pipeline runs; None with ONNX Runtime."""
+    if pipeline.backend not in GPU_BACKENDS:
+        return None
+    return str(pipeline.executor("transformer").target)  # type: ignore[attr-defined]
 
 
 def open_blocks(bundle: Bundle, backend: str) -> Any:
@@ -119,13 +127,22 @@ def compare_blocks(
 
 
 def compare_experts(
-    bundle: Bundle, backend: str, reference: Recording, top_k: int, margin: float
+    bundle: Bundle,
+    backend: str,
+    target: str | None,
+    sparse_dir: str | Path,
+    reference: Recording,
+    top_k: int,
+    margin: float,
 ) -> dict[str, Any]:
     """The experts chosen by every router on torch's inputs of its block."""
     component = bundle.component("transformer")
     sites = []
     with tempfile.TemporaryDirectory(prefix="d2m-parity-") as folder:
-        tapped = tapped_bundle(bundle, Path(folder), top_k)
+        if target is None:
+            tapped = tapped_bundle(bundle, Path(folder), top_k)
+        else:
+            tapped = tapped_plans(bundle, Path(folder), top_k, sparse_dir, target)
         executor = open_blocks(tapped, backend)
         for step, logits in reference.logits.items():
             for call in component["program"]:

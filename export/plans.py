@@ -140,8 +140,8 @@ def bounds(
 
 def names_in(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The dimensions that need a profile among tensors' shapes."""
-    dims = (term for row in rows for size in row["shape"] for term in terms(size))
-    return sorted({name for _, name in dims if name})
+    found = (term for row in rows for size in row["shape"] for term in terms(size))
+    return sorted({name for _, names in found for name in names})
 
 
 def default_profiles(manifest: Mapping[str, Any]) -> dict[str, list[int]]:

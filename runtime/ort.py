@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Blocks:
         self.default = bundle.manifest.get("top_k")
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._weights: dict[str, onnxruntime.OrtValue] = {}
-        self._bindings: dict[tuple[str, str, str], onnxruntime.IOBinding] = {}
+        self._bound: dict[tuple[str, str, str], Bound] = {}
         self._lock = threading.Lock()  # a binding holds one call's tensors
 
     def __call__(
@@ -122,17 +123,18 @@ class Blocks:
         """run_program's callback: OrtValues in, OrtValues out."""
         row = self.component["types"][kind]
         place = (kind, key, prefix)
-        if place not in self._bindings:
-            self._bindings[place] = self.bind(kind, key, prefix)
-        binding, session = self._bindings[place], self.session(row["graphs"][key])
-        for name, value in zip(row["inputs"], inputs, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        # By position: a graph cannot read and write one name, so its outputs have others. Bound
-        # anew each time, or the outputs of the call before would be overwritten.
-        for output in session.get_outputs():
-            binding.bind_output(output.name, "cpu")
-        session.run_with_iobinding(binding)
-        outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
+        if place not in self._bound:
+            self._bound[place] = self.bind(kind, key, prefix)
+        block = self._bound[place]
+        for position, name in enumerate(row["inputs"]):
+            if block.values[position] is not inputs[position]:  # rope, temb: bound already
+                block.binding.bind_ortvalue_input(name, inputs[position])
+                block.values[position] = inputs[position]
+        # Anew each time, or the outputs of the call before would be overwritten.
+        for name in block.outputs:
+            block.binding.bind_output(name, "cpu")
+        block.session.run_with_iobinding(block.binding)
+        outputs: list[onnxruntime.OrtValue] = block.binding.get_outputs()
         return outputs
 
     def session(self, graph: str) -> onnxruntime.InferenceSession:
@@ -141,8 +143,8 @@ class Blocks:
             self._sessions[graph] = open_session(self.bundle, graph, self.threads)
         return self._sessions[graph]
 
-    def bind(self, kind: str, key: str, prefix: str) -> onnxruntime.IOBinding:
-        """A binding of one block's weights; they stay bound from step to step."""
+    def bind(self, kind: str, key: str, prefix: str) -> Bound:
+        """Bind one block's weights; they stay bound from step to step."""
         row = self.component["types"][kind]
         session = self.session(row["graphs"][key])
         check_session(self.bundle, row["graphs"][key], session, row, row["weights"])
@@ -150,17 +152,28 @@ class Blocks:
         for local, weight in row["weights"].items():
             name = prefix + local
             if name not in self._weights:
-                array = self.tensors.array(name, weight["dtype"])
-                self._weights[name] = ort_value(np.ascontiguousarray(array))
+                self._weights[name] = ort_value(self.tensors.array(name, weight["dtype"]))
             binding.bind_ortvalue_input(local, self._weights[name])
-        return binding
+        # By position: a graph cannot read and write one name, so its outputs have others.
+        outputs = [output.name for output in session.get_outputs()]
+        return Bound(session, binding, outputs, [None] * len(row["inputs"]))
+
+
+@dataclass
+class Bound:
+    """A block ready to run: its session, its weights in a binding, what else was bound last."""
+
+    session: onnxruntime.InferenceSession
+    binding: onnxruntime.IOBinding
+    outputs: list[str]
+    values: list[Any]
 
 
 def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
     """An OrtValue on the array's own memory (kept alive by the value)."""
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
 def open_session(bundle: Bundle, graph: str, threads: int) -> onnxruntime.InferenceSession:

@@ -91,17 +91,18 @@ def names(plan: Mapping[str, Any]) -> list[str]:
     return [tensor["name"] for tensor in plan["inputs"]]
 
 
-def terms(dim: int | str) -> list[tuple[int, str]]:
-    """A named dimension as a sum of (factor, name): "8*latent_height", "image_tokens + 2"."""
+def terms(dim: int | str) -> list[tuple[int, list[str]]]:
+    """A dimension as a sum of products: "8*latent_height", "batch*text_tokens + 2".
+
+    Each is a factor and the names it multiplies; "tokens" stands for image and text tokens.
+    """
     if isinstance(dim, int):
-        return [(dim, "")]
-    names = "image_tokens + text_tokens" if dim == "tokens" else dim
+        return [(dim, [])]
     result = []
-    for term in names.split("+"):
-        factor, _, name = term.strip().rpartition("*")
-        if name.strip().isdecimal():
-            factor, name = name, ""
-        result.append((int(factor) if factor.strip() else 1, name.strip()))
+    for term in ("image_tokens + text_tokens" if dim == "tokens" else dim).split("+"):
+        parts = [part.strip() for part in term.split("*")]
+        factor = math.prod(int(part) for part in parts if part.isdecimal())
+        result.append((factor, [part for part in parts if not part.isdecimal()]))
     return result
 
 
@@ -109,13 +110,13 @@ def measure(dim: int | str, sizes: Mapping[str, int]) -> int:
     """A dimension in numbers, given what its names measure."""
     if isinstance(dim, str) and dim in sizes:
         return sizes[dim]
-    missing = [name for _, name in terms(dim) if name and name not in sizes]
+    missing = [name for _, found in terms(dim) for name in found if name not in sizes]
     if missing:
         raise ValueError(
             f"a plan's tensor has a dimension {dim!r}, expected one of {', '.join(sorted(sizes))};"
             f" export the bundle again."
         )
-    return sum(factor * (sizes[name] if name else 1) for factor, name in terms(dim))
+    return sum(factor * math.prod(sizes[name] for name in found) for factor, found in terms(dim))
 
 
 def profile(

@@ -207,7 +207,7 @@ def test_eval_of_a_bundle_and_of_pipelines(
 def test_eval_refuses_experts_of_a_dense_model(
     dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "top_k" in refused(capsys, "eval", dense, *EVAL, "--top-k", 2)
+    assert "is dense" in refused(capsys, "eval", dense, *EVAL, "--top-k", 2)
 
 
 def test_inspect_a_sparse_checkpoint_and_a_bundle(

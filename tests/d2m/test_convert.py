@@ -94,6 +94,11 @@ def test_result_is_a_pipeline(dense, whole):
     assert drawn.images[0].size == (32, 32)
 
 
+def test_files_can_be_read_by_whoever_may_read_the_directory(whole):
+    modes = {path.stat().st_mode & 0o777 for path in whole[0].rglob("*") if path.is_file()}
+    assert modes == {(whole[0] / "model_index.json").stat().st_mode & 0o777}
+
+
 def test_card_and_report(whole):
     out, _ = whole
     card, report = (out / "README.md").read_text(), json.loads((out / "report.json").read_text())
@@ -178,6 +183,15 @@ def test_kill_and_resume_give_the_same_bytes(dense, whole, tmp_path):
 def test_settings_that_cannot_be(dense, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         run(dense, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_cannot_be_made_leaves_nothing_behind(dense, tmp_path):
+    def failing(pipe, seed):
+        raise ValueError("no such world")
+
+    with pytest.raises(ValueError, match="no such world"):
+        convert(dense, tmp_path / "out", RECIPE, failing, neuron_importance)
     assert not list(tmp_path.iterdir())
 
 

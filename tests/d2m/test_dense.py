@@ -43,9 +43,7 @@ def test_hub_failures_are_one_sentence(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiffusionPipeline, "download", fail)
-    with pytest.raises(
-        FileNotFoundError, match=r"the hub \(offline\); check the path"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"the hub \(offline\); check the path"):
         locate("owner/name")
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name: str(tmp_path))
     assert locate("owner/name") == tmp_path
@@ -90,6 +88,7 @@ def test_fingerprint_sees_weights_and_config(dense, name):
     ("text", "licence"),
     [
         ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n", "apache-2.0"),
+        ('---\nlicense: "mit"\n---\n', "mit"),
         ("---\ntags: [a]\n---\nlicense: mit\n", None),
         ("# Model\nlicense: mit\n", None),
         (None, None),

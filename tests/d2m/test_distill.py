@@ -156,6 +156,21 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path):
         assert line["output"] != reference["output"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_trains_as_the_cpu_does(precision, tmp_path):
+    """The same draws, so the same losses up to rounding; and a resume goes on from there."""
+    student, teacher = tiny_pair()
+    recipe = replace(recipe_with(4), precision=precision)
+    history = run(student.cuda(), teacher.cuda(), recipe, tmp_path / "cuda")
+    exact = run(*tiny_pair(), recipe_with(4), tmp_path / "cpu")
+    for line, reference in zip(history, exact, strict=True):
+        limit = 1e-2 if precision == "float32" else 0.3
+        assert line["output"] == pytest.approx(reference["output"], rel=limit)
+    student, teacher = tiny_pair()
+    assert run(student.cuda(), teacher.cuda(), recipe, tmp_path / "cuda", resume=True) == history
+
+
 # ---------------------------------------------------------------- parts
 
 

@@ -1,0 +1,1 @@
+"""The stages that make the dense shapes teacher; scripts/train_teacher.py strings them together."""

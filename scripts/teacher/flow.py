@@ -1,0 +1,167 @@
+"""Stages 3 and 4: the transformer learns flow matching, then guidance in a single pass.
+
+As FLUX.1 [dev] came to be: x_s = (1 - s) x + s noise with s in (0, 1), the velocity noise - x to
+be told from x_s; and of the result a student that does with a guidance embedding in one pass what
+classifier-free guidance does in two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from calib.world import World
+from teacher.cache import Cache
+from teacher.loop import Loss, Run, train
+
+DROPPED = 0.1  # share of captions left out, so that the model knows what to draw without one
+# These and the output start at zero, so that every block begins as the identity (adaLN-zero).
+ZEROED = ("norm1", "norm.linear", "norm_out.linear")
+
+Snapshot = Callable[[nn.Module], None]
+
+
+def make_transformer(world: World) -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        in_channels=16 if world.size == 32 else 64,
+        num_layers=6,
+        num_single_layers=12,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    for name, parameter in model.named_parameters():
+        if name.startswith("proj_out") or any(part in name for part in ZEROED):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def train_flow(
+    run: Run,
+    world: World,
+    cache: Cache,
+    steps: int,
+    lr: float,
+    snapshot: Snapshot,
+    snapshot_every: int,
+) -> FluxTransformer2DModel:
+    """The average of a transformer trained from nothing by flow matching."""
+    model = make_transformer(world).to(run.device)
+    return train(
+        run,
+        "flow",
+        model,
+        flow_loss(run, model, cache),
+        steps=steps,
+        lr=lr,
+        warmup=200,
+        ema_decay=0.999,
+        compile_blocks=run.compile,
+        snapshot=snapshot,
+        snapshot_every=snapshot_every,
+    )
+
+
+def train_guidance(
+    run: Run,
+    teacher: FluxTransformer2DModel,
+    cache: Cache,
+    steps: int,
+    lr: float,
+    snapshot: Snapshot,
+    snapshot_every: int,
+) -> FluxTransformer2DModel:
+    """The average of a student that starts as `teacher` and learns its guided velocity."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    if run.compile:  # after the copy, which has to be of plain modules
+        teacher.compile_repeated_blocks(dynamic=False)
+    return train(
+        run,
+        "guidance",
+        student,
+        guidance_loss(run, student, teacher, cache),
+        steps=steps,
+        lr=lr,
+        warmup=50,
+        decay_share=0.7,
+        ema_decay=0.99,
+        compile_blocks=run.compile,
+        snapshot=snapshot,
+        snapshot_every=snapshot_every,
+    )
+
+
+def noised(run: Run, latents: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise and times for latents [B, T, C]: (x_s, s [B], velocity), on the run's device.
+
+    s = sigmoid(N(1, 1.2)): more of the noisy end than of the clean (ours).
+    """
+    x = latents.to(run.device)
+    noise = torch.randn(latents.shape, generator=g).to(run.device)
+    sigma = torch.sigmoid(torch.randn(len(latents), generator=g) * 1.2 + 1.0).to(run.device)
+    s = sigma[:, None, None]
+    return (1 - s) * x + s * noise, sigma, noise - x
+
+
+def velocity(
+    model: FluxTransformer2DModel,
+    x: Tensor,
+    sigma: Tensor,
+    guidance: Tensor,
+    text: dict[str, Tensor],
+    ids: dict[str, Tensor],
+) -> Tensor:
+    """The model's answer in float32 [B, T, C] to x [B, T, C], sigma [B] and guidance [B]."""
+    answer = model(
+        hidden_states=x, timestep=sigma, guidance=guidance, return_dict=False, **text, **ids
+    )
+    return answer[0].float()
+
+
+def flow_loss(run: Run, model: FluxTransformer2DModel, cache: Cache) -> Loss:
+    """Squared error of the velocity, with captions left out at random and guidance always 1."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = run.generator(13_000_003, step)
+        pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
+        dropped = torch.rand(run.batch, generator=g) < DROPPED
+        text = cache.text(torch.where(dropped, cache.empty, cache.rows[pick]))
+        x, sigma, target = noised(run, cache.packed[pick], g)
+        with run.autocast():
+            one = torch.ones(run.batch, device=run.device)
+            answer = velocity(model, x, sigma, one, text, cache.ids)
+        return F.mse_loss(answer, target), {}
+
+    return loss_of
+
+
+def guidance_loss(
+    run: Run, model: FluxTransformer2DModel, teacher: FluxTransformer2DModel, cache: Cache
+) -> Loss:
+    """One pass with guidance g in 1..5 learns v_empty + g (v_caption - v_empty) of the teacher."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = run.generator(17_000_003, step)
+        pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
+        x, sigma, _ = noised(run, cache.packed[pick], g)
+        scale = (1 + 4 * torch.rand(run.batch, generator=g)).to(run.device)
+        rows = cache.rows[pick]
+        with torch.no_grad(), run.autocast():
+            both = cache.text(torch.cat([rows, torch.full_like(rows, cache.empty)]))
+            ones = torch.ones(2 * run.batch, device=run.device)
+            pair = velocity(teacher, x.repeat(2, 1, 1), sigma.repeat(2), ones, both, cache.ids)
+            caption, empty = pair.chunk(2)
+            target = empty + scale[:, None, None] * (caption - empty)
+        with run.autocast():
+            answer = velocity(model, x, sigma, scale, cache.text(rows), cache.ids)
+        return F.mse_loss(answer, target), {}
+
+    return loss_of

@@ -1,0 +1,82 @@
+"""The result: a FluxPipeline directory that diffusers loads as it loads any other."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+
+from calib.world import World
+from d2m.files import replace_dir, write_json
+from teacher.text import LENGTH, TextStage, Tokenizers
+
+# What a person or another script put beside the weights stays when they are written again.
+KEPT = ("README.md", "scores.json", "training.json", "training.svg")
+
+
+def make_pipeline(
+    vae: AutoencoderKL,
+    stage: TextStage,
+    tokenizers: Tokenizers,
+    transformer: FluxTransformer2DModel,
+) -> FluxPipeline:
+    """The parts, not copied, with the scheduler of FLUX.1 [dev]."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    return FluxPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=stage.clip,
+        tokenizer=tokenizers[0],
+        text_encoder_2=stage.t5,
+        tokenizer_2=tokenizers[1],
+        transformer=transformer,
+    )
+
+
+def save_pipeline(
+    out: Path,
+    world: World,
+    vae: AutoencoderKL,
+    stage: TextStage,
+    tokenizers: Tokenizers,
+    transformer: FluxTransformer2DModel,
+) -> None:
+    """Write `out` at once, bf16, with the world's defaults for drawing in defaults.json.
+
+    Transformers 5 loads an encoder in the dtype it was saved in, diffusers loads its models in
+    float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) draws without
+    being told a dtype.
+    """
+    half = copy.deepcopy(make_pipeline(vae, stage, tokenizers, transformer)).to(torch.bfloat16)
+    half.text_encoder.float()
+    half.text_encoder_2.float()
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # half of one, of a kill
+    half.save_pretrained(part, safe_serialization=True)
+    defaults = {
+        "height": world.size,
+        "width": world.size,
+        "num_inference_steps": 16,
+        "guidance_scale": 3.5,
+        "max_sequence_length": LENGTH,
+    }
+    write_json(part / "defaults.json", defaults)
+    for name in KEPT:
+        if (out / name).exists():
+            shutil.copyfile(out / name, part / name)
+    replace_dir(part, out)

@@ -1,0 +1,137 @@
+"""Stage 2: tokenizers, and a CLIP and a T5 encoder that learn to tell a scene by its caption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from calib.world import Scene, World, vocabulary
+from teacher.loop import Loss, Run, train
+from teacher.scenes import ATTRIBUTES, attributes, draw_scenes
+
+LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
+SCENES = 20_000  # captions to learn from, drawn apart from the pictures' scenes
+BATCH = 128  # captions per step
+
+Tokenizers = tuple[CLIPTokenizer, T5TokenizerFast]
+
+
+def make_tokenizers() -> Tokenizers:
+    """Real tokenizers: every word of the world is one token, other words fall into letters."""
+    words = vocabulary()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(words, trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
+    pieces += [p for p in sorted(learnt["vocab"], key=learnt["vocab"].get) if p not in set(pieces)]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    numbered = {piece: i for i, piece in enumerate(pieces)}
+    clip = CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=LENGTH)
+    t5_pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    t5_pieces += [("▁" + w, -2.0) for w in words] + [("▁", -8.0)] + [(x, -10.0) for x in letters]
+    return clip, T5TokenizerFast(vocab=t5_pieces, extra_ids=0, model_max_length=LENGTH)
+
+
+def tokenise(tokenizers: Tokenizers, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids of CLIP and of T5, int64 [B, LENGTH] each."""
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    clip, t5 = (torch.tensor(t(list(captions), **options).input_ids) for t in tokenizers)
+    return clip, t5
+
+
+class TextStage(nn.Module):
+    """Both encoders with heads that name a scene's attributes; the heads go after training."""
+
+    def __init__(self, clip_vocab: int, t5_vocab: int):
+        super().__init__()
+        clip = CLIPTextConfig(
+            vocab_size=clip_vocab,
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+        t5 = T5Config(
+            vocab_size=t5_vocab,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=LENGTH,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        self.clip = CLIPTextModel(clip)
+        self.t5 = T5EncoderModel(t5)
+        self.clip_heads = nn.Linear(64, sum(ATTRIBUTES))
+        self.t5_heads = nn.Linear(128, sum(ATTRIBUTES))
+
+    def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As FluxPipeline does, without a mask: CLIP's pooled [B, 64], T5's tokens [B, T, 128]."""
+        return self.clip(clip_ids).pooler_output, self.t5(t5_ids).last_hidden_state
+
+
+def train_text(run: Run, world: World, steps: int) -> tuple[TextStage, Tokenizers]:
+    """Frozen encoders and their tokenizers."""
+    tokenizers = make_tokenizers()
+    stage = TextStage(len(tokenizers[0]), len(tokenizers[1])).to(run.device)
+    loss_of = text_loss(run, stage, tokenizers, draw_scenes(world, SCENES, run.seed + 5))
+    train(run, "text", stage, loss_of, steps=steps, lr=2e-3, decay_share=0.5)
+    return stage.eval().requires_grad_(False), tokenizers
+
+
+def text_loss(run: Run, stage: TextStage, tokenizers: Tokenizers, scenes: Sequence[Scene]) -> Loss:
+    """Cross entropy of every attribute; logs CLIP's accuracy in the attribute it knows worst."""
+    clip_ids, t5_ids = tokenise(tokenizers, [*(s.caption for s in scenes), ""])
+    labels = torch.tensor([attributes(s) for s in [*scenes, None]])
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = run.generator(7_000_003, step)
+        rows = torch.randint(len(scenes), (BATCH,), generator=g)
+        rows[:2] = len(scenes)  # the empty caption, which caption dropout uses later
+        pooled, tokens = stage.encode(clip_ids[rows].to(run.device), t5_ids[rows].to(run.device))
+        target = labels[rows].to(run.device)
+        loss, worst = torch.zeros((), device=run.device), 1.0
+        clip_parts = stage.clip_heads(pooled).split(ATTRIBUTES, -1)
+        # Every T5 token must know the whole scene: FLUX gives text tokens no position, so order
+        # must live in the tokens.
+        t5_parts = stage.t5_heads(tokens).split(ATTRIBUTES, -1)
+        for i, (clip, t5) in enumerate(zip(clip_parts, t5_parts, strict=True)):
+            loss = loss + F.cross_entropy(clip, target[:, i])
+            every = target[:, i, None].expand(-1, LENGTH)
+            loss = loss + F.cross_entropy(t5.transpose(1, 2), every)
+            worst = min(worst, (clip.argmax(-1) == target[:, i]).float().mean().item())
+        return loss, {"worst_clip_accuracy": round(worst, 3)}
+
+    return loss_of

@@ -1,0 +1,89 @@
+"""Stage 1: a VAE that makes 4 x 8 x 8 latents of 32 x 32 pictures (16 x 8 x 8 of 64 x 64)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from calib.world import World
+from teacher.loop import Loss, Run, train
+from teacher.scenes import as_float
+from teacher.state import load_state, save_state
+
+BATCH = 64  # pictures per step
+
+
+def make_vae(world: World) -> AutoencoderKL:
+    levels = 3 if world.size == 32 else 4
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(16, 32, 64, 64)[:levels],
+        layers_per_block=1,
+        latent_channels=4 if world.size == 32 else 16,
+        norm_num_groups=8,
+        sample_size=world.size,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(run: Run, world: World, images: Tensor, steps: int) -> AutoencoderKL:
+    """A frozen VAE of the world's pictures, uint8 [N, 3, S, S]."""
+    vae = make_vae(world).to(run.device)
+    loss_of = vae_loss(run, vae, images)
+    train(run, "vae", vae, loss_of, steps=steps, lr=2.5e-3, decay_share=0.5)
+    return vae.eval().requires_grad_(False)
+
+
+def vae_loss(run: Run, vae: AutoencoderKL, images: Tensor) -> Loss:
+    """Reconstruction (L1 and MSE) and a light KL term; logs the PSNR in dB."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = run.generator(1_000_003, step)
+        x = as_float(images[torch.randint(len(images), (BATCH,), generator=g)]).to(run.device)
+        with run.autocast():
+            posterior = vae.encode(x).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=g).to(mean)
+            y = vae.decode(z).sample.float()
+        mse = F.mse_loss(y, x)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        # The edges decide what the verifier sees: L1 keeps them sharp, MSE the flat colours right.
+        loss = F.l1_loss(y, x) + 4 * mse + 1e-3 * kl
+        return loss, {"psnr": round(10 * math.log10(4 / max(mse.item(), 1e-9)), 2)}
+
+    return loss_of
+
+
+@torch.no_grad()
+def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Means of the latents, float32 [N, C, h, w] on the CPU."""
+    rows = []
+    for chunk in images.split(256):
+        with run.autocast():
+            x = as_float(chunk).to(run.device)
+            rows.append(vae.encode(x).latent_dist.mean.float().cpu())
+    return torch.cat(rows)
+
+
+def latents_of(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents of all pictures, float32 [N, C, h, w], of mean 0 and deviation 1.
+
+    Shift and scale go to the VAE's config, where pipelines look for them. The latents as encoded
+    are kept in the work directory: minutes that a resumed run need not repeat.
+    """
+    kept = run.work / "latents.safetensors"
+    if not kept.exists():
+        save_state(kept, {"latents": encode(run, vae, images)}, {})
+    latents = load_state(kept)[0]["latents"]
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 6),
+        scaling_factor=round(1 / latents.std().item(), 6),
+    )
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
