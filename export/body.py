@@ -160,12 +160,14 @@ def sorted_lines(routing: Routing) -> list[str]:
         "rows = Gather (x, token)",
         f"{each('x', experts)} = Split <axis = 0> (rows, count)",
     ]
-    # Folded where the weights are initializers.
-    for weights, stem, rank in (("w1", "u", 3), ("b1", "c", 2), ("w2", "d", 3)):
-        rows = f"{weights}_rows" if rank == 3 else weights
-        if rank == 3:
-            lines += [f"{rows} = Flatten <axis = 2> ({weights})"]  # [E * in, out]
-        lines += [f"{each(stem, experts)} = Split <axis = 0, num_outputs = {experts}> ({rows})"]
+    pieces = f"Split <axis = 0, num_outputs = {experts}>"
+    lines += [  # folded where the weights are initializers
+        "w1_rows = Flatten <axis = 2> (w1)",  # [E * D, H]
+        f"{each('u', experts)} = {pieces} (w1_rows)",
+        f"{each('c', experts)} = {pieces} (b1)",
+        "w2_rows = Flatten <axis = 2> (w2)",  # [E * H, D]
+        f"{each('d', experts)} = {pieces} (w2_rows)",
+    ]
     lines += [f"m{e} = Gemm (x{e}, u{e}, c{e})" for e in range(experts)]
     lines += [
         f"m = Concat <axis = 0> ({each('m', experts)})",

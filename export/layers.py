@@ -88,6 +88,11 @@ def layers(dump: str | Iterable[str]) -> list[Layer]:
     ]
 
 
+def host_tensors(dump: str) -> list[str]:
+    """Inputs and outputs that a plan expects in host memory (shapes as values), by the dump."""
+    return re.findall(r"^ ?Name: ([^,]+), IOMode: .*Location: Host", dump, re.MULTILINE)
+
+
 def from_json(row: Any) -> Layer:
     """One record of an engine inspector (a bare name where verbosity was not detailed)."""
     if isinstance(row, str):

@@ -19,7 +19,7 @@ from typing import Any
 from d2m.files import write_bytes
 from export.body import with_body
 from export.fuse import attentions, fuse
-from export.layers import check_plan, layers
+from export.layers import check_plan, host_tensors, layers
 from export.toolchain import build, check_sm, load_api, target_name
 from runtime.schedule import measure, profile, terms
 
@@ -70,13 +70,22 @@ def build_plans(
     tell = progress or (lambda phase, done, total: None)
     tell(f"plans ({name})", 0, len(block_graphs))
 
-    def one(key: str) -> tuple[str, Any, bytes, str]:
-        model = load_graph(block_graphs[key], tokens=profiles["image_tokens"][1])
-        shapes = bounds(tensors(model), profiles, key)
-        return key, model, *build(trt, model, shapes, sm=capabilities, name=key)
+    # Read here, in one thread (onnx's registry of schemas is not safe in two), built side by side.
+    tokens = profiles["image_tokens"][1]
+    models = {key: load_graph(block_graphs[key], tokens=tokens) for key in sorted(block_graphs)}
+
+    def one(key: str) -> tuple[str, bytes, str]:
+        shapes = bounds(tensors(models[key]), profiles, key)
+        return key, *build(trt, models[key], shapes, sm=capabilities, name=key)
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        for done, (key, model, plan, dump) in enumerate(pool.map(one, sorted(block_graphs)), 1):
+        for done, (key, plan, dump) in enumerate(pool.map(one, models), 1):
+            model = models[key]
+            if host := host_tensors(dump):
+                raise ValueError(
+                    f"plan {key} wants {', '.join(host)} in host memory, expected none there; a"
+                    " shape in the block's graph is an input."
+                )
             wanted = attentions(model)
             entry["layers"][key] = check_plan(key, layers(dump), dtype=dtype, attentions=wanted)
             entry["tensors"][key] = io = tensors(model)

@@ -10,8 +10,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m.experts import SparseFFN, experts_op
 from export.attention import ExportAttention
 
 
@@ -75,18 +77,48 @@ class Sinusoid(nn.Module):
         return torch.cat(both if self.flip else both[::-1], dim=-1)
 
 
+class FlatFFN(SparseFFN):
+    """A SparseFFN that flattens batch and tokens once, for the shared expert too.
+
+    In two dimensions a bias is part of ONNX Runtime's matmul, and the reshapes that the op needs
+    anyway are shared (one pass over [T, D] and two nodes fewer).
+    """
+
+    def __init__(self, ffn: SparseFFN) -> None:
+        nn.Module.__init__(self)
+        self.shared, self.gate, self.experts = ffn.shared, ffn.gate, ffn.experts
+        self.top_k, self.num_experts = ffn.top_k, ffn.num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As SparseFFN.forward, for top_k from 1."""
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = F.gelu(linear(rows, self.shared.fc1), approximate="tanh")
+        logits = torch.matmul(rows.float(), self.gate.weight.t())
+        weights = self.experts
+        routed = experts_op(rows, logits, weights.w1, weights.b1, weights.w2, self.top_k)
+        return (linear(hidden, self.shared.fc2) + routed).reshape(x.shape)
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A Linear as matmul and add, which TensorRT fuses better than Gemm."""
+    return torch.matmul(x, layer.weight.t()) + layer.bias
+
+
 def prepare(model: nn.Module) -> nn.Module:
     """Concatenate QKV and set the modules that export well, in place; returns the model.
 
     Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv.
     """
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseFFN):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, FlatFFN(module))
         if hasattr(module, "time_proj"):
             module.time_proj = Sinusoid(module.time_proj)
         if hasattr(module, "fuse_projections") and hasattr(module, "to_q"):
             module.fuse_projections()
-            for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-                if hasattr(module, name):
-                    delattr(module, name)
+            for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                if hasattr(module, part):
+                    delattr(module, part)
             module.set_processor(ExportAttention())
     return model

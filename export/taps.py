@@ -62,40 +62,34 @@ def tapped_bundle(bundle: Bundle, folder: Path, top_k: int) -> Bundle:
 
     A block type's `outputs` then name the logits too, so any executor returns them.
     """
-    import onnx
-
     manifest = copy.deepcopy(bundle.manifest)
-    for kind in manifest["components"]["transformer"]["types"].values():
-        for key, path in kind["graphs"].items():
-            if key in ("", str(top_k)):
-                model, names = tap(onnx.load(str(bundle.file(path))))
-                save(model, folder / path)
-                kind["outputs"] = [*kind["outputs"], *names]
+    kinds = manifest["components"]["transformer"]["types"]
+    own = manifest["compute_dtype"]
+    for (kind, key), graph in block_graphs(bundle, top_k, "", own).items():
+        model, names = tap(graph)
+        save(model, folder / kinds[kind]["graphs"][key])
+        kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
 
 
 def tapped_plans(
     bundle: Bundle, folder: Path, top_k: int, sparse_dir: str | Path, target: str
 ) -> Bundle:
-    """The same for a bundle's plans `target`; the graphs are traced anew, in the plans' type."""
-    import torch
+    """The same for a bundle's plans `target`.
 
-    from export.blocks import transformer_program
+    Where the plans compute in another type than the bundle's graphs, these are traced anew.
+    """
     from export.plans import build_plans
-    from export.source import empty_transformer
 
     row = bundle.manifest["plans"][target]
-    skeleton = empty_transformer(Path(sparse_dir), True)
-    program = transformer_program(skeleton, getattr(torch, row["dtype"]), (top_k,))
     manifest = copy.deepcopy(bundle.manifest)
     kinds = manifest["components"]["transformer"]["types"]
     graphs = {}
-    for kind, found in program.types.items():
-        for key, graph in found.graphs.items():
-            name = plan_key("transformer", kind, key)
-            model, names = tap(graph)
-            graphs[name] = save(model, folder / f"{name}.onnx")
-            kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
+    for (kind, key), graph in block_graphs(bundle, top_k, sparse_dir, row["dtype"]).items():
+        name = plan_key("transformer", kind, key)
+        model, names = tap(graph)
+        graphs[name] = save(model, folder / f"{name}.onnx")
+        kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     plans = build_plans(
         graphs,
         folder,
@@ -107,6 +101,33 @@ def tapped_plans(
     manifest["plans"] = plans
     manifest["files"] |= {path: {} for entry in plans.values() for path in entry["files"].values()}
     return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
+
+
+def block_graphs(
+    bundle: Bundle, top_k: int, sparse_dir: str | Path, dtype: str
+) -> dict[tuple[str, str], Any]:
+    """(type, key) -> the transformer's block graphs for `top_k`, computing in `dtype`."""
+    if dtype == bundle.manifest["compute_dtype"]:
+        import onnx
+
+        return {
+            (kind, key): onnx.load(str(bundle.file(path)))
+            for kind, row in bundle.component("transformer")["types"].items()
+            for key, path in row["graphs"].items()
+            if key in ("", str(top_k))
+        }
+    import torch
+
+    from export.blocks import transformer_program
+    from export.source import empty_transformer
+
+    skeleton = empty_transformer(Path(sparse_dir), True)
+    program = transformer_program(skeleton, getattr(torch, dtype), (top_k,))
+    return {
+        (kind, key): graph
+        for kind, found in program.types.items()
+        for key, graph in found.graphs.items()
+    }
 
 
 def save(model: Any, path: Path) -> Path:

@@ -17,7 +17,10 @@ class Device:
     def __init__(self) -> None:
         self.cuda = bindings()
         self.capability = capability(self.cuda)
-        self.stream = int(self.check("making a stream", *self.cuda.cudaStreamCreate()))
+        # Not synchronised with the legacy default stream, as TensorRT recommends.
+        flags = self.cuda.cudaStreamNonBlocking
+        made = self.cuda.cudaStreamCreateWithFlags(flags)
+        self.stream = int(self.check("making a stream", *made))
 
     def malloc(self, size: int) -> int:
         """Address of `size` new bytes, a multiple of 256."""

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,8 @@ class Plans:
         self._weights: dict[tuple[str, str], int] = {}
         self._memory = {"arena": (0, 0), "scratch": (0, 0)}  # address, bytes
         self._lock = threading.Lock()
+        self._owned: set[int] = set()  # addresses to give back
+        weakref.finalize(self, give_back, device, self._owned)
 
     def __call__(
         self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -241,6 +244,8 @@ class Plans:
         if size <= have and address:
             return address
         if address:
+            self._owned.discard(address)
+            self._memory[what] = (0, 0)
             self.device.free(address)
         for ready in self._ready.values():
             if ready.graph is not None:
@@ -249,8 +254,10 @@ class Plans:
         if what == "arena":
             self._ready.clear()
         self._shapes.clear()
-        self._memory[what] = (self.device.malloc(size), size)
-        return self._memory[what][0]
+        address = self.device.malloc(size)
+        self._owned.add(address)
+        self._memory[what] = (address, size)
+        return address
 
     def upload_weights(self, schedule: Schedule) -> None:
         """Copy the weights that are not on the device yet, in one allocation, cast once."""
@@ -265,10 +272,17 @@ class Plans:
         if not new:
             return
         address = self.device.malloc(sum(sizes))
+        self._owned.add(address)
         for (name, dtype), size in zip(new, sizes, strict=True):
             self.device.upload(address, np.ascontiguousarray(tensors.array(name, dtype)))
             self._weights[name, dtype] = address
             address += size
+
+
+def give_back(device: Any, owned: set[int]) -> None:
+    """Free what an executor held, when it is collected."""
+    while owned:
+        device.free(owned.pop())
 
 
 def weight_dtype(plans: Mapping[str, Any], plan: str, tensor: str) -> str:

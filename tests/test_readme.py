@@ -162,7 +162,9 @@ def test_the_whole_way_in_the_readmes_order(
 @needs_teacher
 def test_the_demo_leaves_a_picture_and_a_report(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--steps", "4", "--n", "6"]
-    subprocess.run([sys.executable, "scripts/demo.py", *options], cwd=ROOT, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/demo.py", *options]
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
     for name in ("image.png", "report.html", "grid.png", "score.json"):
         assert (tmp_path / name).is_file()
     assert (tmp_path / "sparse/model_index.json").is_file()

@@ -71,6 +71,16 @@ def test_a_plan_is_loaded_once_for_all_its_blocks(bundle: Bundle) -> None:
     assert sorted(loaded) == ["double.k2.plan", "embed.plan", "final.plan", "single.k2.plan"]
 
 
+def test_memory_is_given_back(bundle: Bundle) -> None:
+    executor = plans_of(bundle)
+    executor(inputs(bundle, "transformer"), 1)
+    executor(inputs(bundle, "transformer", batch=3), 1)
+    device = executor.device
+    assert len(device.memory) == 3  # weights, arena, scratch
+    del executor
+    assert not device.memory
+
+
 def test_one_block_alone(bundle: Bundle) -> None:
     executor, blocks = plans_of(bundle), open_ort(bundle, "transformer", threads=1, mode="blocks")
     rng = np.random.default_rng(0)
