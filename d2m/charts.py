@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from d2m.axes import log_range, log_ticks, number, percent_tick, ticks
 from d2m.markup import Html, el, join
 
 Point = tuple[float, float]
@@ -56,7 +57,7 @@ def line_chart(
     ys += [y for line in lines for _, *pair in line.band for y in pair]
     low, high = y_range or (min(ys, default=0.0), max(ys, default=1.0))
     if log_y:
-        low, high = _log_range(low, high)
+        low, high = log_range(low, high)
         y_ticks = log_ticks(low, high)
     elif y_range:
         y_ticks = [tick for tick in ticks(low, high) if low <= tick <= high]
@@ -76,10 +77,10 @@ def line_chart(
             share = (y - low) / ((high - low) or 1.0)
         return height - BOTTOM - min(max(share, 0.0), 1.0) * (height - TOP - BOTTOM)
 
-    parts = [_grid(y_ticks, y_at, width, _percent if percent_y else number)]
+    parts = [_grid(y_ticks, y_at, width, percent_tick if percent_y else number)]
     x_ticks = [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high * (1 + 1e-9)]
     for x in x_ticks:
-        name = _percent(x) if percent_x else number(x)
+        name = percent_tick(x) if percent_x else number(x)
         parts.append(_text(x_at(x), height - BOTTOM + 16, name, "tick", "middle"))
     for x, name in marks:
         at, right = x_at(x), x_at(x) > width - 120
@@ -196,7 +197,7 @@ def interval_chart(
     for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         at = x_at(tick)
         parts.append(el("line", x1=at, x2=at, y1=top, y2=height - BOTTOM, class_="grid"))
-        parts.append(_text(at, height - BOTTOM + 16, _percent(tick), "tick", "middle"))
+        parts.append(_text(at, height - BOTTOM + 16, percent_tick(tick), "tick", "middle"))
     for index, (row, values) in enumerate(rows):
         y = top + index * row_height
         parts.append(_text(label_width - 10, y + row_height / 2 + 4, row, "tick", "end"))
@@ -213,46 +214,7 @@ def interval_chart(
     return _svg(width, height, title, parts)
 
 
-# ---------------------------------------------------------------- axes
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers 1, 2 or 5 times a power of ten apart that cover low..high."""
-    if not high > low:
-        return [low, low + 1.0]
-    rough = (high - low) / (most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in low..high, with 2 and 5 of each where there are few of them."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1,) if last - first > 4 else (1, 3) if last - first > 2 else (1, 2, 5)
-    found = [m * 10.0**power for power in range(first, last + 1) for m in steps]
-    return [tick for tick in found if low * 0.999 <= tick <= high * 1.001]
-
-
-def number(value: float) -> str:
-    """A tick's label: 0.002, 40, 1.5 k."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g} k"
-    if value and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
-
-
-def _log_range(low: float, high: float) -> tuple[float, float]:
-    """At least a factor of 1.5, bounds a little outside the data."""
-    low, high = max(low, 1e-30), max(high, 1e-30)
-    margin = max((high / low) ** 0.05, 1.25 if high < 1.5 * low else 1.0)
-    return low / margin, high * margin
+# ---------------------------------------------------------------- parts
 
 
 def _grid(

@@ -86,7 +86,20 @@ def convert(
             progress=progress,
             log=say,
         )
-    print_json(answer) if json_ else print_tree(answer)
+    print_json(answer) if json_ else print_tree(brief(answer))
+
+
+def brief(answer: dict[str, Any]) -> dict[str, Any]:
+    """A conversion's answer without what the report shows better: counts by part, categories."""
+    short = dict(answer)
+    if counts := answer.get("parameters"):
+        kept = ("total", "activated")
+        short["parameters"] = {
+            name: {key: row[key] for key in kept} for name, row in counts.items() if row
+        }
+    if scores := answer.get("scores"):
+        short["scores"] = {name: row["overall"] for name, row in scores.items() if row}
+    return short
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from export.rules import static_reshapes, uncat, unsqueeze_once, untranspose
+from export.rules import static_reshapes, uncat, unscalar, unsqueeze_once, untranspose
 from export.schema import DOMAIN, OP
 
 if TYPE_CHECKING:
@@ -25,11 +25,9 @@ def clean(model: Any) -> Any:
         onnx_shape_inference=False,
         should_fold=lambda node: False if node.op_type == "Transpose" else None,
     )
-    static_reshapes(model.graph)
-    untranspose(model.graph)
-    unsqueeze_once(model.graph)
-    uncat(model.graph)
     common.IdentityEliminationPass()(model)
+    for rule in (static_reshapes, unscalar, untranspose, unsqueeze_once, uncat):
+        rule(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

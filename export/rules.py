@@ -11,48 +11,79 @@ import numpy as np
 
 
 def static_reshapes(graph: Any) -> int:
-    """Rule 1: a Reshape's target becomes a constant where 0 and one -1 can say it.
+    """A Reshape's target becomes a constant where 0 and one -1 can say it.
 
-    0 copies the input's dimension at the same place; -1 takes what remains. The arithmetic on
-    Shape that computed the target falls away. Returns how many were changed.
+    0 copies the input's dimension at the same place; -1 takes what remains. Where they cannot, the
+    target is the Shape of an earlier tensor that has it. The arithmetic that made it falls away.
     """
     import onnx_ir as ir
 
+    known: dict[tuple[str, ...], Any] = {}
+    for value in graph.inputs:
+        known.setdefault(_shape(value), value)
     done = 0
     for node in list(graph):
-        if node.op_type != "Reshape" or node.inputs[1].const_value is not None:
-            continue
-        source, target = node.inputs[0].shape, node.outputs[0].shape
-        if source is None or target is None:
-            continue
-        sizes = []
-        for index, size in enumerate(target):
-            if isinstance(size, int):
-                sizes.append(size)
-            elif index < len(source) and source[index] == size:
-                sizes.append(0)
+        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
+            sizes = _sizes(node.inputs[0].shape, node.outputs[0].shape)
+            twin = known.get(_shape(node.outputs[0]))
+            if sizes is not None:
+                shape = ir.tensor(np.array(sizes, np.int64))
+                made = ir.node("Constant", [], attributes={"value": shape})
+                made.outputs[0].const_value = shape
+            elif twin is not None:
+                made = ir.node("Shape", [twin])
             else:
-                sizes.append(-1)
-        if sizes.count(-1) > 1:
+                continue
+            made.outputs[0].name = f"{node.outputs[0].name}_sizes"
+            made.outputs[0].shape = ir.Shape([len(node.outputs[0].shape)])
+            made.outputs[0].dtype = ir.DataType.INT64
+            graph.insert_before(node, made)
+            node.replace_input_with(1, made.outputs[0])
+            node.attributes.pop("allowzero", None)
+            done += 1
+        for value in node.outputs:
+            if value.shape is not None:
+                known.setdefault(_shape(value), value)
+    return done
+
+
+def _sizes(source: Any, target: Any) -> list[int] | None:
+    """A Reshape's target in numbers, 0 and at most one -1."""
+    if source is None or target is None:
+        return None
+    sizes = []
+    for index, size in enumerate(target):
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            sizes.append(0 if index < len(source) and source[index] == size else -1)
+    return sizes if sizes.count(-1) < 2 else None
+
+
+def _shape(value: Any) -> tuple[str, ...]:
+    """A shape to compare by; a tensor of unknown shape has its own."""
+    return (value.name,) if value.shape is None else tuple(str(size) for size in value.shape)
+
+
+def unscalar(graph: Any) -> int:
+    """A vector of one number, made a scalar and a vector again, is the vector."""
+    done = 0
+    for node in list(graph):
+        source = node.inputs[0].producer() if node.op_type == "Reshape" else None
+        if source is None or source.op_type != "Squeeze" or _numbers(node.inputs[1]) != [-1]:
             continue
-        shape = ir.tensor(np.array(sizes, np.int64))
-        constant = ir.node("Constant", [], attributes={"value": shape})
-        constant.outputs[0].const_value = shape
-        constant.outputs[0].name = f"{node.outputs[0].name}_sizes"
-        constant.outputs[0].shape = ir.Shape([len(sizes)])
-        constant.outputs[0].dtype = ir.DataType.INT64
-        graph.insert_before(node, constant)
-        node.replace_input_with(1, constant.outputs[0])
-        node.attributes.pop("allowzero", None)
-        done += 1
+        vector = source.inputs[0]
+        if vector.shape is not None and list(vector.shape) == [1]:
+            node.outputs[0].replace_all_uses_with(vector)
+            done += 1
     return done
 
 
 def untranspose(graph: Any) -> int:
-    """Rule 2: a weight that the trace transposed twice is taken as it is stored.
+    """A weight that the trace transposed twice is taken as it is stored.
 
     The module is given w.t() of an input [in, out]; Linear transposes it again, by a Transpose or
-    by Gemm's transB. Returns how many uses were changed.
+    by Gemm's transB.
     """
     done = 0
     for value in graph.inputs:
@@ -72,10 +103,9 @@ def untranspose(graph: Any) -> int:
 
 
 def unsqueeze_once(graph: Any) -> int:
-    """Rule 3: the parts of a Split that are all unsqueezed alike are parts of an unsqueezed whole.
+    """The parts of a Split that are all unsqueezed alike are parts of an unsqueezed whole.
 
     A block's six modulations are [B, D] cut from [B, 6 D], each made [B, 1, D]: one node for six.
-    Returns how many Splits were changed.
     """
     import onnx_ir as ir
 
@@ -109,10 +139,9 @@ def unsqueeze_once(graph: Any) -> int:
 
 
 def uncat(graph: Any) -> int:
-    """Rule 4: a Slice that gives back one part of a two-part Concat is that part.
+    """A Slice that gives back one part of a two-part Concat is that part.
 
     A sparse single block joins attention and FFN for a projection that takes them apart again.
-    Returns how many Slices were dropped.
     """
     done = 0
     for node in list(graph):
@@ -123,8 +152,8 @@ def uncat(graph: Any) -> int:
         rank = _rank(node.inputs[0])
         if len(numbers) < 3 or None in numbers or rank is None:
             continue
-        (start,), (end,), (axis,) = numbers[:3]
-        if len(numbers) > 3 and numbers[3] != [1]:
+        start, end, axis, *step = [vector[0] for vector in numbers if vector]
+        if step not in ([], [1]):
             continue
         axis %= rank
         first, second = source.inputs

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Write the dense teacher's model card, training curve and scores beside its weights.
 
-    d2m eval models/shapes-dense --suite shapes --n 600 --seed 0 --json models/shapes-dense/scores.json
+    d2m eval models/shapes-dense --n 600 --seed 0 --json models/shapes-dense/scores.json
     python scripts/teacher_card.py models/shapes-dense --work runs/teacher
 
-Reads the logs `scripts/train_teacher.py` left under --work and `scores.json`; writes README.md, training.json, training.svg.
+Reads the logs that `scripts/train_teacher.py` left under --work, and `scores.json`; writes
+README.md, training.json and training.svg.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ STAGES = {
     "guidance": "guidance distillation",
 }
 STYLE = """
-svg { background: #fff; font: 12px system-ui, sans-serif } .tick, .title, .marked { fill: #6a6762 } .grid { stroke: #e4e1db }
-.line { fill: none; stroke-width: 2 } .c0 { stroke: #1f6fb2 } .c1 { stroke: #c8501a } .mark { stroke: #6a6762; stroke-dasharray: 3 3 }
+svg { background: #fff; font: 12px system-ui, sans-serif }
+.tick, .title, .marked { fill: #6a6762 } .grid { stroke: #e4e1db }
+.line { fill: none; stroke-width: 2 } .c0 { stroke: #1f6fb2 } .c1 { stroke: #c8501a }
+.mark { stroke: #6a6762; stroke-dasharray: 3 3 }
 """
 
 
 def curves(work: Path) -> dict[str, list[dict]]:
-    """Rows of every stage's log in order; of rows written twice (a killed run repeats a few steps) the last one counts."""
+    """Rows of every stage's log in order.
+
+    Of rows written twice (a killed run repeats a few steps) the last one counts.
+    """
     found = {}
     for stage in STAGES:
         log = work / f"{stage}.jsonl"
@@ -65,13 +71,16 @@ def chart(rows: list[dict]) -> str:
     points = [(row["step"], row["loss"]) for row in rows]
     drawn = str(
         line_chart(
-            [Line("loss", points)], x_label="step", y_label="flow-matching loss (MSE)", title="Training of the transformer",
-            log_y=True, width=640,
+            [Line("loss", points)],
+            x_label="step",
+            y_label="flow-matching loss (MSE)",
+            title="Training of the transformer",
+            log_y=True,
+            width=640,
         )
-    )  # fmt: skip
-    return drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
-        "</title>", f"</title><style>{STYLE}</style>", 1
     )
+    drawn = drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return drawn.replace("</title>", f"</title><style>{STYLE}</style>", 1)
 
 
 def card(
@@ -83,14 +92,16 @@ def card(
     batch: int,
 ) -> str:
     rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {s['score']:.3f} | {s['low']:.3f} to {s['high']:.3f} | {s['n']} |"
+        f"| {name.replace('_', ' ')} "
+        f"| {s['score']:.3f} | {s['low']:.3f} to {s['high']:.3f} | {s['n']} |"
         for name, s in [*scores["categories"].items(), ("**overall**", scores["overall"])]
     )
     stages = "\n".join(
         f"| {STAGES[k]} | {v[-1]['step']} | {v[0]['loss']:.4g} | {v[-1]['loss']:.4g} |"
         for k, v in logs.items()
     )
-    pairs = ", ".join(sorted(f"{colour} {shape}" for colour, shape in heldout_pairs(World())))
+    world = World()
+    pairs = ", ".join(sorted(f"{colour} {shape}" for colour, shape in heldout_pairs(world)))
     parts = "\n".join(f"| {name} | {n:,} |" for name, n in counts.items())
     steps = logs["flow"][-1]["step"]
     return f"""---
@@ -102,24 +113,29 @@ tags: [flux, shapes, d2m]
 
 # shapes-dense: a small, genuine FLUX pipeline
 
-A dense text-to-image diffusion transformer of FLUX.1 [dev]'s architecture at toy size (6 double and 12 single blocks, width
-128, guidance embedding), with a VAE, a CLIP and a T5 encoder of its own. It draws 32 x 32 pictures of coloured shapes from
-captions such as "a photo of a red circle and a blue square". It is the dense model that d2m converts where no weights can be
-downloaded; it knows nothing but its world of {len(World().colour_names)} colours, {len(World().shape_names)} shapes, counts to {World().max_count} and four relations.
+A dense text-to-image diffusion transformer of FLUX.1 [dev]'s architecture at toy size (6 double and
+12 single blocks, width 128, guidance embedding), with a VAE, a CLIP and a T5 encoder of its own. It
+draws 32 x 32 pictures of coloured shapes from captions such as "a photo of a red circle and a blue
+square". It is the dense model that d2m converts where no weights can be downloaded; it knows
+nothing but its world of {len(world.colour_names)} colours, {len(world.shape_names)} shapes, counts
+to {world.max_count} and four relations.
 
 ```python
 from diffusers import FluxPipeline
 
 pipe = FluxPipeline.from_pretrained("models/shapes-dense")
-pipe("a photo of a red circle", height=32, width=32, num_inference_steps=16, max_sequence_length=16).images[0].save("circle.png")
+options = {{"height": 32, "width": 32, "num_inference_steps": 16, "max_sequence_length": 16}}
+pipe("a photo of a red circle", **options).images[0].save("circle.png")
 ```
 
-Captions longer than 14 words are cut; always give `height`, `width` and `max_sequence_length` (`defaults.json`).
+Captions longer than 14 words are cut; always give `height`, `width` and `max_sequence_length`
+(`defaults.json`).
 
 ## Scores
 
-`d2m eval models/shapes-dense --suite shapes --n {scores["n"]} --seed {scores["seed"]}` (raw: `scores.json`): an exact verifier finds the objects in
-the picture and compares them with the caption. Evaluation captions never occur in training, and neither do the pairs {pairs}.
+`d2m eval models/shapes-dense --suite shapes --n {scores["n"]} --seed {scores["seed"]}` (raw:
+`scores.json`): an exact verifier finds the objects in the picture and compares them with the
+caption. Evaluation captions never occur in training, and neither do the pairs {pairs}.
 Intervals: 95 %, Wilson.
 
 | category | score | interval | n |
@@ -128,10 +144,11 @@ Intervals: 95 %, Wilson.
 
 ## Training
 
-`python scripts/train_teacher.py`, from nothing, on {samples:,} drawn scenes (`calib/`), on one CPU core in bf16 autocast. The
-transformer learns flow matching with a tenth of the captions left out, batches of {batch} ({steps:,} steps), and is then distilled
-so that one pass with a guidance embedding g in 1 to 5 equals classifier-free guidance of scale g: what makes it "dev".
-The result is the exponential average of the weights. Curves: `training.svg`, `training.json`.
+`python scripts/train_teacher.py`, from nothing, on {samples:,} drawn scenes (`calib/`), on one CPU
+core in bf16 autocast. The transformer learns flow matching with a tenth of the captions left out,
+batches of {batch} ({steps:,} steps), and is then distilled so that one pass with a guidance
+embedding g in 1 to 5 equals classifier-free guidance of scale g: what makes it "dev". The result is
+the exponential average of the weights. Curves: `training.svg`, `training.json`.
 
 | stage | steps | first loss | last loss |
 |---|---:|---:|---:|

@@ -5,8 +5,7 @@
 
 Four stages: VAE, text encoders, flow-matching transformer, guidance distillation; each with its own
 checkpoint under --work (safetensors, never pickle). A killed run goes on where it stopped when the
-same command is given again. The result is a genuine diffusers FluxPipeline directory in bf16; the
-defaults made the committed one.
+same command is given again. The result is a genuine diffusers FluxPipeline directory in bf16.
 
 The stages mirror how FLUX.1 [dev] came to be (ours, in miniature): a flow-matching model trained
 with caption dropout and then distilled so that one forward pass with a guidance embedding draws

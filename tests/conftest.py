@@ -1,7 +1,12 @@
 """Marks that need hardware or an extra are skipped, with the reason, where it is missing."""
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
+import shutil
+import sys
+import time
 from pathlib import Path
 
 # One thread per process: two OpenMP threads beside other load are slower than one,
@@ -76,22 +81,39 @@ def tiny_sparse_dir(tiny_dense_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_sparse_dir: Path) -> Path:
-    """The sparse model's bundle: float32, top_k 0, 1, 2 (the default) and 4."""
-    return exported(tiny_sparse_dir, top_k=(0, 1, 2, 4))
+def tiny_bundle(tiny_sparse_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """The sparse model's bundle: float32, top_k 0, 1, 2 (the default) and 4. Not to be changed."""
+    return exported(pytestconfig, tiny_sparse_dir, top_k=(0, 1, 2, 4))
 
 
 @pytest.fixture(scope="session")
-def tiny_dense_bundle(tiny_dense_dir: Path) -> Path:
-    """The dense model's bundle."""
-    return exported(tiny_dense_dir)
+def tiny_dense_bundle(tiny_dense_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """The dense model's bundle. Not to be changed."""
+    return exported(pytestconfig, tiny_dense_dir)
 
 
-def exported(pipeline: Path, **options: object) -> Path:
-    """Export a pipeline directory beside itself."""
+def exported(config: pytest.Config, pipeline: Path, **options: object) -> Path:
+    """Export a pipeline directory, or take the bundle that the same sources made before.
+
+    An export takes half a minute of one core; the cache lies in .pytest_cache and is keyed by
+    everything that a tiny model and its bundle are made from.
+    """
     pytest.importorskip("onnx")
     from export.bundle import export_bundle
 
-    out = pipeline.with_name(f"{pipeline.name}-bundle")
-    export_bundle(pipeline, out, **options)
+    key = hashlib.sha256(repr((sys.version_info, pipeline.name, options)).encode())
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir"):
+        key.update(importlib.metadata.version(name).encode())
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(
+        [*root.glob("d2m/*.py"), *root.glob("export/*.py"), *root.glob("tests/*.py")]
+    ):
+        key.update(path.read_bytes())
+    bundles = config.cache.mkdir("tiny-bundles")
+    out = bundles / key.hexdigest()[:16] / f"{pipeline.name}-bundle"
+    if not (out / "manifest.json").is_file():
+        for old in bundles.iterdir():
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old, ignore_errors=True)
+        export_bundle(pipeline, out, **options)
     return out

@@ -1,5 +1,7 @@
 """A small ONNX graph for tests of graph rewriting and plans, made without torch."""
 
+from collections.abc import Sequence
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -15,9 +17,6 @@ WEIGHTS = {
 
 def attention(dtype: int = TensorProto.FLOAT, opset: int = 20) -> onnx.ModelProto:
     """Self-attention with residual; hidden_states [batch, image_tokens, D], weights as inputs."""
-
-    def info(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, dtype, shape)
 
     def vector(name: str, *numbers: int) -> onnx.NodeProto:
         tensor = helper.make_tensor(name, TensorProto.INT64, [len(numbers)], numbers)
@@ -51,6 +50,26 @@ def attention(dtype: int = TensorProto.FLOAT, opset: int = 20) -> onnx.ModelProt
         helper.make_node("Add", ["hidden_states", "projected"], ["out_hidden_states"]),
     ]
     shape = ["batch", "image_tokens", D]
-    inputs = [info("hidden_states", shape)] + [info(n, s) for n, s in WEIGHTS.items()]
-    graph = helper.make_graph(nodes, "attention", inputs, [info("out_hidden_states", shape)])
+    inputs = [info("hidden_states", shape, dtype)]
+    inputs += [info(name, size, dtype) for name, size in WEIGHTS.items()]
+    graph = helper.make_graph(nodes, "attention", inputs, [info("out_hidden_states", shape, dtype)])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def model_of(
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    initializers: Sequence[onnx.TensorProto] = (),
+) -> onnx.ModelProto:
+    """Any graph at opset 20."""
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, list(initializers))
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("d2m", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def info(
+    name: str, shape: Sequence[int | str], dtype: int = TensorProto.FLOAT
+) -> onnx.ValueInfoProto:
+    """An input's or output's name, shape and type."""
+    return helper.make_tensor_value_info(name, dtype, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from string import ascii_lowercase
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +31,27 @@ Tokenizers = tuple[CLIPTokenizer, T5TokenizerFast]
 
 
 def make_tokenizers() -> Tokenizers:
-    """Real tokenizers: every word of the world is one token, other words fall into letters."""
-    words = vocabulary()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    """Real tokenizers: every word of the world is one token, other words fall into letters.
+
+    The same ones in every process, since a resumed run makes them again. BpeTrainer alone would
+    not do that: it numbers the letters that end a word in the order of a hash map and breaks ties
+    by those numbers, so that "of" and "ou" swap ids. Given as special tokens they have numbers from
+    the start; vowels first gives the ids that the committed transformer was trained on.
+    """
+    words, letters = vocabulary(), list(ascii_lowercase)
+    ends = [letter + "</w>" for letter in letters]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
         end_of_word_suffix="</w>",
-        initial_alphabet=letters,
+        special_tokens=letters + sorted(ends, key=lambda end: end[0] not in "aeiou"),
         show_progress=False,
     )
     bpe.train_from_iterator(words, trainer)
     learnt = json.loads(bpe.to_str())["model"]
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *ends]
     pieces += [p for p in sorted(learnt["vocab"], key=learnt["vocab"].get) if p not in set(pieces)]
     merges = [tuple(pair) for pair in learnt["merges"]]
     numbered = {piece: i for i, piece in enumerate(pieces)}

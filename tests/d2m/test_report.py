@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from d2m.charts import Line, heat_map, interval_chart, line_chart, log_ticks, number, ticks
+from d2m.axes import log_ticks, number, ticks
+from d2m.charts import Line, heat_map, interval_chart, line_chart
 from d2m.markup import VOID, Html, el, join
 from d2m.page import duration, power, render
 from d2m.parameters import count

@@ -1,41 +1,23 @@
 """Plans are really built, without a GPU: attention fused, no host in between, the same bytes."""
 
 import json
+import math
 from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from tinygraph import D, attention
 
-from export.fuse import fuse
-from export.layers import Layer, check_plan, layers, summary
 from export.plans import bounds, build_plans, default_profiles, load_graph, tensors
-from export.toolchain import build, check_sm, load_api, target_name
+from runtime.bundle import open_bundle
+from runtime.schedule import plan_key
 
 rtx = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.tensorrt
 PROFILES = {"batch": [1, 1, 4], "image_tokens": [4, 16, 64], "text_tokens": [4, 8, 8]}
 FLOAT, BFLOAT16 = TensorProto.FLOAT, TensorProto.BFLOAT16
 WEIGHT_NAMES = ("w1", "b1", "w2", "b2")
-
-
-def model_of(nodes, inputs, outputs, initializers=()):
-    graph = helper.make_graph(nodes, "graph", inputs, outputs, list(initializers))
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("d2m", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def info(name, shape, dtype=FLOAT):
-    return helper.make_tensor_value_info(name, dtype, shape)
-
-
-def dump_of(model, shapes):
-    return layers(build(rtx, model, shapes)[1])
-
-
-X, Y = info("x", ["n", 8]), info("y", ["n", 8])
-N = {"x": [[2, 8], [4, 8], [8, 8]]}
 
 
 def save(folder: Path, name: str, model: onnx.ModelProto) -> Path:
@@ -135,122 +117,62 @@ def test_default_profiles_hold_the_default_picture():
     assert all(low <= opt <= high for low, opt, high in profiles.values())
 
 
-# ---------------------------------------------------------------- the toolchain
-
-
-def test_which_library_and_which_gpus():
-    assert load_api("tensorrt_rtx") is rtx
-    with pytest.raises(ValueError, match="the plan api is 'onnx', expected auto"):
-        load_api("onnx")
-    assert check_sm(rtx, [120, 86, 86]) == (86, 120)
-    with pytest.raises(ValueError, match="--sm is 90, expected some of 75, 80"):
-        check_sm(rtx, [86, 90])
-    assert target_name("tensorrt_rtx", ()) == "trt-rtx-portable"
-    assert target_name("tensorrt", (90,)) == "trt-sm90"
-
-
-def test_tensorrt_is_named_with_its_cure_where_it_is_missing():
-    try:
-        import tensorrt  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match=r"pip install 'd2m\[trt\]'"):
-            load_api("tensorrt")
-        assert load_api("auto") is rtx
-
-
-def test_tensorrt_proper_says_that_it_needs_a_gpu():
-    pytest.importorskip("cuda.bindings")
-    from export.toolchain import local_sm
-
-    class Proper:  # only what check_sm reads of the module
-        __name__, __version__ = "tensorrt", "10.9.0"
-
-    if local_sm() is None:
-        with pytest.raises(OSError, match="this machine has none; build with --trt-rtx"):
-            check_sm(Proper, ())
-
-
-def test_a_node_that_is_refused_is_named():
-    node = helper.make_node("Foo", ["x"], ["y"], domain="d2m", name="my_foo")
-    with pytest.raises(ValueError, match=r"plan t/foo: node 'my_foo' \(Foo\) is refused"):
-        build(rtx, model_of([node], [X], [Y]), N, name="t/foo")
-
-
-# ---------------------------------------------------------------- the layer dump
-
-
-def test_a_conditional_is_found():
-    then = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["t"])], "then", [], [info("t", ["n", 8])]
-    )
-    other = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["e"])], "else", [], [info("e", ["n", 8])]
-    )
-    node = helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)
-    weight = helper.make_tensor("w", FLOAT, [8, 8], [float(i % 7) for i in range(64)])
-    found = dump_of(model_of([node], [X, info("c", [], TensorProto.BOOL)], [Y], [weight]), N)
-    assert summary(found)["conditionals"] and summary(found)["host_copies"]
-    with pytest.raises(ValueError, match="plan bad (branches|copies) .* in layer"):
-        check_plan("bad", found)
-
-
-def test_a_size_that_depends_on_data_is_found():
-    nodes = [
-        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
-        helper.make_node("Cast", ["m"], ["limit"], to=TensorProto.INT64),
-        helper.make_node("Range", ["zero", "limit", "one"], ["r"]),
-        helper.make_node("Cast", ["r"], ["f"], to=FLOAT),
-        helper.make_node("ReduceSum", ["f"], ["s"], keepdims=0),
-        helper.make_node("Mul", ["x", "s"], ["y"]),
-    ]
-    constants = [
-        helper.make_tensor("zero", TensorProto.INT64, [], [0]),
-        helper.make_tensor("one", TensorProto.INT64, [], [1]),
-    ]
-    found = dump_of(model_of(nodes, [X], [Y], constants), N)
-    with pytest.raises(ValueError, match="copies between device and host"):
-        check_plan("bad", found)
-
-
-def test_an_attention_in_pieces_is_found():
-    found = dump_of(attention(), {"hidden_states": [[1, 4, D], [1, 16, D], [2, 64, D]]})
-    assert check_plan("fp32", found, dtype="float32", attentions=1)["fused_attention"] == 0
-    with pytest.raises(ValueError, match="fuses 0 of 1 attentions"):
-        check_plan("bad", found, dtype="bfloat16", attentions=1)
-
-
-def test_fuse_takes_bias_and_gelu_into_the_matmuls():
-    """An FFN on rank 3: both biases, and the GELU, inside the matmuls' kernels."""
-    inputs = [info("x", ["n", "m", D], BFLOAT16)]
-    inputs += [info(name, [D, D] if name[0] == "w" else [D], BFLOAT16) for name in WEIGHT_NAMES]
-    nodes = [
-        helper.make_node("MatMul", ["x", "w1"], ["h"]),
-        helper.make_node("Add", ["h", "b1"], ["a"]),
-        helper.make_node("Gelu", ["a"], ["g"], approximate="tanh"),
-        helper.make_node("MatMul", ["g", "w2"], ["z"]),
-        helper.make_node("Add", ["z", "b2"], ["y"]),
-    ]
-    model = model_of(nodes, inputs, [info("y", ["n", "m", D], BFLOAT16)])
-    shapes = {"x": [[1, 4, D], [1, 16, D], [2, 64, D]]}
-    plain, fused = (dump_of(graph, shapes) for graph in (model, fuse(model)))
-    assert [sum("FcAdd" in layer.name for layer in found) for found in (plain, fused)] == [0, 2]
-    assert summary(fused)["kernels"] < summary(plain)["kernels"]
-
-
-def test_no_dump_and_an_inspectors_json():
-    with pytest.raises(ValueError, match="holds no 'Layers:' dump"):
-        layers(["[MemUsage] 3 MiB"])
-    record = {"Name": "_gemm_mha_v2_0", "LayerType": "kgen", "TacticName": "", "Metadata": ""}
-    found = layers(json.dumps({"Layers": [record, "bare name"]}))
-    assert found[0].attention and found[1] == Layer("bare name", "", "", ())
-
-
-def test_an_onnx_name_is_no_fused_attention():
-    assert not Layer("node_mha_matmul_3", "shape_call", "", ()).attention
-    assert not Layer("attention_out_gemm", "gemm", "__myelin_CASK_STUB", ()).attention
-
-
 def test_load_graph_is_the_graph_with_body_and_fused(tmp_path):
     path = save(tmp_path, "attention", attention())
     io = tensors(load_graph(path, tokens=16))
     assert {row["name"]: row["shape"] for row in io["inputs"]}["qkv.bias"] == [1, 3 * D]
+
+
+# ---------------------------------------------------------------- a real bundle's blocks
+
+
+def test_every_plan_of_a_bundle_is_built(tiny_bundle: Path, tmp_path: Path):
+    """All block types of all components, with weights as inputs; in float32, as they lie there."""
+    bundle = open_bundle(tiny_bundle)
+    graphs = {
+        plan_key(component, kind, key): bundle.file(path)
+        for component, record in bundle.manifest["components"].items()
+        for kind, row in record["types"].items()
+        for key, path in row["graphs"].items()
+        if key in ("", "0", "2")
+    }
+    profiles = default_profiles(bundle.manifest)
+    (entry,) = build_plans(graphs, tmp_path, dtype="float32", profiles=profiles).values()
+    assert set(entry["files"]) == {
+        *("text_encoder/clip", "text_encoder_2/t5", "vae_decoder/vae"),
+        *("transformer/embed", "transformer/final"),
+        *(f"transformer/{kind}.k{k}" for kind in ("double", "single") for k in (0, 2)),
+    }
+    assert not any(row["conditionals"] + row["host_copies"] for row in entry["layers"].values())
+    for key, io in entry["tensors"].items():  # every weight fits the bytes that will be bound
+        component, kind = key.split("/")[0], key.split("/")[1].split(".")[0]
+        row = bundle.component(component)["types"][kind]
+        for tensor in io["inputs"]:
+            if tensor["name"] not in row["inputs"]:
+                weight = row["weights"][tensor["name"]]
+                assert math.prod(weight["shape"]) == math.prod(tensor["shape"])
+                assert weight["dtype"] == tensor["dtype"]
+        assert [t["name"] for t in io["outputs"]] == [f"out_{name}" for name in row["outputs"]]
+
+
+@pytest.mark.parametrize("kind", ["double", pytest.param("single", marks=pytest.mark.slow)])
+def test_a_blocks_plan_in_bfloat16_is_fused(tiny_sparse_dir: Path, tmp_path: Path, kind: str):
+    """The plans that an fp32 bundle gets: attention one kernel, biases in the matmuls' kernels."""
+    import torch
+
+    from export.blocks import ROWS, block_type, environment
+    from export.source import empty_transformer
+
+    model = empty_transformer(tiny_sparse_dir, True)
+    group = {"double": "transformer_blocks", "single": "single_transformer_blocks"}[kind]
+    block, inner = getattr(model, group)[0], environment(model, torch.bfloat16)[1]
+    row = ROWS[type(block).__name__]
+    read, written = ({name: inner[name] for name in side} for side in (row.inputs, row.outputs))
+    traced = block_type(kind, block, row.call, read, written, torch.bfloat16, (2,))
+    path, key = save(tmp_path, kind, traced.graphs["2"]), f"transformer/{kind}.k2"
+    (entry,) = build_plans({key: path}, tmp_path, dtype="bfloat16", profiles=PROFILES).values()
+    counts = entry["layers"][key]
+    assert counts["fused_attention"] == 1
+    assert counts["conditionals"] == counts["host_copies"] == 0
+    gates = [row for row in entry["tensors"][key]["inputs"] if "gate" in row["name"]]
+    assert gates and {row["dtype"] for row in gates} == {"float32"}

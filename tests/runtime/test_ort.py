@@ -1,6 +1,6 @@
 """ONNX Runtime: the whole graph and the block program give the same tensors."""
 
-import os
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 
 from runtime import ort
 from runtime.bundle import Bundle, open_bundle
-from runtime.ort import Blocks, Graph, open_component, physical_cores, thread_count
+from runtime.ort import Blocks, Graph, open_component
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +143,19 @@ def test_wrong_options(bundle: Bundle) -> None:
         open_component(half, "transformer")
 
 
-def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("D2M_THREADS", raising=False)
-    assert thread_count() == physical_cores()
-    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
-    monkeypatch.setenv("D2M_THREADS", "3")
-    assert thread_count() == 3 and thread_count(2) == 2
-    for text in ("0", "-1", "two", "1.5", "99999"):
-        monkeypatch.setenv("D2M_THREADS", text)
-        with pytest.raises(ValueError, match="D2M_THREADS|number of threads"):
-            thread_count()
-    for value in (0, True, 1.0):
-        with pytest.raises(ValueError, match="the number of threads is"):
-            thread_count(value)  # type: ignore[arg-type]
+def test_a_graph_that_is_not_the_manifests(bundle: Bundle) -> None:
+    words = r"its .*onnx and its manifest\.json differ in"
+    changed = copy.deepcopy(bundle.manifest)
+    changed["components"]["transformer"]["inputs"].pop("guidance")
+    with pytest.raises(ValueError, match=f"{words} guidance"):
+        open_component(Bundle(bundle.path, changed, ""), "transformer")
+    changed = copy.deepcopy(bundle.manifest)
+    kinds = changed["components"]["transformer"]["types"]
+    kinds["double"]["weights"].pop("attn.to_qkv.weight")
+    blocks = open_component(Bundle(bundle.path, changed, ""), "transformer", mode="blocks")
+    with pytest.raises(ValueError, match=f"{words} attn.to_qkv.weight"):
+        blocks(inputs(bundle, "transformer"))
+    kinds["embed"]["outputs"].pop()
+    blocks = open_component(Bundle(bundle.path, changed, ""), "transformer", mode="blocks")
+    with pytest.raises(ValueError, match=f"{words} the number of outputs"):
+        blocks(inputs(bundle, "transformer"))

@@ -1,0 +1,119 @@
+"""The dense teacher's scripts, run whole in subprocesses, a few steps a stage."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("vae", "text", "flow", "guidance")
+# --lr: a rate at which even two steps of warm-up move every weight.
+SMALL = "--device cpu --threads 1 --no-compile --scenes 40 --batch 2 --snapshot-every 0 --lr 0.05"
+
+
+def script(name: str, *arguments: object) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    return out
+
+
+def train(folder: Path, steps: int, *more: object) -> subprocess.Popen[str]:
+    """The training script with work/ and shapes/ in `folder`, `steps` steps of every stage."""
+    counts = itertools.chain(*((f"--{stage}-steps", steps) for stage in STAGES))
+    where = ("--work", folder / "work", "--out", folder / "shapes")
+    return script("train_teacher.py", *SMALL.split(), *counts, *where, *more)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from diffusers import FluxPipeline
+
+    shapes = tmp_path / "shapes"
+    assert finished(train(tmp_path, 2)).endswith(f"{shapes} is ready\n")
+    work = {f"{stage}.{end}" for stage in STAGES for end in ("jsonl", "safetensors")}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == work | {"latents.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "shapes"}
+
+    pipe = FluxPipeline.from_pretrained(shapes, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    defaults = json.loads((shapes / "defaults.json").read_text())
+    options = defaults | {"num_inference_steps": 2, "output_type": "np"}
+    generator = torch.Generator().manual_seed(0)
+    [image] = pipe("a photo of a red circle", generator=generator, **options).images
+    assert image.shape == (32, 32, 3)
+    assert np.isfinite(image).all() and image.std() > 0.01
+
+    row = {"score": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    scores = {"n": 4, "seed": 7, "categories": {"two_object": row}, "overall": row}
+    (shapes / "scores.json").write_text(json.dumps(scores))
+    finished(script("teacher_card.py", shapes, "--work", tmp_path / "work", "--batch", 2))
+    card = (shapes / "README.md").read_text()
+    assert "| two object | 0.500 | 0.250 to 0.750 | 4 |" in card
+    assert f"| transformer | {sum(p.numel() for p in pipe.transformer.parameters()):,} |" in card
+    logs = json.loads((shapes / "training.json").read_text())
+    assert {stage: [row["step"] for row in rows] for stage, rows in logs.items()} == {
+        stage: [2] for stage in STAGES
+    }
+    assert (shapes / "training.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/')
+
+
+def test_a_stage_without_its_log_is_named(tmp_path: Path) -> None:
+    process = script("teacher_card.py", tmp_path, "--work", tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert f"{tmp_path / 'vae.jsonl'} is missing; run scripts/train_teacher.py" in err
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Tokenizers too: made anew by every process, they have to come out alike."""
+    steps = 12
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    finished(train(whole, steps))
+    for stage in STAGES:
+        process = train(torn, steps, "--save-every", 0)
+        until = time.monotonic() + 600
+        while not (torn / "work" / f"{stage}.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert 0 < step_of(torn / "work" / f"{stage}.safetensors") < steps, stage
+    finished(train(torn, steps, "--save-every", 0))
+    expected, got = contents(whole / "shapes"), contents(torn / "shapes")
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if expected[name] != got[name]] == []
+    for stage in STAGES:  # weights, averages and moments, too
+        name = f"{stage}.safetensors"
+        assert (whole / "work" / name).read_bytes() == (torn / "work" / name).read_bytes(), name
+
+
+def step_of(checkpoint: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "np") as file:
+        return json.loads(file.metadata()["meta"])["step"]
