@@ -137,14 +137,14 @@ class _Program(nn.Module):
         # Out of torch's sight, or the parameters would be traced as this module's.
         self.__dict__["module"] = module.eval()
         self.call, self.names, self.weights = call, names, weights
-        self.linears = linear_weights(module)
+        # In order: a set's order changes from process to process, and the graph's names with it.
+        self.linears = [name for name in weights if name in linear_weights(module)]
 
     def forward(self, *tensors: Tensor) -> Any:
         values = dict(zip(self.names, tensors))
         weights = dict(zip(self.weights, tensors[len(self.names) :], strict=True))
         for name in self.linears:
-            if name in weights:
-                weights[name] = weights[name].t()
+            weights[name] = weights[name].t()
         module = self.__dict__["module"]
 
         def run(*args: Any, **kwargs: Any) -> Any:
