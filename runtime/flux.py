@@ -78,16 +78,20 @@ def check_scheduler(config: dict[str, Any]) -> None:
                 f"the scheduler has {field} set, which the runtime does not draw with;"
                 f" unset it in the model's scheduler_config.json and export again."
             )
-    numbers = ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    for field in (*numbers, "num_train_timesteps", "shift_terminal"):
-        value = config.get(field, 1)
-        if field == "shift_terminal" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+    lengths = ("base_image_seq_len", "max_image_seq_len")
+    for field in ("shift", "num_train_timesteps", *lengths, "base_shift", "max_shift"):
+        value, low = config.get(field, 1), -100 if field in ("base_shift", "max_shift") else 0
+        if type(value) not in (int, float) or not low < value < 1e9:
             raise ValueError(
-                f"the scheduler's {field} is {value!r}, expected a number above 0;"
+                f"the scheduler's {field} is {value!r}, expected a number above {low};"
                 f" correct the model's scheduler_config.json and export again."
             )
+    terminal = config.get("shift_terminal") or 0
+    if type(terminal) not in (int, float) or not 0 <= terminal < 1:
+        raise ValueError(
+            f"the scheduler's shift_terminal is {terminal!r}, expected null or a number below 1;"
+            f" correct the model's scheduler_config.json and export again."
+        )
     if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
         raise ValueError(
             "the scheduler's base_image_seq_len equals its max_image_seq_len, expected two"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             "single": blocks(shapes, "single_transformer_blocks"),
         },
         "experts": experts(shapes, sites, top_k) if sites else None,
-        "parameters": {
-            **{name: parameters(found.items()) for name, found in tensors.items()},
-            "transformer": parameters(tensors["transformer"].items(), top_k),
-        },
+        "parameters": {name: parameters(found, top_k) for name, found in tensors.items()},
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
         "recipe": read_json(recipe).get("name") if recipe.is_file() else None,
         "files": files,
@@ -106,10 +103,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "top_k_choices": manifest["top_k_choices"],
         },
         "parameters": {
-            **{name: parameters(bundle.weights(name).tensors.items()) for name in others(bundle)},
-            "transformer": parameters(
-                bundle.weights("transformer").tensors.items(), manifest.get("top_k")
-            ),
+            name: parameters(bundle.weights(name).tensors, manifest.get("top_k"))
+            for name in manifest["components"]
         },
         "defaults": manifest["defaults"],
         "scores": manifest.get("scores"),
@@ -189,10 +184,10 @@ def experts(
     }
 
 
-def parameters(tensors: Iterable[tuple[str, Tensor]], top_k: int | None = None) -> dict[str, int]:
+def parameters(tensors: Mapping[str, Tensor], top_k: int | None = None) -> dict[str, int]:
     """Parameters in all, and those that one token uses with `top_k` experts."""
     total = activated = 0
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         if name.rsplit(".", 1)[-1] in BUFFERS:
             continue
         total += tensor.size
@@ -207,11 +202,6 @@ def blocks(names: Iterable[str], group: str) -> int:
     """How many blocks a transformer has in a module list."""
     start = f"{group}."
     return len({name.split(".")[1] for name in names if name.startswith(start)})
-
-
-def others(bundle: Bundle) -> Iterator[str]:
-    """The components beside the transformer."""
-    return (name for name in bundle.manifest["components"] if name != "transformer")
 
 
 def loadable(row: Any) -> bool:

@@ -145,9 +145,9 @@ class Pipeline:
         tell("decode", start, total)
         pixels = self.decode(packed, request.latent_size)
         tell("decode", done, total)
+        model = {"backend": self.backend, "name": self.bundle.name, "bundle": self.bundle.digest}
         return [
-            to_image(image, {**request.settings(start + i), **self.identity()})
-            for i, image in enumerate(pixels)
+            to_image(image, request.settings(start + i) | model) for i, image in enumerate(pixels)
         ]
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,8 +249,3 @@ class Pipeline:
         """Open every component now rather than when the first image needs it."""
         for component in COMPONENTS:
             self.executor(component)
-
-    def identity(self) -> dict[str, Any]:
-        """The part of an image's settings that names the model and what ran it."""
-        digest = self.bundle.digest
-        return {"backend": self.backend, "name": self.bundle.name, "bundle": digest}

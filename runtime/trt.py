@@ -22,12 +22,11 @@ import numpy as np
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
 from runtime.loader import Loader
+from runtime.memory import Memory, cast, numpy_dtype
 from runtime.schedule import (
-    SIZES,
     Buffer,
     Launch,
     Schedule,
-    aligned,
     check_profiles,
     make_schedule,
     one_call,
@@ -35,7 +34,6 @@ from runtime.schedule import (
     sizes_of,
 )
 from runtime.targets import choose_target
-from runtime.weights import narrow, to_float32
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -115,11 +113,10 @@ class Plans:
         self._contexts: dict[str, Any] = {}
         self._shapes: dict[str, tuple[Any, ...]] = {}
         self._ready: dict[tuple[Any, ...], Ready] = {}
-        self._weights: dict[tuple[str, str], int] = {}
-        self._memory = {"arena": (0, 0), "scratch": (0, 0)}  # address, bytes
+        # A weak reference: a cycle would keep the memory until the garbage collector runs.
+        me = weakref.ref(self)
+        self.memory = Memory(device, bundle.weights(component), lambda region: forget(me(), region))
         self._lock = threading.Lock()
-        self._owned: set[int] = set()  # addresses to give back
-        weakref.finalize(self, give_back, device, self._owned)
 
     def __call__(
         self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -151,7 +148,7 @@ class Plans:
         sizes = sizes_of(component, inputs)
         k = self.default if top_k is None else top_k
         ready = self.prepare(component, sizes, k, place)
-        base = self._memory["arena"][0]
+        base = self.memory.regions["arena"][0]
         for name, buffer in ready.schedule.inputs.items():
             self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
         self.run(ready)
@@ -176,8 +173,12 @@ class Plans:
             return self._ready[key]
         check_profiles(self.target, self.name, self.plans, sizes)
         schedule = make_schedule(self.name, component, self.plans, sizes, top_k)
-        self.upload_weights(schedule)
-        base = self.reserve("arena", schedule.arena)
+        self.memory.upload_weights(
+            (name, weight_dtype(self.plans, launch.plan, tensor))
+            for launch in schedule.launches
+            for tensor, name in launch.weights.items()
+        )
+        base = self.memory.reserve("arena", schedule.arena)
         ready = Ready(schedule, key[0], [])
         for launch in schedule.launches:
             if launch.plan not in self._contexts:
@@ -187,7 +188,7 @@ class Plans:
             pairs = [(tensor, base + buffer.offset) for tensor, buffer in buffers.items()]
             for tensor, name in launch.weights.items():
                 dtype = weight_dtype(self.plans, launch.plan, tensor)
-                pairs.append((tensor, self._weights[name, dtype]))
+                pairs.append((tensor, self.memory.weights[name, dtype]))
             ready.bindings.append((launch, self._contexts[launch.plan], pairs))
         self._ready[key] = ready
         return ready
@@ -230,59 +231,23 @@ class Plans:
                         f" {list(buffer.shape)}, expected one inside its profile; export again."
                     )
             need = max(need, context.update_device_memory_size_for_shapes())
-        address = self.reserve("scratch", need)
+        address = self.memory.reserve("scratch", need)
         for plan, (_, context) in plans.items():
-            context.set_device_memory(address, self._memory["scratch"][1])
+            context.set_device_memory(address, self.memory.regions["scratch"][1])
             self._shapes[plan] = ready.sizes
 
-    def reserve(self, what: str, size: int) -> int:
-        """Address of at least `size` bytes that all schedules share, one after the other.
 
-        Growing moves it: addresses made from the old one, and recordings of them, are dropped.
-        """
-        address, have = self._memory[what]
-        if size <= have and address:
-            return address
-        if address:
-            self._owned.discard(address)
-            self._memory[what] = (0, 0)
-            self.device.free(address)
-        for ready in self._ready.values():
-            if ready.graph is not None:
-                self.device.discard(ready.graph)
-                ready.graph = None
-        if what == "arena":
-            self._ready.clear()
-        self._shapes.clear()
-        address = self.device.malloc(size)
-        self._owned.add(address)
-        self._memory[what] = (address, size)
-        return address
-
-    def upload_weights(self, schedule: Schedule) -> None:
-        """Copy the weights that are not on the device yet, in one allocation, cast once."""
-        wanted = {
-            (name, weight_dtype(self.plans, launch.plan, tensor)): 0
-            for launch in schedule.launches
-            for tensor, name in launch.weights.items()
-        }
-        new = [key for key in wanted if key not in self._weights]
-        tensors = self.bundle.weights(self.name)
-        sizes = [aligned(tensors.find(name).size * SIZES[dtype]) for name, dtype in new]
-        if not new:
-            return
-        address = self.device.malloc(sum(sizes))
-        self._owned.add(address)
-        for (name, dtype), size in zip(new, sizes, strict=True):
-            self.device.upload(address, np.ascontiguousarray(tensors.array(name, dtype)))
-            self._weights[name, dtype] = address
-            address += size
-
-
-def give_back(device: Any, owned: set[int]) -> None:
-    """Free what an executor held, when it is collected."""
-    while owned:
-        device.free(owned.pop())
+def forget(executor: Plans | None, region: str) -> None:
+    """A region has moved: drop addresses made from the old one, and recordings of them."""
+    if executor is None:
+        return
+    for ready in executor._ready.values():
+        if ready.graph is not None:
+            executor.device.discard(ready.graph)
+            ready.graph = None
+    if region == "arena":
+        executor._ready.clear()
+    executor._shapes.clear()
 
 
 def weight_dtype(plans: Mapping[str, Any], plan: str, tensor: str) -> str:
@@ -291,18 +256,3 @@ def weight_dtype(plans: Mapping[str, Any], plan: str, tensor: str) -> str:
         if row["name"] == tensor:
             return str(row["dtype"])
     raise KeyError(f"{plan} has no input {tensor}")  # a launch names inputs of its plan only
-
-
-def numpy_dtype(dtype: str) -> str:
-    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
-def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array, bfloat16 being uint16 bits, as `dtype`, C-contiguous; no copy where it is so."""
-    if array.dtype == numpy_dtype(dtype):
-        return np.ascontiguousarray(array)
-    wide = to_float32(array) if array.dtype == np.uint16 else array
-    if dtype == "bfloat16":
-        return narrow(wide)
-    return np.ascontiguousarray(wide, dtype)

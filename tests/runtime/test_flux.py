@@ -86,6 +86,9 @@ def test_one_step_starts_at_one() -> None:
         {"shift": 0},
         {"shift": "3"},
         {"base_shift": float("nan")},
+        {"shift": True},
+        {"shift_terminal": 1.0},
+        {"shift_terminal": "x"},
         {"base_image_seq_len": 4096},
     ],
 )

@@ -10,10 +10,11 @@ from hostdevice import TARGET, HostContext, HostDevice, bundle_with_plans, input
 from runtime import trt
 from runtime.bundle import Bundle
 from runtime.device import Device
+from runtime.memory import cast
 from runtime.ort import open_component as open_ort
 from runtime.schedule import check_profiles
 from runtime.targets import choose_target
-from runtime.trt import Plans, cast
+from runtime.trt import Plans
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_weights_are_uploaded_once_and_shared_by_all_top_k(bundle: Bundle) -> No
     before = executor.device.uploads
     executor(given, 4)
     assert executor.device.uploads == before + len(given)
-    weights = {name for name, _ in executor._weights}
+    weights = {name for name, _ in executor.memory.weights}
     experts = [name for name in weights if name.endswith(".experts.w1")]
     assert len(experts) == 6  # two streams of two double blocks, two single blocks
-    assert all(dtype == "float32" for _, dtype in executor._weights)
+    assert all(dtype == "float32" for _, dtype in executor.memory.weights)
 
 
 def test_a_plan_is_loaded_once_for_all_its_blocks(bundle: Bundle) -> None:
