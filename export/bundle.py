@@ -73,7 +73,7 @@ def export_bundle(
     try:
         folder.mkdir()
         parts = components(source, sparse, choices, progress)
-        manifest = first_facts(source, parts, sparse, choices, dtype)
+        manifest = first_facts(source, parts, sparse, choices, dtype, storage)
         for part in parts:
             program = part.trace(torch_dtype(dtype))
             write_weights(folder, part, program, storage, progress)
@@ -200,13 +200,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def first_facts(
-    source: Path, parts: Sequence[Component], sparse: bool, choices: Sequence[int], dtype: str
+    source: Path,
+    parts: Sequence[Component],
+    sparse: bool,
+    choices: Sequence[int],
+    dtype: str,
+    storage: str | None,
 ) -> dict[str, Any]:
     """The manifest without components, tokenizers, plans and files."""
     from export.source import facts
 
     transformer = next(part for part in parts if part.name == "transformer")
-    stored = str(transformer.checkpoint.main_dtype()).removeprefix("torch.")
+    own = str(transformer.checkpoint.main_dtype()).removeprefix("torch.")
     return {
         "format": 1,
         "d2m": __version__,
@@ -214,7 +219,7 @@ def first_facts(
         "kind": "sparse" if sparse else "dense",
         "name": source.resolve().name,
         "compute_dtype": DTYPES[dtype],
-        "storage_dtype": stored,
+        "storage_dtype": DTYPES[storage] if storage else own,
         "components": {},
         "top_k_choices": list(choices),
         "plans": {},

@@ -18,7 +18,7 @@ from d2m.cli import main as d2m
 from d2m.console import clock
 from d2m.files import write_bytes
 
-PROMPT = "a photo of a red circle and a blue square"
+PROMPT = "a photo of a red circle"
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,12 +16,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import exported
-from tiny import tiny_inputs
 
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.surgery import set_top_k
 from export.bundle import export_bundle
 from runtime.weights import SafeTensors, read_header
+from tiny import tiny_inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
@@ -78,7 +78,9 @@ def test_every_graph_is_valid(tiny_bundle: Path, tiny_dense_bundle: Path) -> Non
         assert len(graphs) == 4 + kinds + 3, graphs
         for path in graphs:
             onnx.checker.check_model(str(path))
-            domains = {entry.domain for entry in onnx.load(path, load_external_data=False).functions}
+            domains = {
+                entry.domain for entry in onnx.load(path, load_external_data=False).functions
+            }
             assert domains <= {"d2m", "d2m.blocks"}
 
 
@@ -215,6 +217,7 @@ def test_the_manifest_lists_every_file(tiny_bundle: Path) -> None:
     assert found["storage_dtype"] == found["compute_dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_the_same_bytes_from_another_process(
     tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -234,11 +237,24 @@ def test_the_same_bytes_from_another_process(
             assert str(ROOT).encode() not in path.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def small(tiny_sparse_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """A second export, with weights stored in bfloat16."""
+    return exported(pytestconfig, tiny_sparse_dir, top_k=(2,), storage="bf16")
+
+
+def test_two_exports_have_the_same_graphs(small: Path, tiny_bundle: Path) -> None:
+    """Block graphs and tokenizers do not depend on storage: two traces give the same bytes."""
+    one, two = files(tiny_bundle), files(small)
+    same = [name for name in two if name.startswith(("blocks/", "tokenizer"))]
+    assert len(same) == 2 + 2 + 3 + 2  # double and single, embed and final, encoders and VAE
+    assert all(one[name] == two[name] for name in same)
+
+
 def test_bf16_storage_halves_the_weights(
-    tiny_sparse_dir: Path, tiny_bundle: Path, pytestconfig: pytest.Config
+    small: Path, tiny_sparse_dir: Path, tiny_bundle: Path
 ) -> None:
     """Stored in bfloat16, computed in float32: torch with rounded weights gives the same."""
-    small = exported(pytestconfig, tiny_sparse_dir, top_k=(2,), storage="bf16")
     for name in COMPONENTS:
         header = read_header(small / f"{name}.safetensors")
         data = sum(row.end - row.start for row in header.values())

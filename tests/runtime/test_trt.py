@@ -200,3 +200,23 @@ def test_the_manifest_is_asked_before_the_library(bundle: Bundle) -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(ValueError, match="built with release 1.0.0, here is"):
         trt.open_component_rtx(targets(bundle, p={"version": "1.0.0"}), "transformer")
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_plans_run_on_a_gpu(tiny_sparse_dir: Path, tmp_path: Path) -> None:
+    """The launch itself: plans in float32 give what ONNX Runtime gives."""
+    pytest.importorskip("tensorrt_rtx")
+    from export.bundle import export_bundle
+    from runtime.bundle import open_bundle
+
+    export_bundle(tiny_sparse_dir, tmp_path / "b", trt_rtx=True, top_k=(0, 2), plan_dtype="fp32")
+    bundle = open_bundle(tmp_path / "b")
+    for component in bundle.manifest["components"]:
+        try:
+            executor = trt.open_component_rtx(bundle, component)
+        except ValueError as error:  # a GPU that TensorRT-RTX does not know, such as an H200
+            pytest.skip(str(error))
+        for batch in (1, 3):
+            given = inputs(bundle, component, batch=batch)
+            close(executor(given), open_ort(bundle, component, threads=1)(given))

@@ -1,0 +1,88 @@
+"""Text encoders and VAE decoder of the tiny bundle through ONNX Runtime, against torch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+LIMIT = 1e-5
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def relative(found: np.ndarray, expected: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    reference = expected.detach().numpy()
+    assert found.shape == reference.shape and found.dtype == np.float32
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
+
+
+def random_ids(vocabulary: int, batch: int, tokens: int, last: int) -> torch.Tensor:
+    """Random prompts; `last` (end of text) at a different place in every row, then padding."""
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(4, vocabulary - 2, (batch, tokens), generator=generator)
+    for row in range(batch):
+        ids[row, tokens - 1 - row :] = last
+    return ids
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (3, 16), (3, 7)])
+def test_clip_equals_torch(
+    tiny_bundle: Path, tiny_dense_dir: Path, batch: int, tokens: int
+) -> None:
+    """The pooled state is the one at the end of text, and later tokens do not reach it."""
+    from transformers import CLIPTextModel
+
+    model = CLIPTextModel.from_pretrained(tiny_dense_dir / "text_encoder").eval()
+    end = model.config.eos_token_id
+    ids = random_ids(model.config.vocab_size, batch, tokens, end)
+    run = session(tiny_bundle / "text_encoder.onnx")
+    with torch.no_grad():
+        expected = model(ids).pooler_output
+    (found,) = run.run(["pooled"], {"input_ids": ids.numpy()})
+    assert relative(found, expected) < LIMIT
+    changed = ids.clone()
+    changed[-1, tokens - batch + 1 :] = 5  # after the first end of text of the last row
+    (same,) = run.run(["pooled"], {"input_ids": changed.numpy()})
+    np.testing.assert_allclose(same[-1], found[-1], rtol=0, atol=1e-5)
+    if batch > 1:
+        assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16), (3, 16), (3, 11)])
+def test_t5_equals_torch(tiny_bundle: Path, tiny_dense_dir: Path, batch: int, tokens: int) -> None:
+    """Relative position buckets follow the number of tokens; padding is seen, as in FLUX."""
+    from transformers import T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(tiny_dense_dir / "text_encoder_2").eval()
+    ids = random_ids(model.config.vocab_size, batch, tokens, model.config.eos_token_id)
+    with torch.no_grad():
+        expected = model(ids)[0]
+    run = session(tiny_bundle / "text_encoder_2.onnx")
+    (found,) = run.run(["states"], {"input_ids": ids.numpy()})
+    assert relative(found, expected) < LIMIT
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 8, 8), (2, 6, 14)])
+def test_vae_equals_torch(
+    tiny_bundle: Path, tiny_dense_dir: Path, batch: int, height: int, width: int
+) -> None:
+    """Any batch and image size, not square ones too."""
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(tiny_dense_dir / "vae").eval()
+    shape = (batch, model.config.latent_channels, height, width)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(height))
+    with torch.no_grad():
+        expected = model.decode(latents).sample
+    run = session(tiny_bundle / "vae_decoder.onnx")
+    (found,) = run.run(["image"], {"latents": latents.numpy()})
+    assert found.shape == (batch, 3, 2 * height, 2 * width)
+    assert relative(found, expected) < LIMIT
