@@ -183,13 +183,18 @@ def name_dimensions(model: Any, inputs: Sequence[Spec], outputs: Sequence[Spec])
 
 @contextmanager
 def quiet() -> Any:
-    """Without the exporter's remarks on its own deprecations and on absent torchvision."""
-    loud = logging.getLogger("torch.onnx")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+    """Without the exporter's remarks on its own deprecations and on absent torchvision.
+
+    Tracing's debug records are costly where a handler asks for them, as under pytest.
+    """
+    loud = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace")]
+    before = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        loud.setLevel(level)
+        for logger, level in zip(loud, before):
+            logger.setLevel(level)
