@@ -36,7 +36,7 @@ def make_tokenizers() -> Tokenizers:
     The same ones in every process, since a resumed run makes them again. BpeTrainer alone would
     not do that: it numbers the letters that end a word in the order of a hash map and breaks ties
     by those numbers, so that "of" and "ou" swap ids. Given as special tokens they have numbers from
-    the start; vowels first gives the ids that the committed transformer was trained on.
+    the start; vowels first gives the ids that the committed teacher had in its flow stage.
     """
     words, letters = vocabulary(), list(ascii_lowercase)
     ends = [letter + "</w>" for letter in letters]
