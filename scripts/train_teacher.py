@@ -7,6 +7,9 @@ Four stages: VAE, text encoders, flow-matching transformer, guidance distillatio
 checkpoint under --work (safetensors, never pickle). A killed run goes on where it stopped when the
 same command is given again. The result is a genuine diffusers FluxPipeline directory in bf16.
 
+Under torchrun (`torchrun --nproc-per-node 2 scripts/train_teacher.py ...`) several processes share
+every step of the transformer's stages: on a CPU one per core beats one with several threads.
+
 The stages mirror how FLUX.1 [dev] came to be (ours, in miniature): a flow-matching model trained
 with caption dropout and then distilled so that one forward pass with a guidance embedding draws
 what two passes of classifier-free guidance would.
@@ -15,6 +18,8 @@ what two passes of classifier-free guidance would.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 
@@ -26,10 +31,11 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--size", type=int, default=32, help="side of the pictures in pixels (%(default)s)")
-    add("--scenes", type=int, default=100_000, help="drawn once, encoded once (%(default)s)")
-    add("--batch", type=int, default=32, help="of the transformer's stages (%(default)s)")
+    add("--init", type=Path, help="pipeline whose transformer flow matching starts from, not nothing")
+    add("--scenes", type=int, default=160_000, help="drawn once, encoded once (%(default)s)")
+    add("--batch", type=int, default=64, help="of the transformer's stages (%(default)s)")
     add("--vae-steps", type=int, default=1600, help="(%(default)s)")
-    add("--text-steps", type=int, default=1200, help="(%(default)s)")
+    add("--text-steps", type=int, default=1600, help="(%(default)s)")
     add("--flow-steps", type=int, default=11_000, help="(%(default)s)")
     add("--guidance-steps", type=int, default=600, help="(%(default)s)")
     add("--lr", type=float, default=1.6e-3, help="of flow; guidance takes a quarter (%(default)s)")
@@ -57,9 +63,20 @@ def main() -> None:
     from teacher.text import train_text
     from teacher.vae import latents_of, train_vae
 
+    rank, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if workers > 1:
+        if not (args.work / "latents.safetensors").exists() and args.until != "text":
+            sys.exit(
+                f"--work {args.work} has no latents.safetensors: run this once with --until text "
+                "in a single process, only the transformer's stages are shared"
+            )
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     run = Run(
         work=args.work,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
+        rank=rank,
+        workers=workers,
         seed=args.seed,
         batch=args.batch,
         bf16=args.bf16,
@@ -91,11 +108,13 @@ def main() -> None:
         save_pipeline(out, world, vae, text, tokenizers, transformer)
 
     every = args.snapshot_every
-    model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every)
+    model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every, args.init)
     if args.until == "flow":
         return
     steps, lr = args.guidance_steps, args.lr / 4
     model = train_guidance(run, model, cache, steps, lr, snapshot, every)
+    if run.rank:
+        return
     save_pipeline(args.out, world, vae, text, tokenizers, model)
     print(f"{args.out} is ready", flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,14 @@ def train_flow(
     lr: float,
     snapshot: Snapshot,
     snapshot_every: int,
+    init: Path | None = None,
 ) -> FluxTransformer2DModel:
-    """The average of a transformer trained from nothing by flow matching."""
-    model = make_transformer(world).to(run.device)
+    """The average of a transformer trained by flow matching, from nothing or from `init`'s."""
+    model = make_transformer(world)
+    if init is not None:
+        start = FluxTransformer2DModel.from_pretrained(init, subfolder="transformer")
+        model.load_state_dict(start.state_dict())
+    model = model.to(run.device)
     return train(
         run,
         "flow",
@@ -102,11 +108,13 @@ def train_guidance(
 def noised(run: Run, latents: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Draw noise and times for latents [B, T, C]: (x_s, s [B], velocity), on the run's device.
 
-    s = sigmoid(N(1, 1.2)): more of the noisy end than of the clean (ours).
+    s = sigmoid(N(1, 1.2)): more of the noisy end than of the clean (ours). Of several processes
+    each gets its own rows of the batch.
     """
-    x = latents.to(run.device)
-    noise = torch.randn(latents.shape, generator=g).to(run.device)
-    sigma = torch.sigmoid(torch.randn(len(latents), generator=g) * 1.2 + 1.0).to(run.device)
+    x = run.mine(latents).to(run.device)
+    noise = run.mine(torch.randn(latents.shape, generator=g)).to(run.device)
+    normal = torch.randn(len(latents), generator=g)
+    sigma = run.mine(torch.sigmoid(normal * 1.2 + 1.0)).to(run.device)
     s = sigma[:, None, None]
     return (1 - s) * x + s * noise, sigma, noise - x
 
@@ -133,10 +141,10 @@ def flow_loss(run: Run, model: FluxTransformer2DModel, cache: Cache) -> Loss:
         g = run.generator(13_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         dropped = torch.rand(run.batch, generator=g) < DROPPED
-        text = cache.text(torch.where(dropped, cache.empty, cache.rows[pick]))
+        text = cache.text(run.mine(torch.where(dropped, cache.empty, cache.rows[pick])))
         x, sigma, target = noised(run, cache.packed[pick], g)
         with run.autocast():
-            one = torch.ones(run.batch, device=run.device)
+            one = torch.ones(len(x), device=run.device)
             answer = velocity(model, x, sigma, one, text, cache.ids)
         return F.mse_loss(answer, target), {}
 
@@ -152,11 +160,11 @@ def guidance_loss(
         g = run.generator(17_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         x, sigma, _ = noised(run, cache.packed[pick], g)
-        scale = (1 + 4 * torch.rand(run.batch, generator=g)).to(run.device)
-        rows = cache.rows[pick]
+        scale = run.mine(1 + 4 * torch.rand(run.batch, generator=g)).to(run.device)
+        rows = run.mine(cache.rows[pick])
         with torch.no_grad(), run.autocast():
             both = cache.text(torch.cat([rows, torch.full_like(rows, cache.empty)]))
-            ones = torch.ones(2 * run.batch, device=run.device)
+            ones = torch.ones(2 * len(x), device=run.device)
             pair = velocity(teacher, x.repeat(2, 1, 1), sigma.repeat(2), ones, both, cache.ids)
             caption, empty = pair.chunk(2)
             target = empty + scale[:, None, None] * (caption - empty)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from teacher.state import gather, load_state, restore, save_state
@@ -36,6 +37,15 @@ class Run:
     bf16: bool  # autocast
     compile: bool  # the transformer's blocks
     save_every: float  # seconds between checkpoints; the end of a stage always writes one
+    rank: int = 0  # of this process among those that share every step of a transformer's stage
+    workers: int = 1
+
+    def mine(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch that all processes drew alike.
+
+        What a step learns from then depends on the seed and the step, not on how many share it.
+        """
+        return batch[self.rank :: self.workers]
 
     def generator(self, factor: int, step: int) -> torch.Generator:
         """A CPU generator of one step's own; the factor (a large number) tells stages apart."""
@@ -94,9 +104,13 @@ def train(
     for step in range(first, steps):
         rate = learning_rate(step, steps, lr, warmup, decay_share)
         loss, figures = loss_of(step)
-        update(model, ema, optimizer, loss, rate, min(ema_decay, (1 + step) / (10 + step)))
+        loss.backward()
+        mean_of_workers(run, model)
+        update(model, ema, optimizer, rate, min(ema_decay, (1 + step) / (10 + step)))
         losses.append(loss.item())
         done = step + 1
+        if run.rank:  # the first process alone writes
+            continue
         if done % LOG_EVERY == 0 or done == steps:
             elapsed = time.time() - started
             left = elapsed / (done - first) * (steps - done)
@@ -128,20 +142,30 @@ def update(
     model: nn.Module,
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
-    loss: Tensor,
     rate: float,
     keep: float,
 ) -> None:
     """One step of the optimizer at `rate`; the average keeps the share `keep` of itself."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if ema is not None:
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+
+
+def mean_of_workers(run: Run, model: nn.Module) -> None:
+    """Average the gradients over all processes, in one message."""
+    if run.workers == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= run.workers
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def append(log: Path, row: dict[str, Any]) -> None:

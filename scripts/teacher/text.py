@@ -94,7 +94,7 @@ class TextStage(nn.Module):
             num_heads=4,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
-            relative_attention_num_buckets=16,
+            relative_attention_num_buckets=32,
             relative_attention_max_distance=LENGTH,
             pad_token_id=0,
             eos_token_id=1,
@@ -114,7 +114,7 @@ def train_text(run: Run, world: World, steps: int) -> tuple[TextStage, Tokenizer
     tokenizers = make_tokenizers()
     stage = TextStage(len(tokenizers[0]), len(tokenizers[1])).to(run.device)
     loss_of = text_loss(run, stage, tokenizers, draw_scenes(world, SCENES, run.seed + 5))
-    train(run, "text", stage, loss_of, steps=steps, lr=2e-3, decay_share=0.5)
+    train(run, "text", stage, loss_of, steps=steps, lr=7e-4, decay_share=0.5)
     return stage.eval().requires_grad_(False), tokenizers
 
 
