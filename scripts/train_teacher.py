@@ -31,7 +31,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--size", type=int, default=32, help="side of the pictures in pixels (%(default)s)")
-    add("--init", type=Path, help="pipeline whose transformer flow matching starts from, not nothing")
+    add("--init", type=Path, help="pipeline to start from: its transformer learns on")
     add("--scenes", type=int, default=160_000, help="drawn once, encoded once (%(default)s)")
     add("--batch", type=int, default=64, help="of the transformer's stages (%(default)s)")
     add("--vae-steps", type=int, default=1600, help="(%(default)s)")
@@ -59,6 +59,7 @@ def main() -> None:
     from teacher.flow import train_flow, train_guidance
     from teacher.loop import Run
     from teacher.pipeline import save_pipeline
+    from teacher.refit import refitted
     from teacher.scenes import draw_images, draw_scenes
     from teacher.text import train_text
     from teacher.vae import latents_of, train_vae
@@ -66,7 +67,7 @@ def main() -> None:
     rank, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if workers > 1:
-        if not (args.work / "latents.safetensors").exists() and args.until != "text":
+        if not (args.work / "latents.safetensors").exists():
             sys.exit(
                 f"--work {args.work} has no latents.safetensors: run this once with --until text "
                 "in a single process, only the transformer's stages are shared"
@@ -94,13 +95,13 @@ def main() -> None:
     print(f"drawing {args.scenes} training scenes", flush=True)
     scenes = draw_scenes(world, args.scenes, run.seed)
     images = draw_images(world, scenes, run.seed)
-    vae = train_vae(run, world, images, args.vae_steps)
+    vae = train_vae(run, world, images, args.vae_steps, args.init)
     if args.until == "vae":
         return
+    latents = latents_of(run, vae, images)
     text, tokenizers = train_text(run, world, args.text_steps)
     if args.until == "text":
         return
-    latents = latents_of(run, vae, images)
     cache = make_cache(latents, [s.caption for s in scenes], text, tokenizers, run.device)
 
     def snapshot(transformer: torch.nn.Module) -> None:
@@ -108,7 +109,10 @@ def main() -> None:
         save_pipeline(out, world, vae, text, tokenizers, transformer)
 
     every = args.snapshot_every
-    model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every, args.init)
+    start = None
+    if args.init:
+        start = refitted(args.init, [s.caption for s in scenes], text, tokenizers, run.device)
+    model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every, start)
     if args.until == "flow":
         return
     steps, lr = args.guidance_steps, args.lr / 4

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +52,10 @@ def train_flow(
     lr: float,
     snapshot: Snapshot,
     snapshot_every: int,
-    init: Path | None = None,
+    start: FluxTransformer2DModel | None = None,
 ) -> FluxTransformer2DModel:
-    """The average of a transformer trained by flow matching, from nothing or from `init`'s."""
-    model = make_transformer(world)
-    if init is not None:
-        start = FluxTransformer2DModel.from_pretrained(init, subfolder="transformer")
-        model.load_state_dict(start.state_dict())
+    """The average of a transformer trained by flow matching, from nothing or from `start`."""
+    model = make_transformer(world) if start is None else start
     model = model.to(run.device)
     return train(
         run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,13 @@ def make_vae(world: World) -> AutoencoderKL:
     )
 
 
-def train_vae(run: Run, world: World, images: Tensor, steps: int) -> AutoencoderKL:
-    """A frozen VAE of the world's pictures, uint8 [N, 3, S, S]."""
+def train_vae(
+    run: Run, world: World, images: Tensor, steps: int, init: Path | None = None
+) -> AutoencoderKL:
+    """A frozen VAE of the world's pictures, uint8 [N, 3, S, S]: a new one, or that of `init`."""
+    if init is not None:
+        vae = AutoencoderKL.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
+        return vae.to(run.device).eval().requires_grad_(False)
     vae = make_vae(world).to(run.device)
     loss_of = vae_loss(run, vae, images)
     train(run, "vae", vae, loss_of, steps=steps, lr=2.5e-3, decay_share=0.5)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,14 +19,16 @@ STAGES = ("vae", "text", "flow", "guidance")
 SMALL = "--device cpu --threads 1 --no-compile --scenes 40 --batch 2 --snapshot-every 0 --lr 0.05"
 
 
-def script(name: str, *arguments: object) -> subprocess.Popen[str]:
+def script(
+    name: str, *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})},
     )
 
 
@@ -35,11 +38,13 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def train(folder: Path, steps: int, *more: object) -> subprocess.Popen[str]:
+def train(
+    folder: Path, steps: int, *more: object, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """The training script with work/ and shapes/ in `folder`, `steps` steps of every stage."""
     counts = itertools.chain(*((f"--{stage}-steps", steps) for stage in STAGES))
     where = ("--work", folder / "work", "--out", folder / "shapes")
-    return script("train_teacher.py", *SMALL.split(), *counts, *where, *more)
+    return script("train_teacher.py", *SMALL.split(), *counts, *where, *more, env=env)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,6 +84,34 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
         stage: [2] for stage in STAGES
     }
     assert (shapes / "training.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/')
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """They share every batch, so only the order of the sums differs."""
+    from safetensors.torch import load_file
+
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    finished(train(alone, 3))
+    finished(train(shared, 3, "--until", "text"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    workers = [train(shared, 3, env=group | {"RANK": str(rank)}) for rank in range(2)]
+    assert ["is ready" in finished(worker) for worker in workers] == [True, False]
+    for stage in ("flow", "guidance"):
+        name = f"{stage}.safetensors"
+        one, two = load_file(alone / "work" / name), load_file(shared / "work" / name)
+        for key in one:
+            if key.startswith(("model.", "ema.")):
+                assert (one[key] - two[key]).abs().max() < 1e-4, (stage, key)
+
+
+def test_processes_without_latents_are_told_the_cure(tmp_path: Path) -> None:
+    process = train(tmp_path, 1, env={"RANK": "0", "WORLD_SIZE": "2"})
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "has no latents.safetensors: run this once with --until text" in err
 
 
 def test_a_stage_without_its_log_is_named(tmp_path: Path) -> None:
