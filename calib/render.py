@@ -31,6 +31,8 @@ DIAMETERS = {
 # share of it across.
 RELATION_DISTANCE = 0.25
 RELATION_ACROSS = 0.6
+Box = tuple[int, int, int]  # left, top, diameter in quarter pixels
+
 GREY = np.array(BACKGROUND, np.float32)
 ROUNDED_GREY = GREY + 0.5  # so that the cast to uint8 rounds
 DELTAS = {name: np.array(rgb, np.float32) - GREY for name, rgb in COLOURS.items()}
@@ -60,15 +62,21 @@ def render_batch(
     return images
 
 
+def layout(
+    scene: Scene, world: World, rng: np.random.Generator, split: Split = "train"
+) -> list[tuple[str, str, Box]]:
+    """Shape, colour and box of every thing of an image: what `render` draws with this rng."""
+    colours = _colours(scene, world, rng, split)
+    boxes = _places(scene, world, rng)
+    return [(t.shape, c, b) for t, c, b in zip(scene.things, colours, boxes, strict=True)]
+
+
 def _draw(
     image: np.ndarray, scene: Scene, world: World, rng: np.random.Generator, split: Split
 ) -> None:
     image[...] = BACKGROUND
-    colours = _colours(scene, world, rng, split)
-    for thing, colour, (x, y, d) in zip(
-        scene.things, colours, _places(scene, world, rng), strict=True
-    ):
-        alpha = sprite(thing.shape, d, x % Q, y % Q)
+    for shape, colour, (x, y, d) in layout(scene, world, rng, split):
+        alpha = sprite(shape, d, x % Q, y % Q)
         height, width = alpha.shape[:2]
         # Plain assignment, no blending with what is there: a gap of two pixels keeps sprites apart.
         row, column = y // Q, x // Q
@@ -100,9 +108,6 @@ def _colours(scene: Scene, world: World, rng: np.random.Generator, split: Split)
 def _free_colours(world: World, shape: str, split: Split) -> tuple[str, ...]:
     held = heldout_pairs(world) if split == "train" else frozenset()
     return tuple(c for c in world.colour_names if (c, shape) not in held)
-
-
-Box = tuple[int, int, int]  # left, top, diameter in quarter pixels
 
 
 def _places(scene: Scene, world: World, rng: np.random.Generator) -> list[Box]:

@@ -57,6 +57,7 @@ def main() -> None:
     from calib.world import World
     from teacher.cache import make_cache
     from teacher.flow import train_flow, train_guidance
+    from teacher.labels import patch_labels
     from teacher.loop import Run
     from teacher.pipeline import save_pipeline
     from teacher.refit import refitted
@@ -102,7 +103,9 @@ def main() -> None:
     text, tokenizers = train_text(run, world, args.text_steps)
     if args.until == "text":
         return
-    cache = make_cache(latents, [s.caption for s in scenes], text, tokenizers, run.device)
+    labels = patch_labels(world, scenes, run.seed)
+    captions = [scene.caption for scene in scenes]
+    cache = make_cache(latents, labels, captions, text, tokenizers, run.device)
 
     def snapshot(transformer: torch.nn.Module) -> None:
         out = args.snapshot or run.work / "snapshot"
@@ -111,7 +114,7 @@ def main() -> None:
     every = args.snapshot_every
     start = None
     if args.init:
-        start = refitted(args.init, [s.caption for s in scenes], text, tokenizers, run.device)
+        start = refitted(args.init, captions, text, tokenizers, run.device)
     model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every, start)
     if args.until == "flow":
         return

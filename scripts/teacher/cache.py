@@ -17,6 +17,7 @@ class Cache:
     """Packed latents of every scene and the embeddings of every distinct caption."""
 
     packed: Tensor  # [N, h/2 w/2, 4C], CPU: latents in FLUX's 2 x 2 patches
+    labels: Tensor  # int64 [N, T, 2], CPU: what each patch shows, see labels.py
     rows: Tensor  # int64 [N], CPU: a scene's caption among the distinct ones
     empty: int  # the empty caption among them
     pooled: Tensor  # [captions, 64], the device's
@@ -33,6 +34,7 @@ class Cache:
 
 def make_cache(
     latents: Tensor,
+    labels: Tensor,
     captions: Sequence[str],
     stage: TextStage,
     tokenizers: Tokenizers,
@@ -54,6 +56,7 @@ def make_cache(
     )
     return Cache(
         packed=FluxPipeline._pack_latents(latents, n, channels, height, width),
+        labels=labels,
         rows=torch.tensor([index[caption] for caption in captions]),
         empty=index[""],
         pooled=torch.cat(pooled),

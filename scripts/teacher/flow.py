@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from calib.world import World
 from teacher.cache import Cache
+from teacher.labels import Labelled
 from teacher.loop import Loss, Run, train
 
 DROPPED = 0.1  # share of captions left out, so that the model knows what to draw without one
+LABEL_WEIGHT = 0.2  # of a patch's names against the velocity's error; both are near 1
 # These and the output start at zero, so that every block begins as the identity (adaLN-zero).
 ZEROED = ("norm1", "norm.linear", "norm_out.linear")
 
@@ -55,9 +57,9 @@ def train_flow(
     start: FluxTransformer2DModel | None = None,
 ) -> FluxTransformer2DModel:
     """The average of a transformer trained by flow matching, from nothing or from `start`."""
-    model = make_transformer(world) if start is None else start
+    model = Labelled(make_transformer(world) if start is None else start)
     model = model.to(run.device)
-    return train(
+    trained = train(
         run,
         "flow",
         model,
@@ -65,11 +67,13 @@ def train_flow(
         steps=steps,
         lr=lr,
         warmup=200,
+        decay_share=0.7,
         ema_decay=0.999,
         compile_blocks=run.compile,
-        snapshot=snapshot,
+        snapshot=lambda average: snapshot(average.transformer),
         snapshot_every=snapshot_every,
     )
+    return trained.transformer
 
 
 def train_guidance(
@@ -130,10 +134,15 @@ def velocity(
     return answer[0].float()
 
 
-def flow_loss(run: Run, model: FluxTransformer2DModel, cache: Cache) -> Loss:
-    """Squared error of the velocity, with captions left out at random and guidance always 1."""
+def flow_loss(run: Run, model: Labelled, cache: Cache) -> Loss:
+    """Squared error of the velocity, with captions left out at random and guidance always 1.
+
+    And the error in naming the patches, see labels.py.
+    """
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        if not model.watched:  # not earlier: the average is a copy that nobody watches
+            model.watch()
         g = run.generator(13_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         dropped = torch.rand(run.batch, generator=g) < DROPPED
@@ -141,8 +150,11 @@ def flow_loss(run: Run, model: FluxTransformer2DModel, cache: Cache) -> Loss:
         x, sigma, target = noised(run, cache.packed[pick], g)
         with run.autocast():
             one = torch.ones(len(x), device=run.device)
-            answer = velocity(model, x, sigma, one, text, cache.ids)
-        return F.mse_loss(answer, target), {}
+            answer = velocity(model.transformer, x, sigma, one, text, cache.ids)
+        error = F.mse_loss(answer, target)
+        names = model.label_loss(run.mine(cache.labels[pick]).to(run.device))
+        figures = {"velocity": round(error.item(), 4), "names": round(names.item(), 4)}
+        return error + LABEL_WEIGHT * names, figures
 
     return loss_of
 
