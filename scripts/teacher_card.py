@@ -4,8 +4,9 @@
     d2m eval models/shapes-dense --n 600 --seed 0 --json models/shapes-dense/scores.json
     python scripts/teacher_card.py models/shapes-dense --work runs/teacher
 
-Reads the logs that `scripts/train_teacher.py` left under --work, and `scores.json`; writes
-README.md, training.json and training.svg.
+Reads the logs and settings that `scripts/train_teacher.py` left under --work, and `scores.json`;
+writes README.md, training.json and training.svg. Where the training went on from an earlier
+pipeline (--init), that one's training.json lives on under "earlier".
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def curves(work: Path) -> dict[str, list[dict]]:
     Of rows written twice (a killed run repeats a few steps) the last one counts.
     """
     found = {}
-    for stage in STAGES:
+    kept = {"vae"} if json.loads((work / "run.json").read_text())["init"] else set()
+    for stage in (stage for stage in STAGES if stage not in kept):
         log = work / f"{stage}.jsonl"
         if not log.is_file():
             raise FileNotFoundError(
@@ -88,8 +90,8 @@ def card(
     logs: dict[str, list[dict]],
     scores: dict,
     counts: dict[str, int],
-    samples: int,
-    batch: int,
+    settings: dict,
+    earlier: list[dict[str, list[dict]]],
 ) -> str:
     rows = "\n".join(
         f"| {name.replace('_', ' ')} "
@@ -97,13 +99,24 @@ def card(
         for name, s in [*scores["categories"].items(), ("**overall**", scores["overall"])]
     )
     stages = "\n".join(
-        f"| {STAGES[k]} | {v[-1]['step']} | {v[0]['loss']:.4g} | {v[-1]['loss']:.4g} |"
-        for k, v in logs.items()
+        f"| {STAGES[k]}{turn} | {v[-1]['step']} | {v[0]['loss']:.4g} | {v[-1]['loss']:.4g} |"
+        for turn, run in [(f", training {i}", r) for i, r in enumerate(earlier, 1)] + [("", logs)]
+        for k, v in run.items()
     )
     world = World()
     pairs = ", ".join(sorted(f"{colour} {shape}" for colour, shape in heldout_pairs(world)))
     parts = "\n".join(f"| {name} | {n:,} |" for name, n in counts.items())
     steps = logs["flow"][-1]["step"]
+    start = " --init ..." if settings["init"] else ", from nothing"
+    went_on = (
+        ""
+        if not earlier
+        else f"""
+The weights come from {len(earlier) + 1} trainings in a row, each going on with the average of the
+one before (`--init`); the table has them all, the last one without a number. Of the first, the VAE
+stayed; the text encoders were trained anew later, and the transformer's text embedders refitted.
+"""
+    )
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -144,12 +157,14 @@ Intervals: 95 %, Wilson.
 
 ## Training
 
-`python scripts/train_teacher.py`, from nothing, on {samples:,} drawn scenes (`calib/`), on one CPU
-core in bf16 autocast. The transformer learns flow matching with a tenth of the captions left out,
-batches of {batch} ({steps:,} steps), and is then distilled so that one pass with a guidance
-embedding g in 1 to 5 equals classifier-free guidance of scale g: what makes it "dev". The result is
-the exponential average of the weights. Curves: `training.svg`, `training.json`.
-
+`python scripts/train_teacher.py`{start}, on {settings["scenes"]:,} drawn scenes (`calib/`), by
+{settings["workers"]} process(es) in {settings["precision"]} on {settings["device"]}. The
+transformer learns flow matching with a tenth of the captions left out, batches of
+{settings["batch"]} ({steps:,} steps), while a head on its features learns to name what every patch
+shows (the head is gone afterwards), and is then distilled so that one pass with a guidance embedding g in 1 to
+{settings["guidance_max"]:g} equals classifier-free guidance of scale g: what makes it "dev". The
+result is the exponential average of the weights. Curves: `training.svg`, `training.json`.
+{went_on}
 | stage | steps | first loss | last loss |
 |---|---:|---:|---:|
 {stages}
@@ -170,16 +185,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/teacher"))
-    parser.add_argument("--scenes", type=int, default=100_000)
-    parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     logs = curves(args.work)
+    settings = json.loads((args.work / "run.json").read_text())
     scores = json.loads((args.model / "scores.json").read_text())
-    write_json(args.model / "training.json", logs)
+    before = settings.pop("earlier")
+    write_json(args.model / "training.json", {**logs, "earlier": before})
+    earlier: list[dict] = []
+    while before:
+        earlier.insert(0, {k: v for k, v in before.items() if k != "earlier"})
+        before = before.get("earlier")
     write_text(args.model / "training.svg", chart(logs["flow"]))
     write_text(
         args.model / "README.md",
-        card(args.model, logs, scores, parameters(args.model), args.scenes, args.batch),
+        card(args.model, logs, scores, parameters(args.model), settings, earlier),
     )
 
 

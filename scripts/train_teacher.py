@@ -18,9 +18,14 @@ what two passes of classifier-free guidance would.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teacher.loop import Run
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +43,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-steps", type=int, default=1600, help="(%(default)s)")
     add("--flow-steps", type=int, default=11_000, help="(%(default)s)")
     add("--guidance-steps", type=int, default=600, help="(%(default)s)")
+    add("--guidance-max", type=float, default=5.0, help="largest scale distilled (%(default)s)")
     add("--lr", type=float, default=1.6e-3, help="of flow; guidance takes a quarter (%(default)s)")
     add("--save-every", type=float, default=60.0, help="seconds between checkpoints (%(default)s)")
     add("--snapshot-every", type=int, default=1000, help="steps; 0: never (%(default)s)")
@@ -50,11 +56,27 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """What the model card tells of a run; the logs of the run it goes on from, too."""
+    log = args.init and args.init / "training.json"
+    return {
+        "scenes": args.scenes,
+        "batch": args.batch,
+        "workers": run.workers,
+        "device": run.device,
+        "precision": "bf16 autocast" if run.bf16 else "float32",
+        "guidance_max": args.guidance_max,
+        "init": bool(args.init),
+        "earlier": json.loads(log.read_text()) if log and log.exists() else None,
+    }
+
+
 def main() -> None:
     args = options()
     import torch
 
     from calib.world import World
+    from d2m.files import write_json
     from teacher.cache import make_cache
     from teacher.flow import train_flow, train_guidance
     from teacher.labels import patch_labels
@@ -91,6 +113,8 @@ def main() -> None:
     torch.backends.cuda.enable_flash_sdp(run.device != "cpu")
     torch.manual_seed(run.seed)
     run.work.mkdir(parents=True, exist_ok=True)
+    if not rank:
+        write_json(run.work / "run.json", settings(args, run))
     world = World(size=args.size)
 
     print(f"drawing {args.scenes} training scenes", flush=True)
@@ -119,7 +143,7 @@ def main() -> None:
     if args.until == "flow":
         return
     steps, lr = args.guidance_steps, args.lr / 4
-    model = train_guidance(run, model, cache, steps, lr, snapshot, every)
+    model = train_guidance(run, model, cache, steps, lr, snapshot, every, args.guidance_max)
     if run.rank:
         return
     save_pipeline(args.out, world, vae, text, tokenizers, model)

@@ -84,6 +84,7 @@ def train_guidance(
     lr: float,
     snapshot: Snapshot,
     snapshot_every: int,
+    largest: float = 5.0,
 ) -> FluxTransformer2DModel:
     """The average of a student that starts as `teacher` and learns its guided velocity."""
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -93,7 +94,7 @@ def train_guidance(
         run,
         "guidance",
         student,
-        guidance_loss(run, student, teacher, cache),
+        guidance_loss(run, student, teacher, cache, largest),
         steps=steps,
         lr=lr,
         warmup=50,
@@ -160,15 +161,22 @@ def flow_loss(run: Run, model: Labelled, cache: Cache) -> Loss:
 
 
 def guidance_loss(
-    run: Run, model: FluxTransformer2DModel, teacher: FluxTransformer2DModel, cache: Cache
+    run: Run,
+    model: FluxTransformer2DModel,
+    teacher: FluxTransformer2DModel,
+    cache: Cache,
+    largest: float,
 ) -> Loss:
-    """One pass with guidance g in 1..5 learns v_empty + g (v_caption - v_empty) of the teacher."""
+    """One pass with guidance g learns v_empty + g (v_caption - v_empty) of the teacher.
+
+    g is drawn from 1 to `largest`.
+    """
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = run.generator(17_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         x, sigma, _ = noised(run, cache.packed[pick], g)
-        scale = run.mine(1 + 4 * torch.rand(run.batch, generator=g)).to(run.device)
+        scale = run.mine(1 + (largest - 1) * torch.rand(run.batch, generator=g)).to(run.device)
         rows = run.mine(cache.rows[pick])
         with torch.no_grad(), run.autocast():
             both = cache.text(torch.cat([rows, torch.full_like(rows, cache.empty)]))

@@ -1,6 +1,5 @@
 """Refitted embedders: the transformer of one pipeline reads another's text embeddings."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,11 +45,10 @@ def test_the_committed_transformer_reads_encoders_it_never_saw(
 ) -> None:
     """Untrained encoders even: nothing is said, but nothing explodes either."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
+    from calib.world import World
     from teacher.refit import refitted
     from teacher.scenes import draw_scenes
     from teacher.text import TextStage, make_tokenizers, tokenise
-
-    from calib.world import World
 
     torch.manual_seed(2)
     tokenizers = make_tokenizers()

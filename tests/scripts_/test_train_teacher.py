@@ -60,7 +60,8 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     shapes = tmp_path / "shapes"
     assert finished(train(tmp_path, 2)).endswith(f"{shapes} is ready\n")
     work = {f"{stage}.{end}" for stage in STAGES for end in ("jsonl", "safetensors")}
-    assert {path.name for path in (tmp_path / "work").iterdir()} == work | {"latents.safetensors"}
+    others = {"latents.safetensors", "run.json"}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == work | others
     assert {path.name for path in tmp_path.iterdir()} == {"work", "shapes"}
 
     pipe = FluxPipeline.from_pretrained(shapes, local_files_only=True)
@@ -75,15 +76,29 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     row = {"score": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     scores = {"n": 4, "seed": 7, "categories": {"two_object": row}, "overall": row}
     (shapes / "scores.json").write_text(json.dumps(scores))
-    finished(script("teacher_card.py", shapes, "--work", tmp_path / "work", "--batch", 2))
+    finished(script("teacher_card.py", shapes, "--work", tmp_path / "work"))
     card = (shapes / "README.md").read_text()
     assert "| two object | 0.500 | 0.250 to 0.750 | 4 |" in card
     assert f"| transformer | {sum(p.numel() for p in pipe.transformer.parameters()):,} |" in card
     logs = json.loads((shapes / "training.json").read_text())
+    assert logs.pop("earlier") is None
     assert {stage: [row["step"] for row in rows] for stage, rows in logs.items()} == {
         stage: [2] for stage in STAGES
     }
     assert (shapes / "training.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/')
+
+    # A second training goes on from the first: its VAE stays, its logs live on.
+    again = tmp_path / "again"
+    finished(train(again, 2, "--init", shapes))
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (again / "shapes" / vae).read_bytes() == (shapes / vae).read_bytes()
+    (again / "shapes" / "scores.json").write_text(json.dumps(scores))
+    finished(script("teacher_card.py", again / "shapes", "--work", again / "work"))
+    card = (again / "shapes" / "README.md").read_text()
+    assert "come from 2 trainings in a row" in card
+    assert "| VAE, training 1 | 2 |" in card and "| flow matching | 2 |" in card
+    logs = json.loads((again / "shapes" / "training.json").read_text())
+    assert set(logs) == {*STAGES[1:], "earlier"} and set(logs["earlier"]) == {*STAGES, "earlier"}
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -115,6 +130,7 @@ def test_processes_without_latents_are_told_the_cure(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_its_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"init": false}')
     process = script("teacher_card.py", tmp_path, "--work", tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
