@@ -161,9 +161,10 @@ Intervals: 95 %, Wilson.
 {settings["workers"]} process(es) in {settings["precision"]} on {settings["device"]}. The
 transformer learns flow matching with a tenth of the captions left out, batches of
 {settings["batch"]} ({steps:,} steps), while a head on its features learns to name what every patch
-shows (the head is gone afterwards), and is then distilled so that one pass with a guidance embedding g in 1 to
-{settings["guidance_max"]:g} equals classifier-free guidance of scale g: what makes it "dev". The
-result is the exponential average of the weights. Curves: `training.svg`, `training.json`.
+shows (the head is gone afterwards). It is then distilled so that one pass with a guidance embedding
+g in 1 to {settings["guidance_max"]:g} equals classifier-free guidance of scale g: what makes it
+"dev". The result is the exponential average of the weights. Curves: `training.svg`,
+`training.json`.
 {went_on}
 | stage | steps | first loss | last loss |
 |---|---:|---:|---:|
