@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
-BODY = "sorted"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
+BODY = "either"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
 
 
 @dataclass
