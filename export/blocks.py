@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from export.body import routings, with_body
+from export.lines import few
 from export.prepare import Embed, Final
 from export.rewrite import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
-BODY = "sorted"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
+BODY = "either"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
 
 
 @dataclass
@@ -142,7 +143,8 @@ def block_type(
         set_top_k(module, 1)
     log.info("tracing block type %s", name)
     graph = trace(module, call, inputs, outputs, dtype)
-    if any(routings(graph)):
+    if found := next(routings(graph), None):
+        log.info("block type %s: body %s, every expert up to %d tokens", name, BODY, few(found))
         graphs = {str(k): with_body(with_top_k(graph, k), BODY) for k in top_k}
     else:
         graphs = {"": graph}

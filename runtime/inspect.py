@@ -101,6 +101,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "num_experts": manifest["num_experts"],
             "top_k": manifest["top_k"],
             "top_k_choices": manifest["top_k_choices"],
+            "onnx_body": onnx_body(manifest),
         },
         "parameters": {
             name: parameters(bundle.weights(name).tensors, manifest.get("top_k"))
@@ -115,6 +116,12 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "files": files,
         "bytes": sum(files.values()),
     }
+
+
+def onnx_body(manifest: Mapping[str, Any]) -> str:
+    """How the ONNX graphs spell the routed experts out (export.body names the bodies)."""
+    kinds = manifest["components"]["transformer"]["types"].values()
+    return ", ".join(sorted({str(kind["body"]) for kind in kinds if "body" in kind})) or "unknown"
 
 
 def plan(target: str, row: Mapping[str, Any], files: Mapping[str, int]) -> dict[str, Any]:

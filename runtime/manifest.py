@@ -135,6 +135,8 @@ def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
         names = row.get(side)
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise wrong(f"{where}.{side}", names, "a list of tensor names")
+    if "body" in row:
+        text(row, "body", where)
     for name in mapping(row, "weights", where):
         weight = mapping(row["weights"], name, f"{where}.weights")
         check_tensor(weight, f"{where}.weights.{name}", named=False)

@@ -1,4 +1,4 @@
-"""Both bodies of d2m::RoutedExperts against the definition of the op in float64."""
+"""All bodies of d2m::RoutedExperts against the definition of the op in float64."""
 
 import numpy as np
 import onnx
@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from d2m.routing import routed_experts_reference
 from export.body import BODIES, Routing, body, tile_rows, with_body
+from export.lines import few
 from export.schema import DOMAIN, OP
 
 E, D, H = 12, 16, 4
@@ -141,6 +142,26 @@ def test_swapping_bodies() -> None:
     assert with_body(plain, "sorted") == plain
 
 
+def test_few_tokens_are_those_that_were_measured() -> None:
+    """At D = 128 up to 16 tokens; wide models and unknown widths have the sorted body alone."""
+    assert [few(Routing(E, 2, width=width)) for width in (16, 128, 256, 512, 1024)] == [
+        24, 16, 8, 4, 0,
+    ]  # fmt: skip
+    assert few(Routing(E, 2)) == 0
+    for width in (0, 1024):
+        plain = body("either", Routing(E, 2, width=width))
+        assert plain == body("sorted", Routing(E, 2))
+
+
+def test_either_has_both_branches() -> None:
+    """So the tests above run both: the limit at D = 16, K = 2 is 24 tokens, they try 7 and 64."""
+    (function,) = with_body(bare_model(2), "either").functions
+    (node,) = [node for node in function.node if node.op_type == "If"]
+    names = [{n.op_type for n in attribute.g.node} for attribute in node.attribute]
+    assert [a.name for a in node.attribute] == ["then_branch", "else_branch"]
+    assert "ScatterElements" in names[0] and "Split" in names[1]
+
+
 def test_one_kind_of_experts_a_model() -> None:
     model = bare_model(2)
     node = onnx.NodeProto()
@@ -149,7 +170,7 @@ def test_one_kind_of_experts_a_model() -> None:
     model.graph.node.append(node)
     with pytest.raises(ValueError, match="one top_k"):
         with_body(model, "sorted")
-    with pytest.raises(ValueError, match="expected one of sorted, portable"):
+    with pytest.raises(ValueError, match="expected one of sorted, every, either, portable"):
         body("dense", Routing(E, 2))
 
 

@@ -171,6 +171,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     r"program\[0\]": lambda m: m["components"]["transformer"]["program"].pop(0),
     "transformer.outputs": lambda m: m["components"]["transformer"]["program"].pop(),
     "text_encoder.outputs": lambda m: m["components"]["text_encoder"]["outputs"].clear(),
+    "double.body": lambda m: m["components"]["transformer"]["types"]["double"].update(body=7),
     "top_k": lambda m: m.update(top_k=3),
     "top_k_choices": lambda m: m.update(top_k_choices=[0, 99]),
     "graphs": lambda m: m.update(top_k_choices=[0, 1, 2, 3, 4]),

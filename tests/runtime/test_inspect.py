@@ -67,7 +67,12 @@ def test_a_bundle(tiny_bundle: Path, tiny_sparse_dir: Path) -> None:
     info, source = inspect(tiny_bundle), inspect(tiny_sparse_dir)
     assert info["what"] == "sparse bundle"
     assert info["blocks"]["double"] == info["blocks"]["single"] == 2
-    assert info["experts"] == {"num_experts": 12, "top_k": 2, "top_k_choices": [0, 1, 2, 4]}
+    assert info["experts"] == {
+        "num_experts": 12,
+        "top_k": 2,
+        "top_k_choices": [0, 1, 2, 4],
+        "onnx_body": "either",
+    }
     assert info["parameters"]["transformer"] == source["parameters"]["transformer"]
     assert info["backend_here"]["name"] in ("ort", "trt-rtx", "trt")
     assert info["bytes"] == sum(info["files"].values())
