@@ -87,7 +87,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
         "double": [*_double(config, spec, dim, image, text)],
         "single": [*_single(config, spec, dim, image + text)],
     }
-    rank = structure.adaln.rank or lowrank_default(dim, chunks)
+    rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
     first = (*_embedders(config, dim, image, text), *_shared(structure.adaln, dim, rank))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
@@ -213,9 +213,10 @@ def _modulation(adaln: AdaLN, kind: str, dim: int, rank: int) -> Iterator[Weight
         outputs = MODULATIONS[kind] // len(NORMS[kind]) * dim
         if adaln.mode == "single":
             yield _vector("adaln", f"{name}.table", outputs)
+        elif adaln.mode == "lowrank":
+            yield from _linear("adaln", f"{name}.up", rank, outputs, 1)
         else:
-            inputs = rank if adaln.mode == "lowrank" else dim
-            yield from _linear("adaln", f"{name}.linear", inputs, outputs, 1)
+            yield from _linear("adaln", f"{name}.linear", dim, outputs, 1)
 
 
 def _shared(adaln: AdaLN, dim: int, rank: int) -> Iterator[Weight]:
@@ -223,7 +224,7 @@ def _shared(adaln: AdaLN, dim: int, rank: int) -> Iterator[Weight]:
     if adaln.mode == "single":
         yield from _linear("adaln", "adaln.linear", dim, 6 * dim, 1)
     if adaln.mode == "lowrank":
-        yield from _linear("adaln", "adaln.basis", dim, rank, 1, bias=False)
+        yield from _linear("adaln", "adaln.linear", dim, rank, 1, bias=False)
 
 
 def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:

@@ -133,6 +133,11 @@ def _structure(
         return Structure(), None
     structure = structure_of(obj, source)
     check_depth(structure.blocks, depth)
+    dim = dim_of(subject.config)
+    if (structure.adaln.rank or 1) > dim:
+        raise ValueError(
+            f"{source}: adaln.rank is {structure.adaln.rank}; expected 1 to {dim}, the model's width."
+        )
     spec = structure.spec
     if spec is not None and top_k is not None:
         if not 0 <= top_k <= spec.num_experts:

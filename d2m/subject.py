@@ -28,7 +28,8 @@ SIZES = {
     "pooled_projection_dim": 768,
 }
 PIXELS = 16  # read: FLUX's VAE is f8 and a token is a patch of 2 x 2 latents
-STRUCTURE = ("name", "num_experts", "shared_ratio", "expert_ratio", "top_k", "blocks", "adaln")
+EXPERTS = ("num_experts", "shared_ratio", "expert_ratio", "top_k")
+BLOCKS = ("groups", "kappa", "alpha", "drop")
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,11 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
     raw = read_json(file)
     if family_of(raw) is not family:
         raise ValueError(f"{str(file)!r} is of another family than its pipeline; copy it again.")
-    sparse: dict[str, Any] | None = None
+    sparse = None
     if raw.get("_class_name") == family.sparse_class:
         recipe = pipeline / "recipe.json" if pipeline else None
         told = read_json(recipe) if recipe and recipe.is_file() else {}
-        sparse = {"name": "of its own"} | {k: told[k] for k in STRUCTURE if k in told}
-        # The config is what is loaded, so it wins.
-        sparse |= {key: raw[key] for key in STRUCTURE if raw.get(key) is not None}
+        sparse = {"name": told.get("name", "of its own"), **_sparse(raw)}
     drawing: dict[str, int] = {}
     if pipeline is not None:
         values = drawing_defaults(pipeline)
@@ -104,6 +103,14 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
         drawing["text_tokens"] = values["max_sequence_length"]
         drawing["pixels"] = _pixels(pipeline / "vae" / "config.json")
     return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **drawing)
+
+
+def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A sparse transformer's config -> the keys of a recipe that are structure."""
+    blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
+    adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
+    experts = {key: raw[key] for key in EXPERTS if key in raw}
+    return {**experts, "blocks": blocks, "adaln": adaln}
 
 
 def _pixels(vae: Path) -> int:

@@ -5,6 +5,7 @@ computed by two matrix products here, which it counts.
 """
 
 import collections
+import json
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2m.anatomy import Structure, anatomy, used_share
 from d2m.model import SparseFluxTransformer2DModel
+from d2m.plan import structure_of
+from d2m.preset import FOLDER
 from d2m.recipe import SparseSpec
 from d2m.sorted_loop import forward_sorted
+from d2m.structure import AdaLN, Blocks
 from d2m.subject import sizes, subject_of
 from tiny import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny_transformer
 
@@ -84,6 +88,51 @@ def test_flops_of_a_sparse_model(top_k):
     inputs = tiny_inputs(batch=1, image_tokens=16, text_tokens=8)
     structure = Structure(SparseSpec(top_k=top_k))
     assert flops(TINY, structure, 16, 8) == counted(model, inputs)
+
+
+# ---------------------------------------------------------------- groups and modulation
+
+MODES = [AdaLN(), AdaLN("single"), AdaLN("lowrank", 5), AdaLN("lowrank")]
+BLOCKS = [
+    Blocks(),
+    Blocks(double=((1, 2, 3),), single=((0, 1, 2), (3, 4, 5))),
+    Blocks(single=((1, 2, 3),), kappa=2, alpha=0.0),
+    Blocks(double=((0, 1),), kappa=2),
+]
+DEEP = TINY | {"num_layers": 4, "num_single_layers": 6}
+
+
+def fields(structure):
+    """The structure as fields of the sparse model's config."""
+    blocks, adaln = structure.blocks.to_dict(), structure.adaln
+    groups = {"groups": blocks["groups"], "kappa": blocks["kappa"], "alpha": blocks["alpha"]}
+    return groups | {"adaln": adaln.mode, "adaln_rank": adaln.rank}
+
+
+@pytest.mark.parametrize("adaln", MODES, ids=str)
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_every_weight_and_flop_with_groups_and_shared_modulation(adaln, blocks):
+    dense_name = pytest.importorskip("d2m.grouping", reason="no Mixture of Blocks").dense_name
+    structure = Structure(SPEC, blocks, adaln)
+    found = real(SparseFluxTransformer2DModel, DEEP, **fields(structure))
+    assert {dense_name(name): size for name, size in found.items()} == listed(DEEP, structure)
+
+    depth = {key: DEEP[key] for key in ("num_layers", "num_single_layers")}
+    model = SparseFluxTransformer2DModel(**TRANSFORMER_CONFIG | depth, **fields(structure))
+    randomize(model, 0)
+    inputs = tiny_inputs(batch=1, image_tokens=16, text_tokens=8)
+    assert flops(DEEP, structure, 16, 8) == counted(model, inputs)
+
+
+def test_every_weight_of_the_presets():
+    """Preset by preset at FLUX.1 [dev]'s size, on the meta device."""
+    dense_name = pytest.importorskip("d2m.grouping", reason="no Mixture of Blocks").dense_name
+    for path in sorted((FOLDER / "flux-19d-38s").glob("*.json")):
+        structure = structure_of(json.loads(path.read_text()), path.stem)
+        found = real(SparseFluxTransformer2DModel, FLUX_DEV, **fields(structure))
+        assert {dense_name(name): size for name, size in found.items()} == listed(
+            FLUX_DEV, structure
+        )
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 12])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,15 +111,16 @@ def test_a_sparse_directory_is_counted_as_it_is(tiny_sparse_dir, where):
     assert answer["memory"]["bf16"] == held
 
 
-def test_a_recipe_of_a_converted_model_tells_of_its_groups(tiny_sparse_dir, tmp_path):
-    import shutil
-
+def test_a_sparse_directory_with_groups(tiny_sparse_dir, tmp_path):
     path = tmp_path / "sparse"
     shutil.copytree(tiny_sparse_dir, path)
-    groups = {"groups": {"double": [[0, 1]]}, "kappa": 1}
-    (path / "recipe.json").write_text(json.dumps({"name": "own", "blocks": groups}))
+    (path / "recipe.json").write_text('{"name": "own"}')
+    config = json.loads((path / "transformer/config.json").read_text())
+    config |= {"groups": {"double": [[0, 1]]}, "kappa": 1, "adaln": "lowrank", "adaln_rank": 4}
+    (path / "transformer/config.json").write_text(json.dumps(config))
     answer = plan(path)
     assert answer["recipe"] == "own" and answer["blocks"]["double"]["active"] == 1
+    assert answer["adaln"] == {"mode": "lowrank", "rank": 4}
 
 
 def recipe(tmp_path, **changes):
@@ -180,6 +182,7 @@ def test_bad_options(options, words):
         ({"blocks": {"groups": {"single": [[1, 2, 3], [3, 4, 5]]}}}, "single block is [3]"),
         ({"blocks": {"groups": {"double": [[1, 3, 4]]}}}, "consecutive block indices"),
         ({"adaln": {"mode": "none"}}, "adaln.mode is 'none'"),
+        ({"adaln": {"mode": "lowrank", "rank": 4000}}, "adaln.rank is 4000; expected 1 to 3072"),
         ({"block": {}}, "unknown key 'block'"),
         ({"expert_ratio": 0.5}, "do not make up the FFN's 12288 neurons"),
     ],
