@@ -136,7 +136,7 @@ def _structure(
     dim = dim_of(subject.config)
     if (structure.adaln.rank or 1) > dim:
         raise ValueError(
-            f"{source}: adaln.rank is {structure.adaln.rank}; expected 1 to {dim}, the model's width."
+            f"{source}: adaln.rank is {structure.adaln.rank}; expected 1 to {dim}, the width."
         )
     spec = structure.spec
     if spec is not None and top_k is not None:
