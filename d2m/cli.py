@@ -103,6 +103,42 @@ def brief(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model directory, dense or sparse, or flux-dev.")
+    ],
+    preset: options.PlanPreset = None,
+    recipe: options.RecipeFile = None,
+    blocks: options.Blocks = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    text_tokens: options.TextTokens = None,
+    top_k: options.TopK = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Count MODEL before it is made: parameters, FLOPs and memory, by component, against dense."""
+    from d2m.plan import plan as function
+    from d2m.plantable import conclusion, table
+
+    answer = function(
+        model,
+        preset=preset,
+        recipe=recipe,
+        blocks=blocks,
+        height=height,
+        width=width,
+        text_tokens=text_tokens,
+        top_k=top_k,
+    )
+    if json_:
+        print_json(answer)
+        return
+    print_table(*table(answer))
+    print(conclusion(answer))
+
+
+@app.command()
 def export(
     sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
     out: options.BundleOut,

@@ -19,6 +19,7 @@ from d2m import recipe as recipes
 from d2m.dense import dense_family, fingerprint, locate
 from d2m.draw import load_pipeline
 from d2m.files import replace_dir, temporary_sibling, write_json
+from d2m.preset import preset_of
 from d2m.recipe import Recipe
 from d2m.result import (
     compare,
@@ -64,7 +65,7 @@ def convert(
 
     Args:
         dense_dir: a diffusers pipeline directory of a known family, or a hub id.
-        recipe: a Recipe, a preset's name, or the path of a recipe file.
+        recipe: a Recipe, the name of a preset for such a model, or the path of a recipe file.
         batches: (pipeline, seed) -> ((step, batch size) -> batch), e.g. `shapes_batches` of calib.
         importance: (dense transformer, batches, recipe, seed=, progress=) -> {site: scores [N]},
             e.g. `calib.importance.neuron_importance`.
@@ -87,7 +88,7 @@ def convert(
         ImportError: torch or diffusers is missing.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM after saving; its text says how to go on.
     """
-    recipe = _settings(recipe, steps, init_only, seed)
+    recipe = _settings(recipe, dense_dir, steps, init_only, seed)
     out = Path(out_dir)
     work = out.with_name(out.name + ".work")
     if resume and _finished(out, recipe):
@@ -155,12 +156,19 @@ def convert(
 
 
 def _settings(
-    recipe: Recipe | str | Path, steps: int | None, init_only: bool, seed: int | None
+    recipe: Recipe | str | Path,
+    dense: str | os.PathLike[str],
+    steps: int | None,
+    init_only: bool,
+    seed: int | None,
 ) -> Recipe:
-    """The recipe with the caller's steps and seed in it."""
+    """The recipe with the caller's steps and seed in it; which preset a name means is up to dense.
+
+    A preset's groups are lists of block indices, so one name is another file for another depth.
+    """
     if not isinstance(recipe, Recipe):
         is_file = isinstance(recipe, Path) or recipe.endswith(".json")
-        recipe = recipes.load(recipe) if is_file else recipes.preset(str(recipe))
+        recipe = recipes.load(recipe if is_file else preset_of(str(recipe), dense))
     if init_only and steps is not None:
         raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
     if seed is not None:

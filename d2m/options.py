@@ -59,6 +59,14 @@ Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report
 Data = Annotated[str, typer.Option("--data", help="Training data; only shapes so far.")]
 Score = Annotated[int, typer.Option("--score", help="Pictures judged for the report, 0 for none.")]
 SparseOut = Annotated[Path, typer.Option("-o", "--out", help="Sparse pipeline directory to write.")]
+# Planning
+PlanPreset = Annotated[
+    str | None, typer.Option("--preset", help="Recipe that comes with d2m for such a model.")
+]
+Blocks = Annotated[
+    str | None, typer.Option("--blocks", help="Keep so many of the blocks, e.g. 8D+38S.")
+]
+TextTokens = Annotated[int | None, typer.Option("--text-tokens", help="Length of the text.")]
 # Exporting
 BundleOut = Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to write.")]
 Trt = Annotated[

@@ -16,7 +16,8 @@ SECTION = re.compile(r"(## The file tree\n\n```\n).*?(^```$)", re.M | re.S)
 # Folders in the order in which a model passes through them, and what has no docstring.
 REMARKS = {
     "d2m/": "torch: the whole conversion, and the command line",
-    "d2m/presets/": "recipes that come with d2m, as data",
+    "d2m/presets/": "recipes that come with d2m, as data; in folders those for one depth of model",
+    "d2m/configs/": "configs of models that can be planned for without their weights",
     "calib/": "torch and numpy: what is learnt by running the dense model; the shapes world",
     "export/": "onnx: a sparse checkpoint becomes a bundle; parity",
     "runtime/": "numpy: a bundle becomes an image; no torch, no diffusers",

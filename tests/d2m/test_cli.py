@@ -17,7 +17,7 @@ from d2m.cli import app, main
 from d2m.options import numbers, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("convert", "export", "run", "eval", "parity", "inspect")
+COMMANDS = ("convert", "plan", "export", "run", "eval", "parity", "inspect")
 
 
 def files(directory: Path) -> list[str]:
@@ -64,6 +64,10 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "nothing", "-o", "y", "--preset", "XXL"], "preset 'XXL' is not known"),
         (["convert", "nothing", "-o", "y", "--recipe", "r.json"], "recipe r.json"),
         (["convert", "nothing", "-o", "y", "--init-only", "--steps", "3"], "--init-only"),
+        (["plan", "nothing"], "'nothing' is no directory"),
+        (["plan", "flux-dev", "--preset", "XXL"], "preset 'XXL' is not known"),
+        (["plan", "flux-dev", "--height", "1000"], "--height is 1000"),
+        (["plan", "flux-dev", "--recipe", "r.json"], "recipe r.json"),
         (["export", "nothing", "-o", "y"], "nothing"),
         (["export", "nothing", "-o", "y", "--sm", "high"], "--sm is 'high'"),
         (["export", "nothing", "-o", "y", "--top-k", "1;2"], "--top-k is '1;2'"),
@@ -115,6 +119,16 @@ def test_inspect_a_pipeline(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", str(dense), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["blocks"] == {"double": 2, "single": 2}
+
+
+def test_plan_says_it_in_a_table_and_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "flux-dev", "--preset", "S"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^total +8,733,638,720 +3,163,022,912 +26.6% +30.47 T +41.0%$", text, re.M)
+    assert text.splitlines()[-1].startswith("A step uses 3,163,022,912 of 8,733,638,720")
+    assert main(["plan", "flux-dev", "--blocks", "5D+10S", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["total_params"] == 3_179_199_552
 
 
 # ---------------------------------------------------------------- every command on tiny models

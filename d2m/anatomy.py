@@ -1,0 +1,238 @@
+"""The anatomy of a FLUX.1 transformer: every weight's size and what a step multiplies by it.
+
+Torch-free: a config's numbers are enough, no weight is read. Names are diffusers' and d2m's own, so
+that the list can be held against a real model weight by weight. Shape letters: D width, N image and
+text tokens together, E experts, H expert hidden (D/4), S shared hidden (D), K chosen, m blocks of a
+group. Another family of models is another file like this one.
+
+FLOPs follow torch's FlopCounterMode for a batch of one: 2 per multiply-add of matrix products and
+of attention's two products (4 N^2 D a block); biases, norms, activations and softmax are not
+counted. A matrix of `used` weights that T rows pass through costs 2 T used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2m.families import FLUX, hidden_sizes
+from d2m.recipe import SparseSpec
+from d2m.structure import AdaLN, Blocks, active_blocks, lowrank_default
+
+PARTS = (
+    "embedders",
+    "double_attention",
+    "double_ffn",
+    "single_attention",
+    "single_ffn",
+    "adaln",
+    "routers",
+    "output",
+)
+TIME_CHANNELS = 256  # read: diffusers' sinusoidal embedding of timestep and guidance
+LISTS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+MODULATIONS = {"double": 12, "single": 3}  # vectors of D a block takes from AdaLN
+NORMS = {"double": ("norm1", "norm1_context"), "single": ("norm",)}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is sparse beside a model's config; the defaults are the dense model's."""
+
+    spec: SparseSpec | None = None
+    blocks: Blocks = field(default_factory=Blocks)
+    adaln: AdaLN = field(default_factory=AdaLN)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight: the part it belongs to, its size, how much of it a token uses, its FLOPs.
+
+    kept: stays float32 whatever the rest is stored in; buffer: bytes of a buffer, no parameter.
+    """
+
+    part: str
+    name: str
+    size: int
+    used: int
+    flops: int = 0
+    kept: bool = False
+    buffer: int = 0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Weights that occur `count` times, as a list of blocks does, and run `active` times."""
+
+    prefix: str
+    count: int
+    active: int
+    weights: tuple[Weight, ...]
+
+
+def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """All weights of the transformer of `config` (diffusers' fields) under `structure`.
+
+    `image` and `text` are the numbers of tokens. ValueError where the experts' ratios do not make
+    up the FFN; the blocks' indices have to be the model's (`check_depth`).
+    """
+    dim = dim_of(config)
+    blocks, spec = structure.blocks, structure.spec
+    depth = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    left = {kind: count - len(blocks.dropped(kind)) for kind, count in depth.items()}
+    chunks = sum(MODULATIONS[kind] * count for kind, count in left.items())
+    active = active_blocks(blocks, depth)
+    weights = {
+        "double": [*_double(config, spec, dim, image, text)],
+        "single": [*_single(config, spec, dim, image + text)],
+    }
+    rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
+    first = (*_embedders(config, dim, image, text), *_shared(structure.adaln, dim, rank))
+    stacks = [Stack("", 1, 1, first)]
+    for kind, name in LISTS.items():
+        inside = (*weights[kind], *_modulation(structure.adaln, kind, dim, rank))
+        stacks.append(Stack(f"{name}.*.", left[kind], active[kind], inside))
+        for group in blocks.groups(kind):
+            router = tuple(_router(dim, len(group), blocks))
+            stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, router))
+    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+
+
+def dim_of(config: Mapping[str, Any]) -> int:
+    """D, of a transformer's config."""
+    return int(config["num_attention_heads"] * config["attention_head_dim"])
+
+
+def used_share(dim: int, spec: SparseSpec | None) -> float:
+    """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A."""
+    if spec is None:
+        return 1.0
+    hidden = FLUX.ratio * dim
+    shared, expert = hidden_sizes(dim, hidden, spec)
+    return (shared + spec.top_k * expert) / hidden
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _linear(
+    part: str, name: str, inputs: int, outputs: int, rows: int, bias: bool = True
+) -> Iterator[Weight]:
+    """A Linear that `rows` tokens pass through."""
+    size = inputs * outputs
+    yield Weight(part, f"{name}.weight", size, size, 2 * rows * size)
+    if bias:
+        yield Weight(part, f"{name}.bias", outputs, outputs)
+
+
+def _vector(part: str, name: str, size: int) -> Weight:
+    return Weight(part, name, size, size)
+
+
+def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
+    embeds = {"timestep_embedder": TIME_CHANNELS, "text_embedder": config["pooled_projection_dim"]}
+    if config["guidance_embeds"]:
+        embeds["guidance_embedder"] = TIME_CHANNELS
+    for name, inputs in embeds.items():
+        for last, width in (("linear_1", inputs), ("linear_2", dim)):
+            yield from _linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
+    yield from _linear("embedders", "context_embedder", config["joint_attention_dim"], dim, text)
+    yield from _linear("embedders", "x_embedder", config["in_channels"], dim, image)
+
+
+def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
+    channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+    yield from _linear("output", "norm_out.linear", dim, 2 * dim, 1)
+    yield from _linear("output", "proj_out", dim, channels, image)
+
+
+def _double(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
+) -> Iterator[Weight]:
+    part, head = "double_attention", config["attention_head_dim"]
+    streams = (
+        ("ff", image, ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")),
+        (
+            "ff_context",
+            text,
+            ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            ("norm_added_q", "norm_added_k"),
+        ),
+    )
+    for ffn, rows, linears, norms in streams:
+        for name in linears:
+            yield from _linear(part, f"attn.{name}", dim, dim, rows)
+        for name in norms:
+            yield _vector(part, f"attn.{name}.weight", head)
+        if spec is None:
+            yield from _linear("double_ffn", f"{ffn}.net.0.proj", dim, FLUX.ratio * dim, rows)
+            yield from _linear("double_ffn", f"{ffn}.net.2", FLUX.ratio * dim, dim, rows)
+        else:
+            yield from _sparse_ffn("double_ffn", ffn, dim, spec, rows)
+    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
+
+
+def _single(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, rows: int
+) -> Iterator[Weight]:
+    part = "single_attention"
+    for name in ("to_q", "to_k", "to_v"):
+        yield from _linear(part, f"attn.{name}", dim, dim, rows)
+    for name in ("norm_q", "norm_k"):
+        yield _vector(part, f"attn.{name}.weight", config["attention_head_dim"])
+    yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
+    if spec is None:  # proj_out maps attention and FFN together: its weight is counted in two parts
+        yield from _linear("single_ffn", "proj_mlp", dim, FLUX.ratio * dim, rows)
+        yield from _linear(part, "proj_out", dim, dim, rows, bias=False)
+        yield from _linear("single_ffn", "proj_out", FLUX.ratio * dim, dim, rows)
+    else:
+        yield from _linear(part, "proj_out.linear", dim, dim, rows, bias=False)
+        yield from _sparse_ffn("single_ffn", "proj_mlp", dim, spec, rows)
+
+
+def _sparse_ffn(part: str, name: str, dim: int, spec: SparseSpec, rows: int) -> Iterator[Weight]:
+    """A SparseFFN: of the experts' weights K of E work. With K = 0 the gate is not evaluated."""
+    shared, hidden = hidden_sizes(dim, FLUX.ratio * dim, spec)
+    experts, k = spec.num_experts, spec.top_k
+    yield from _linear(part, f"{name}.shared.fc1", dim, shared, rows)
+    yield from _linear(part, f"{name}.shared.fc2", shared, dim, rows)
+    gate = experts * dim
+    yield Weight(part, f"{name}.gate.weight", gate, gate, 2 * rows * gate if k else 0, kept=True)
+    for weight in ("w1", "w2"):
+        used = k * dim * hidden
+        size = experts * dim * hidden
+        yield Weight(part, f"{name}.experts.{weight}", size, used, 2 * rows * used)
+    yield Weight(part, f"{name}.experts.b1", experts * hidden, k * hidden)
+    yield Weight(part, f"{name}.neurons", 0, 0, buffer=8 * (shared + experts * hidden))
+
+
+def _modulation(adaln: AdaLN, kind: str, dim: int, rank: int) -> Iterator[Weight]:
+    """A block's own part of AdaLN."""
+    for name in NORMS[kind]:
+        outputs = MODULATIONS[kind] // len(NORMS[kind]) * dim
+        if adaln.mode == "single":
+            yield _vector("adaln", f"{name}.table", outputs)
+        elif adaln.mode == "lowrank":
+            yield from _linear("adaln", f"{name}.up", rank, outputs, 1)
+        else:
+            yield from _linear("adaln", f"{name}.linear", dim, outputs, 1)
+
+
+def _shared(adaln: AdaLN, dim: int, rank: int) -> Iterator[Weight]:
+    """What all blocks share of AdaLN: PixArt's Linear(D, 6 D), or a Linear(D, rank) (ours)."""
+    if adaln.mode == "single":
+        yield from _linear("adaln", "adaln.linear", dim, 6 * dim, 1)
+    if adaln.mode == "lowrank":
+        yield from _linear("adaln", "adaln.linear", dim, rank, 1, bias=False)
+
+
+def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
+    """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, D] (read).
+
+    It is not asked where all m blocks run, and looks at no token with alpha = 0.
+    """
+    asked = blocks.kappa < size
+    for name, inputs, runs in (("tokens", 2 * dim, blocks.alpha > 0), ("embedding", dim, True)):
+        flops = 2 * inputs * size if asked and runs else 0
+        yield Weight("routers", f"{name}.weight", inputs * size, inputs * size, flops, kept=True)

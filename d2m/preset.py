@@ -1,0 +1,53 @@
+"""Which preset a name means for a model: groups are lists of block indices, so they fit one depth.
+
+Presets are recipes in `d2m/presets/`. Those in the folder itself fit a model of any depth; those in
+`FAMILY-<x>d-<y>s/` are for models with x double and y single blocks and go before the others of the
+same name. Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from d2m.dense import locate
+from d2m.families import Family
+from d2m.subject import subject_of
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+def presets_for(family: Family, depth: Mapping[str, int]) -> dict[str, Path]:
+    """Preset name -> its file, for a model of `family`; `depth`: blocks by "double", "single"."""
+    own = FOLDER / f"{family.name}-{depth['double']}d-{depth['single']}s"
+    files = {path.stem: path for path in (*FOLDER.glob("*.json"), *own.glob("*.json"))}
+    return dict(sorted(files.items()))
+
+
+def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
+    """The file of preset `name` for such a model; ValueError names the presets there are for it."""
+    files = presets_for(family, depth)
+    if name not in files:
+        raise ValueError(
+            f"preset {name!r} is not known; expected one of {', '.join(files)} for {family.title} "
+            f"with {depth['double']} double and {depth['single']} single blocks, or give a "
+            "recipe file."
+        )
+    return files[name]
+
+
+def preset_of(name: str, dense: str | os.PathLike[str]) -> Path:
+    """The file of preset `name` for the dense pipeline in a directory, or of a hub id.
+
+    ValueError for a name that no model has, before anything is fetched; then as `locate`,
+    `subject_of` and `preset_file`.
+    """
+    names = sorted({path.stem for path in FOLDER.rglob("*.json")})
+    if name not in names:
+        raise ValueError(
+            f"preset {name!r} is not known; expected one of {', '.join(names)}, or give a recipe "
+            "file."
+        )
+    subject = subject_of(locate(dense))
+    return preset_file(name, subject.family, subject.depth)
