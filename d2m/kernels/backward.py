@@ -125,16 +125,14 @@ def weight_backward(
             token = tl.load(slot_token + slot, mask=live, other=0).to(tl.int64)
         a_row = token if GATHER_A else slot
         b_row = token if GATHER_B else slot
-        left = tl.load(
-            a + a_row[None, :] * M + rows_m[:, None],
-            mask=live[None, :] & (rows_m[:, None] < M),
-            other=0.0,
-        )
-        right = tl.load(
-            b + b_row[:, None] * N + columns[None, :],
-            mask=live[:, None] & (columns[None, :] < N),
-            other=0.0,
-        )
+        left_mask = live[None, :]
+        if M % BLOCK_M != 0:
+            left_mask = left_mask & (rows_m[:, None] < M)
+        right_mask = live[:, None]
+        if N % BLOCK_N != 0:
+            right_mask = right_mask & (columns[None, :] < N)
+        left = tl.load(a + a_row[None, :] * M + rows_m[:, None], mask=left_mask, other=0.0)
+        right = tl.load(b + b_row[:, None] * N + columns[None, :], mask=right_mask, other=0.0)
         accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
         if BIAS:
             bias += tl.sum(right.to(tl.float32), axis=0)

@@ -74,22 +74,31 @@ def tiles_for(sm: int, dtype: str, tokens: int, width: int, hidden: int) -> Tile
     fp32 multiplies in full float32 (no tf32): FFMA units, small tiles, registers are the limit.
     Text: about 85 rows per expert at T = 512, K = 2, so 64-row tiles waste less.
     """
-    stream = stream_of(tokens)
+    stream, hopper = stream_of(tokens), sm // 10 == 9
     roomy = shared_limit(sm) > 150_000
+    # 5 stages: loads through `slot_token` count double, so that 5 give three buffers.
+    weights = Tile(128, 128, 64, 8, 5)
     if dtype == "fp32":
         plain = Tile(64 if stream == "image" else 32, 64, 32, 4, 2)
-        tiles = [plain] * 4 + [Tile(64, 64, 32, 4, 2)]
+        tiles = (plain, plain, plain, plain)
+        weights = Tile(64, 64, 32, 4, 2)
     elif stream == "image":
+        # 96 kB and 104 registers: two programs of `up` share an SM of sm_90.
         square = Tile(128, 128, 64, 8, 3)
+        wide = Tile(128, 256, 64, 8, 3) if hopper else square
         # Two accumulators: 128 columns take 254 registers with HGMMA and spill with HMMA.
-        backward = Tile(128, 128 if sm // 10 in (9, 10) else 64, 64, 8, 3)
-        wide = Tile(128, 256, 64, 8, 3) if sm // 10 == 9 else square
-        tiles = [square, wide, backward, wide, Tile(128, 128, 64, 8, 4)]
+        two = Tile(128, 128 if sm // 10 in (9, 10) else 64, 64, 8, 3)
+        tiles = (square, wide, two, wide)
     else:
         small = Tile(64, 128, 64, 4, 4 if roomy else 3)
-        tiles = [Tile(64, 64, 128, 4, 3), small, Tile(64, 64, 64, 4, 4), small]
-        tiles += [Tile(128, 128, 64, 8, 4)]
-    sizes = ((hidden, width), (width, hidden), (hidden, width), (width, hidden))
-    fitted = [tile.fitted(*size) for tile, size in zip(tiles, sizes)]
-    weights = tiles[4].fitted(width, tiles[4].k)
-    return Tiles(f"{stream}", 128 if stream == "image" else 32, *fitted, weights)
+        tiles = (Tile(64, 64, 128, 4, 3), small, Tile(64, 64, 64, 4, 4), small)
+    up, down, hidden_backward, dx = tiles
+    return Tiles(
+        stream,
+        128 if stream == "image" else 32,
+        up.fitted(hidden, width),
+        down.fitted(width, hidden),
+        hidden_backward.fitted(hidden, width),
+        dx.fitted(width, hidden),
+        weights.fitted(max(width, hidden), weights.k),
+    )
