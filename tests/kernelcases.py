@@ -7,7 +7,6 @@ compiled; so tests hand these functions to one of two child processes and judge 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -230,7 +229,7 @@ def check_placement(sizes: tuple[int, int], top_k: int, routing: str, rows: int)
 
 
 def check_through_torch() -> dict[str, Any]:
-    """The op under autograd, activation checkpointing and torch.compile, computed by the kernels."""
+    """The op under autograd, checkpointing and torch.compile, computed by the kernels."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -307,10 +306,3 @@ def ptx_of_up(ptx_version: int) -> tuple[str, list[tuple[str, str]], int]:
     [launch] = [launch for launch in plan.launches if launch.label == "up"]
     done = compile_launch(plan, launch, 90, ptx_version)
     return done.ptx, list(done.parameters), done.scratch
-
-
-def modules_after_import() -> list[str]:
-    """Which of triton's modules `import d2m.kernels` and its launcher load."""
-    import d2m.kernels.op  # noqa: F401
-
-    return [name for name in sys.modules if name.split(".")[0] == "triton"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2m.kernels.configs import Tiles, tiles_for
-from d2m.kernels.plan import KERNELS, Plan, Sizes, backward_plan, forward_plan
+from d2m.kernels.plan import KERNELS, Plan, Shapes, Sizes, backward_plan, forward_plan
 
 DTYPES = {
     "i32": torch.int32,
@@ -22,8 +22,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Tests set this: scratch and outputs are then filled with it (NaN) instead of left as they come.
-POISON: float | None = None
 
 
 @cache
@@ -42,15 +40,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def allocate(shapes: dict[str, tuple[str, tuple[int, ...]]], device: torch.device) -> dict[str, Tensor]:
+def allocate(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised tensors, none of which a kernel reads before another has written it."""
-    tensors = {}
-    for name, (dtype, shape) in shapes.items():
-        tensors[name] = torch.empty(shape, dtype=DTYPES[dtype], device=device)
-        if POISON is not None:
-            bad = POISON if tensors[name].is_floating_point() else -(2**30)
-            tensors[name].fill_(bad)
-    return tensors
+    return {
+        name: torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        for name, (dtype, shape) in shapes.items()
+    }
 
 
 def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

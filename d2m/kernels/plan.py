@@ -12,6 +12,10 @@ from functools import lru_cache
 
 from d2m.kernels.configs import Tile, Tiles, next_power
 
+# Tensor name -> dtype and shape.
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+Constants = tuple[tuple[str, int | bool | str], ...]
+
 # Kernel name -> where it is defined.
 KERNELS = {
     "route": "d2m.kernels.routing:route",
@@ -45,7 +49,7 @@ class Launch:
     kernel: str
     grid: tuple[int, ...]
     arguments: tuple[tuple[str, str | int], ...]
-    constants: tuple[tuple[str, int | bool | str], ...]
+    constants: Constants
     warps: int = 4
     stages: int = 2
 
@@ -58,9 +62,9 @@ class Plan:
     cleared before. `launches` run in order on one stream.
     """
 
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    outputs: dict[str, tuple[str, tuple[int, ...]]]
-    work: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: Shapes
+    outputs: Shapes
+    work: Shapes
     launches: tuple[Launch, ...]
 
     def dtype(self, name: str) -> str:
@@ -85,17 +89,17 @@ def _named(**values: str | int) -> tuple[tuple[str, str | int], ...]:
     return tuple(values.items())
 
 
-def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> tuple[tuple[str, int | bool | str], ...]:
+def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> Constants:
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     # tf32 would lose 10 bits of float32; "ieee" has no meaning for the 16-bit dtypes.
     return tuple({**more, **blocks, "PRECISION": "ieee"}.items())
 
 
-def _placement(sizes: Sizes, tiles: Tiles) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[Launch]]:
+def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
     """route and place, and the tensors they fill: the same in forward and backward."""
     T, K, E = sizes.tokens, sizes.top_k, sizes.experts
     pad, blocks, bound = next_power(E), ceil_div(T, tiles.block_t), tiles_bound(sizes, tiles.m)
-    work: dict[str, tuple[str, tuple[int, ...]]] = {
+    work: Shapes = {
         "gates": ("fp32", (T, K)),
         "chosen": ("i32", (T, K)),
         "counts": ("i32", (blocks, pad)),
@@ -160,7 +164,7 @@ def _combine(label: str, rows: str, out: str, sizes: Sizes) -> Launch:
     )
 
 
-def _inputs(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _inputs(sizes: Sizes) -> Shapes:
     T, D, E, H = sizes.tokens, sizes.width, sizes.experts, sizes.hidden
     return {
         "x": (sizes.dtype, (T, D)),
@@ -229,7 +233,7 @@ def backward_plan(sizes: Sizes, tiles: Tiles, need_x: bool, need_weights: bool) 
             tile.stages,
         )
     )
-    outputs: dict[str, tuple[str, tuple[int, ...]]] = {"dlogits": ("fp32", (T, E))}
+    outputs: Shapes = {"dlogits": ("fp32", (T, E))}
     launches.append(
         Launch(
             "gate_backward",
