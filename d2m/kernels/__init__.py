@@ -28,6 +28,7 @@ ceil(T / BLOCK_T), ceil-divisions written a // b:
 | up | tiles * (H // BLOCK_N) | x, w1, b1, slot_token, slot_gate, tile_expert, tile_rows, hidden |
 | down | tiles * (D // BLOCK_N) | hidden, w2, tile_expert, tile_rows, rows |
 | combine | (T, D // BLOCK_D) | rows, slots, y |
+| or combine_residual | the same | rows, slots, shared, residual, scale, y, sample_tokens |
 
 Scratch: gates [T, K] fp32; chosen, slots [T, K] i32; counts [blocks, pad] i32; slot_token i32 and
 slot_gate fp32 [slots]; tile_expert, tile_rows [tiles] i32; expert_slot, expert_rows [pad] i32;
@@ -38,10 +39,13 @@ their gradients, the gates' gradients in parts), gate_backward (dlogits), down w
 and combine (dx), weight_backward twice (dW1 with db1, dW2). Scratch beyond the forward's: dbefore
 [slots, H], dgate_parts [H // BLOCK_N, slots] fp32.
 
-`plan.forward_plan(sizes, tiles)` and `plan.backward_plan(...)` give all of this as data for given
-sizes; `configs.tiles_for(sm, dtype, T, D, H)` gives the tiles; `op.forward_triton` and
-`op.backward_triton` run a plan with torch; `compile.compile_launch(plan, launch, sm)` compiles one
-kernel of it without a GPU, and `compile.inspect` reads its machine code. D, H, E, K and the tiles
-are constants of the machine code, T is not: one set of cubins serves all T of a stream. `up`,
-`down` and `weight_backward` do not depend on K.
+`combine_residual` ends a block at once: y = residual + scale[sample] * (shared + routed).
+
+`plan.forward_plan`, `plan.residual_plan` and `plan.backward_plan` give all of this as data for
+given sizes; `configs.tiles_for(sm, dtype, T, D, H)` gives the tiles; `op.forward_triton`,
+`op.forward_residual` and `op.backward_triton` run a plan with torch tensors;
+`compile.compile_launch(plan, launch, sm)` compiles one kernel of it without a GPU, and
+`compile.inspect` reads its machine code. D, H, E, K and the tiles are constants of the machine code,
+T is not: one set of cubins serves all T of a stream. `up`, `down` and `weight_backward` do not
+depend on K.
 """

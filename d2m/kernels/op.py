@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from d2m.kernels.configs import Tiles, tiles_for
-from d2m.kernels.plan import KERNELS, Plan, Shapes, Sizes, backward_plan, forward_plan
+from d2m.kernels.plan import (
+    KERNELS,
+    Plan,
+    Shapes,
+    Sizes,
+    backward_plan,
+    forward_plan,
+    residual_plan,
+)
 
 DTYPES = {
     "i32": torch.int32,
@@ -99,6 +107,36 @@ def forward_triton(
     sizes = call_sizes(x, w1, top_k)
     plan = forward_plan(sizes, tiles or call_tiles(x, sizes))
     return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
+
+
+def forward_residual(
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    shared: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """residual + scale * (shared + routed) in one pass at the end; for inference, no gradients.
+
+    shared, residual [T, D]; scale [S, D] with T a multiple of S: the gate of every sample.
+    """
+    tokens, samples = x.shape[0], scale.shape[0]
+    if tokens == 0:
+        return torch.empty_like(x)
+    if tokens % samples:
+        raise ValueError(
+            f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
+            "multiple: one row of scale for every sample."
+        )
+    sizes = call_sizes(x, w1, top_k)
+    plan = residual_plan(sizes, call_tiles(x, sizes), tokens // samples)
+    more = {"shared": shared, "residual": residual, "scale": scale}
+    inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
+    return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
 
 
 def backward_triton(

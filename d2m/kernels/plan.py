@@ -7,7 +7,7 @@ the same plan, so none of them can drift from the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from d2m.kernels.configs import Tile, Tiles, next_power
@@ -23,6 +23,7 @@ KERNELS = {
     "up": "d2m.kernels.up:up",
     "down": "d2m.kernels.down:down",
     "combine": "d2m.kernels.down:combine",
+    "combine_residual": "d2m.kernels.down:combine_residual",
     "hidden_backward": "d2m.kernels.backward:hidden_backward",
     "weight_backward": "d2m.kernels.backward:weight_backward",
     "gate_backward": "d2m.kernels.backward:gate_backward",
@@ -198,6 +199,30 @@ def forward_plan(sizes: Sizes, tiles: Tiles) -> Plan:
     launches.append(_combine("combine", "rows", "y", sizes))
     outputs = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
     return Plan(_inputs(sizes), outputs, work, tuple(launches))
+
+
+@lru_cache(maxsize=256)
+def residual_plan(sizes: Sizes, tiles: Tiles, sample_tokens: int) -> Plan:
+    """The forward whose last kernel ends the block: y = residual + scale * (shared + routed).
+
+    For inference. shared, residual [T, D], scale [T / sample_tokens, D]: AdaLN's gate by sample.
+    """
+    plan = forward_plan(sizes, tiles)
+    *launches, combine = plan.launches
+    names = ("rows", "slots", "shared", "residual", "scale", "y")
+    last = replace(
+        combine,
+        label="combine_residual",
+        kernel="combine_residual",
+        arguments=_named(**{name: name for name in names}, sample_tokens=sample_tokens),
+    )
+    kind, (tokens, width) = sizes.dtype, (sizes.tokens, sizes.width)
+    more: Shapes = {
+        "shared": (kind, (tokens, width)),
+        "residual": (kind, (tokens, width)),
+        "scale": (kind, (ceil_div(tokens, sample_tokens), width)),
+    }
+    return replace(plan, inputs={**plan.inputs, **more}, launches=(*launches, last))
 
 
 @lru_cache(maxsize=256)
