@@ -6,16 +6,17 @@ Usage: python shardedcase.py PORT. Prints one line per realisation with the larg
 import os
 import sys
 
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from d2m.experts import SparseFFN
+from d2m.realisation import use
+
 
 def worker(rank: int, port: int) -> None:
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from d2m.experts import SparseFFN
-    from d2m.realisation import use
-
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -40,7 +41,7 @@ def worker(rank: int, port: int) -> None:
         with use(name):
             y = sharded(inputs[rank])
             y.square().sum().backward()
-        worst = float((y - whole(inputs[rank])).abs().max())
+        worst = float((y - whole(inputs[rank])).detach().abs().max())
         for key, parameter in sharded.named_parameters():
             assert parameter.to_local().shape[0] == parameter.shape[0] // 2
             gradient = parameter.grad.full_tensor()
@@ -51,6 +52,5 @@ def worker(rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    import torch.multiprocessing as mp
-
-    mp.spawn(worker, (int(sys.argv[1]),), nprocs=2)
+    # Forked: the imports above are paid once, not three times.
+    mp.start_processes(worker, (int(sys.argv[1]),), nprocs=2, start_method="fork")

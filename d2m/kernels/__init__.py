@@ -45,7 +45,7 @@ and combine (dx), weight_backward twice (dW1 with db1, dW2). Scratch beyond the 
 given sizes; `configs.tiles_for(sm, dtype, T, D, H)` gives the tiles; `op.forward_triton`,
 `op.forward_residual` and `op.backward_triton` run a plan with torch tensors;
 `compile.compile_launch(plan, launch, sm)` compiles one kernel of it without a GPU, and
-`compile.inspect` reads its machine code. D, H, E, K and the tiles are constants of the machine code,
+`compile.inspect` reads its machine code. D, H, E, K and the tiles are constants of that code,
 T is not: one set of cubins serves all T of a stream. `up`, `down` and `weight_backward` do not
 depend on K.
 """

@@ -27,7 +27,7 @@ def test_sharded_weights():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, str(TESTS / "shardedcase.py"), port]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = dict(line.split() for line in done.stdout.splitlines())
     assert set(errors) == names
