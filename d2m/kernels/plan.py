@@ -93,7 +93,8 @@ def _named(**values: str | int) -> tuple[tuple[str, str | int], ...]:
 def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> Constants:
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     # tf32 would lose 10 bits of float32; "ieee" has no meaning for the 16-bit dtypes.
-    return tuple({**more, **blocks, "PRECISION": "ieee"}.items())
+    constants: dict[str, int | bool | str] = {**more, **blocks, "PRECISION": "ieee"}
+    return tuple(constants.items())
 
 
 def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
@@ -197,7 +198,7 @@ def forward_plan(sizes: Sizes, tiles: Tiles) -> Plan:
     )
     launches.append(_down("down", "hidden", "w2", "rows", sizes, tiles.down, bound))
     launches.append(_combine("combine", "rows", "y", sizes))
-    outputs = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
+    outputs: Shapes = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
     return Plan(_inputs(sizes), outputs, work, tuple(launches))
 
 
