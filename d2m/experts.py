@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from d2m.realisation import realisation
 from d2m.routing import routed_experts_reference, routing_dtype
-from d2m.sorted_loop import backward_sorted, forward_sorted
 
 __all__ = ["AttentionPlusFFN", "SparseFFN", "experts_op", "routed_experts_reference"]
 
@@ -22,12 +22,13 @@ __all__ = ["AttentionPlusFFN", "SparseFFN", "experts_op", "routed_experts_refere
 def routed_experts(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> Tensor:
-    """The op itself; `experts_op` is the entry. Here, and in the backward, a realisation is chosen.
+    """The op itself; `experts_op` is the entry. `d2m.realisation` says what computes it.
 
-    There is one now, for every device: the sorted loop.
+    Forward and backward share nothing but the arguments, so each may be any realisation.
     """
     check_arguments(x, logits, w1, b1, w2, top_k)
-    return forward_sorted(x, logits, w1, b1, w2, top_k)
+    forward, _ = realisation(x, w1)
+    return forward(x, logits, w1, b1, w2, top_k)
 
 
 @torch.library.custom_op("d2m::routed_experts_backward", mutates_args=())
@@ -43,7 +44,8 @@ def routed_experts_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `routed_experts`: an op of its own, so that a traced backward stays whole."""
-    return backward_sorted(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights)
+    _, backward = realisation(x, w1)
+    return backward(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights)
 
 
 @routed_experts.register_fake

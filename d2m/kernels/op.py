@@ -1,0 +1,171 @@
+"""`d2m::routed_experts` by the Triton kernels: the plan of a call, run with torch tensors.
+
+Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2m.kernels.configs import Tiles, tiles_for
+from d2m.kernels.plan import (
+    KERNELS,
+    Plan,
+    Shapes,
+    Sizes,
+    backward_plan,
+    forward_plan,
+    residual_plan,
+)
+
+DTYPES = {
+    "i32": torch.int32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@cache
+def kernel(name: str) -> Any:
+    """The Triton function of that name; triton itself is imported here, at first use."""
+    module, _, attribute = KERNELS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; in the interpreter, on CPU tensors, that of the commonest target."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def allocate(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised tensors, none of which a kernel reads before another has written it."""
+    return {
+        name: torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a plan's launches on the current stream; returns its outputs."""
+    device = inputs["x"].device
+    outputs = allocate(plan.outputs, device)
+    tensors = {**inputs, **outputs, **allocate(plan.work, device)}
+    with torch.cuda.device_of(inputs["x"]):
+        for launch in plan.launches:
+            arguments = {
+                name: tensors[value] if isinstance(value, str) else value
+                for name, value in launch.arguments
+            }
+            kernel(launch.kernel)[launch.grid](
+                **arguments,
+                **dict(launch.constants),
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+            )
+    return outputs
+
+
+def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> Sizes:
+    (tokens, width), (experts, _, hidden) = x.shape, w1.shape
+    return Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
+
+
+def call_tiles(x: Tensor, sizes: Sizes) -> Tiles:
+    sm = architecture(x.device)
+    return tiles_for(sm, sizes.dtype, sizes.tokens, sizes.width, sizes.hidden)
+
+
+def contiguous(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> dict[str, Tensor]:
+    """The inputs as the kernels read them: rows one after the other, logits in float32."""
+    named = {"x": x, "logits": logits.float(), "w1": w1, "b1": b1, "w2": w2}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def forward_triton(
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """The op's value; arguments as `d2m.experts.experts_op`. `tiles` only to try others."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    sizes = call_sizes(x, w1, top_k)
+    plan = forward_plan(sizes, tiles or call_tiles(x, sizes))
+    return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
+
+
+def forward_residual(
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    shared: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """residual + scale * (shared + routed) in one pass at the end; for inference, no gradients.
+
+    shared, residual [T, D]; scale [S, D] with T a multiple of S: the gate of every sample.
+    """
+    tokens, samples = x.shape[0], scale.shape[0]
+    if tokens == 0:
+        return torch.empty_like(x)
+    if tokens % samples:
+        raise ValueError(
+            f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
+            "multiple: one row of scale for every sample."
+        )
+    sizes = call_sizes(x, w1, top_k)
+    plan = residual_plan(sizes, call_tiles(x, sizes), tokens // samples)
+    more = {"shared": shared, "residual": residual, "scale": scale}
+    inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
+    return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
+
+
+def backward_triton(
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    need_x: bool,
+    need_weights: bool,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed."""
+    weights = (w1, b1, w2)
+    if x.shape[0] == 0:
+        dweights = [torch.zeros_like(w) if need_weights else w.new_empty(0) for w in weights]
+        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *dweights
+    sizes = call_sizes(x, w1, top_k)
+    plan = backward_plan(sizes, tiles or call_tiles(x, sizes), need_x, need_weights)
+    inputs = {"dy": dy.to(x.dtype).contiguous(), **contiguous(x, logits, *weights)}
+    out = execute(plan, inputs)
+    empty = x.new_empty(0)
+    dlogits = out["dlogits"].to(logits.dtype)
+    return (
+        out.get("dx", empty),
+        dlogits,
+        out.get("dw1", empty),
+        out.get("db1", w1.new_empty(0)),
+        out.get("dw2", w1.new_empty(0)),
+    )
