@@ -40,7 +40,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """What conversion needs to know of a model: class names and FFN sites."""
+    """What conversion needs to know of a model: class names, FFN sites, and its kinds of blocks.
+
+    kinds: (kind as recipes name it, the model's list of such blocks), in the order they run.
+    """
 
     name: str
     title: str
@@ -49,6 +52,7 @@ class Family:
     sparse_class: str
     ratio: int  # hidden neurons of a dense FFN over its width
     sites: tuple[Site, ...]
+    kinds: tuple[tuple[str, str], ...]
 
 
 FLUX = Family(
@@ -77,6 +81,7 @@ FLUX = Family(
             identity="act_mlp",
         ),
     ),
+    kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
 )
 FAMILIES = (FLUX,)
 
