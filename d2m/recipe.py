@@ -260,6 +260,12 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         check(stage.weight_decay >= 0, place + "weight_decay", stage.weight_decay, "at least 0")
         if stage.kappa is not None:
             _check_kappa(recipe, stage.kappa, f"{source}: {place}kappa")
+        largest = max((len(g) for g in (*recipe.blocks.double, *recipe.blocks.single)), default=0)
+        for name in ("group", "group_balance"):
+            fine = name not in stage.losses or (stage.kappa or largest) < largest
+            check(fine, place + "kappa", stage.kappa, f"one that skips blocks, for the loss {name}")
+        fine = "balance" not in stage.losses or stage.top_k > 0
+        check(fine, place + "top_k", stage.top_k, "at least 1 for the loss balance")
 
 
 def _check_kappa(recipe: Recipe, kappa: int, place: str) -> None:
