@@ -42,7 +42,8 @@ class Site:
 class Family:
     """What conversion needs to know of a model: class names, FFN sites, and its kinds of blocks.
 
-    kinds: (kind as recipes name it, the model's list of such blocks), in the order they run.
+    kinds: (kind as recipes name it, the model's list of such blocks), in the order they run;
+    depths: (kind, the config's field with the number of them).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     ratio: int  # hidden neurons of a dense FFN over its width
     sites: tuple[Site, ...]
     kinds: tuple[tuple[str, str], ...]
+    depths: tuple[tuple[str, str], ...]
 
 
 FLUX = Family(
@@ -82,6 +84,7 @@ FLUX = Family(
         ),
     ),
     kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
+    depths=(("double", "num_layers"), ("single", "num_single_layers")),
 )
 FAMILIES = (FLUX,)
 
@@ -134,8 +137,9 @@ def family_of_model(model: nn.Module) -> Family:
 def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]]:
     """(site name, block name, site) of every FFN, in the model's order.
 
-    `names` are parameter names of the model, dense or sparse (a checkpoint's keys will do). A
-    site's name is that of its SparseFFN: `transformer_blocks.0.ff_context`.
+    `names` are parameter names of the model, dense or sparse (a checkpoint's keys will do), but
+    without groups of blocks. A site's name is that of its SparseFFN:
+    `transformer_blocks.0.ff_context`.
     """
     names = list(names)
     found = []

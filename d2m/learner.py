@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,8 @@ def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter])
 
 def _record(student: nn.Module, wanted: bool) -> None:
     """Let FFNs and groups keep their routers' logits, or stop; what they hold is dropped."""
-    for module in (*sparse_ffns(student).values(), *block_groups(student).values()):
+    modules: list[Any] = [*sparse_ffns(student).values(), *block_groups(student).values()]
+    for module in modules:
         module.record, module.last_logits = wanted, None
 
 

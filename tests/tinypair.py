@@ -71,3 +71,16 @@ def grouped_pair(
         for parameter in group.router.parameters():
             torch.nn.init.normal_(parameter, generator=generator)
     return student, teacher
+
+
+GROUPS = Stage(
+    "groups",
+    ("groups", "router"),
+    2,
+    6,
+    3e-3,
+    {"output": 1.0, "group": 1.0, "balance": 0.01, "group_balance": 0.01},
+    batch_size=2,
+    kappa=1,
+)
+THREE = replace(RECIPE, stages=(SHARED, EXPERTS, GROUPS), blocks=BLOCKS)
