@@ -1,4 +1,4 @@
-"""Stages run apart, each from the directory of those before, and shared modulation in a conversion."""
+"""Stages run apart, each from the directory of those before; shared modulation in a conversion."""
 
 import dataclasses
 import json
@@ -114,9 +114,7 @@ def test_resume_with_another_start_is_refused(dense, first, tmp_path):
     options = {"stages": [3], "start": first[0]}
     with pytest.raises(KeyboardInterrupt):
         run(dense, tmp_path / "out", progress=stop, **options)
-    with pytest.raises(
-        ValueError, match="a conversion with another start; resume it with the same"
-    ):
+    with pytest.raises(ValueError, match="a conversion with another start; resume it with"):
         run(dense, tmp_path / "out", stages=[3], resume=True)
     run(dense, tmp_path / "out", resume=True, **options)
     assert (tmp_path / "out" / WEIGHTS).is_file()
