@@ -49,8 +49,9 @@ def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
     """FFNs of `ratio` x the width: the most important neurons stay, by the same scores.
 
     A shared expert of that size whose experts, holding the rest, are never used: top_k 0. At 1.5 it
-    works as much as 1S12E2A, at 2.0 as much as with four experts. ValueError unless the rest can be
-    dealt to experts of the recipe's size.
+    works as much as 1S12E2A, at 2.0 as much as with four experts. Without groups of blocks: it is
+    what the MoE is compared with. ValueError unless the rest can be dealt to experts of the
+    recipe's size.
     """
     experts = (FFN_RATIO - ratio) / recipe.expert_ratio
     if experts != int(experts) or experts < 1:
@@ -65,6 +66,7 @@ def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
         shared_ratio=ratio,
         num_experts=int(experts),
         top_k=0,
+        blocks=Blocks(),
         stages=(replace(stage, top_k=0, steps=recipe.steps),),
     )
 
