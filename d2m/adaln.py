@@ -48,7 +48,7 @@ class SharedAdaLN(nn.Module):
     Takes and returns what they do: (x [B, T, D], emb [B, D]) -> the modulated x and, with 6 chunks,
     gate_msa, shift_mlp, scale_mlp, gate_mlp, with 3 the gate, each [B, D].
     Parameters: `table` [chunks * D] (single) or `up`, Linear(r, chunks * D) (lowrank). The shared
-    module is the model's `adaln`; here it is only referred to, so a checkpoint holds it once.
+    module is the model's `modulation`; here it is only referred to, so a checkpoint holds it once.
     """
 
     def __init__(self, shared: SharedModulation, dim: int, chunks: int, rank: int | None):
@@ -123,7 +123,7 @@ def share_adaln(model: nn.Module, adaln: AdaLN, family: Family | None = None) ->
     weight = next(model.get_submodule(next(iter(found))).parameters())
     kind: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     shared = SharedModulation(dim, rank or 6 * dim, rank is None, **kind)
-    model.adaln = shared
+    model.modulation = shared  # not `adaln`: diffusers finds fields of the config before modules
     for name, chunks in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, SharedAdaLN(shared, dim, chunks, rank))

@@ -137,7 +137,7 @@ def compress_adaln(model: nn.Module, adaln: AdaLN, moments: Mapping[str, Tensor]
     else:
         values = fit_lowrank(weights, biases, mean, moments["covariance"].double(), rank)
         names = {f"{n}.{part}": f"{n}.up.{part}" for n in found for part in ("weight", "bias")}
-    names |= {key: f"adaln.{key}" for key in values if key.startswith("linear.")}
+    names |= {key: f"modulation.{key}" for key in values if key.startswith("linear.")}
     share_adaln(model, AdaLN(adaln.mode, rank))
     with torch.no_grad():
         for key, name in names.items():

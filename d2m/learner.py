@@ -79,7 +79,7 @@ def _words(student: nn.Module) -> dict[str, set[str]]:
     words: dict[str, set[str]] = {name: set() for name, _ in student.named_parameters()}
     lists = tuple(name + "." for _, name in family_of_model(student).kinds)
     groups = tuple(name + "." for name in block_groups(student))
-    modulated = tuple(f"{name}." for name in (*norms(student), "adaln"))
+    modulated = tuple(f"{name}." for name in (*norms(student), "modulation"))
     for site, module in sparse_ffns(student).items():
         for name, _ in module.named_parameters():
             words[f"{site}.{name}"].add(name.split(".")[0])

@@ -53,9 +53,8 @@ def main() -> None:
             temb = embedding(model, inputs)
             mine = {name: model.get_submodule(name).modulation(temb) for name in names}
             wrong = sum((mine[n] - aims[n]).square().sum() for n in names)
-            weights = sum(
-                p.numel() for n, p in model.named_parameters() if n.startswith(("adaln", *names))
-            )
+            parts = ("modulation", *names)
+            weights = sum(p.numel() for n, p in model.named_parameters() if n.startswith(parts))
             error = (model(**inputs).sample - output).norm() / output.norm()
             share = (wrong / sum(a.square().sum() for a in aims.values())).sqrt()
             row = {"mode": mode, "rank": rank, "weights": weights}

@@ -57,7 +57,7 @@ def test_structure_and_count(mode):
     assert type(model.norm_out) is type(dense.norm_out)
     names = set(model.state_dict())
     assert not any(name.endswith("norm1.linear.weight") for name in names)
-    assert sum(name.startswith("adaln.") for name in names) == (2 if mode == "single" else 1)
+    assert sum(name.startswith("modulation.") for name in names) == (2 if mode == "single" else 1)
     part = "table" if mode == "single" else "up.weight"
     assert f"transformer_blocks.0.norm1_context.{part}" in names
     assert f"single_transformer_blocks.1.norm.{part}" in names
@@ -113,6 +113,6 @@ def test_a_copy_shares_within_itself():
     model = share_adaln(tiny_transformer(), AdaLN("single"))
     other = copy.deepcopy(model)
     for each in (model, other):
-        assert each.transformer_blocks[0].norm1._shared[0] is each.adaln
-    assert other.adaln is not model.adaln
-    assert sum("adaln" in name for name in model.state_dict()) == 2  # once in a state dict
+        assert each.transformer_blocks[0].norm1._shared[0] is each.modulation
+    assert other.modulation is not model.modulation
+    assert sum("modulation" in name for name in model.state_dict()) == 2  # once in a state dict

@@ -133,7 +133,7 @@ def test_lowrank_starts_closer_than_single():
         moments = modulation_moments(teacher, double_batches, RECIPE)
         compress_adaln(student, AdaLN(mode, rank), moments)
         errors[mode, rank] = identity_error(student, teacher, tiny_inputs(5, F64, batch=8))
-        shared = ("adaln", *norms(student))
+        shared = ("modulation", *norms(student))
         weights[mode, rank] = sum(
             p.numel() for n, p in student.named_parameters() if n.startswith(shared)
         )

@@ -150,7 +150,7 @@ def test_groups_and_modulation_round_trip(adaln, tmp_path):
         elif tensor.is_floating_point():
             assert tensor.dtype == torch.bfloat16, name
     if adaln != "full":  # held once, and every norm refers to the loaded one
-        assert half.transformer_blocks[0].blocks["1"].norm1._shared[0] is half.adaln
+        assert half.transformer_blocks[0].blocks["1"].norm1._shared[0] is half.modulation
 
 
 def test_checkpoints_from_before_groups_load(saved, tmp_path):
