@@ -1,7 +1,7 @@
 """Routing statistics: how evenly a sparse model uses its experts, by layer and noise level.
 
 Shape letters: B batch, T tokens, E experts, K chosen. A layer is a SparseFFN, named as in the
-state dict; a bucket is a range of the time t in [0, 1], 1 being pure noise.
+dense model; a bucket is a range of the time t in [0, 1], 1 being pure noise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from d2m.flow import generator_at
+from d2m.grouping import dense_name
 from d2m.inputs import transformer_inputs
 from d2m.losses import choices, load_figures
 from d2m.surgery import sparse_ffns
@@ -81,14 +82,18 @@ def routing_table(
             low, high = edges[bucket], edges[bucket + 1]
             _run(model, batches(step, batch_size), low, high, generator_at(seed, "routing", step))
             for name, ffn in ffns.items():
-                assert ffn.last_logits is not None
-                _add(totals[name][bucket], ffn.last_logits, used)
+                if ffn.last_logits is not None:  # of a block that no sample chose
+                    _add(totals[name][bucket], ffn.last_logits, used)
+                    ffn.last_logits = None
             if progress:
                 progress("routing statistics", step + 1, count * buckets)
     layers = {}
     for name, parts in totals.items():
-        together = {key: sum(part[key] for part in parts) for key in parts[0]}
-        layers[name] = {"all": _figures(together), "buckets": [_figures(part) for part in parts]}
+        nothing = _nothing(ffns[name].num_experts)
+        parts = [part or nothing for part in parts]
+        together = {key: sum(part[key] for part in parts) for key in nothing}
+        figures = {"all": _figures(together), "buckets": [_figures(part) for part in parts]}
+        layers[dense_name(name)] = figures
     return {"top_k": used, "edges": list(edges), "layers": layers}
 
 
@@ -136,14 +141,20 @@ def _add(totals: dict[str, Tensor], logits: Tensor, top_k: int) -> None:
         totals[key] = totals[key] + value if key in totals else value
 
 
+def _nothing(experts: int) -> dict[str, Tensor]:
+    """The totals of a layer that no token reached: in a group, every sample chose another block."""
+    zeros = torch.zeros(experts, dtype=torch.float64)
+    return {"tokens": zeros.sum(), "counts": zeros, "gates": zeros, "entropy": zeros.sum()}
+
+
 def _figures(totals: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sums over tokens -> the figures of `routing_statistics`."""
-    tokens, counts = totals["tokens"], totals["counts"]
+    tokens, counts = totals["tokens"].clamp_min(1), totals["counts"]
     experts = len(counts)
     width = torch.log(torch.tensor(float(max(experts, 2)), dtype=torch.float64))
     return {
-        "tokens": int(tokens),
-        "load": [round(float(x), 6) for x in counts / counts.sum()],
+        "tokens": int(totals["tokens"]),
+        "load": [round(float(x), 6) for x in counts / counts.sum().clamp_min(1)],
         "gate": [round(float(x), 6) for x in totals["gates"] / tokens],
         "token_entropy": round(float(totals["entropy"] / tokens / width), 6),
         **load_figures(counts.tolist()),

@@ -60,12 +60,20 @@ def _about(
     base_model: str, recipe: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]
 ) -> str:
     sparse, dense = parameters["sparse"], parameters["dense"]
+    blocks = recipe.get("blocks", {})
+    groups = [group for each in blocks.get("groups", {}).values() for group in each]
+    mixture = (
+        f" In {len(groups)} groups of neighbouring blocks a router keeps {blocks['kappa']} for "
+        "every sample and step (Mixture of Blocks)."
+        if groups
+        else ""
+    )
     return (
         f"`{_plain(base_model)}` with every feed-forward network split into one shared expert and "
         f"{recipe['num_experts']} routed experts (Dense2MoE, arXiv 2510.09094). A token uses the "
         f"shared expert and {recipe['top_k']} others: {human(sparse['activated'])} of the dense "
         f"transformer's {human(dense['total'])} parameters work, {100 * sparse['ffn_share']:g} % "
-        "of the feed-forward weights."
+        "of the feed-forward weights." + mixture
     )
 
 
@@ -133,7 +141,7 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     head = ["stage", "trains", "top k", "steps", "batch", "learning rate", "losses"]
     rows = [
         [
-            _plain(stage["name"]),
+            _plain(stage["name"]) + (" (left out)" if stage.get("skip") else ""),
             ", ".join(stage["train"]),
             stage["top_k"],
             stage["steps"],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import dense_family, fingerprint, locate
 from d2m.draw import load_pipeline
-from d2m.files import replace_dir, temporary_sibling, write_json
+from d2m.files import replace_dir
 from d2m.preset import preset_of
 from d2m.recipe import Recipe
 from d2m.result import (
@@ -33,7 +33,7 @@ from d2m.result import (
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Batches = Callable[[int, int], Mapping[str, "Tensor"]]
 Progress = Callable[[str, int, int], None]
@@ -49,6 +49,8 @@ def convert(
     importance: Callable[..., dict[str, Tensor]],
     *,
     steps: int | None = None,
+    stages: Sequence[int | str] = (),
+    start: str | os.PathLike[str] | None = None,
     init_only: bool = False,
     seed: int | None = None,
     resume: bool = False,
@@ -70,6 +72,10 @@ def convert(
         importance: (dense transformer, batches, recipe, seed=, progress=) -> {site: scores [N]},
             e.g. `calib.importance.neuron_importance`.
         steps: training steps over all stages, in the recipe's proportion; None: the recipe's own.
+        stages: which to run, numbers from 1 or names; the others are skipped; empty: all of them. A
+            stage takes the same steps and data on its own as among the others.
+        start: a sparse pipeline of the same dense model and structure whose weights the first stage
+            begins with, such as the result of the stages before; None: the split itself.
         init_only: split the FFNs and train nothing.
         seed: in place of the recipe's.
         resume: go on with what `OUT.work` holds; from the beginning where it holds nothing.
@@ -88,7 +94,7 @@ def convert(
         ImportError: torch or diffusers is missing.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM after saving; its text says how to go on.
     """
-    recipe = _settings(recipe, dense_dir, steps, init_only, seed)
+    recipe = _settings(recipe, dense_dir, steps, stages, init_only, seed)
     out = Path(out_dir)
     work = out.with_name(out.name + ".work")
     if resume and _finished(out, recipe):
@@ -99,8 +105,8 @@ def convert(
     dense_path = locate(dense_dir)
     family = dense_family(dense_path, recipe)
     _need_torch()
-    identity = _identity_of(work, dense_path, recipe)
-    from d2m.model import sparse_model_of
+    identity = _identity_of(work, dense_path, recipe, Path(start) if start else None)
+    from d2m.start import first_student, kept_importance, start_importance
 
     seconds: dict[str, float] = {}
     with timed(seconds, "loading"):
@@ -108,10 +114,12 @@ def convert(
         dense = pipe.transformer
         calibration = batches(pipe, recipe.seed + CALIBRATION)
     with timed(seconds, "importance"):
-        neurons = _importance(work, identity, dense, calibration, recipe, importance, progress)
+        if start:
+            importance = start_importance(Path(start))
+        neurons = kept_importance(work, identity, dense, calibration, recipe, importance, progress)
     with timed(seconds, "conversion"):
-        student = sparse_model_of(dense, neurons, recipe, family)
-        error = _identity(student, dense, calibration)
+        before = Path(start) if start else None
+        student, error = first_student(dense, neurons, recipe, family, calibration, work, before)
     history: list[dict[str, Any]] = []
     if recipe.steps:
         from d2m.distill import distill
@@ -159,10 +167,11 @@ def _settings(
     recipe: Recipe | str | Path,
     dense: str | os.PathLike[str],
     steps: int | None,
+    stages: Sequence[int | str],
     init_only: bool,
     seed: int | None,
 ) -> Recipe:
-    """The recipe with the caller's steps and seed in it; which preset a name means is up to dense.
+    """The recipe with the caller's steps, stages and seed; `dense` tells which preset a name means.
 
     A preset's groups are lists of block indices, so one name is another file for another depth.
     """
@@ -171,11 +180,16 @@ def _settings(
         recipe = recipes.load(recipe if is_file else preset_of(str(recipe), dense))
     if init_only and steps is not None:
         raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
+    if init_only and stages:
+        raise ValueError(
+            f"stages is {list(stages)} but init_only trains nothing; give one of them."
+        )
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
     if init_only:
         return dataclasses.replace(recipe, stages=())
-    return recipe if steps is None else recipes.with_steps(recipe, steps)
+    recipe = recipe if steps is None else recipes.with_steps(recipe, steps)
+    return recipes.with_stages(recipe, stages) if stages else recipe
 
 
 def _need_torch() -> None:
@@ -214,53 +228,18 @@ def _check_free(out: Path, work: Path, resume: bool) -> None:
         )
 
 
-def _identity_of(work: Path, dense: Path, recipe: Recipe) -> dict[str, Any]:
+def _identity_of(work: Path, dense: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
     """What must be the same on a resume; ValueError if `work` holds another conversion."""
-    now = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
+    now: dict[str, Any] = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
+    now["start"] = fingerprint(start) if start else None
     record = work / "run.json"
     before = json.loads(record.read_text("utf-8")) if record.is_file() else now
     for what in now:
         if before.get(what) != json.loads(json.dumps(now[what])):
-            words = "another dense model" if what == "dense" else "another recipe, seed or steps"
+            known = {"dense": "another dense model", "start": "another start"}
+            words = known.get(what, "another recipe, seed or steps")
             raise ValueError(
                 f"{work} holds a conversion with {words}; resume it with the same, or remove it to "
                 "start again."
             )
     return now
-
-
-def _importance(
-    work: Path,
-    identity: Mapping[str, Any],
-    dense: nn.Module,
-    calibration: Batches,
-    recipe: Recipe,
-    importance: Callable[..., dict[str, Tensor]],
-    progress: Progress | None,
-) -> dict[str, Tensor]:
-    """The neurons' scores, from the work directory if they were computed before.
-
-    They are the first thing worth keeping: the work directory is made here and not sooner, so that
-    input which cannot be converted leaves nothing behind.
-    """
-    from safetensors.torch import load_file, save_file
-
-    path = work / "importance.safetensors"
-    if not path.is_file():
-        scores = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
-        write_json(work / "run.json", identity)
-        temporary = temporary_sibling(path)
-        save_file({name: score.contiguous() for name, score in scores.items()}, temporary)
-        os.replace(temporary, path)
-    return load_file(path)
-
-
-def _identity(student: nn.Module, dense: nn.Module, calibration: Batches) -> float:
-    """The conversion's own check, on real data: with all experts on it is the dense model."""
-    from d2m.flow import generator_at, noisy
-    from d2m.inputs import transformer_inputs
-    from d2m.surgery import identity_error
-
-    batch = calibration(0, 2)
-    x, t, _ = noisy(batch["latents"], generator_at(0, "identity"))
-    return identity_error(student, dense, transformer_inputs(dense, batch, x, t))

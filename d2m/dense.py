@@ -13,6 +13,7 @@ from pathlib import Path
 
 from d2m.families import Family, family_of, hidden_sizes
 from d2m.recipe import Recipe
+from d2m.structure import check_depth
 
 
 def locate(dense: str | os.PathLike[str]) -> Path:
@@ -46,7 +47,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     """The family of the dense pipeline in `path`, once it is sure that the recipe fits it.
 
     FileNotFoundError or ValueError, in one sentence, if it is no pipeline, of no known family,
-    already sparse, or of other sizes than the recipe's ratios make up.
+    already sparse, of other sizes than the recipe's ratios make up, or without blocks it names.
     """
     family = family_of(path)
     index = json.loads((path / "model_index.json").read_text("utf-8"))
@@ -59,6 +60,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     try:
         config = json.loads(file.read_text("utf-8"))
         width = int(config["num_attention_heads"] * config["attention_head_dim"])
+        depth = {kind: int(config[key]) for kind, key in family.depths}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{file} is missing; expected the transformer's config there: copy the pipeline again."
@@ -69,6 +71,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             "copy the pipeline again."
         ) from error
     hidden_sizes(width, family.ratio * width, recipe.spec)
+    check_depth(recipe.blocks, depth)
     return family
 
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from d2m import checkpoint, learner, trainlog
-from d2m.features import block_features, feature_errors, feature_names
+from d2m.features import block_features, feature_errors, feature_names, group_feature_names
 from d2m.flow import generator_at, noisy
+from d2m.grouping import dense_name
+from d2m.groups import block_groups
 from d2m.inputs import transformer_inputs
-from d2m.losses import balance_loss, choices, feature_loss, output_loss
+from d2m.losses import balance_loss, choices, feature_loss, group_balance_loss, output_loss
 from d2m.recipe import Recipe, to_dict
+from d2m.stopping import interrupt, stop_on_signal
 from d2m.surgery import sparse_ffns
 
 Batches = Callable[[int, int], Mapping[str, Tensor]]
@@ -75,11 +75,12 @@ def distill(
     if recipe.precision == "float32":
         teacher.float()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    groups = [learner.trainable(student, stage) for stage in recipe.stages]
-    sites = sparse_ffns(student)
-    names = feature_names(student)
+    learning = [{} if stage.skip else learner.trainable(student, stage) for stage in recipe.stages]
+    learner.unshare(student, teacher, {name for group in learning for name in group})
+    sites, groups = sparse_ffns(student), block_groups(student)
+    dense_sites = [dense_name(site) for site in sites]
     identity = _identity(student, recipe, seed)
-    total = sum(stage.steps for stage in recipe.stages)
+    total = recipe.steps
 
     # Where we are: `step` steps into stage `first`, `done` in all, `pending` since the last line.
     first, step, done, pending, seconds = 0, 0, 0, 0, 0.0
@@ -100,7 +101,7 @@ def distill(
 
     def save(stage: int, step: int, state: dict[str, Tensor]) -> None:
         """A checkpoint of `state` and of all weights that a stage until this one has trained."""
-        learnt = {name: p for group in groups[: stage + 1] for name, p in group.items()}
+        learnt = {name: p for group in learning[: stage + 1] for name, p in group.items()}
         facts = {"done": done, "pending": pending, "seconds": time.monotonic() - started}
         trainlog.sync(log_file)
         checkpoint.save(
@@ -111,20 +112,26 @@ def distill(
             facts | {"identity": identity},
         )
 
-    with _stop_on_signal() as stop_asked:
+    with stop_on_signal() as stop_asked:
         for index in range(first, len(recipe.stages)):
             stage = recipe.stages[index]
-            pupil = learner.start(student, stage, groups[index])
+            if stage.skip:
+                continue
+            pupil = learner.start(student, stage, learning[index])
             learner.restore(pupil, tensors, step)
             window = {name: t.to(device) for name, t in learner.part(tensors, "window").items()}
             tensors = {}  # only the first stage of a resumed run has a past
-            wanted = "feature" in stage.losses
+            names, ends = feature_names(student), group_feature_names(student)
+            if "feature" not in stage.losses:
+                names = ends if "group" in stage.losses else []
+            place = [names.index(name) for name in ends] if names else []
+            past = sum(each.steps for each in recipe.stages[:index])  # batches of skipped ones too
             saved = time.monotonic()
 
-            with block_features(student, wanted) as mine, block_features(teacher, wanted) as aims:
+            with block_features(student, names) as mine, block_features(teacher, names) as aims:
                 while step < stage.steps:
                     draw = generator_at(seed, index, step)
-                    batch = batches(done, stage.batch_size)
+                    batch = batches(past + step, stage.batch_size)
                     x, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
                     inputs = transformer_inputs(teacher, batch, x, t)
                     with amp:
@@ -133,11 +140,18 @@ def distill(
                         guess = student(**inputs, return_dict=False)[0]
 
                     terms, figures = {"output": output_loss(guess, target)}, {}
-                    if wanted:
-                        errors, norms, figures["features"] = feature_errors(mine, aims)
+                    if names:
+                        errors, norms, figures["features"] = feature_errors(mine, aims, names)
+                    if "feature" in stage.losses:
                         terms["feature"] = feature_loss(terms["output"], errors, norms)
+                    if "group" in stage.losses:
+                        ours = (errors[place], norms[place])
+                        terms["group"] = feature_loss(terms["output"], *ours)
                     if stage.top_k:
                         terms["balance"], figures["load"] = _balance(sites, stage.top_k)
+                    if stage.kappa is not None:
+                        terms["group_balance"], used = _group_balance(groups)
+                        figures |= {trainlog.GROUP + name: counts for name, counts in used.items()}
                     loss = sum(weight * terms[name] for name, weight in stage.losses.items())
                     loss.backward()
                     figures["gradient"] = learner.update(pupil, step)
@@ -147,7 +161,7 @@ def distill(
                     step, done, pending = step + 1, done + 1, pending + 1
                     trainlog.add(window, figures | terms | {"loss": loss})
                     if step % log_every == 0 or step == stage.steps:
-                        line = trainlog.averages(window, pending, names, list(sites))
+                        line = trainlog.averages(window, pending, names, dense_sites)
                         line |= {"stage": stage.name, "index": index, "step": step, "done": done}
                         line |= {"steps": stage.steps, "lr": learner.learning_rate(stage, step - 1)}
                         line |= {"seconds": round(time.monotonic() - started, 3)}
@@ -164,32 +178,48 @@ def distill(
                         save(index, step, learner.state(pupil) | state)
                         saved = time.monotonic()
                     if step < stage.steps and stop_asked():
-                        _interrupt(done, total, workdir, log)
+                        interrupt(done, total, workdir, log)
 
             learner.finish(student, pupil)
             step = 0
             save(index + 1, step, {})
             if stop_asked():
-                _interrupt(done, total, workdir, log)
+                interrupt(done, total, workdir, log)
     return history
 
 
 def _balance(sites: Mapping[str, Any], top_k: int) -> tuple[Tensor, Tensor]:
     """Mean balance loss over the sparse FFNs, and every expert's choices [sites, E].
 
-    FFNs of one shape go together: text and image streams differ in their number of tokens.
+    FFNs of one shape go together: text and image streams differ in their number of tokens. FFNs of
+    blocks that no sample chose have nothing to say in this step.
     """
-    logits = [site.last_logits.flatten(0, -2) for site in sites.values()]
-    losses: list[Tensor] = [torch.empty(0)] * len(logits)
-    loads: list[Tensor] = [torch.empty(0)] * len(logits)
-    for tokens in sorted({each.shape[0] for each in logits}):
-        where = [i for i, each in enumerate(logits) if each.shape[0] == tokens]
+    modules = list(sites.values())
+    heard = [i for i, site in enumerate(modules) if site.last_logits is not None]
+    logits = {i: modules[i].last_logits.flatten(0, -2) for i in heard}
+    losses: list[Tensor] = []
+    loads = [torch.zeros(site.num_experts, device=site.gate.weight.device) for site in modules]
+    for tokens in sorted({each.shape[0] for each in logits.values()}):
+        where = [i for i, each in logits.items() if each.shape[0] == tokens]
         probabilities, counts = choices(torch.stack([logits[i] for i in where]), top_k)
-        for i, loss, load in zip(where, balance_loss(probabilities, counts), counts):
-            losses[i], loads[i] = loss, load
-    for site in sites.values():
+        losses.append(balance_loss(probabilities, counts))
+        for i, load in zip(where, counts):
+            loads[i] = load
+    for site in modules:
         site.last_logits = None  # or the step's graph would outlive it
-    return torch.stack(losses).mean(), torch.stack(loads)
+    return torch.cat(losses).mean(), torch.stack(loads)
+
+
+def _group_balance(groups: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean balance loss over the groups that have a choice, and how often each window was taken."""
+    logits = {name: group.last_logits for name, group in groups.items()}
+    chosen = {name: each for name, each in logits.items() if each is not None}
+    for group in groups.values():
+        group.last_logits = None
+    if not chosen:
+        return torch.zeros(()), {}
+    loss, counts = group_balance_loss(list(chosen.values()))
+    return loss, dict(zip(chosen, counts))
 
 
 def _identity(student: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -208,36 +238,3 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -
                 f"{workdir} holds a run with {name} {json.dumps(old.get(name))}, not "
                 f"{json.dumps(new[name])}; resume with the same one, or start again without resume."
             )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C or SIGTERM came; a second one interrupts at once."""
-    asked = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # Python lets only the main thread set handlers
-        return
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in numbers:
-            signal.signal(number, ask)
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(done: int, total: int, workdir: Path, log: Callable[[str], None]) -> None:
-    """Say how to go on, and stop."""
-    sentence = (
-        f"stopped after {done} of {total} steps; the state is in {workdir}, go on with --resume."
-    )
-    log(sentence)
-    raise KeyboardInterrupt(sentence)

@@ -24,6 +24,7 @@ FIELDS: dict[str, type] = {
     "max_sequence_length": int,
 }
 Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
+Knob = int | Sequence[int] | None  # one number, or one for every denoising step
 
 
 def drawing_defaults(directory: str | Path) -> dict[str, Any]:
@@ -134,26 +135,46 @@ def load_pipeline(directory: str | Path, *, device: str = "auto", dtype: str = "
     return pipe.to(device)
 
 
-def pipeline_draw(pipe: FluxPipeline, *, batch_size: int = 16, **values: Any) -> Draw:
+def pipeline_draw(
+    pipe: FluxPipeline,
+    *,
+    batch_size: int = 16,
+    top_k: Knob = None,
+    kappa: Knob = None,
+    **values: Any,
+) -> Draw:
     """A function (prompts, seeds) -> pictures; `values` are the fields of `drawing_defaults`.
 
+    top_k, kappa: experts a token uses and blocks a group keeps meanwhile, or lists with one number
+    for every denoising step; None: as the model has them.
     A picture depends on its own prompt and seed and on nothing else: one CPU generator per seed,
     so that batches, and CPU and CUDA, start from the same noise.
     """
     import torch
 
+    from d2m.knobs import knobs
+
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}, expected 1 or more")
+    steps = int(values.get("num_inference_steps", 28))  # the pipeline's own default
+    turned = {"top_k": top_k, "kappa": kappa}
+    with knobs(pipe.transformer, steps, **turned):
+        pass  # a wrong number is answered before anything is drawn
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds, expected as many")
         pictures: list[Image] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), knobs(pipe.transformer, steps, **turned) as on_step_end:
             for start in range(0, len(prompts), batch_size):
                 chunk = slice(start, start + batch_size)
                 generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[chunk]]
-                answer = pipe(prompt=list(prompts[chunk]), generator=generators, **values)
+                answer = pipe(
+                    prompt=list(prompts[chunk]),
+                    generator=generators,
+                    callback_on_step_end=on_step_end,
+                    **values,
+                )
                 pictures.extend(answer.images)
         return pictures
 

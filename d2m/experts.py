@@ -169,7 +169,9 @@ class SparseFFN(nn.Module):
     Args: dim D, shared_hidden S, experts E, expert_hidden H, top_k K in 0..E (0: shared only).
     out_dim must equal dim where the op is used (it sums into x's width).
     Attributes: `top_k` may be changed at any time; `record = True` keeps the router's logits of
-    the last call, [.., E] with their graph, in `last_logits` (None where K = 0).
+    the last call, [.., E] with their graph, in `last_logits` (None where K = 0). `renormalise`
+    makes the K gates sum to K / E for every token (a baseline; the paper's gates are as softmax
+    leaves them): with K = E the two are the same.
     Buffer `neurons` [S + E*H] int64: the dense FFN's neuron behind every row, shared ones first.
     """
 
@@ -194,6 +196,7 @@ class SparseFFN(nn.Module):
         self.top_k = top_k
         self.num_experts = experts
         self.record = False
+        self.renormalise = False
         self.last_logits: Tensor | None = None
         self.shared = SharedExpert(dim, shared_hidden, dim, dtype, device)
         # float32 whatever the rest is stored in: bf16 logits change the chosen experts.
@@ -219,6 +222,9 @@ class SparseFFN(nn.Module):
         logits = self.router_logits(x)
         if self.record:
             self.last_logits = logits
+        if self.renormalise:  # the op's softmax over the chosen alone
+            kept, chosen = logits.topk(self.top_k, dim=-1)
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, chosen, kept)
         weights = self.experts
         routed = experts_op(
             x.reshape(-1, x.shape[-1]),
@@ -228,7 +234,8 @@ class SparseFFN(nn.Module):
             weights.w2,
             self.top_k,
         )
-        return y + routed.reshape(y.shape)
+        routed = routed.reshape(y.shape)
+        return y + (routed * (self.top_k / self.num_experts) if self.renormalise else routed)
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}"

@@ -40,7 +40,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """What conversion needs to know of a model: class names and FFN sites."""
+    """What conversion needs to know of a model: class names, FFN sites, and its kinds of blocks.
+
+    kinds: (kind as recipes name it, the model's list of such blocks), in the order they run;
+    depths: (kind, the config's field with the number of them).
+    """
 
     name: str
     title: str
@@ -49,6 +53,8 @@ class Family:
     sparse_class: str
     ratio: int  # hidden neurons of a dense FFN over its width
     sites: tuple[Site, ...]
+    kinds: tuple[tuple[str, str], ...]
+    depths: tuple[tuple[str, str], ...]
 
 
 FLUX = Family(
@@ -77,6 +83,8 @@ FLUX = Family(
             identity="act_mlp",
         ),
     ),
+    kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
+    depths=(("double", "num_layers"), ("single", "num_single_layers")),
 )
 FAMILIES = (FLUX,)
 
@@ -129,8 +137,9 @@ def family_of_model(model: nn.Module) -> Family:
 def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]]:
     """(site name, block name, site) of every FFN, in the model's order.
 
-    `names` are parameter names of the model, dense or sparse (a checkpoint's keys will do). A
-    site's name is that of its SparseFFN: `transformer_blocks.0.ff_context`.
+    `names` are parameter names of the model, dense or sparse (a checkpoint's keys will do), but
+    without groups of blocks. A site's name is that of its SparseFFN:
+    `transformer_blocks.0.ff_context`.
     """
     names = list(names)
     found = []

@@ -35,6 +35,7 @@ def training(report: Report) -> Html | None:
         _curve(history, "feature_error", "Feature error", "relative to the teacher", log_y=True),
         _depth(history),
         _curve(history, "balance", "Load balance", "loss (1 = even)"),
+        _curve(history, "group_balance", "Balance of the groups of blocks", "loss (1 = even)"),
         _routing(history),
         _curve(history, "lr", "Learning rate", "rate"),
     ]
@@ -109,10 +110,12 @@ def _depth(history: Lines) -> Html | None:
     ends = [line["features"] for line in history if "features" in line]
     if not ends:
         return None
+    # Where groups skip blocks, the features after their last blocks are all there is.
+    every = max(ends, key=len)
+    blocks = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in every))
     lines = []
     for colour, stream in enumerate(("image", "text")):
         for when, errors, faint in (("start", ends[0], True), ("end", ends[-1], False)):
-            blocks = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in errors))
             points = [
                 (float(number), errors[f"{block}.{stream}"])
                 for number, block in enumerate(blocks)

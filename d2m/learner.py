@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m.adaln import norms
+from d2m.families import family_of_model
+from d2m.groups import block_groups, set_kappa
 from d2m.recipe import PARTS, Stage
 from d2m.surgery import set_top_k, sparse_ffns
 
@@ -30,12 +34,14 @@ class Learner:
 def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     """The parameters that `stage.train` names, by full name, in the model's order.
 
-    Words are `recipe.PARTS`, parts of every sparse FFN. Nothing else may learn: the student shares
-    the other tensors with its teacher.
+    Words are `recipe.PARTS`. What no token or sample reaches in this stage is left out of the wide
+    words "groups" and "blocks": routers and, with top_k 0, experts and gates.
 
     Raises:
-        ValueError: an unknown word, nothing to train, or experts that no token would reach.
+        ValueError: an unknown word, nothing to train, or experts or routers that nothing reaches.
     """
+    groups = block_groups(student)
+    largest = max((len(group.blocks) for group in groups.values()), default=0)
     for word in stage.train:
         if word not in PARTS:
             raise ValueError(
@@ -46,13 +52,19 @@ def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
                 f"stage {stage.name!r} trains {word!r} with top_k 0, where no token reaches an "
                 "expert; give it a top_k of 1 or more or take the word out of its train list."
             )
-    word_of: dict[str, str] = {}
-    for site, module in sparse_ffns(student).items():
-        word_of |= {f"{site}.{name}": name.split(".")[0] for name, _ in module.named_parameters()}
+        if word == "router" and stage.kappa in (None, largest):
+            raise ValueError(
+                f"stage {stage.name!r} trains 'router' with kappa {stage.kappa}, where all blocks "
+                "of a group run; give it a kappa that leaves some out, or take the word out."
+            )
+    words = _words(student)
+    asleep = {"router"} | ({"experts", "gate"} if stage.top_k == 0 else set())
+    wide = {"groups", "blocks"}.intersection(stage.train)
     chosen = {
         name: parameter
         for name, parameter in student.named_parameters()
-        if word_of.get(name) in stage.train
+        if words[name].intersection(stage.train) - wide
+        or (words[name] & wide and not words[name] & asleep)
     }
     if not chosen:
         raise ValueError(
@@ -62,20 +74,57 @@ def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     return chosen
 
 
+def _words(student: nn.Module) -> dict[str, set[str]]:
+    """Which of `recipe.PARTS` every parameter belongs to."""
+    words: dict[str, set[str]] = {name: set() for name, _ in student.named_parameters()}
+    lists = tuple(name + "." for _, name in family_of_model(student).kinds)
+    groups = tuple(name + "." for name in block_groups(student))
+    modulated = tuple(f"{name}." for name in (*norms(student), "modulation"))
+    for site, module in sparse_ffns(student).items():
+        for name, _ in module.named_parameters():
+            words[f"{site}.{name}"].add(name.split(".")[0])
+    for name, marks in words.items():
+        if ".router." in name:
+            marks.add("router")
+        if name.startswith(lists):
+            marks.add("blocks")
+        if name.startswith(groups):
+            marks.add("groups")
+        if name.startswith(modulated):
+            marks.add("adaln")
+    return words
+
+
+def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> None:
+    """Give parameters that are to learn memory of their own where it is still the teacher's."""
+    taken = {parameter.data_ptr() for parameter in teacher.parameters()}
+    for name in names:
+        parameter = student.get_parameter(name)
+        if parameter.data_ptr() in taken:
+            parameter.data = parameter.data.clone()
+
+
 def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter]) -> Learner:
-    """Freeze the student but for `parameters`, set its top_k, and make a fresh optimizer."""
+    """Freeze the student but for `parameters`, set its knobs, and make a fresh optimizer."""
     student.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     set_top_k(student, stage.top_k)
-    for module in sparse_ffns(student).values():
-        module.record, module.last_logits = stage.top_k > 0, None
+    set_kappa(student, stage.kappa)
+    _record(student, True)
     # fused: one pass over weights and moments; 3 ms a step instead of 8 (2.4 M weights, one core).
     optimizer = torch.optim.AdamW(
         parameters.values(), betas=BETAS, weight_decay=stage.weight_decay, fused=True
     )
     average = {n: p.detach().clone() for n, p in parameters.items()} if stage.ema else {}
     return Learner(stage, parameters, optimizer, average)
+
+
+def _record(student: nn.Module, wanted: bool) -> None:
+    """Let FFNs and groups keep their routers' logits, or stop; what they hold is dropped."""
+    modules: list[Any] = [*sparse_ffns(student).values(), *block_groups(student).values()]
+    for module in modules:
+        module.record, module.last_logits = wanted, None
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -93,6 +142,9 @@ def update(learner: Learner, step: int) -> Tensor:
     The norm is that before clipping; gradients are dropped afterwards.
     """
     stage, parameters = learner.stage, list(learner.parameters.values())
+    for parameter in parameters:
+        if parameter.grad is None:  # of a block that no sample chose: a step like any other,
+            parameter.grad = torch.zeros_like(parameter)  # so that all count the same steps
     learner.optimizer.param_groups[0]["lr"] = learning_rate(stage, step)
     norm = nn.utils.clip_grad_norm_(parameters, stage.clip or math.inf)
     learner.optimizer.step()
@@ -108,8 +160,7 @@ def update(learner: Learner, step: int) -> Tensor:
 def finish(student: nn.Module, learner: Learner) -> None:
     """Put the average, if there is one, in the weights' place and stop recording logits."""
     copy_into(learner.average, learner.parameters)
-    for module in sparse_ffns(student).values():
-        module.record, module.last_logits = False, None
+    _record(student, False)
 
 
 def state(learner: Learner) -> dict[str, Tensor]:

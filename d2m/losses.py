@@ -76,6 +76,19 @@ def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
     return probabilities.shape[-1] * (share * probabilities.mean(dim=-2)).sum(dim=-1)
 
 
+def group_balance_loss(logits: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Balance of the groups of blocks: (mean over groups of `balance_loss`, each group's choices).
+
+    `logits`: per group [B, W], a logit for every sample and window of blocks, of which a sample
+    takes the largest. The loss is 1 when windows are used alike, W when one takes everything (the
+    experts' loss with a window for an expert and a sample for a token: ours). Choices are [W],
+    detached.
+    """
+    pairs = [choices(each, 1) for each in logits]
+    losses = [balance_loss(probabilities, counts) for probabilities, counts in pairs]
+    return torch.stack(losses).mean(), [counts for _, counts in pairs]
+
+
 def load_figures(counts: Sequence[float]) -> dict[str, float]:
     """Utilisation of one layer's experts from the number of choices of each.
 

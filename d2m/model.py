@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from d2m.adaln import share_adaln
 from d2m.families import Family, hidden_sizes
+from d2m.grouping import group_blocks, grouped_state_dict
 from d2m.recipe import Recipe, SparseSpec
+from d2m.structure import adaln_from, blocks_from
 from d2m.surgery import convert_state_dict, set_top_k, sparsify, split_neurons
 
 __all__ = ["SparseFluxTransformer2DModel", "set_top_k", "sparse_model_of"]
@@ -24,16 +28,19 @@ __all__ = ["SparseFluxTransformer2DModel", "set_top_k", "sparse_model_of"]
 class SparseFluxTransformer2DModel(FluxTransformer2DModel):
     """FluxTransformer2DModel whose FFNs are SparseFFNs; forward() is diffusers' own.
 
-    Config: the dense model's fields and num_experts, shared_ratio, expert_ratio, top_k. The number
-    of experts a token uses can be changed with `set_top_k(model, k)`. Gates stay float32 under
-    `from_pretrained(..., torch_dtype=torch.bfloat16)`.
+    Config: the dense model's fields and num_experts, shared_ratio, expert_ratio, top_k, renormalise
+    (see SparseFFN); groups, kappa, alpha, drop: Mixture of Blocks, `groups` and `drop` as the
+    recipe's `blocks` has them; adaln, adaln_rank: the recipe's mode and rank. What a checkpoint
+    does not name is as in the dense model. `set_top_k(model, k)` and `d2m.groups.set_kappa` change
+    what runs. Gates and routers stay float32 under `from_pretrained(..., torch_dtype=bfloat16)`.
     """
 
     # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
     __module__ = "d2m"
 
-    _keep_in_fp32_modules = ["gate"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate"]
+    _keep_in_fp32_modules = ["gate", "router"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate", "router"]
+    _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "BlockGroup"]
     _tp_plan = None  # the dense plan names Linears that are no longer there
 
     @register_to_config
@@ -54,6 +61,13 @@ class SparseFluxTransformer2DModel(FluxTransformer2DModel):
         shared_ratio: float = 1.0,
         expert_ratio: float = 0.25,
         top_k: int = 2,
+        renormalise: bool = False,
+        groups: dict[str, Any] | None = None,
+        kappa: int = 1,
+        alpha: float = 0.5,
+        drop: dict[str, Any] | None = None,
+        adaln: str = "full",
+        adaln_rank: int | None = None,
     ):
         super().__init__(
             patch_size=patch_size,
@@ -68,13 +82,29 @@ class SparseFluxTransformer2DModel(FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
-        sparsify(self, SparseSpec(num_experts, shared_ratio, expert_ratio, top_k))
+        blocks = {"groups": groups or {}, "kappa": kappa, "alpha": alpha, "drop": drop or {}}
+        sparsify(self, SparseSpec(num_experts, shared_ratio, expert_ratio, top_k, renormalise))
+        share_adaln(self, adaln_from({"mode": adaln, "rank": adaln_rank}, "the config's adaln"))
+        group_blocks(self, blocks_from(blocks, "the config's blocks"))
+
+
+def structure(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's structure as fields of the model's config, but for its modulation."""
+    blocks = recipe.blocks.to_dict()
+    return dataclasses.asdict(recipe.spec) | {
+        "groups": blocks["groups"] if recipe.blocks.grouped else None,
+        "kappa": blocks["kappa"],
+        "alpha": blocks["alpha"],
+        "drop": blocks.get("drop"),
+    }
 
 
 def sparse_model_of(
     dense: nn.Module, scores: Mapping[str, Tensor], recipe: Recipe, family: Family
 ) -> SparseFluxTransformer2DModel:
     """The sparse model of a dense transformer, on its device, before any training.
+
+    Its modulation is the dense model's whatever the recipe says: `adalnfit.compress_adaln` is next.
 
     Args:
         dense: stays as it is; whatever is no FFN shares its tensors with the result.
@@ -87,11 +117,12 @@ def sparse_model_of(
     spec = recipe.spec
     config = {key: value for key, value in dense.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        model = SparseFluxTransformer2DModel(**config, **dataclasses.asdict(spec))
+        model = SparseFluxTransformer2DModel(**config, **structure(recipe))
     permutations = {}
     for name, score in scores.items():
         shared, _ = hidden_sizes(score.numel() // family.ratio, score.numel(), spec)
         permutations[name] = split_neurons(score, shared, spec.num_experts)
     values = convert_state_dict(dense.state_dict(), permutations, spec, family, recipe.seed)
+    values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)
     model.load_state_dict(values, assign=True)
     return model.to(next(dense.parameters()).device).eval()

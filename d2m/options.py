@@ -52,6 +52,12 @@ RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe file (JSON), in place of a preset.")
 ]
 TrainSteps = Annotated[int | None, typer.Option("--steps", help="Training steps over all stages.")]
+Stages = Annotated[
+    str, typer.Option("--stages", help="Stages to run, numbers or names, e.g. 1,2; all by default.")
+]
+Start = Annotated[
+    Path | None, typer.Option("--start", help="Sparse pipeline whose weights training begins with.")
+]
 InitOnly = Annotated[bool, typer.Option("--init-only", help="Convert and train nothing.")]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the recipe's.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")]

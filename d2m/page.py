@@ -140,11 +140,16 @@ def recipe(report: Report) -> Html:
         "Precision": plan["precision"],
         "Seed": plan["seed"],
     }
+    blocks, modulation = plan.get("blocks", {}), plan.get("adaln", {})
+    if groups := [group for each in blocks.get("groups", {}).values() for group in each]:
+        about["Groups of blocks"] = f"{len(groups)}, each keeps {blocks['kappa']} of its blocks"
+    if modulation.get("mode", "full") != "full":
+        about["Modulation"] = modulation["mode"]
     facts = [join(el("dt", name), el("dd", value)) for name, value in about.items()]
     head = ["stage", "trains", "top k", "steps", "batch", "learning rate", "losses", "average"]
     rows = [
         [
-            stage["name"],
+            stage["name"] + (" (left out)" if stage.get("skip") else ""),
             ", ".join(stage["train"]),
             stage["top_k"],
             f"{stage['steps']:,}",

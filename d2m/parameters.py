@@ -17,6 +17,7 @@ exactly; with biases and gates counted it is a little more.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -25,23 +26,28 @@ if TYPE_CHECKING:
     import torch
 
 BUFFERS = ("neurons",)  # last parts of names that are buffers, not parameters
+MEMBER = re.compile(r"(\w+\.\d+)\.blocks\.(\d+)\.")  # of a group of blocks
 SITE = ".experts.w1"  # what every sparse FFN has, and nothing else
 SHARED_MATRICES = ("shared.fc1.weight", "shared.fc2.weight")
 EXPERT_MATRICES = ("experts.w1", "experts.w2")
 
 
-def count(shapes: Mapping[str, Sequence[int]], top_k: int | None = None) -> dict[str, Any]:
+def count(
+    shapes: Mapping[str, Sequence[int]], top_k: int | None = None, kappa: int | None = None
+) -> dict[str, Any]:
     """Parameter counts of a transformer, dense or sparse, from its state dict's shapes.
 
     Args:
         shapes: parameter name -> shape, as in a checkpoint's header or `shapes_of(model)`.
         top_k: experts a token uses, 0..E; needed where the model has experts, ignored otherwise.
+        kappa: blocks that a group keeps; None: all of them. Blocks of a group are equal in size.
 
     Returns a dict of integers: `total`, `activated`, `sites` (sparse FFNs), `num_experts`,
     `top_k`, `ffn` and `ffn_activated` (sparse FFNs with biases and gates), `experts` (all routed
     experts), `gates`; and two floats: `ffn_share`, the activated share of the FFNs' matrices
     (exactly .375 for 1S12E2A), and `ffn_share_with_biases`, which counts biases and gates too.
-    A dense model has `sites` 0, shares 1 and everything activated.
+    A dense model has `sites` 0, shares 1 and everything activated. The shares are those of a block
+    that runs; `activated` and `ffn_activated` leave out blocks that a group skips.
 
     Raises:
         ValueError: top_k is missing or not in 0..E.
@@ -55,7 +61,7 @@ def count(shapes: Mapping[str, Sequence[int]], top_k: int | None = None) -> dict
     result |= {"num_experts": 0, "top_k": None, "ffn": 0, "ffn_activated": 0, "experts": 0}
     result |= {"gates": 0, "ffn_share": 1.0, "ffn_share_with_biases": 1.0}
     if not sites:
-        return result
+        return result | {"activated": total - _skipped(sizes, kappa)}
 
     num_experts = shapes[sites[0] + SITE][0]
     if top_k is None or not 0 <= top_k <= num_experts:
@@ -77,17 +83,36 @@ def count(shapes: Mapping[str, Sequence[int]], top_k: int | None = None) -> dict
     # With k = 0 the gate is not evaluated either, yet it is counted: one number per term.
     idle = experts // num_experts * (num_experts - top_k)
     working = shared_matrices + expert_matrices // num_experts * top_k
+    used = {  # what is left of experts when K of E are used
+        name: size // num_experts * top_k if ".experts." in name else size
+        for name, size in sizes.items()
+    }
+    of_ffns = {n: size for n, size in used.items() if n.startswith(tuple(s + "." for s in sites))}
     return result | {
-        "activated": total - idle,
+        "activated": total - idle - _skipped(used, kappa),
         "num_experts": num_experts,
         "top_k": top_k,
         "ffn": ffn,
-        "ffn_activated": ffn - idle,
+        "ffn_activated": ffn - idle - _skipped(of_ffns, kappa),
         "experts": experts,
         "gates": gates,
         "ffn_share": working / (shared_matrices + expert_matrices),
         "ffn_share_with_biases": (ffn - idle) / (ffn - gates),
     }
+
+
+def _skipped(sizes: Mapping[str, int], kappa: int | None) -> int:
+    """Parameters in the blocks that groups skip: names such as `LIST.3.blocks.4.attn...`."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, size in sizes.items():
+        if found := MEMBER.match(name):
+            members = groups.setdefault(found[1], {})
+            members[found[2]] = members.get(found[2], 0) + size
+    skipped = 0
+    for members in groups.values():
+        left_out = 0 if kappa is None else max(0, len(members) - kappa)
+        skipped += sum(members.values()) // len(members) * left_out
+    return skipped
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

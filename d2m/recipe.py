@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-PARTS = ("shared", "experts", "gate")  # what a stage may train, named as SparseFFN's submodules
-LOSSES = ("output", "feature", "balance")
+from d2m.fields import check as _check
+from d2m.fields import number as _number
+from d2m.fields import record as _record
+from d2m.fields import whole as _whole
+from d2m.structure import AdaLN, Blocks, adaln_from, blocks_from
+
+# What a stage may train. The first three are parts of SparseFFN; adaln: every block's modulation;
+# groups: all of the blocks in groups; router: the groups' routers; blocks: all of every block.
+PARTS = ("shared", "experts", "gate", "adaln", "groups", "router", "blocks")
+LOSSES = ("output", "feature", "balance", "group", "group_balance")
 SPLITS = ("taylor", "magnitude", "random")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -27,6 +35,7 @@ class SparseSpec:
     shared_ratio: float = 1.0
     expert_ratio: float = 0.25
     top_k: int = 2
+    renormalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Stage:
     train: which of `PARTS` learn, everything else is frozen; top_k: experts a token uses meanwhile;
     losses: weight of each of `LOSSES`, those left out are not computed. warmup: share of the steps
     in which the rate rises; clip: largest gradient norm, 0 for none; ema: decay of the weights'
-    moving average, which is what the stage leaves behind, 0 for none.
+    moving average, which is what the stage leaves behind, 0 for none. kappa: blocks of each group
+    that run meanwhile, None for all of them. skip: the stage is left out of this run.
     """
 
     name: str
@@ -58,6 +68,8 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.0
+    kappa: int | None = None
+    skip: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", MappingProxyType(dict(self.losses)))
@@ -77,6 +89,8 @@ class Recipe:
 
     t_mean, t_std: noise levels of training and calibration, t = sigmoid(N(mean, std)), t = 1 is
     pure noise. precision: what the forward passes run in; weights are float32 throughout.
+    renormalise: gates of the chosen experts sum to the same for every token (a baseline; the
+    paper's are not renormalised).
     """
 
     name: str
@@ -91,22 +105,27 @@ class Recipe:
     t_mean: float = 1.2
     t_std: float = 1.2
     precision: str = "float32"
+    blocks: Blocks = field(default_factory=Blocks)
+    adaln: AdaLN = field(default_factory=AdaLN)
+    renormalise: bool = False
 
     @property
     def spec(self) -> SparseSpec:
         """The part of the recipe that is structure."""
-        return SparseSpec(self.num_experts, self.shared_ratio, self.expert_ratio, self.top_k)
+        fields = dataclasses.fields(SparseSpec)
+        return SparseSpec(**{each.name: getattr(self, each.name) for each in fields})
 
     @property
     def steps(self) -> int:
-        """Training steps of all stages together."""
-        return sum(stage.steps for stage in self.stages)
+        """Training steps of all stages that are run."""
+        return sum(stage.steps for stage in self.stages if not stage.skip)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values; `from_dict` is its inverse."""
     plain = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     plain["calibration"] = dataclasses.asdict(recipe.calibration)
+    plain |= {"blocks": recipe.blocks.to_dict(), "adaln": recipe.adaln.to_dict()}
     plain["stages"] = [
         {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
         | {"train": list(stage.train), "losses": dict(stage.losses)}
@@ -121,6 +140,8 @@ def from_dict(obj: Any, source: str = "recipe") -> Recipe:
     values["calibration"] = Calibration(
         **_record(Calibration, values.get("calibration", {}), f"{source}: calibration")
     )
+    values["blocks"] = blocks_from(values.get("blocks", {}), f"{source}: blocks")
+    values["adaln"] = adaln_from(values.get("adaln", {}), f"{source}: adaln")
     stages = []
     for index, entry in enumerate(values.get("stages", ())):
         place = f"{source}: stages[{index}]"
@@ -170,65 +191,44 @@ def preset(name: str) -> Recipe:
 def with_steps(recipe: Recipe, total: int) -> Recipe:
     """The recipe with `total` steps over its stages, in the recipe's proportion.
 
-    Rounded so that the sum is exact; the last stage takes what is left.
+    Rounded so that the sum is exact; the last stage takes what is left. Skipped stages take their
+    share too, so that a stage on its own is as long as it is among the others.
     """
     _check(_whole(total) and total >= 1, "steps", total, "a whole number from 1 (or --init-only)")
-    if recipe.steps == 0:
+    every = sum(stage.steps for stage in recipe.stages)
+    if every == 0:
         raise ValueError(f"recipe {recipe.name!r} has no training steps to share {total} among.")
     stages, before, given = [], 0, 0
     for stage in recipe.stages:
         before += stage.steps
-        until = round(total * before / recipe.steps)
+        until = round(total * before / every)
         stages.append(dataclasses.replace(stage, steps=until - given))
         given = until
     return dataclasses.replace(recipe, stages=tuple(stages))
 
 
+def with_stages(recipe: Recipe, chosen: Sequence[int | str]) -> Recipe:
+    """The recipe with all stages skipped but the chosen ones: numbers from 1, or names.
+
+    ValueError names what is no stage of the recipe.
+    """
+    names = [stage.name for stage in recipe.stages]
+    kept = set()
+    for each in chosen:
+        number = names.index(each) + 1 if each in names else each
+        number = int(number) if isinstance(number, str) and number.isdecimal() else number
+        if not isinstance(number, int) or not 1 <= number <= len(names):
+            known = ", ".join(f"{i} ({name})" for i, name in enumerate(names, 1)) or "none"
+            raise ValueError(f"stage {each!r} is not in recipe {recipe.name!r}; it has {known}.")
+        kept.add(number)
+    stages = [
+        dataclasses.replace(stage, skip=number not in kept)
+        for number, stage in enumerate(recipe.stages, 1)
+    ]
+    return dataclasses.replace(recipe, stages=tuple(stages))
+
+
 # ---------------------------------------------------------------- validation
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-_KINDS = {
-    "str": (lambda v: isinstance(v, str), "a string"),
-    "int": (_whole, "a whole number"),
-    "float": (_number, "a number"),
-    "tuple[str, ...]": (
-        lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
-        "a list of strings",
-    ),
-    "tuple[Stage, ...]": (lambda v: isinstance(v, list), "a list of stages"),
-    "Mapping[str, float]": (lambda v: isinstance(v, dict), "an object of loss weights"),
-    "Calibration": (lambda v: isinstance(v, dict), "an object"),
-}
-
-
-def _record(cls: type, obj: Any, place: str) -> dict[str, Any]:
-    """The fields of `obj` for `cls`: an object with known keys, none missing, each of its type."""
-    if not isinstance(obj, dict):
-        raise ValueError(f"{place} is {obj!r:.60}; expected a JSON object.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in obj.items():
-        if key not in fields:
-            raise ValueError(f"{place} has the unknown key {key!r}; known are {', '.join(fields)}.")
-        fits, words = _KINDS[str(fields[key].type)]
-        _check(fits(value), f"{place}: {key}", value, words)
-    for name, f in fields.items():
-        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if needed and name not in obj:
-            raise ValueError(f"{place} has no {name!r}; add it.")
-    return dict(obj)
-
-
-def _check(fine: bool, what: str, value: Any, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"{what} is {value!r:.60}; expected {expected}.")
 
 
 def _check_ranges(recipe: Recipe, source: str) -> None:
@@ -258,3 +258,19 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
         check(0 <= stage.ema < 1, place + "ema", stage.ema, "0 up to, not including, 1")
         check(stage.clip >= 0, place + "clip", stage.clip, "at least 0")
         check(stage.weight_decay >= 0, place + "weight_decay", stage.weight_decay, "at least 0")
+        if stage.kappa is not None:
+            _check_kappa(recipe, stage.kappa, f"{source}: {place}kappa")
+        largest = max((len(g) for g in (*recipe.blocks.double, *recipe.blocks.single)), default=0)
+        for name in ("group", "group_balance"):
+            fine = name not in stage.losses or (stage.kappa or largest) < largest
+            check(fine, place + "kappa", stage.kappa, f"one that skips blocks, for the loss {name}")
+        fine = "balance" not in stage.losses or stage.top_k > 0
+        check(fine, place + "top_k", stage.top_k, "at least 1 for the loss balance")
+
+
+def _check_kappa(recipe: Recipe, kappa: int, place: str) -> None:
+    """A stage's kappa must be one that every group of the recipe can keep."""
+    groups = (*recipe.blocks.double, *recipe.blocks.single)
+    smallest = min((len(group) for group in groups), default=0)
+    words = f"1 to {smallest}" if groups else "null, since the recipe has no groups"
+    _check(1 <= kappa <= smallest, place, kappa, words)

@@ -33,10 +33,12 @@ def write_sparse(
     """
     from safetensors.torch import save_file
 
+    from d2m.groups import set_kappa
     from d2m.surgery import set_top_k
 
     folder.mkdir(parents=True)
     set_top_k(student, recipe.top_k)
+    set_kappa(student, recipe.blocks.kappa)
     student.save_pretrained(folder / "transformer")
     index = json.loads((dense / "model_index.json").read_text("utf-8"))
     for name, value in index.items():
@@ -133,7 +135,7 @@ def parameters_of(pipe: FluxPipeline, student: nn.Module, recipe: Recipe) -> dic
     """`d2m.parameters.count` of the dense and of the sparse transformer."""
     from d2m.parameters import count, shapes_of
 
-    sparse = count(shapes_of(student), recipe.top_k)
+    sparse = count(shapes_of(student), recipe.top_k, recipe.blocks.kappa)
     return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
 
 

@@ -25,6 +25,7 @@ from d2m.families import (
     read_rest,
     sites_of,
 )
+from d2m.groups import block_groups, set_kappa
 from d2m.recipe import SparseSpec
 
 GATE_STD = 0.1  # ours: times D^-1/2, so that logits of normalised tokens start at about N(0, .1)
@@ -44,6 +45,7 @@ def sparsify(model: nn.Module, spec: SparseSpec, family: Family | None = None) -
         shared, expert = hidden_sizes(dim, neurons, spec)
         kind: dict[str, Any] = {"dtype": fc1.weight.dtype, "device": fc1.weight.device}
         ffn = SparseFFN(dim, shared, spec.num_experts, expert, spec.top_k, **kind)
+        ffn.renormalise = spec.renormalise
         setattr(block, site.module, ffn)
         if site.identity:
             setattr(block, site.identity, nn.Identity())
@@ -195,16 +197,23 @@ def convert_state_dict(
 
 @contextmanager
 def unit_gates(model: nn.Module) -> Iterator[None]:
-    """Within: every expert on with gate 1/E, which the stored scale E makes 1. Restored after."""
-    ffns = sparse_ffns(model).values()
+    """Within: every expert on with gate 1/E, which the stored scale E makes 1. Restored after.
+
+    All blocks of groups are on too.
+    """
+    ffns, groups = sparse_ffns(model).values(), block_groups(model).values()
     before = [(ffn.top_k, ffn.gate.weight.detach().clone()) for ffn in ffns]
+    kappas = [group.kappa for group in groups]
     try:
+        set_kappa(model, None)
         for ffn in ffns:
             ffn.top_k = ffn.num_experts
             with torch.no_grad():
                 ffn.gate.weight.zero_()
         yield
     finally:
+        for group, kappa in zip(groups, kappas):
+            group.kappa = kappa
         for ffn, (top_k, gate) in zip(ffns, before):
             ffn.top_k = top_k
             with torch.no_grad():

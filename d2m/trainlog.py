@@ -5,10 +5,12 @@ A line averages the steps since the line before it. Its fields:
     stage, index, step, steps    name and number of the stage, steps done in it and in all of it
     done, seconds                steps done in all stages, seconds of training until here
     lr, loss, gradient           learning rate, weighted sum of the terms, gradient norm unclipped
-    output, feature, balance     the terms, unweighted, as far as the stage computes them
+    output, feature, balance,    the terms, unweighted, as far as the stage computes them
+    group, group_balance
     features                     {block.stream: ||student - teacher||^2 / ||teacher||^2}
     experts                      {FFN site: {share [E], entropy, busiest, dead}}, see load_figures
     dead                         experts of all sites that hardly any token chose
+    groups                       {group of blocks: {share [W], entropy, busiest, dead}}: its windows
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from d2m.files import write_text
 from d2m.losses import load_figures
 
+GROUP = "group/"  # before a group's name: its windows' choices in a step's figures
 Window = dict[str, Tensor]  # sums over the steps since the last line, on the model's device
 
 
@@ -55,6 +58,11 @@ def averages(
                 for site, share, figure in zip(sites, shares, figures, strict=True)
             }
             fields["dead"] = sum(int(figure["dead"]) for figure in figures)
+        elif name.startswith(GROUP):
+            figure = load_figures(mean)
+            share = [_short(count / max(sum(mean), 1e-9)) for count in mean]
+            short = {key: _short(x) for key, x in figure.items()}
+            fields.setdefault("groups", {})[name.removeprefix(GROUP)] = {"share": share} | short
         else:
             fields[name] = _short(mean)
     return fields

@@ -69,7 +69,23 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
                 f"{directory} lacks the directory {name} that its model_index.json names; save the"
                 " pipeline again."
             )
-    return family, index, index["transformer"][1] == family.sparse_class
+    sparse = index["transformer"][1] == family.sparse_class
+    if sparse:
+        check_exportable(directory)
+    return family, index, sparse
+
+
+def check_exportable(directory: Path) -> None:
+    """ValueError for a sparse transformer that export cannot compile yet."""
+    values = config(directory, "transformer")
+    known = {"groups": None, "drop": None, "adaln": "full", "renormalise": False}
+    for name, plain in known.items():
+        if values.get(name, plain) not in (plain, {}):
+            raise ValueError(
+                f"{directory} has a transformer with {name} {values[name]!r}, expected {plain!r}:"
+                " export does not compile it yet; draw from the directory with torch, or convert"
+                f" without {name}."
+            )
 
 
 def config(directory: Path, name: str) -> dict[str, Any]:
@@ -177,7 +193,7 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
             " components are of different models."
         )
     top_k = transformer.get("top_k") if sparse else None
-    parameters = count(checkpoint.shapes(), top_k)
+    parameters = count(checkpoint.shapes(), top_k, transformer.get("kappa"))
     return {
         "defaults": {
             "steps": defaults["num_inference_steps"],

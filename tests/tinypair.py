@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from d2m.recipe import Recipe, Stage
+from d2m.structure import Blocks
 from tiny import tiny_inputs, tiny_transformer
 
 if TYPE_CHECKING:
@@ -25,18 +26,20 @@ def recipe_with(steps: int, **changes: Any) -> Recipe:
     return replace(RECIPE, stages=tuple(stages))
 
 
-def tiny_pair(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
+def tiny_pair(
+    seed: int = 0, recipe: Recipe = RECIPE, dtype: torch.dtype | None = None, **config: object
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(student, teacher): the student is the teacher's conversion under random importance."""
     import torch
 
     from d2m.families import family_of_model, sites_of
     from d2m.model import sparse_model_of
 
-    teacher = tiny_transformer(seed)
+    teacher = tiny_transformer(seed, dtype, **config)
     family, generator = family_of_model(teacher), torch.Generator().manual_seed(seed)
     names = [name for name, _, _ in sites_of(teacher.state_dict(), family)]
     scores = {name: torch.rand(4 * 32, generator=generator) for name in names}
-    return sparse_model_of(teacher, scores, RECIPE, family), teacher
+    return sparse_model_of(teacher, scores, recipe, family), teacher
 
 
 def tiny_batches(step: int, batch_size: int) -> dict[str, torch.Tensor]:
@@ -45,3 +48,39 @@ def tiny_batches(step: int, batch_size: int) -> dict[str, torch.Tensor]:
     del inputs["timestep"], inputs["guidance"]
     inputs["latents"] = inputs.pop("hidden_states")
     return inputs
+
+
+DEPTH = {"num_layers": 4, "num_single_layers": 5}
+BLOCKS = Blocks(double=((1, 2, 3),), single=((0, 1), (2, 3, 4)))
+
+
+def grouped_pair(
+    seed: int = 0, blocks: Blocks = BLOCKS, dtype: torch.dtype | None = None, **changes: Any
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(student, teacher) of 4 double and 5 single blocks, the student with groups of them.
+
+    The routers are strong enough that samples choose differently; the rest is as in `tiny_pair`.
+    """
+    import torch
+
+    from d2m.groups import block_groups
+
+    student, teacher = tiny_pair(seed, replace(RECIPE, blocks=blocks, **changes), dtype, **DEPTH)
+    generator = torch.Generator().manual_seed(seed)
+    for group in block_groups(student).values():
+        for parameter in group.router.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
+    return student, teacher
+
+
+GROUPS = Stage(
+    "groups",
+    ("groups", "router"),
+    2,
+    6,
+    3e-3,
+    {"output": 1.0, "group": 1.0, "balance": 0.01, "group_balance": 0.01},
+    batch_size=2,
+    kappa=1,
+)
+THREE = replace(RECIPE, stages=(SHARED, EXPERTS, GROUPS), blocks=BLOCKS)

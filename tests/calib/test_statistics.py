@@ -96,3 +96,22 @@ def test_wrong_arguments():
         routing_table(model_of(), batches, top_k=0)
     with pytest.raises(ValueError, match="do not rise"):
         routing_table(model_of(), batches, edges=(0.0, 0.5, 0.5))
+
+
+def test_layers_of_skipped_blocks():
+    """Tokens of a group are shared out over its blocks; a block that nobody chose has none."""
+    from tinypair import grouped_pair, tiny_batches
+
+    from d2m.groups import block_groups
+
+    model, _ = grouped_pair()
+    router = block_groups(model)["transformer_blocks.1"].router
+    for parameter in router.parameters():
+        parameter.data.zero_()  # ties go to the first block
+    layers = routing_table(model, tiny_batches, top_k=2, count=1, batch_size=4)["layers"]
+    assert layers["transformer_blocks.1.ff"]["all"]["tokens"] == 4 * 4 * 16
+    nothing = layers["transformer_blocks.2.ff"]["all"]
+    assert nothing["tokens"] == 0 and nothing["load"] == [0.0] * 12 and nothing["dead"] == 12
+    both = [layers[f"single_transformer_blocks.{i}.proj_mlp"]["all"]["tokens"] for i in (0, 1)]
+    assert sum(both) == 4 * 4 * 24
+    assert all(ffn.last_logits is None for ffn in sparse_ffns(model).values())

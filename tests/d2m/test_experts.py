@@ -244,3 +244,27 @@ def test_cuda_matches_float64_on_the_cpu(dtype, limit, monkeypatch):
         results.append([y.detach().cpu(), *(a.grad.cpu() for a in arguments)])
     for actual, expected in zip(*results):
         assert relative(actual, expected) < limit
+
+
+def test_renormalised_gates_by_hand():
+    """The chosen experts' gates divided by their sum, times K / E; equal to the plain for K = E."""
+    ffn = SparseFFN(8, 8, 4, 2, top_k=2, dtype=torch.float64)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ffn.renormalise, ffn.record = True, True
+    p, chosen = ffn.router_logits(x).softmax(-1).topk(2)
+    gates = p / p.sum(-1, keepdim=True) * 2 / 4
+    expected = ffn.shared(x)
+    for t in range(5):
+        for gate, i in zip(gates[t], chosen[t]):
+            w = ffn.experts
+            hidden = torch.nn.functional.gelu(x[t] @ w.w1[i] + w.b1[i], approximate="tanh")
+            expected = expected.index_add(0, torch.tensor([t]), (gate * (hidden @ w.w2[i]))[None])
+    y = ffn(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ffn.last_logits, ffn.router_logits(x))  # balance sees all of them
+    y.sum().backward()
+    assert torch.isfinite(ffn.gate.weight.grad).all() and ffn.gate.weight.grad.abs().sum() > 0
+    ffn.top_k = 4
+    every = ffn(x)
+    ffn.renormalise = False
+    torch.testing.assert_close(every, ffn(x))

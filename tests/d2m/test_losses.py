@@ -10,6 +10,7 @@ from d2m.losses import (
     choices,
     feature_loss,
     feature_weights,
+    group_balance_loss,
     load_figures,
     output_loss,
 )
@@ -92,3 +93,24 @@ def test_load_figures_by_hand():
     # Dead is under 1 % of a fair share: 1 of 1000 choices among 4 experts is .4 %.
     assert load_figures([400, 400, 199, 1])["dead"] == 1
     assert load_figures([400, 400, 197, 3])["dead"] == 0
+
+
+def test_group_balance_by_hand():
+    # Two samples take windows 0 and 1 of three; the other group's two take the same of two.
+    logits = [
+        torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])).requires_grad_(True),
+        torch.log(torch.tensor([[0.9, 0.1], [0.7, 0.3]])),
+    ]
+    loss, counts = group_balance_loss(logits)
+    assert [each.tolist() for each in counts] == [[1, 1, 0], [2, 0]]
+    first = 3 * (0.5 * 0.3 + 0.5 * 0.45)  # shares 1/2 1/2 0, means .3 .45 .25
+    second = 2 * (1.0 * 0.8)
+    assert loss.item() == pytest.approx((first + second) / 2)
+    loss.backward()
+    assert logits[0].grad.abs().sum() > 0
+
+
+def test_group_balance_is_one_when_windows_are_used_alike():
+    even = torch.eye(3).repeat(4, 1) * 50
+    assert group_balance_loss([even])[0].item() == pytest.approx(1)
+    assert group_balance_loss([even[:1].expand(6, -1)])[0].item() == pytest.approx(3)

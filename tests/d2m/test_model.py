@@ -10,10 +10,11 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 import d2m
 from d2m.families import FLUX
+from d2m.groups import block_groups
 from d2m.model import SparseFluxTransformer2DModel, set_top_k
 from d2m.recipe import SparseSpec
 from d2m.surgery import convert_state_dict, sites_of, sparse_ffns, split_neurons
-from tiny import TRANSFORMER_CONFIG, build_pipeline, tiny_inputs, tiny_transformer
+from tiny import TRANSFORMER_CONFIG, build_pipeline, randomize, tiny_inputs, tiny_transformer
 
 SPEC = SparseSpec(num_experts=12, shared_ratio=1.0, expert_ratio=0.25, top_k=2)
 
@@ -110,6 +111,73 @@ def test_bfloat16_keeps_gates_float32_and_neurons_exact(saved):
         else:
             assert tensor.dtype == torch.bfloat16, name
     assert torch.isfinite(draw(loaded)).all()
+
+
+GROUPED = {
+    "groups": {"double": [[0, 1]], "single": [[1, 2, 3]]},
+    "kappa": 1,
+    "alpha": 0.25,
+    "drop": {"single": [4]},
+    "num_single_layers": 5,
+}
+
+
+@pytest.mark.parametrize("adaln", ["full", "single", "lowrank"])
+def test_groups_and_modulation_round_trip(adaln, tmp_path):
+    config = TRANSFORMER_CONFIG | GROUPED | {"adaln": adaln}
+    model = SparseFluxTransformer2DModel(**config).eval()
+    randomize(model, 5)
+    set_top_k(model, 1)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {key: saved[key] for key in GROUPED} == GROUPED and saved["adaln"] == adaln
+    loaded = SparseFluxTransformer2DModel.from_pretrained(tmp_path)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    groups = block_groups(loaded)
+    assert list(groups) == ["transformer_blocks.0", "single_transformer_blocks.1"]
+    assert {group.router.alpha for group in groups.values()} == {0.25}
+    set_top_k(loaded, 1)
+    with torch.no_grad():
+        inputs = tiny_inputs(batch=3)
+        torch.testing.assert_close(loaded(**inputs).sample, model(**inputs).sample)
+    half = SparseFluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    for name, tensor in half.state_dict().items():
+        exact = "router" in name or name.endswith("gate.weight")
+        if exact:
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name]), name
+        elif tensor.is_floating_point():
+            assert tensor.dtype == torch.bfloat16, name
+    if adaln != "full":  # held once, and every norm refers to the loaded one
+        assert half.transformer_blocks[0].blocks["1"].norm1._shared[0] is half.modulation
+
+
+def test_checkpoints_from_before_groups_load(saved, tmp_path):
+    path, pipe = saved
+    pipe.transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("groups", "kappa", "alpha", "drop", "adaln", "adaln_rank", "renormalise"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = SparseFluxTransformer2DModel.from_pretrained(tmp_path)
+    assert not block_groups(loaded) and loaded.config.adaln == "full"
+    with torch.no_grad():
+        expected = pipe.transformer(**tiny_inputs()).sample
+        torch.testing.assert_close(loaded(**tiny_inputs()).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"groups": {"double": [[1, 2]]}}, "name double block 2; expected 0 to 1"),
+        ({"groups": {"double": [[1]]}}, "the config's blocks.groups.double is"),
+        ({"adaln": "half"}, "the config's adaln.mode is 'half'; expected one of full"),
+    ],
+)
+def test_structures_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        SparseFluxTransformer2DModel(**TRANSFORMER_CONFIG, **changes)
 
 
 def test_loads_in_a_fresh_process_after_import_d2m(saved):

@@ -88,3 +88,32 @@ def test_human():
         "11.4 M",
         "5.15 B",
     ]
+
+
+def test_groups_count_the_blocks_that_run():
+    """Against the model without the blocks that are skipped: equal in size, so equal in count."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from d2m.model import SparseFluxTransformer2DModel
+    from tiny import TRANSFORMER_CONFIG
+
+    def counted(kappa, double, single, **config):
+        sizes = {"num_layers": double, "num_single_layers": single}
+        with torch.device("meta"):
+            model = SparseFluxTransformer2DModel(**TRANSFORMER_CONFIG | sizes | config)
+        return count(shapes_of(model), 2, kappa)
+
+    groups = {"double": [[0, 1, 2]], "single": [[0, 1], [2, 3, 4]]}
+    routers = 3 * 32 * (3 + 2 + 3)
+    for kappa in (1, 2):
+        mine = counted(kappa, 4, 5, groups=groups)
+        plain = counted(None, 4 - (3 - kappa), 5 - (2 - kappa) - (3 - kappa))
+        assert mine["activated"] == plain["activated"] + routers
+        assert mine["ffn_activated"] == plain["ffn_activated"]
+        assert mine["ffn_share"] == 0.375
+    every = counted(None, 4, 5, groups=groups)
+    assert every["total"] == mine["total"] == counted(None, 4, 5)["total"] + routers
+    assert every["activated"] == counted(None, 4, 5)["activated"] + routers
+    dense = FluxTransformer2DModel(**TRANSFORMER_CONFIG)
+    assert count(shapes_of(dense), None, 1)["activated"] == count(shapes_of(dense))["total"]

@@ -70,6 +70,10 @@ def edited(**changes):
         ({"calibration.batches": 0}, "calibration.batches is 0"),
         ({"precision": "fp8"}, "precision is 'fp8'; expected float32 or bfloat16"),
         ({"t_std": float("nan")}, "t_std is nan; expected a number"),
+        ({"blocks.kapa": 1}, "blocks has the unknown key 'kapa'; known are groups, kappa, alpha"),
+        ({"adaln.mode": "none"}, "adaln.mode is 'none'; expected one of full, single, lowrank"),
+        ({"stages.0.kappa": 1}, r"stages\[0\].kappa is 1; expected null, since the recipe has no"),
+        ({"stages.0.skip": 1}, r"stages\[0\]: skip is 1; expected true or false"),
     ],
 )
 def test_mistakes_are_named(changes, words):
@@ -104,6 +108,31 @@ def test_steps_are_shared_out_exactly(total):
 def test_impossible_steps(total):
     with pytest.raises(ValueError, match="expected a whole number from 1"):
         recipes.with_steps(recipes.preset("L"), total)
+
+
+def test_stages_are_chosen_by_number_or_name():
+    recipe = recipes.preset("L")
+    second = recipes.with_stages(recipe, ["2"])
+    assert second == recipes.with_stages(recipe, ["experts"]) == recipes.with_stages(recipe, [2])
+    assert [stage.skip for stage in second.stages] == [True, False]
+    assert second.steps == recipe.stages[1].steps
+    assert recipes.with_stages(second, [1, 2]) == recipe
+    # A stage on its own is as long as it is among the others.
+    alone = recipes.with_stages(recipes.with_steps(recipe, 30), [2])
+    assert alone.steps == 20 and recipes.with_steps(second, 30) == alone
+    for wrong in ("3", 0, "gates"):
+        with pytest.raises(ValueError, match=r"is not in recipe 'L'; it has 1 \(shared\), 2"):
+            recipes.with_stages(recipe, [wrong])
+
+
+def test_groups_and_modulation_round_trip():
+    groups = {"double": [[3, 4, 5]], "single": [[2, 3, 4], [7, 8]]}
+    changes = {"blocks": {"groups": groups, "kappa": 2}, "stages.1.kappa": 2}
+    recipe = recipes.from_dict(edited(**changes, adaln={"mode": "lowrank", "rank": 8}))
+    assert recipe.blocks.single == ((2, 3, 4), (7, 8)) and recipe.adaln.rank == 8
+    assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(recipe)))) == recipe
+    with pytest.raises(ValueError, match=r"stages\[1\].kappa is 3; expected 1 to 2"):
+        recipes.from_dict(edited(blocks={"groups": groups}, **{"stages.1.kappa": 3}))
 
 
 def test_no_torch():

@@ -1,0 +1,182 @@
+"""Mixture of Blocks: a router keeps kappa of a group's m consecutive blocks, sample by sample.
+
+Shape letters: B batch, T image tokens, L text tokens, D width, m blocks of a group,
+W = m - kappa + 1 windows.
+A group sits in the model's block list where its first block was and takes a block's own arguments;
+the places of its other blocks hold `Passed`, so that indices stay the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.routing import routing_dtype
+
+ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
+
+Streams = tuple[Tensor, Tensor]
+
+
+class Router(nn.Module):
+    """alpha * W_x [x_pooled, c_pooled] + (1 - alpha) * W_y y -> a logit per block [B, m] (read).
+
+    x are the image tokens entering the group and c the text tokens, pooled by the mean over tokens;
+    y is the global embedding that feeds AdaLN (`temb`). No biases: 3 m D weights. Computed in
+    float32 (float64 for float64 tokens), autocast or not.
+    """
+
+    def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.alpha = alpha
+        kind = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        self.tokens = nn.Linear(2 * dim, blocks, bias=False, device=device, **kind)  # W_x
+        self.embedding = nn.Linear(dim, blocks, bias=False, device=device, **kind)  # W_y
+        for linear in (self.tokens, self.embedding):
+            nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, L, D], [B, D] -> [B, m]. With alpha 0 no token is looked at."""
+        dtype = routing_dtype(temb)
+        with torch.autocast(temb.device.type, enabled=False):
+            logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
+            if self.alpha:
+                streams = (hidden_states, encoder_hidden_states)
+                pooled = torch.cat([stream.mean(1, dtype=dtype) for stream in streams], dim=-1)
+                logits = logits + self.alpha * _linear(pooled, self.tokens)
+        return logits
+
+
+class BlockGroup(nn.Module):
+    """m consecutive blocks of which every sample runs kappa neighbours; the others are skipped.
+
+    `blocks` by dense index, in order. Attributes: `kappa`, 1..m, may be changed at any time, m runs
+    all of them as the dense model does, without a router; `record = True` keeps the windows' logits
+    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
+    """
+
+    def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
+        super().__init__()
+        weight = next(parameter for block in blocks.values() for parameter in block.parameters())
+        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
+        self.kappa = kappa
+        self.record = False
+        self.last_logits: Tensor | None = None
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The blocks' indices in the dense model's list."""
+        return tuple(int(name) for name in self.blocks)
+
+    def window_logits(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor
+    ) -> Tensor:
+        """The mean logit of every window of kappa neighbours, [B, W] (ours); the largest wins."""
+        logits = self.router(hidden_states, encoder_hidden_states, temb)
+        return logits.unfold(-1, self.kappa, 1).mean(-1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Streams:
+        """As a block: [B, T, D], [B, L, D], [B, D] -> (text [B, L, D], image [B, T, D]).
+
+        Each block is called at most once, with the samples that chose it. Tensors of
+        `joint_attention_kwargs` whose first dimension is B are taken to hold a row per sample.
+        """
+        streams = (encoder_hidden_states, hidden_states)
+        self.last_logits = None
+        batch, offsets = hidden_states.shape[0], range(len(self.blocks))
+        chosen, shares = [list(range(batch)) for _ in offsets], None
+        if self.kappa < len(self.blocks):
+            logits = self.window_logits(hidden_states, encoder_hidden_states, temb)
+            self.last_logits = logits if self.record else None
+            starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
+            chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
+            shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
+        for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
+            if not rows:
+                continue
+            part = len(rows) < batch
+            index = torch.tensor(rows, device=temb.device) if part else slice(None)
+            text, image = (stream[index] for stream in streams)
+            after = block(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                temb=temb[index],
+                image_rotary_emb=image_rotary_emb,
+                joint_attention_kwargs=_rows(joint_attention_kwargs, index, batch),
+            )
+            if shares is not None:
+                windows = slice(max(0, offset - self.kappa + 1), offset + 1)  # those with the block
+                share = shares[index, windows].sum(-1)
+                after = [straight_through(*pair, share) for pair in zip((text, image), after)]
+            if part:
+                pairs = zip(streams, after)
+                after = [old.to(new.dtype).index_copy(0, index, new) for old, new in pairs]
+            streams = (after[0], after[1])
+        return streams
+
+    def extra_repr(self) -> str:
+        return f"kappa={self.kappa}"
+
+
+class Passed(nn.Module):
+    """Where a block was that a group holds, or that is left out: hands both streams on."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Streams:
+        return encoder_hidden_states, hidden_states
+
+
+def straight_through(before: Tensor, after: Tensor, share: Tensor) -> Tensor:
+    """`after` in value; the router gets the gradient of `before + share * (after - before)` (ours).
+
+    before, after [B, T, D]; share [B]: the probability of the windows that run this block. Blocks
+    that were not chosen are not run for it, so training costs what inference does.
+    """
+    slack = (share - share.detach()).to(after.dtype)[:, None, None]
+    return after + slack * (after - before).detach()
+
+
+def block_groups(model: nn.Module) -> dict[str, BlockGroup]:
+    """Every BlockGroup of the model by its name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BlockGroup)}
+
+
+def set_kappa(model: nn.Module, kappa: int | None) -> None:
+    """Let every group keep `kappa` of its blocks, None all; ValueError unless each has as many."""
+    groups = block_groups(model).values()
+    for group in groups:
+        if kappa is not None and not 1 <= kappa <= len(group.blocks):
+            raise ValueError(
+                f"kappa={kappa} is out of range; this model's groups take 1 to "
+                f"{min(len(each.blocks) for each in groups)}."
+            )
+    for group in groups:
+        group.kappa = len(group.blocks) if kappa is None else kappa
+
+
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    return F.linear(x, linear.weight.to(x.dtype))
+
+
+def _rows(value: Any, index: Any, batch: int) -> Any:
+    """The rows `index` of every tensor inside `value` that has one per sample."""
+    if isinstance(value, Tensor):
+        return value[index] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: _rows(each, index, batch) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return type(value)(_rows(each, index, batch) for each in value)  # type: ignore[call-arg]
+    return value

@@ -1,0 +1,133 @@
+"""The student before its first training step, from the dense model or an earlier conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m.families import Family, family_of
+from d2m.files import temporary_sibling, write_json
+from d2m.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+Progress = Callable[[str, int, int], None]
+
+KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
+IMPORTANCE = "importance.safetensors"
+
+
+def first_student(
+    dense: nn.Module,
+    neurons: Mapping[str, Tensor],
+    recipe: Recipe,
+    family: Family,
+    calibration: Batches,
+    work: Path,
+    start: Path | None = None,
+) -> tuple[nn.Module, float]:
+    """The sparse model that training begins with, and the conversion's own check.
+
+    Args:
+        neurons: importance of the dense model's neurons, site name -> [N].
+        calibration: (step, batch size) -> batch; for the check, and for the fit of shared
+            modulation, whose moments are kept in `work`.
+        start: a sparse pipeline directory of this structure, whose weights are taken instead.
+
+    The check is the relative error of the output, on real data, with all experts and blocks on and
+    the dense model's modulation: rounding alone. ValueError if `start` has another structure.
+    """
+    from d2m.adalnfit import compress_adaln
+    from d2m.flow import generator_at, noisy
+    from d2m.inputs import transformer_inputs
+    from d2m.model import sparse_model_of
+    from d2m.surgery import identity_error
+
+    student: nn.Module = sparse_model_of(dense, neurons, recipe, family)
+    batch = calibration(0, 2)
+    x, t, _ = noisy(batch["latents"], generator_at(0, "identity"))
+    error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
+    if recipe.adaln.mode != "full":
+        compress_adaln(student, recipe.adaln, _moments(dense, calibration, recipe, work))
+    return (student if start is None else _loaded(start, student)), error
+
+
+def start_importance(start: Path) -> Callable[..., dict[str, Tensor]]:
+    """The `importance` of a conversion that begins with `start`: the scores that one was split by.
+
+    FileNotFoundError or ValueError, in one sentence, if `start` is no sparse pipeline of d2m.
+    """
+    from safetensors.torch import load_file
+
+    family_of(start)
+    if not (start / IMPORTANCE).is_file():
+        raise FileNotFoundError(
+            f"{start} has no {IMPORTANCE}; expected a sparse pipeline that d2m convert has written."
+        )
+    return lambda *args, **options: load_file(start / IMPORTANCE)
+
+
+def kept_importance(
+    work: Path,
+    identity: Mapping[str, Any],
+    dense: nn.Module,
+    calibration: Batches,
+    recipe: Recipe,
+    importance: Callable[..., dict[str, Tensor]],
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """The neurons' scores, from the work directory if they were computed before.
+
+    They are the first thing worth keeping: the work directory is made here and not sooner, so that
+    input which cannot be converted leaves nothing behind.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = work / IMPORTANCE
+    if not path.is_file():
+        scores = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
+        write_json(work / "run.json", identity)
+        temporary = temporary_sibling(path)
+        save_file({name: score.contiguous() for name, score in scores.items()}, temporary)
+        os.replace(temporary, path)
+    return load_file(path)
+
+
+def _loaded(start: Path, student: nn.Module) -> nn.Module:
+    """The transformer of `start` in float32, once its structure is seen to be the student's."""
+    import torch
+
+    from d2m.model import SparseFluxTransformer2DModel
+
+    found: Any = SparseFluxTransformer2DModel.from_pretrained(
+        start / "transformer", torch_dtype=torch.float32, local_files_only=True
+    )
+    theirs, ours = (json.loads(json.dumps(dict(m.config))) for m in (found, student))
+    for name, value in ours.items():
+        if not name.startswith("_") and name not in KNOBS and theirs.get(name) != value:
+            raise ValueError(
+                f"{start} has {name} {theirs.get(name)!r} where the recipe makes {value!r}; start "
+                "from a conversion of the same structure."
+            )
+    return found.to(next(student.parameters()).device).eval()
+
+
+def _moments(
+    dense: nn.Module, calibration: Batches, recipe: Recipe, work: Path
+) -> dict[str, Tensor]:
+    """The calibration of shared modulation, from the work directory if it was done before."""
+    from safetensors.torch import load_file, save_file
+
+    from d2m.adalnfit import modulation_moments
+
+    path = work / "modulation.safetensors"
+    if not path.is_file():
+        temporary = temporary_sibling(path)
+        save_file(modulation_moments(dense, calibration, recipe, recipe.seed), temporary)
+        os.replace(temporary, path)
+    return load_file(path)

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM in a long run: asked once it stops at the next good place, twice at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A function that says whether Ctrl-C or SIGTERM came; a second one interrupts at once."""
+    asked = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # Python lets only the main thread set handlers
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in numbers:
+            signal.signal(number, ask)
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(done: int, total: int, workdir: Path, log: Callable[[str], None]) -> None:
+    """Say how to go on, and stop."""
+    sentence = (
+        f"stopped after {done} of {total} steps; the state is in {workdir}, go on with --resume."
+    )
+    log(sentence)
+    raise KeyboardInterrupt(sentence)
