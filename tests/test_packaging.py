@@ -63,7 +63,7 @@ def test_the_wheel_holds_packages_presets_and_the_default_bundle(wheel: zipfile.
     for package in ("d2m", "export", "runtime", "calib"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names
-    data = [*(ROOT / "d2m/presets").glob("*.json"), *(ROOT / "runtime/default").rglob("*")]
+    data = [*(ROOT / "d2m").rglob("*.json"), *(ROOT / "runtime/default").rglob("*")]
     assert (ROOT / "d2m/presets/L.json").is_file()
     for path in data:
         if path.is_file():
