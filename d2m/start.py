@@ -99,7 +99,7 @@ def kept_importance(
 
 
 def _loaded(start: Path, student: nn.Module) -> nn.Module:
-    """The transformer of `start` in float32, once its structure is seen to be the student's."""
+    """The student with the float32 weights of `start`, once their structures are seen to agree."""
     import torch
 
     from d2m.model import SparseFluxTransformer2DModel
@@ -107,14 +107,26 @@ def _loaded(start: Path, student: nn.Module) -> nn.Module:
     found: Any = SparseFluxTransformer2DModel.from_pretrained(
         start / "transformer", torch_dtype=torch.float32, local_files_only=True
     )
-    theirs, ours = (json.loads(json.dumps(dict(m.config))) for m in (found, student))
+    configs: list[Any] = [found.config, student.config]
+    theirs, ours = (
+        json.loads(json.dumps({k: v for k, v in each.items() if not k.startswith("_")}))
+        for each in configs
+    )
     for name, value in ours.items():
-        if not name.startswith("_") and name not in KNOBS and theirs.get(name) != value:
+        if name not in KNOBS and theirs.get(name) != value:
             raise ValueError(
                 f"{start} has {name} {theirs.get(name)!r} where the recipe makes {value!r}; start "
                 "from a conversion of the same structure."
             )
-    return found.to(next(student.parameters()).device).eval()
+    # Only what differs is taken: the rest stays shared with the dense model. Copies lie where a
+    # training run's tensors lie, or kernels would round differently than in a run of all stages.
+    state = found.state_dict()
+    tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    for name, tensor in tensors.items():
+        value = state.get(name)
+        if value is not None and not torch.equal(value, tensor.cpu()):
+            tensor.data = value.to(tensor.device, copy=True)
+    return student
 
 
 def _moments(

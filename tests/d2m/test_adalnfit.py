@@ -87,7 +87,8 @@ def test_lowrank_at_full_rank_is_exact_everywhere():
 @pytest.mark.parametrize(("dtype", "limit"), [(F64, 1e-9), (torch.float32, 1e-5)])
 def test_identity_of_the_model_at_full_rank(dtype, limit):
     student, teacher = tiny_pair(dtype=dtype)
-    moments = modulation_moments(teacher, tiny_batches, RECIPE)
+    data = double_batches if dtype == F64 else tiny_batches
+    moments = modulation_moments(teacher, data, RECIPE)
     compress_adaln(student, AdaLN("lowrank", 32), moments)
     assert identity_error(student, teacher, tiny_inputs(dtype=dtype)) < limit
     assert student.config.adaln == "lowrank" and student.config.adaln_rank == 32
@@ -109,14 +110,10 @@ def test_moments_are_those_of_what_the_norms_get():
     )
     with torch.no_grad():
         for i in range(RECIPE.calibration.batches):
-            batch = {n: t.double() for n, t in tiny_batches(i, 32).items()}
+            batch = double_batches(i, 32)
             x, t, _ = noisy(batch["latents"], generator_at(4, "adaln", i))
             model(**transformer_inputs(model, batch, x, t.double()))
-
-    def double(step, size):
-        return {name: tensor.double() for name, tensor in tiny_batches(step, size).items()}
-
-    moments = modulation_moments(model, double, RECIPE, seed=4)
+    moments = modulation_moments(model, double_batches, RECIPE, seed=4)
     s = torch.cat(seen)
     # The model multiplies its times in float64 here, the calibration draws them in float32.
     torch.testing.assert_close(moments["mean"], s.mean(0), rtol=1e-4, atol=1e-5)
