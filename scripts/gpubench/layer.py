@@ -50,7 +50,14 @@ def lean(routing: str, experts: int, device: torch.device) -> Tensor:
 
 
 def make(
-    name: str, width: int, experts: int, top_k: int, routing: str, device: Any, dtype: Any, seed: int
+    name: str,
+    width: int,
+    experts: int,
+    top_k: int,
+    routing: str,
+    device: Any,
+    dtype: Any,
+    seed: int,
 ) -> nn.Module:
     """One contender with random weights of its own."""
     torch.manual_seed(seed)

@@ -14,7 +14,6 @@ import torch
 from gpubench.flux import Flux, Size
 
 
-
 def size_of(bundle: Any, top_k: int) -> Size:
     """The size, read off the weights' shapes."""
     tensors = {name: spec.shape for name, spec in bundle.weights("transformer").tensors.items()}
