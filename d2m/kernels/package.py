@@ -20,7 +20,7 @@ from typing import Any
 from d2m import __version__
 from d2m.files import replace_dir, temporary_sibling, write_json
 from d2m.kernels.compile import Compiled, compile_launch
-from d2m.kernels.configs import BYTES, IMAGE_TOKENS, Tiles, shared_limit, tiles_for
+from d2m.kernels.configs import BYTES, IMAGE_TOKENS, shared_limit, tiles_for
 from d2m.kernels.extents import Extent, counts, fit
 from d2m.kernels.plan import Launch, Plan, Sizes, forward_plan
 from d2m.kernels.ptx import VERSION, reorder

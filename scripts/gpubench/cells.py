@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from gpubench import layer
 from gpubench.flux import PRESETS, Double, Single, Size, build
 from gpubench.timing import measure, peak, rotations
@@ -230,8 +231,8 @@ def one_picture(s: Setting, compiled: bool) -> Record:
     import time
 
     import numpy as np
-    from gpubench.shapes import pipeline
 
+    from gpubench.shapes import pipeline
     from runtime.pipeline import Pipeline
 
     prompt = "a red circle above a blue square"

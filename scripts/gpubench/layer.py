@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpubench.flux import DenseFFN
 from torch import Tensor, nn
 
 from d2m.experts import SparseFFN, experts_op
 from d2m.realisation import case_of, impossible, use
 from d2m.routing import routed_experts_reference
+from gpubench.flux import DenseFFN
 
 ROUTINGS = ("uniform", "skewed", "one expert")
 # Relative error allowed against float64: 16-bit operands, hidden rows and expert sums rounded.

@@ -1,7 +1,7 @@
 """The shapes model that ships with d2m, its transformer run by torch on any device.
 
-Text encoders and VAE stay in ONNX Runtime (0.1 s of a picture); the transformer is a `Flux` whose
-weights are the bundle's. So a machine with torch and no diffusers draws end to end with the kernels.
+Text encoders and VAE stay in ONNX Runtime; the transformer is a `Flux` whose weights are the
+bundle's. So a machine with torch and no diffusers draws end to end with the kernels.
 """
 
 from __future__ import annotations
