@@ -5,8 +5,8 @@ of the kernels' plan (`plugin_body`), and each node's operator a plugin (`regist
 parser prefers a plugin to a model-local function of its name; the body itself stays a function, so
 that the graph is the same elsewhere. Scratch tensors are ordinary tensors between the nodes.
 
-Never run: TensorRT cannot be installed where this was written. It follows the documentation
-entry of its `plans`. Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
+`kernels` below is the manifest of `python -m d2m.kernels build` (d2m/kernels/package.py), `plan`
+one entry of its `plans`. Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
 
 Never run: TensorRT cannot be installed where this was written. Written against its documentation
 (tensorrt.plugin.register, aot_impl, KernelLaunchParams, SymInt32). Not known: whether TensorRT
@@ -145,8 +145,8 @@ def load_plugin_api() -> tuple[Any, Any]:
         ) from None
     if not hasattr(plugin, "aot_impl"):
         raise ImportError(
-            f"--plugin needs tensorrt.plugin.aot_impl, which tensorrt {tensorrt.__version__} has not,"
-            " expected 10.9 or later; leave --plugin out: the portable body needs no plugin."
+            f"--plugin needs tensorrt.plugin.aot_impl, which tensorrt {tensorrt.__version__} has"
+            " not, expected 10.9 or later; leave --plugin out: the portable body needs no plugin."
         )
     return tensorrt, plugin
 
