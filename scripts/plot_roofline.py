@@ -105,6 +105,12 @@ def points(answer: dict[str, Any]) -> list[tuple[str, float, float]]:
     return found
 
 
+def decades(values: list[float]) -> tuple[float, float]:
+    """Powers of ten around positive numbers."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    return 10.0 ** math.floor(low), 10.0 ** math.ceil(high + 0.1)
+
+
 def roofline(answer: dict[str, Any]) -> str:
     """An SVG of both roofs and the layer's contenders, both axes logarithmic."""
     cells = answer["cells"]

@@ -117,7 +117,8 @@ def triton_version() -> str:
         return str(importlib.import_module("triton").__version__)
     except ImportError as error:
         raise ImportError(
-            f"compiling kernels needs triton ({error}); install it on Linux with: pip install triton"
+            f"compiling kernels needs triton ({error}); install it on Linux with: pip install"
+            " triton"
         ) from None
 
 
@@ -194,7 +195,7 @@ def plugin_order(plan: Plan, launch: Launch, kernel: Compiled) -> list[int]:
 
 
 def refuse(kernel: Compiled, sm: int) -> None:
-    """Shared memory over the architecture's limit: Triton does not check it, a launch would fail."""
+    """Shared memory over the architecture's limit, which Triton does not check: no launch."""
     limit = shared_limit(sm)
     if kernel.shared > limit:
         raise ValueError(
@@ -206,7 +207,7 @@ def refuse(kernel: Compiled, sm: int) -> None:
 def add_kernel(
     folder: Path, manifest: dict[str, Any], compiled: tuple[str, Compiled, list[int]]
 ) -> None:
-    """Write one kernel's two files, and its record; again with the same name, it must be the same."""
+    """Write one kernel's two files and its record; the same name twice must be the same kernel."""
     name, kernel, order = compiled
     record = {
         "entry": kernel.entry,

@@ -210,7 +210,7 @@ class Flux(nn.Module):
         rope_cos: Tensor,
         rope_sin: Tensor,
     ) -> Tensor:
-        """[B, T, channels], [B, L, text_width], [B, pooled], [B], [B], tables -> [B, T, channels]."""
+        """[B, T, channels], [B, L, text_width], [B, pooled], [B], [B], tables -> as the first."""
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         times = (timestep.to(image.dtype) * 1000, guidance.to(image.dtype) * 1000)
         temb = self.time_text_embed(*times, pooled_projections)
