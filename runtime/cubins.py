@@ -87,8 +87,8 @@ def make_call(plan: Mapping[str, Any], experts: int, tokens: int) -> Call:
         grid = [measure(extent, known) for extent in row["grid"]] + [1, 1]
         if any(size > most for size, most in zip(grid, MAX_GRID)):
             raise ValueError(
-                f"{tokens} tokens give kernel {row['kernel']} a grid of {grid[:3]}, expected at most"
-                f" {list(MAX_GRID)}; draw fewer pictures at once."
+                f"{tokens} tokens give kernel {row['kernel']} a grid of {grid[:3]}, expected at"
+                f" most {list(MAX_GRID)}; draw fewer pictures at once."
             )
         arguments = tuple(
             value if value in tensors else measure(value, known) for value in row["arguments"]

@@ -1,7 +1,7 @@
 """Sizes that follow from the number of tokens, as text that needs none of our code to work out.
 
 A grid or a scratch shape of a plan depends on T through three counts, of which every size is a
-fixed multiple, or on nothing. Written as "6*tiles" or "3072" they travel in a manifest, and one set of
+fixed multiple, or on nothing. As "6*tiles" or 3072 they travel in a manifest, and one set of
 cubins serves every T. The texts are fitted to plans made for several T, not written beside them: a
 plan that stops being of this form fails to package.
 """

@@ -125,3 +125,38 @@ def test_a_missing_plan_and_a_missing_library_are_one_sentence(folder: Path) -> 
         plugins.choose(kernels, 80, "image", 2)
     with pytest.raises(ImportError, match="--plugin needs tensorrt with its Python plugins"):
         plugins.load_plugin_api()
+
+
+def test_the_flag_is_refused_where_it_means_nothing() -> None:
+    from export.bundle import check_plugin
+
+    for trt, rtx, words in ((False, False, "without --trt"), (True, True, "with --trt-rtx")):
+        with pytest.raises(ValueError, match=f"--plugin is given {words}, expected --trt alone"):
+            check_plugin(trt, rtx)
+    with pytest.raises(ImportError, match="leave --plugin out"):
+        check_plugin(True, False)
+
+
+def test_a_graph_gets_the_plugins_body(folder: Path, tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    from export.plans import load_graph, plugin_plan
+
+    kind = TensorProto.BFLOAT16
+    shapes = {"x": ["tokens", 64], "logits": ["tokens", 4], "w1": [4, 64, 32]}
+    shapes |= {"b1": [4, 32], "w2": [4, 32, 64]}
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT if name == "logits" else kind, shape)
+        for name, shape in shapes.items()
+    ]
+    node = helper.make_node("RoutedExperts", list(shapes), ["y"], domain="d2m", top_k=2)
+    output = helper.make_tensor_value_info("y", kind, ["tokens", 64])
+    graph = helper.make_graph([node], "g", inputs, [output])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("d2m", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), str(tmp_path / "g.onnx"))
+    assert plugin_plan(tmp_path / "g.onnx", None, [90], 16) is None
+    chosen = plugin_plan(tmp_path / "g.onnx", folder, [90], 16)
+    assert chosen is not None and chosen["plan"]["stream"] == "text"
+    model = load_graph(tmp_path / "g.onnx", tokens=16, plugin=chosen)
+    (function,) = model.functions
+    assert [n.op_type for n in function.node][0] == "route_text_k2_sm90"
