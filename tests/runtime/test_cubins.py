@@ -185,3 +185,33 @@ def test_changed_code_and_links_are_refused(folder: Path, tmp_path: Path) -> Non
         open_kernels(root)
     with pytest.raises(FileNotFoundError, match=r"has no kernels.json, expected a package"):
         open_kernels(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 77, 2500])
+def test_op_on_the_gpu(tmp_path: Path, tokens: int) -> None:
+    """The same op test with real cubins on a real device, through cuda-bindings, no torch."""
+    import subprocess
+    import sys
+
+    from runtime.executor import gpu_count
+
+    if not gpu_count():
+        pytest.skip("no GPU is visible")
+    pytest.importorskip("triton")
+    from runtime.device import Device
+
+    device = Device()
+    sizes = f"--width {D} --experts {E} --hidden {H} --dtype fp32 --top-k 2"
+    command = [sys.executable, "-m", "d2m.kernels", "build", "--sm", str(device.capability)]
+    subprocess.run([*command, *sizes.split(), "-o", str(tmp_path / "k")], check=True)
+    cubins, tensors = Cubins(open_kernels(tmp_path / "k"), device), given(tokens, "random")
+    call = cubins.prepare(tokens, 2)
+    addresses = {name: device.malloc(array.nbytes) for name, array in tensors.items()}
+    for name, array in tensors.items():
+        device.upload(addresses[name], array)
+    addresses["y"] = device.malloc(tokens * D * 4)
+    cubins.run(call, addresses, device.malloc(call.scratch))
+    found = np.empty((tokens, D), np.float32)
+    device.download(addresses["y"], found)
+    np.testing.assert_allclose(found, reference(tensors, 2), rtol=2e-4, atol=2e-5)
