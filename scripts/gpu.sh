@@ -33,7 +33,7 @@ stage() {  # name, most seconds, command: run with a limit, keep the log, never 
 }
 
 bench() {  # sections: the script itself stops in time and a later call goes on
-    stage "bench-$1" 560 "$python" scripts/bench_gpu.py --sections "$1" --seconds "$(left)"
+    stage "bench-$1" 560 "$python" scripts/bench_gpu.py --sections "$1" --seconds "$(( $(left) - 30 ))"
 }
 
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

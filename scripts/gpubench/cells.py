@@ -7,6 +7,7 @@ run can stop after any cell, and a later one goes on with those that are missing
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 
 from gpubench import layer
 from gpubench.flux import PRESETS, Double, Single, Size, build
-from gpubench.timing import measure, peak, rotations
+from gpubench.timing import backend, measure, peak, rotations
 
 Record = dict[str, Any]
 Cells = Iterator[tuple[str, Callable[[], Record]]]
@@ -115,7 +116,8 @@ def one_layer(s: Setting, batch: int, routing: str, mode: str, name: str) -> Rec
         else:
             run = layer.forward(name, ffn.requires_grad_(False))
         works.append(partial(run, given))
-    row = measure(works, s.device, seconds=s.seconds)
+    # The loop waits for its counts on the host, which no graph can hold.
+    row = measure(works, s.device, seconds=s.seconds, graph=name != "sorted")
     work = layer.flops(name, tokens, width, experts, s.size.top_k) * (3 if train else 1)
     return {**row, "rotations": len(works), "tflops": round(work / row["ms"] / 1e9, 2)}
 
@@ -162,7 +164,7 @@ def one_block(s: Setting, kind: str, size: Size, compiled: bool) -> Record:
         block = next(m for m in model.modules() if isinstance(m, (Double, Single)))
         image, text, rest = block_inputs(s)
         if compiled:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend(s.device))
         given = (image, text, *rest) if kind == "double" else (torch.cat([text, image], 1), *rest)
         works.append(partial(block, *given))
     return measure(works, s.device, seconds=s.seconds)
@@ -204,7 +206,7 @@ def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
     if compiled:
         for block in model.modules():
             if isinstance(block, (Double, Single)):
-                block.compile(fullgraph=True)
+                block.compile(fullgraph=True, backend=backend(s.device))
     tokens = s.image + s.text
 
     def noise(*shape: int) -> Any:
@@ -262,6 +264,7 @@ SECTIONS: dict[str, Callable[[Setting], Cells]] = {
 def clean(device: torch.device) -> None:
     """Between cells: what one held must not be in the next one's peak."""
     gc.collect()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()

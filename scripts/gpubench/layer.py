@@ -16,6 +16,7 @@ from d2m.experts import SparseFFN, experts_op
 from d2m.realisation import case_of, impossible, use
 from d2m.routing import routed_experts_reference
 from gpubench.flux import DenseFFN
+from gpubench.timing import backend
 
 ROUTINGS = ("uniform", "skewed", "one expert")
 # Relative error allowed against float64: 16-bit operands, hidden rows and expert sums rounded.
@@ -81,7 +82,10 @@ def forward(name: str, ffn: nn.Module) -> Callable[[Tensor], Tensor]:
     """The contender as a function of x [T, D]."""
     if name.startswith("dense"):
         return ffn
-    run = torch.compile(ffn, fullgraph=True) if name.endswith("compiled") else ffn
+    run: Callable[[Tensor], Tensor] = ffn
+    if name.endswith("compiled"):
+        kind = backend(next(ffn.parameters()).device)
+        run = torch.compile(ffn, fullgraph=True, backend=kind)
 
     def call(x: Tensor) -> Tensor:
         with use(name.split()[0]):

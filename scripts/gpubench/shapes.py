@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gpubench.flux import Flux, Size
+from gpubench.timing import backend
 
 
 def size_of(bundle: Any, top_k: int) -> Size:
@@ -49,7 +50,7 @@ class Transformer:
 
     def __init__(self, model: Flux, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.model, self.device, self.dtype = model, device, dtype
-        self.run = torch.compile(model, fullgraph=True) if compiled else model
+        self.run = torch.compile(model, backend=backend(device)) if compiled else model
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, np.ndarray], top_k: int | None = None) -> dict[str, Any]:

@@ -17,6 +17,11 @@ import torch
 Work = Callable[[], Any]
 
 
+def backend(device: torch.device) -> str:
+    """What torch.compile compiles with: on a CPU only the tracing is exercised."""
+    return "inductor" if device.type == "cuda" else "eager"
+
+
 def rotations(bytes_each: int, device: torch.device, most: int = 8) -> int:
     """How many sets of tensors make the cache useless: four times its size together."""
     if device.type != "cuda":

@@ -75,7 +75,6 @@ def test_the_torch_transformer_is_the_bundles() -> None:
     """What is timed is FLUX: the shapes model's weights give what ONNX Runtime gives."""
     sys.path.insert(0, str(ROOT / "scripts"))
     from gpubench.shapes import Transformer, load_bundle
-
     from runtime.bundle import open_bundle
     from runtime.ort import open_component
     from runtime.pipeline import default_bundle
