@@ -132,7 +132,7 @@ def choose(case: Case, by_hand: str | None, source: str) -> str:
             )
         log.info("%s: %s, because %s says so", what, by_hand, source)
         return by_hand
-    passed = []
+    passed: list[str] = []
     for name in REALISATIONS:
         reason = impossible(name, case) or unwise(name, case)
         if reason is None:

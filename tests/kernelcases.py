@@ -7,7 +7,6 @@ compiled; so tests hand these functions to one of two child processes and judge 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -229,8 +228,25 @@ def check_placement(sizes: tuple[int, int], top_k: int, routing: str, rows: int)
     return {"used": used, "bound": tiles_bound(call, rows)}
 
 
+def check_residual() -> dict[str, float]:
+    """The fused end of a block against its parts, two samples of 9 tokens."""
+    import torch
+
+    from d2m.kernels.op import forward_residual
+    from d2m.routing import routed_experts_reference
+
+    *arguments, shared = make((18, 40, 6, 16))
+    residual, scale = torch.randn(18, 40), torch.randn(2, 40)
+    with poisoned() as made:
+        y = forward_residual(*arguments, 2, shared, residual, scale)
+        assert bands_hold(made)
+    routed = routed_experts_reference(*(a.double() for a in arguments), 2)
+    rows = scale.double().repeat_interleave(9, 0)
+    return {"y": relative(y, residual + rows * (shared + routed))}
+
+
 def check_through_torch() -> dict[str, Any]:
-    """The op under autograd, activation checkpointing and torch.compile, computed by the kernels."""
+    """The op under autograd, checkpointing and torch.compile, computed by the kernels."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -284,13 +300,14 @@ def machine_code(
     """What `d2m.kernels.compile.inspect` says of the kernels of one call, by label (all: ())."""
     from d2m.kernels.compile import compile_launch, inspect
     from d2m.kernels.configs import tiles_for
-    from d2m.kernels.plan import Sizes, backward_plan, forward_plan
+    from d2m.kernels.plan import Sizes, backward_plan, forward_plan, residual_plan
 
     width, experts, hidden, top_k = sizes
     call = Sizes(tokens, width, experts, hidden, top_k, dtype)
     tiles = tiles_for(sm, dtype, tokens, width, hidden)
     found = {}
-    for plan in (forward_plan(call, tiles), backward_plan(call, tiles, True, True)):
+    plans = (residual_plan(call, tiles, tokens), forward_plan(call, tiles))
+    for plan in (*plans, backward_plan(call, tiles, True, True)):
         for launch in plan.launches:
             if launch.label not in found and (not labels or launch.label in labels):
                 found[launch.label] = inspect(compile_launch(plan, launch, sm))
@@ -307,10 +324,3 @@ def ptx_of_up(ptx_version: int) -> tuple[str, list[tuple[str, str]], int]:
     [launch] = [launch for launch in plan.launches if launch.label == "up"]
     done = compile_launch(plan, launch, 90, ptx_version)
     return done.ptx, list(done.parameters), done.scratch
-
-
-def modules_after_import() -> list[str]:
-    """Which of triton's modules `import d2m.kernels` and its launcher load."""
-    import d2m.kernels.op  # noqa: F401
-
-    return [name for name in sys.modules if name.split(".")[0] == "triton"]

@@ -18,7 +18,7 @@ MAY = {
 }
 TORCH_WORLD = {"torch", "diffusers", "transformers", "accelerate"}
 ONNX_WORLD = {"onnx", "onnxscript", "onnx_ir", "polygraphy"}
-HEAVY = TORCH_WORLD | ONNX_WORLD | {"tensorrt", "tensorrt_rtx", "cuda", "onnxruntime"}
+HEAVY = TORCH_WORLD | ONNX_WORLD | {"tensorrt", "tensorrt_rtx", "cuda", "onnxruntime", "triton"}
 # Files of the command line's own path: nothing heavy while they load.
 LIGHT = (
     "d2m/__init__.py",

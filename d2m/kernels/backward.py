@@ -1,4 +1,4 @@
-"""Backward kernels: `hidden_backward`, `weight_backward`, `gate_backward` (and down, combine again).
+"""Kernels `hidden_backward`, `weight_backward`, `gate_backward`; `down` and `combine` serve again.
 
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen. The forward keeps nothing:
 u, the GELU and the hidden rows are computed again here.
@@ -66,8 +66,8 @@ def hidden_backward(
     valid = live[:, None] & inside[None, :]
     part = tl.sum(tl.where(valid, gelu * dhidden, 0.0), axis=1)
     tl.store(dgate_parts + n.to(tl.int64) * slots_in_all + slot, part)
-    # d/du u sigmoid(2z) = sigmoid(2z) + u * 2 z' sigmoid(2z) (1 - sigmoid(2z)). Where the sigmoid is
-    # 0 or 1 in float32 the last term is 0 whatever the slope, which may have overflowed.
+    # s = sigmoid(2z): d/du u s = s + 2 u z' s (1 - s). Where s is 0 or 1 in float32 the last term
+    # is 0 whatever the slope, which may have overflowed.
     bend = share * (1.0 - share)
     derivative = share + tl.where(bend == 0.0, 0.0, 2.0 * u * slope * bend)
     before = tl.where(valid, gate * derivative * dhidden, 0.0)

@@ -17,6 +17,11 @@ from typing import Any
 
 from d2m.kernels.plan import KERNELS, Launch, Plan
 
+# One line of nvdisasm: perhaps its address, perhaps a predicate, then the instruction's name.
+INSTRUCTION = re.compile(
+    r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", re.M
+)
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -100,9 +105,7 @@ def _compiled(
     )
 
 
-def compile_launch(
-    plan: Plan, launch: Launch, sm: int, ptx_version: int | None = None
-) -> Compiled:
+def compile_launch(plan: Plan, launch: Launch, sm: int, ptx_version: int | None = None) -> Compiled:
     """Compile one launch of a plan for sm_80, 86, 89, 90, 100 or 120; takes 0.2 to 3 s.
 
     ptx_version 87 asks for PTX 8.7, which CUDA 12.8 drivers take; None is Triton's own choice.
@@ -145,13 +148,11 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
 
     registers a thread, `local` and `stack` bytes a thread (spills), shared bytes a program,
     `spills` (STL and LDL), `wide` (16-byte loads from global memory, asynchronous copies included),
-    `narrow` (shorter ones), `mma` (matrix instructions by name).
+    `narrow` (shorter ones by name), `stores` and `mma` (matrix instructions) by name.
     """
     sass, usage = disassemble(compiled.cubin)
-    ops: Counter[str] = Counter(
-        re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.M)
-    )
-    loads = {op: n for op, n in ops.items() if op.startswith(("LDG", "LDGSTS"))}
+    ops: Counter[str] = Counter(INSTRUCTION.findall(sass))
+    loads = {op: n for op, n in ops.items() if op.startswith(("LDG.", "LDGSTS."))}
     matrix = ("HMMA", "HGMMA", "UTCHMMA", "UTCOMMA", "QGMMA", "DMMA")
     found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return {
@@ -162,9 +163,9 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "local": int(found["LOCAL"]),
-        "spills": sum(n for op, n in ops.items() if op.startswith(("STL", "LDL")) and op[:4] != "LDLM"),
+        "spills": sum(n for op, n in ops.items() if op.startswith(("STL", "LDL"))),
         "wide": sum(n for op, n in loads.items() if ".128" in op),
-        "narrow": sum(n for op, n in loads.items() if ".128" not in op),
+        "narrow": {op: n for op, n in loads.items() if ".128" not in op},
         "stores": {op: n for op, n in ops.items() if op.startswith("STG")},
         "mma": {op: n for op, n in ops.items() if op.startswith(matrix)},
         "instructions": sum(ops.values()),

@@ -1,4 +1,4 @@
-"""Kernels `down` (slot rows times their expert's matrix) and `combine` (a token's slots summed).
+"""Kernels `down` (slot rows times their expert's matrix), `combine`, `combine_residual` (sums).
 
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
 """
@@ -58,6 +58,19 @@ def down(
 
 
 @triton.jit
+def token_sum(rows, slots, token, columns, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sum of rows [slots, D] over a token's K slots, in float32, k = 0 first."""
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for k in tl.static_range(K):
+        at = rows + tl.load(slots + token * K + k).to(tl.int64) * D + columns
+        if D % BLOCK_D == 0:
+            total += tl.load(at).to(tl.float32)
+        else:
+            total += tl.load(at, mask=columns < D, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def combine(
     rows,
     slots,
@@ -66,21 +79,48 @@ def combine(
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y [T, D] = the sum of rows [slots, D] over a token's K slots, in float32, k = 0 first.
+    """y [T, D] = the sum of rows [slots, D] over a token's K slots.
 
     A gather instead of atomics: the same bits on every run. Grid: (T, ceil(D / BLOCK_D)).
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for k in tl.static_range(K):
-        at = rows + tl.load(slots + token * K + k).to(tl.int64) * D + columns
-        if D % BLOCK_D == 0:
-            total += tl.load(at).to(tl.float32)
-        else:
-            total += tl.load(at, mask=columns < D, other=0.0).to(tl.float32)
+    total = token_sum(rows, slots, token, columns, D, K, BLOCK_D)
     at = y + token * D + columns
     if D % BLOCK_D == 0:
         tl.store(at, total.to(y.dtype.element_ty))
     else:
         tl.store(at, total.to(y.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["sample_tokens"])
+def combine_residual(
+    rows,
+    slots,
+    shared,
+    residual,
+    scale,
+    y,
+    sample_tokens,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y [T, D] = residual + scale[sample] * (shared + the token's sum): the end of a block's FFN.
+
+    shared, residual [T, D]; scale [samples, D] is AdaLN's gate, sample = token // sample_tokens.
+    Two elementwise passes less, and one rounding instead of three. y may be residual's memory:
+    a program reads its numbers before it writes them. Grid: as `combine`.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = columns < D
+    if D % BLOCK_D == 0:
+        mask = tl.full([BLOCK_D], True, tl.int1)
+    total = token_sum(rows, slots, token, columns, D, K, BLOCK_D)
+    at = token * D + columns
+    factor = tl.load(scale + (token // sample_tokens) * D + columns, mask=mask, other=0.0)
+    total += tl.load(shared + at, mask=mask, other=0.0).to(tl.float32)
+    total *= factor.to(tl.float32)
+    total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)

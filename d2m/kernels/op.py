@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from d2m.kernels.configs import Tiles, tiles_for
-from d2m.kernels.plan import KERNELS, Plan, Sizes, backward_plan, forward_plan
+from d2m.kernels.plan import (
+    KERNELS,
+    Plan,
+    Shapes,
+    Sizes,
+    backward_plan,
+    forward_plan,
+    residual_plan,
+)
 
 DTYPES = {
     "i32": torch.int32,
@@ -22,8 +30,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Tests set this: scratch and outputs are then filled with it (NaN) instead of left as they come.
-POISON: float | None = None
 
 
 @cache
@@ -42,15 +48,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def allocate(shapes: dict[str, tuple[str, tuple[int, ...]]], device: torch.device) -> dict[str, Tensor]:
+def allocate(shapes: Shapes, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised tensors, none of which a kernel reads before another has written it."""
-    tensors = {}
-    for name, (dtype, shape) in shapes.items():
-        tensors[name] = torch.empty(shape, dtype=DTYPES[dtype], device=device)
-        if POISON is not None:
-            bad = POISON if tensors[name].is_floating_point() else -(2**30)
-            tensors[name].fill_(bad)
-    return tensors
+    return {
+        name: torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        for name, (dtype, shape) in shapes.items()
+    }
 
 
 def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,6 +107,36 @@ def forward_triton(
     sizes = call_sizes(x, w1, top_k)
     plan = forward_plan(sizes, tiles or call_tiles(x, sizes))
     return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
+
+
+def forward_residual(
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    shared: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """residual + scale * (shared + routed) in one pass at the end; for inference, no gradients.
+
+    shared, residual [T, D]; scale [S, D] with T a multiple of S: the gate of every sample.
+    """
+    tokens, samples = x.shape[0], scale.shape[0]
+    if tokens == 0:
+        return torch.empty_like(x)
+    if tokens % samples:
+        raise ValueError(
+            f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
+            "multiple: one row of scale for every sample."
+        )
+    sizes = call_sizes(x, w1, top_k)
+    plan = residual_plan(sizes, call_tiles(x, sizes), tokens // samples)
+    more = {"shared": shared, "residual": residual, "scale": scale}
+    inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
+    return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
 
 
 def backward_triton(

@@ -7,10 +7,14 @@ the same plan, so none of them can drift from the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from d2m.kernels.configs import Tile, Tiles, next_power
+
+# Tensor name -> dtype and shape.
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+Constants = tuple[tuple[str, int | bool | str], ...]
 
 # Kernel name -> where it is defined.
 KERNELS = {
@@ -19,6 +23,7 @@ KERNELS = {
     "up": "d2m.kernels.up:up",
     "down": "d2m.kernels.down:down",
     "combine": "d2m.kernels.down:combine",
+    "combine_residual": "d2m.kernels.down:combine_residual",
     "hidden_backward": "d2m.kernels.backward:hidden_backward",
     "weight_backward": "d2m.kernels.backward:weight_backward",
     "gate_backward": "d2m.kernels.backward:gate_backward",
@@ -45,7 +50,7 @@ class Launch:
     kernel: str
     grid: tuple[int, ...]
     arguments: tuple[tuple[str, str | int], ...]
-    constants: tuple[tuple[str, int | bool | str], ...]
+    constants: Constants
     warps: int = 4
     stages: int = 2
 
@@ -58,9 +63,9 @@ class Plan:
     cleared before. `launches` run in order on one stream.
     """
 
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    outputs: dict[str, tuple[str, tuple[int, ...]]]
-    work: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: Shapes
+    outputs: Shapes
+    work: Shapes
     launches: tuple[Launch, ...]
 
     def dtype(self, name: str) -> str:
@@ -85,17 +90,18 @@ def _named(**values: str | int) -> tuple[tuple[str, str | int], ...]:
     return tuple(values.items())
 
 
-def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> tuple[tuple[str, int | bool | str], ...]:
+def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> Constants:
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     # tf32 would lose 10 bits of float32; "ieee" has no meaning for the 16-bit dtypes.
-    return tuple({**more, **blocks, "PRECISION": "ieee"}.items())
+    constants: dict[str, int | bool | str] = {**more, **blocks, "PRECISION": "ieee"}
+    return tuple(constants.items())
 
 
-def _placement(sizes: Sizes, tiles: Tiles) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[Launch]]:
+def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
     """route and place, and the tensors they fill: the same in forward and backward."""
     T, K, E = sizes.tokens, sizes.top_k, sizes.experts
     pad, blocks, bound = next_power(E), ceil_div(T, tiles.block_t), tiles_bound(sizes, tiles.m)
-    work: dict[str, tuple[str, tuple[int, ...]]] = {
+    work: Shapes = {
         "gates": ("fp32", (T, K)),
         "chosen": ("i32", (T, K)),
         "counts": ("i32", (blocks, pad)),
@@ -160,7 +166,7 @@ def _combine(label: str, rows: str, out: str, sizes: Sizes) -> Launch:
     )
 
 
-def _inputs(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _inputs(sizes: Sizes) -> Shapes:
     T, D, E, H = sizes.tokens, sizes.width, sizes.experts, sizes.hidden
     return {
         "x": (sizes.dtype, (T, D)),
@@ -192,8 +198,32 @@ def forward_plan(sizes: Sizes, tiles: Tiles) -> Plan:
     )
     launches.append(_down("down", "hidden", "w2", "rows", sizes, tiles.down, bound))
     launches.append(_combine("combine", "rows", "y", sizes))
-    outputs = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
+    outputs: Shapes = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
     return Plan(_inputs(sizes), outputs, work, tuple(launches))
+
+
+@lru_cache(maxsize=256)
+def residual_plan(sizes: Sizes, tiles: Tiles, sample_tokens: int) -> Plan:
+    """The forward whose last kernel ends the block: y = residual + scale * (shared + routed).
+
+    For inference. shared, residual [T, D], scale [T / sample_tokens, D]: AdaLN's gate by sample.
+    """
+    plan = forward_plan(sizes, tiles)
+    *launches, combine = plan.launches
+    names = ("rows", "slots", "shared", "residual", "scale", "y")
+    last = replace(
+        combine,
+        label="combine_residual",
+        kernel="combine_residual",
+        arguments=_named(**{name: name for name in names}, sample_tokens=sample_tokens),
+    )
+    kind, (tokens, width) = sizes.dtype, (sizes.tokens, sizes.width)
+    more: Shapes = {
+        "shared": (kind, (tokens, width)),
+        "residual": (kind, (tokens, width)),
+        "scale": (kind, (ceil_div(tokens, sample_tokens), width)),
+    }
+    return replace(plan, inputs={**plan.inputs, **more}, launches=(*launches, last))
 
 
 @lru_cache(maxsize=256)
@@ -229,7 +259,7 @@ def backward_plan(sizes: Sizes, tiles: Tiles, need_x: bool, need_weights: bool) 
             tile.stages,
         )
     )
-    outputs: dict[str, tuple[str, tuple[int, ...]]] = {"dlogits": ("fp32", (T, E))}
+    outputs: Shapes = {"dlogits": ("fp32", (T, E))}
     launches.append(
         Launch(
             "gate_backward",

@@ -52,9 +52,7 @@ def gathered_matmul(
         else:
             inside = first + k < D
             left = tl.load(at, mask=inside[None, :], other=0.0)
-            right = tl.load(
-                weight_at, mask=inside[:, None] & (columns[None, :] < N), other=0.0
-            )
+            right = tl.load(weight_at, mask=inside[:, None] & (columns[None, :] < N), other=0.0)
         accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
         at += BLOCK_K
         weight_at += BLOCK_K * stride_k

@@ -1,4 +1,4 @@
-"""Two child processes for tests of the kernels: one interprets, one compiles (see kernelcases.py)."""
+"""Two child processes for the kernels: one interprets, one compiles (see kernelcases.py)."""
 
 import importlib.util
 import multiprocessing

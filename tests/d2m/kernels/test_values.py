@@ -73,6 +73,10 @@ def test_placement(interpreted, routing):
         assert found["used"] <= found["bound"]
 
 
+def test_the_fused_end_of_a_block(interpreted):
+    assert interpreted(cases.check_residual)["y"] < LIMITS["float32"]
+
+
 def test_autograd_checkpointing_and_compile(interpreted):
     found = interpreted(cases.check_through_torch)
     assert found["plain"] < 2e-6 and found["compile"] < 1e-6
