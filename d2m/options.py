@@ -79,6 +79,9 @@ Trt = Annotated[
     bool, typer.Option("--trt", help="Plans by TensorRT, or TensorRT-RTX where that is missing.")
 ]
 TrtRtx = Annotated[bool, typer.Option("--trt-rtx", help="Plans by TensorRT-RTX.")]
+Plugin = Annotated[
+    bool, typer.Option("--plugin", help="Experimental: with --trt, experts as TensorRT plugins.")
+]
 Sm = Annotated[str, typer.Option("--sm", help="Compute capabilities of the plans, e.g. 86,89,120.")]
 TopKs = Annotated[str, typer.Option("--top-k", help="Experts per token to offer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="What ONNX computes in: fp32, bf16, fp16.")]

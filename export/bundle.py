@@ -37,6 +37,7 @@ def export_bundle(
     dtype: str = "fp32",
     storage: str | None = None,
     plan_dtype: str | None = None,
+    plugin: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export the pipeline in `sparse_dir` to the bundle `out`.
@@ -51,6 +52,8 @@ def export_bundle(
         storage: what the weights are stored in; None: as the checkpoint stores them.
         plan_dtype: what the plans compute in; None: bf16 for an fp32 bundle (TensorRT fuses no
             attention in float32), else `dtype`.
+        plugin: experimental; plans of TensorRT proper run the routed experts as plugins, made from
+            the kernels of d2m/kernels (needs triton). The default is the portable body.
         progress: called as progress(phase, done, total).
 
     Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes, plans.
@@ -62,6 +65,8 @@ def export_bundle(
     """
     source, final = Path(sparse_dir), Path(out)
     check_arguments(source, final, dtype, storage, plan_dtype, sm, trt or trt_rtx)
+    if plugin:
+        check_plugin(trt, trt_rtx)
     need_extra()
     from export.source import components, open_pipeline
 
@@ -84,7 +89,7 @@ def export_bundle(
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
             same = kind == dtype
-            write_plans(folder, manifest, apis, sm, kind, None if same else parts, progress)
+            write_plans(folder, manifest, apis, sm, kind, None if same else parts, progress, plugin)
         write_manifest(folder, manifest, progress)
         replace_dir(folder, final)
     except OSError as error:
@@ -147,6 +152,20 @@ def check_arguments(
         raise ValueError(f"{out} is a file, expected a directory's name; choose another output.")
     if out.exists() and out.resolve() == source.resolve():
         raise ValueError(f"{out} is the pipeline itself, expected another output directory.")
+
+
+def check_plugin(trt: bool, trt_rtx: bool) -> None:
+    """Refuse --plugin where it has no meaning or its libraries are missing."""
+    if trt_rtx or not trt:
+        raise ValueError(
+            f"--plugin is given {'with --trt-rtx' if trt_rtx else 'without --trt'}, expected --trt"
+            " alone: TensorRT-RTX takes no Python plugins."
+        )
+    from d2m.kernels.package import triton_version
+    from export.plugins import load_plugin_api
+
+    load_plugin_api()
+    triton_version()
 
 
 def need_extra() -> None:
@@ -304,6 +323,7 @@ def write_plans(
     dtype: str,
     parts: Sequence[Component] | None,
     progress: Progress | None,
+    plugin: bool = False,
 ) -> None:
     """Plans of every block graph; with `parts` the graphs are traced anew, computing in `dtype`."""
     from export.plans import build_plans, default_profiles
@@ -323,6 +343,9 @@ def write_plans(
             for kind, record in component["types"].items()
             for key, path in record["graphs"].items()
         }
+        kernels = Path(scratch) / "kernels"
+        if plugin:
+            build_kernels(kernels, manifest, dtype, progress)
         for api in apis:
             manifest["plans"] |= build_plans(
                 graphs,
@@ -331,8 +354,35 @@ def write_plans(
                 sm=sm,
                 dtype=DTYPES[dtype],
                 profiles=default_profiles(manifest),
+                kernels=kernels if plugin else None,
                 progress=progress,
             )
+
+
+def build_kernels(
+    out: Path, manifest: Mapping[str, Any], dtype: str, progress: Progress | None
+) -> None:
+    """The kernels of a sparse manifest's experts for this machine's GPU, of every top_k but 0."""
+    from d2m.kernels.package import build
+    from d2m.kernels.plan import Sizes
+    from export.toolchain import local_sm
+
+    found = {
+        tuple(weight["shape"])
+        for row in manifest["components"]["transformer"]["types"].values()
+        for name, weight in row["weights"].items()
+        if name.endswith("experts.w1")
+    }
+    sm = local_sm()
+    if len(found) != 1 or sm is None:
+        what = "no GPU" if sm is None else f"experts of {len(found)} sizes"
+        raise ValueError(
+            f"--plugin finds {what}, expected one size of experts and the GPU that the plans are"
+            " for; leave --plugin out: the portable body needs neither."
+        )
+    experts, width, hidden = found.pop()
+    sizes = Sizes(1, width, experts, hidden, 1, dtype)
+    build(out, sizes, [sm], [k for k in manifest["top_k_choices"] if k], progress=progress)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], progress: Progress | None) -> None:

@@ -46,6 +46,8 @@ def compile_plan(trt: Any, model: bytes, job: dict[str, Any]) -> tuple[bytes, st
     flags = 0
     if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if job.get("kernels"):
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
@@ -67,6 +69,18 @@ def compile_plan(trt: Any, model: bytes, job: dict[str, Any]) -> tuple[bytes, st
         raise ValueError(f"{title} cannot build plan {job['name']} ({logger.last()}).")
     data = bytes(plan)
     return data, logger.dump or inspect(trt, logger, data)
+
+
+def register_plugins(job: dict[str, Any]) -> None:
+    """With job["kernels"] {root, folder, plan}: TensorRT plugins made from a package of kernels.
+
+    Only then something of ours is imported here; export/plugins.py imports no more than this does.
+    """
+    kernels = job["kernels"]
+    sys.path.insert(0, kernels["root"])
+    plugins = importlib.import_module("export.plugins")
+    manifest = json.loads(Path(kernels["folder"], "kernels.json").read_text())
+    plugins.register(*plugins.load_plugin_api(), manifest, kernels["folder"], kernels["plan"])
 
 
 def refusal(parser: Any) -> str:
@@ -115,6 +129,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     try:
         trt = importlib.import_module(job["api"])
+        if job.get("kernels"):
+            register_plugins(job)
         plan, dump = compile_plan(trt, (folder / "model.onnx").read_bytes(), job)
     except (ValueError, OSError) as error:
         result = {"error": "OSError" if isinstance(error, OSError) else "ValueError"}

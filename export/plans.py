@@ -37,6 +37,7 @@ def build_plans(
     sm: Sequence[int] = (),
     dtype: str = "bfloat16",
     profiles: Profiles,
+    kernels: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compile every graph and write `out_dir`/plans/<target>/<component>/<type>[.k<K>].plan.
@@ -46,7 +47,8 @@ def build_plans(
     compute capabilities such as 86 or 120; none means portable (TensorRT-RTX: 8.0, 8.6, 8.9, 12.0
     and later; TensorRT: this machine's GPU). dtype: what the graphs compute in. profiles: name of
     a dimension, or "component.name" -> (min, opt, max); image_tokens is always needed. Every plan
-    is checked: attention fused, no conditional, no copy to the host.
+    is checked: attention fused, no conditional, no copy to the host. kernels: a package of kernels
+    that the routed experts of TensorRT proper run as plugins (experimental); none: portable body.
 
     Returns the manifest's `plans`: {target: {api, version, compute_capabilities, dtype, profiles,
     files, tensors, layers}}. Raises ImportError, OSError or ValueError with one sentence.
@@ -72,11 +74,20 @@ def build_plans(
 
     # Read here, in one thread (onnx's registry of schemas is not safe in two), built side by side.
     tokens = profiles["image_tokens"][1]
-    models = {key: load_graph(block_graphs[key], tokens=tokens) for key in sorted(block_graphs)}
+    plugged = {
+        key: plugin_plan(block_graphs[key], kernels, capabilities, tokens)
+        for key in sorted(block_graphs)
+    }
+    models = {
+        key: load_graph(block_graphs[key], tokens=tokens, plugin=plugged[key])
+        for key in sorted(block_graphs)
+    }
 
     def one(key: str) -> tuple[str, bytes, str]:
         shapes = bounds(tensors(models[key]), profiles, key)
-        return key, *build(trt, models[key], shapes, sm=capabilities, name=key)
+        return key, *build(
+            trt, models[key], shapes, sm=capabilities, name=key, kernels=plugged[key]
+        )
 
     with ThreadPoolExecutor(WORKERS) as pool:
         for done, (key, plan, dump) in enumerate(pool.map(one, models), 1):
@@ -98,13 +109,47 @@ def build_plans(
     return {target: entry}
 
 
-def load_graph(path: str | Path, *, tokens: int) -> Any:
-    """A block graph with the portable body, in the form that fuses best (see export.fuse)."""
+def plugin_plan(
+    path: str | Path, kernels: str | Path | None, capabilities: Sequence[int], tokens: int
+) -> dict[str, Any] | None:
+    """{"folder", "plan"} of the kernels that a graph's experts run as plugins, or None."""
+    if kernels is None:
+        return None
+    import json
+
+    import onnx
+
+    from export.body import routings
+    from export.plugins import choose
+
+    found = {routing.top_k for routing in routings(onnx.load(str(path)))}
+    if not found:
+        return None
+    manifest = json.loads(Path(kernels, "kernels.json").read_text(encoding="utf-8"))
+    stream = "image" if tokens >= 2048 else "text"  # tiles differ, any number of tokens runs
+    return {
+        "folder": kernels,
+        "plan": choose(manifest, capabilities[0], stream, found.pop()),
+        "manifest": manifest,
+    }
+
+
+def load_graph(path: str | Path, *, tokens: int, plugin: Mapping[str, Any] | None = None) -> Any:
+    """A block graph with the portable body, in the form that fuses best (see export.fuse).
+
+    With `plugin` (see plugin_plan) the body is the plugins' nodes.
+    """
     import onnx
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file, expected a block graph in ONNX format.")
-    return fuse(with_body(onnx.load(str(path)), "portable", tokens=tokens))
+    if plugin is None:
+        return fuse(with_body(onnx.load(str(path)), "portable", tokens=tokens))
+    from export.plugins import plugin_body
+
+    model = with_body(onnx.load(str(path)), None)
+    model.functions.append(plugin_body(plugin["manifest"], plugin["plan"]))
+    return fuse(model)
 
 
 def tensors(model: Any) -> dict[str, list[dict[str, Any]]]:

@@ -110,15 +110,24 @@ def build(
     *,
     sm: Sequence[int] = (),
     name: str = "the graph",
+    kernels: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, str]:
     """Compile one ONNX model in a process of its own; returns the plan and its layer dump.
 
     `shapes`: input -> (min, opt, max) shapes, for inputs that have dynamic dimensions. Types are
-    the graph's own (strongly typed), float32 stays float32 (no TF32). The same model, shapes and
+    the graph's own (strongly typed), float32 stays float32 (no TF32). `kernels` {"folder", "plan"}
+    registers plugins first (export/plugins.py; TensorRT proper alone). The same model, shapes and
     release give the same bytes. ValueError names the plan and, where there is one, the node.
     """
     with tempfile.TemporaryDirectory(prefix="d2m-plan-") as folder:
         job = {"api": trt.__name__, "name": name, "sm": list(sm), "shapes": dict(shapes)}
+        if kernels is not None:
+            root = str(Path(__file__).resolve().parent.parent)
+            job["kernels"] = {
+                "root": root,
+                "folder": str(kernels["folder"]),
+                "plan": kernels["plan"],
+            }
         Path(folder, "job.json").write_text(json.dumps(job, sort_keys=True))
         Path(folder, "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
         # -P: the script's own directory stays out of sys.path.

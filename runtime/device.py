@@ -6,6 +6,7 @@ argument, so that its tests run on host memory.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,42 @@ class Device:
         """Give a recorded graph back."""
         self.check("freeing a CUDA graph", *self.cuda.cudaGraphExecDestroy(graph))
 
+    def load_kernel(self, cubin: bytes, entry: str, shared: int) -> Any:
+        """A function of a cubin, allowed `shared` bytes of dynamic shared memory a program."""
+        cuda = driver()
+        limit = self.cuda.cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerBlockOptin
+        device = self.check("asking for the GPU", *self.cuda.cudaGetDevice())
+        have = self.check(
+            "asking for shared memory", *self.cuda.cudaDeviceGetAttribute(limit, device)
+        )
+        if shared > have:
+            raise OSError(
+                f"kernel {entry} takes {shared} bytes of shared memory, expected at most {have} on"
+                " this GPU; build the kernels for its own compute capability."
+            )
+        what = f"loading kernel {entry}"
+        module = self.check(what, *cuda.cuModuleLoadData(cubin))
+        function = self.check(what, *cuda.cuModuleGetFunction(module, entry.encode()))
+        attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.check(what, *cuda.cuFuncSetAttribute(function, attribute, shared))
+        return function
+
+    def launch(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        block: int,
+        shared: int,
+        values: list[tuple[int, str]],
+    ) -> None:
+        """Queue a kernel; `values` in order, each with its type: "i32", or a pointer "*..."."""
+        numbers = tuple(value for value, _ in values)
+        kinds = tuple(ctypes.c_int32 if kind == "i32" else ctypes.c_void_p for _, kind in values)
+        done = driver().cuLaunchKernel(
+            function, *grid, block, 1, 1, shared, self.stream, (numbers, kinds), 0
+        )
+        self.check("starting a kernel", *done)
+
     def check(self, what: str, error: Any, *values: Any) -> Any:
         """The value of a CUDA call, the values where there are several."""
         if int(error):
@@ -94,6 +131,13 @@ def bindings() -> Any:
             "running plans needs cuda-bindings; install it with: pip install 'd2m[trt-rtx]'"
         ) from None
     return runtime
+
+
+def driver() -> Any:
+    """The module cuda.bindings.driver: cubins are loaded and launched through the driver."""
+    from cuda.bindings import driver
+
+    return driver
 
 
 def capability(cuda: Any) -> int:
@@ -117,6 +161,9 @@ def capability(cuda: Any) -> int:
 
 
 def text(cuda: Any, error: Any) -> str:
-    """CUDA's own words for an error."""
-    _, words = cuda.cudaGetErrorString(error)
+    """CUDA's own words for an error, of the runtime or of the driver."""
+    if type(error).__name__ == "CUresult":
+        _, words = driver().cuGetErrorString(error)
+    else:
+        _, words = cuda.cudaGetErrorString(error)
     return words.decode() if isinstance(words, bytes) else str(words)

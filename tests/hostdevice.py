@@ -6,11 +6,13 @@ graph that a plan would be built from, run by ONNX Runtime on the very addresses
 
 import copy
 import ctypes
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hostkernels
 import numpy as np
 
 from runtime.bundle import Bundle, open_bundle
@@ -29,6 +31,7 @@ class HostDevice:
         self.memory: dict[int, np.ndarray] = {}
         self.recording: list[Callable[[], None]] | None = None
         self.uploads = 0
+        self.capability = 90
 
     def malloc(self, size: int) -> int:
         array = np.full(size + 256, 0xAB, np.uint8)  # what is read unwritten will show
@@ -48,6 +51,25 @@ class HostDevice:
 
     def queue(self, work: Callable[[], None]) -> None:
         work() if self.recording is None else self.recording.append(work)
+
+    def load_kernel(self, cubin: bytes, entry: str, shared: int) -> bytes:
+        assert json.loads(cubin)["kernel"] == entry and shared >= 0
+        return cubin
+
+    def launch(
+        self,
+        function: bytes,
+        grid: tuple[int, int, int],
+        block: int,
+        shared: int,
+        values: list[tuple[int, str]],
+    ) -> None:
+        """The kernel in numpy (tests/hostkernels.py); types must be those it was compiled for."""
+        kinds = [kind for _, kind in json.loads(function)["kinds"]]
+        assert [kind for _, kind in values][: len(kinds)] == kinds and block % 32 == 0
+        assert all(value % 16 == 0 for value, kind in values if kind[0] == "*")
+        numbers = [value for value, _ in values]
+        self.queue(lambda: hostkernels.run(function, grid, numbers))
 
     def begin_capture(self) -> None:
         self.recording = []

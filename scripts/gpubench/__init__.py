@@ -1,0 +1,1 @@
+"""What scripts/bench_gpu.py measures: timing, one FFN, blocks, a whole step, the shapes model."""

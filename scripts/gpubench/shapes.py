@@ -1,0 +1,77 @@
+"""The shapes model that ships with d2m, its transformer run by torch on any device.
+
+Text encoders and VAE stay in ONNX Runtime; the transformer is a `Flux` whose weights are the
+bundle's. So a machine with torch and no diffusers draws end to end with the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpubench.flux import Flux, Size
+from gpubench.timing import backend
+
+
+def size_of(bundle: Any, top_k: int) -> Size:
+    """The size, read off the weights' shapes."""
+    tensors = {name: spec.shape for name, spec in bundle.weights("transformer").tensors.items()}
+    width, text = tensors["x_embedder.weight"][1], tensors["context_embedder.weight"][0]
+    head_dim = tensors["transformer_blocks.0.attn.norm_q.weight"][0]
+    counts = [
+        1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
+        for group in ("transformer_blocks", "single_transformer_blocks")
+    ]
+    experts = tensors["transformer_blocks.0.ff.experts.w1"][0]
+    pooled = tensors["time_text_embed.text_embedder.linear_1.weight"][0]
+    channels = tensors["x_embedder.weight"][0]
+    heads = width // head_dim
+    return Size(heads, head_dim, *counts, channels, text, pooled, experts, top_k)
+
+
+def load_bundle(bundle: Any, top_k: int, device: torch.device, dtype: torch.dtype) -> Flux:
+    """A Flux with the bundle's weights; a bundle holds Linear weights as [in, out]."""
+    model = Flux(size_of(bundle, top_k)).eval().requires_grad_(False)
+    tensors = bundle.weights("transformer")
+    linears = {
+        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    for name, parameter in model.named_parameters():
+        array = torch.from_numpy(np.array(tensors.array(name, "float32")))
+        parameter.data = (array.t() if name in linears else array).contiguous()
+        parameter.data = parameter.data.to(device, torch.float32 if ".gate." in name else dtype)
+    return model.to(device)
+
+
+class Transformer:
+    """An executor of the component `transformer` (see runtime.executor.Executor)."""
+
+    def __init__(self, model: Flux, device: torch.device, dtype: torch.dtype, compiled: bool):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.run = torch.compile(model, backend=backend(device)) if compiled else model
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, np.ndarray], top_k: int | None = None) -> dict[str, Any]:
+        wide = ("timestep", "guidance", "rope_cos", "rope_sin")
+        given = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(
+                self.device, torch.float32 if name in wide else self.dtype
+            )
+            for name, array in inputs.items()
+        }
+        return {"sample": self.run(**given).float().cpu().numpy()}
+
+
+def pipeline(
+    device: torch.device, dtype: torch.dtype, top_k: int | None = None, compiled: bool = False
+) -> Any:
+    """The default bundle as a callable whose transformer runs in torch on `device`."""
+    from runtime.pipeline import Pipeline
+
+    drawn = Pipeline(None, "ort")
+    k = top_k or drawn.manifest["top_k"]
+    model = load_bundle(drawn.bundle, k, device, dtype)
+    drawn._executors["transformer"] = Transformer(model, device, dtype, compiled)
+    return drawn

@@ -1,0 +1,109 @@
+"""The GPU benchmark at toy size on the CPU, its tables and drawing, and gpu.sh's refusals."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "bench_gpu.json"
+    done = script(
+        "bench_gpu.py", "--toy", "--sections", "ceilings,correctness,layer", "--json", path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def test_every_cell_ran_or_says_why(measured: Path) -> None:
+    answer = json.loads(measured.read_text())
+    cells = answer["cells"]
+    assert [name for name, row in cells.items() if "failed" in row] == []
+    assert {"date", "machine", "setting", "command"} <= set(answer)
+    checks = [row for name, row in cells.items() if name.startswith("correctness/")]
+    assert all(row.get("ok", True) for row in checks) and any("ok" in row for row in checks)
+    assert cells["layer/B2/skewed/training/sorted"]["tflops"] > 0
+    assert "the tensors are on cpu" in cells["layer/B1/uniform/forward/triton"]["skipped"]
+
+
+def test_a_second_run_measures_nothing_again(measured: Path) -> None:
+    before = json.loads(measured.read_text())["cells"]
+    done = script("bench_gpu.py", "--toy", "--sections", "ceilings,correctness", "--json", measured)
+    assert done.returncode == 0 and json.loads(measured.read_text())["cells"] == before
+    later = script(
+        "bench_gpu.py", "--toy", "--sections", "blocks", "--seconds", 0, "--json", measured
+    )
+    assert later.returncode == 3 and "8 left" in later.stdout
+
+
+def test_tables_and_drawing(measured: Path) -> None:
+    done = script("plot_roofline.py", measured)
+    assert done.returncode == 0, done.stderr
+    assert "| step L | 1.33 | not measured |" in done.stdout
+    assert "| layer/B1/uniform/forward/dense |" in measured.with_suffix(".md").read_text()
+    drawing = ET.parse(measured.with_name("roofline.svg")).getroot()
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) >= 6
+
+
+@pytest.mark.slow
+def test_blocks_step_and_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "bench_gpu.json"
+    done = script("bench_gpu.py", "--toy", "--sections", "blocks,step,shapes", "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(path.read_text())["cells"]
+    assert [(n, r) for n, r in cells.items() if "failed" in r] == []
+    assert cells["shapes/torch"]["psnr_to_ort"] is None or cells["shapes/torch"]["psnr_to_ort"] > 50
+
+
+def test_the_torch_transformer_is_the_bundles() -> None:
+    """What is timed is FLUX: the shapes model's weights give what ONNX Runtime gives."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from gpubench.shapes import Transformer, load_bundle
+    from runtime.bundle import open_bundle
+    from runtime.ort import open_component
+    from runtime.pipeline import default_bundle
+
+    bundle, rng = open_bundle(default_bundle()), np.random.default_rng(0)
+    sizes = {"batch": 2, "image_tokens": 16, "text_tokens": 16, "tokens": 32}
+    given = {}
+    for name, row in bundle.component("transformer")["inputs"].items():
+        shape = [sizes[d] if isinstance(d, str) else d for d in row["shape"]]
+        given[name] = rng.standard_normal(shape).astype(np.float32)
+    device, k = torch.device("cpu"), bundle.manifest["top_k"]
+    mine = Transformer(load_bundle(bundle, k, device, torch.float32), device, torch.float32, False)
+    found = mine(given)["sample"]
+    wanted = open_component(bundle, "transformer", threads=1)(given)["sample"]
+    assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_refusals_are_one_sentence() -> None:
+    done = script("bench_gpu.py")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: torch sees no GPU, expected one")
+    done = script("bench_gpu.py", "--sections", "colour")
+    assert done.returncode == 2 and "--sections has colour, expected some of" in done.stderr
+    done = script("plot_roofline.py", "nowhere.json")
+    assert done.returncode == 2 and "the JSON file is nowhere.json" in done.stderr
+    for arguments, code in ((["--help"], 0), (["soon"], 2)):
+        shell = subprocess.run(
+            ["bash", ROOT / "scripts/gpu.sh", *arguments], capture_output=True, text=True
+        )
+        assert shell.returncode == code and "usage: scripts/gpu.sh [SECONDS]" in (
+            shell.stdout + shell.stderr
+        )
