@@ -206,7 +206,7 @@ def functions(trt: Any, trtp: Any, row: Any) -> tuple[Callable[..., Any], Callab
         return row.kernel["entry"], row.ptx, launch, extra
 
     tensor = trtp.TensorDesc
-    several = tuple[(tensor,) * len(written)]  # type: ignore[misc]
+    several = tuple[(tensor,) * len(written)]  # type: ignore[valid-type, misc]
     annotate(describe, dict.fromkeys(read, tensor), several)
     text = Union[str, bytes]  # noqa: UP007 (compared with what the documentation writes)
     result = tuple[text, text, trtp.KernelLaunchParams, trtp.SymExprs]  # type: ignore[valid-type, name-defined]

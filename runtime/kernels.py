@@ -99,10 +99,16 @@ def check_kernel(row: dict[str, Any], where: str, files: dict[str, Any]) -> None
     integer(row, "scratch", 0, 8, where)
     parameters = row.get("parameters")
     kinds = {"i32", *(f"*{name}" for name in DTYPES)}
-    good = isinstance(parameters, list) and 1 <= len(parameters) <= 64
-    if not good or not all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in kinds
-        for pair in parameters
+    if (
+        not isinstance(parameters, list)
+        or not 1 <= len(parameters) <= 64
+        or not all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and pair[1] in kinds
+            for pair in parameters
+        )
     ):
         raise wrong(f"{where}.parameters", parameters, "a list of name and type")
 
