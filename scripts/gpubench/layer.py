@@ -119,6 +119,7 @@ def flops(name: str, tokens: int, width: int, experts: int, top_k: int) -> int:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted| in float64; NaN stays NaN and passes no comparison."""
+    found, wanted = found.detach(), wanted.detach()
     difference = (found.double() - wanted.double()).norm()
     return float(difference / wanted.double().norm().clamp_min(1e-30))
 
