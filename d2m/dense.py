@@ -60,7 +60,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     try:
         config = json.loads(file.read_text("utf-8"))
         width = int(config["num_attention_heads"] * config["attention_head_dim"])
-        depth = {kind: int(config[key]) for kind, key in family.depths}
+        depth = {kind: int(config[key]) for kind, key in family.depths if key in config}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{file} is missing; expected the transformer's config there: copy the pipeline again."
@@ -71,7 +71,8 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             "copy the pipeline again."
         ) from error
     hidden_sizes(width, family.ratio * width, recipe.spec)
-    check_depth(recipe.blocks, depth)
+    if len(depth) == len(family.depths):  # a config may leave defaults out; the model checks too
+        check_depth(recipe.blocks, depth)
     return family
 
 
