@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +123,31 @@ def test_resume_with_another_start_is_refused(dense, first, tmp_path):
         run(dense, tmp_path / "out", stages=[3], resume=True)
     run(dense, tmp_path / "out", resume=True, **options)
     assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[4:]
+from test_start import run
+
+def progress(phase, done, total):
+    if phase == "stage groups" and done == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(sys.argv[1], sys.argv[2], stages=[3], start=sys.argv[3], progress=progress, save_seconds=0)
+"""
+
+
+def test_kill_in_stage_three_and_resume_give_the_same_bits(dense, first, tmp_path):
+    options = {"stages": [3], "start": first[0]}
+    run(dense, tmp_path / "whole", **options)
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    paths = [str(here), str(here.parent), str(root)]
+    directories = [str(dense), str(tmp_path / "out"), str(first[0])]
+    command = [sys.executable, "-c", KILLED, *directories, *paths]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(dense, tmp_path / "out", resume=True, **options)
+    files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
