@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.bundle import Bundle, open_bundle
+from runtime.counting import block_count, parameters
 from runtime.executor import choose
 from runtime.weights import Tensor, read_header
 
 MAX_JSON = 32 << 20
-BUFFERS = ("neurons",)  # stored with the weights, but no parameters
-EXPERT_TENSORS = ("experts.w1", "experts.b1", "experts.w2")  # leading dimension: experts
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
@@ -60,6 +59,12 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             f"{root / 'transformer/config.json'} says top_k = {top_k!r}, expected a number of"
             f" experts; convert again."
         )
+    kappa = config.get("kappa") if config.get("groups") else None
+    if kappa is not None and (type(kappa) is not int or kappa < 1):
+        raise ValueError(
+            f"{root / 'transformer/config.json'} says kappa = {kappa!r}, expected a number of"
+            f" blocks from 1; convert again."
+        )
     recipe = root / "recipe.json"
     files = walk(root)
     return {
@@ -67,11 +72,11 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         "path": str(root),
         "class": str(config.get("_class_name")),
         "blocks": {
-            "double": blocks(shapes, "transformer_blocks"),
-            "single": blocks(shapes, "single_transformer_blocks"),
+            "double": block_count(shapes, "transformer_blocks"),
+            "single": block_count(shapes, "single_transformer_blocks"),
         },
         "experts": experts(shapes, sites, top_k) if sites else None,
-        "parameters": {name: parameters(found, top_k) for name, found in tensors.items()},
+        "parameters": {name: parameters(found, top_k, kappa) for name, found in tensors.items()},
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
         "recipe": read_json(recipe).get("name") if recipe.is_file() else None,
         "files": files,
@@ -189,26 +194,6 @@ def experts(
         "expert_hidden": hidden,
         "shared_hidden": shared,
     }
-
-
-def parameters(tensors: Mapping[str, Tensor], top_k: int | None = None) -> dict[str, int]:
-    """Parameters in all, and those that one token uses with `top_k` experts."""
-    total = activated = 0
-    for name, tensor in tensors.items():
-        if name.rsplit(".", 1)[-1] in BUFFERS:
-            continue
-        total += tensor.size
-        if top_k is not None and name.endswith(EXPERT_TENSORS) and tensor.shape[0]:
-            activated += top_k * (tensor.size // tensor.shape[0])
-        else:
-            activated += tensor.size
-    return {"total": total, "activated": activated}
-
-
-def blocks(names: Iterable[str], group: str) -> int:
-    """How many blocks a transformer has in a module list."""
-    start = f"{group}."
-    return len({name.split(".")[1] for name in names if name.startswith(start)})
 
 
 def loadable(row: Any) -> bool:
