@@ -65,7 +65,7 @@ def ceilings(s: Setting) -> Cells:
         n = s.square
         a, b = (torch.randn(n, n, device=s.device, dtype=s.dtype) for _ in range(2))
         row = measure([lambda: a @ b], s.device, seconds=s.seconds)
-        return {**row, "tflops": round(2 * n**3 / row["ms"] / 1e9, 2)}
+        return {**row, "tflops": float(f"{2 * n**3 / row['ms'] / 1e9:.4g}")}
 
     yield "ceilings/copy", copy
     yield "ceilings/matmul", product
@@ -119,7 +119,7 @@ def one_layer(s: Setting, batch: int, routing: str, mode: str, name: str) -> Rec
     # The loop waits for its counts on the host, which no graph can hold.
     row = measure(works, s.device, seconds=s.seconds, graph=name != "sorted")
     work = layer.flops(name, tokens, width, experts, s.size.top_k) * (3 if train else 1)
-    return {**row, "rotations": len(works), "tflops": round(work / row["ms"] / 1e9, 2)}
+    return {**row, "rotations": len(works), "tflops": float(f"{work / row['ms'] / 1e9:.4g}")}
 
 
 def routed(s: Setting, batch: int, routing: str) -> Record:
@@ -141,7 +141,7 @@ def routed(s: Setting, batch: int, routing: str) -> Record:
         works.append(partial(forward_triton, given, logits, e.w1, e.b1, e.w2, k))
     row = measure(works, s.device, seconds=s.seconds)
     tflops = 4 * tokens * k * width * hidden / row["ms"] / 1e9
-    return {**row, "rotations": len(works), "tflops": round(tflops, 2)}
+    return {**row, "rotations": len(works), "tflops": float(f"{tflops:.4g}")}
 
 
 def blocks(s: Setting) -> Cells:
