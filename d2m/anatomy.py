@@ -222,9 +222,9 @@ def _modulation(adaln: AdaLN, kind: str, dim: int, rank: int) -> Iterator[Weight
 def _shared(adaln: AdaLN, dim: int, rank: int) -> Iterator[Weight]:
     """What all blocks share of AdaLN: PixArt's Linear(D, 6 D), or a Linear(D, rank) (ours)."""
     if adaln.mode == "single":
-        yield from _linear("adaln", "adaln.linear", dim, 6 * dim, 1)
+        yield from _linear("adaln", "modulation.linear", dim, 6 * dim, 1)
     if adaln.mode == "lowrank":
-        yield from _linear("adaln", "adaln.linear", dim, rank, 1, bias=False)
+        yield from _linear("adaln", "modulation.linear", dim, rank, 1, bias=False)
 
 
 def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:

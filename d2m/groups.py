@@ -112,7 +112,7 @@ class BlockGroup(nn.Module):
             after = block(
                 hidden_states=image,
                 encoder_hidden_states=text,
-                temb=temb[index],
+                temb=temb[index] if part else temb,  # itself: shared modulation knows it again
                 image_rotary_emb=image_rotary_emb,
                 joint_attention_kwargs=_rows(joint_attention_kwargs, index, batch),
             )
