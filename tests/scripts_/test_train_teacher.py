@@ -101,6 +101,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     assert set(logs) == {*STAGES[1:], "earlier"} and set(logs["earlier"]) == {*STAGES, "earlier"}
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """They share every batch, so only the order of the sums differs."""
     from safetensors.torch import load_file
