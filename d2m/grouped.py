@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2m.routing import route, routing_dtype
+from d2m.routing import route, route_backward, routing_dtype
 from d2m.sorted_loop import sum_pairs
 
 
@@ -77,8 +77,5 @@ def backward_grouped(
     if need_x:
         dpairs = F.grouped_mm(dbefore, w1.transpose(1, 2), offs=ends)
         dx = sum_pairs(dpairs, inverse, x.shape[0], top_k)
-    # Softmax over all E, of which only the chosen K reach the output.
-    dchosen = dgates.index_select(0, inverse).view(gates.shape)
-    dprobabilities = torch.zeros_like(probabilities).scatter_(1, chosen, dchosen)
-    dot = (dprobabilities * probabilities).sum(-1, keepdim=True)
-    return dx, (probabilities * (dprobabilities - dot)).to(logits.dtype), dw1, db1, dw2
+    dlogits = route_backward(dgates.index_select(0, inverse), probabilities, chosen)
+    return dx, dlogits.to(logits.dtype), dw1, db1, dw2

@@ -10,14 +10,13 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from d2m import recipe as recipes
 from d2m.anatomy import PARTS, Stack, Structure, anatomy, dim_of, used_share
 from d2m.preset import preset_file
-from d2m.structure import KINDS, active_blocks, adaln_from, blocks_from, check_depth
-from d2m.subject import Subject, read_json, subject_of
+from d2m.structure import KINDS, active_blocks, check_depth
+from d2m.subject import Subject, subject_of
 
 FIELDS = ("params", "activated", "flops", "dense_params", "dense_flops")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -122,16 +121,18 @@ def _structure(
             f"{subject.title} is already sparse; leave --preset and --recipe out, or plan from the "
             "dense model"
         )
-    obj, source = subject.sparse, subject.title
+    source = subject.title
     if preset is not None:
         recipe = preset_file(preset, subject.family, depth)
     if recipe is not None:
-        obj, source = _read_recipe(Path(recipe)), f"recipe {recipe}"
-    if obj is None:
+        made, source = recipes.load(recipe), f"recipe {recipe}"
+    elif subject.sparse is not None:
+        made = recipes.from_dict(subject.sparse, source)
+    else:
         if top_k is not None:
             raise ValueError(f"--top-k is {top_k}, but a dense model has no experts; add --preset")
         return Structure(), None
-    structure = structure_of(obj, source)
+    structure = _structure_in(made)
     check_depth(structure.blocks, depth)
     dim = dim_of(subject.config)
     if (structure.adaln.rank or 1) > dim:
@@ -143,7 +144,7 @@ def _structure(
         if not 0 <= top_k <= spec.num_experts:
             raise ValueError(f"--top-k is {top_k}, expected 0 to {spec.num_experts}")
         structure = dataclasses.replace(structure, spec=dataclasses.replace(spec, top_k=top_k))
-    return structure, str(obj["name"])
+    return structure, made.name
 
 
 def structure_of(obj: Mapping[str, Any], source: str) -> Structure:
@@ -151,21 +152,11 @@ def structure_of(obj: Mapping[str, Any], source: str) -> Structure:
 
     The whole recipe is checked, so that a mistyped key is named here too.
     """
-    known = {field.name for field in dataclasses.fields(recipes.Recipe)}
-    plain = {k: v for k, v in obj.items() if k in known or k not in ("blocks", "adaln")}
-    return Structure(
-        recipes.from_dict(plain, source).spec,
-        blocks_from(obj.get("blocks", {}), f"{source}: blocks"),
-        adaln_from(obj.get("adaln", {}), f"{source}: adaln"),
-    )
+    return _structure_in(recipes.from_dict(obj, source))
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"recipe {path} is no file; give a JSON file such as a converted model's recipe.json."
-        )
-    return read_json(path)
+def _structure_in(recipe: recipes.Recipe) -> Structure:
+    return Structure(recipe.spec, recipe.blocks, recipe.adaln)
 
 
 def _tokens(size: Mapping[str, int], pixels: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def from_dict(obj: Any, source: str = "recipe") -> Recipe:
     return recipe
 
 
-def load(path: str | Path) -> Recipe:
+def load(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file. FileNotFoundError or ValueError, in one sentence, if that fails."""
     path = Path(path)
     if not path.is_file():

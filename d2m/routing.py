@@ -26,6 +26,17 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     return probabilities, ranked[:, :top_k], experts[:, :top_k]
 
 
+def route_backward(dgates: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """Gradient of the logits [T, E] from the gradients of the chosen gates, T*K numbers by token.
+
+    Through the softmax over all E, of which only the chosen K reach the output.
+    """
+    dchosen = dgates.view(chosen.shape)
+    dprobabilities = torch.zeros_like(probabilities).scatter_(1, chosen, dchosen)
+    dot = (dprobabilities * probabilities).sum(-1, keepdim=True)
+    return probabilities * (dprobabilities - dot)
+
+
 def routed_experts_reference(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> Tensor:

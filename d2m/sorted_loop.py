@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2m.routing import route, routing_dtype
+from d2m.routing import route, route_backward, routing_dtype
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -96,9 +96,5 @@ def backward_sorted(
         if need_x:
             torch.mm(dbefore, w1[i].T, out=dpairs[at])
     dx = sum_pairs(dpairs, inverse, x.shape[0], top_k) if need_x else x.new_empty(0)
-    # Softmax over all E, of which only the chosen K reach the output.
-    dchosen = dgates.index_select(0, inverse).view(gates.shape)
-    dprobabilities = torch.zeros_like(probabilities).scatter_(1, chosen, dchosen)
-    dot = (dprobabilities * probabilities).sum(-1, keepdim=True)
-    dlogits = (probabilities * (dprobabilities - dot)).to(logits.dtype)
-    return dx, dlogits, dw1, db1, dw2
+    dlogits = route_backward(dgates.index_select(0, inverse), probabilities, chosen)
+    return dx, dlogits.to(logits.dtype), dw1, db1, dw2

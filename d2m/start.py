@@ -86,16 +86,13 @@ def kept_importance(
     They are the first thing worth keeping: the work directory is made here and not sooner, so that
     input which cannot be converted leaves nothing behind.
     """
-    from safetensors.torch import load_file, save_file
 
-    path = work / IMPORTANCE
-    if not path.is_file():
-        scores = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
+    def scores() -> dict[str, Tensor]:
+        found = importance(dense, calibration, recipe, seed=recipe.seed, progress=progress)
         write_json(work / "run.json", identity)
-        temporary = temporary_sibling(path)
-        save_file({name: score.contiguous() for name, score in scores.items()}, temporary)
-        os.replace(temporary, path)
-    return load_file(path)
+        return found
+
+    return _kept(work / IMPORTANCE, scores)
 
 
 def _loaded(start: Path, student: nn.Module) -> nn.Module:
@@ -133,13 +130,21 @@ def _moments(
     dense: nn.Module, calibration: Batches, recipe: Recipe, work: Path
 ) -> dict[str, Tensor]:
     """The calibration of shared modulation, from the work directory if it was done before."""
-    from safetensors.torch import load_file, save_file
-
     from d2m.adalnfit import modulation_moments
 
-    path = work / "modulation.safetensors"
+    return _kept(
+        work / "modulation.safetensors",
+        lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
+    )
+
+
+def _kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in `path`, computed and put there at once where it is missing."""
+    from safetensors.torch import load_file, save_file
+
     if not path.is_file():
+        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
         temporary = temporary_sibling(path)
-        save_file(modulation_moments(dense, calibration, recipe, recipe.seed), temporary)
+        save_file(tensors, temporary)
         os.replace(temporary, path)
     return load_file(path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import sys
@@ -64,10 +63,9 @@ def folder_name(device: str) -> str:
 
 def write(path: Path, answer: dict[str, Any]) -> None:
     """At once or not at all: a killed run must not lose what earlier ones measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(answer, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    from d2m.files import write_text
+
+    write_text(path, json.dumps(answer, indent=1, sort_keys=True) + "\n")  # NaN is an answer here
 
 
 def show(name: str, record: dict[str, Any]) -> str:

@@ -35,13 +35,13 @@ svg { background: #fff; font: 12px system-ui, sans-serif }
 """
 
 
-def curves(work: Path) -> dict[str, list[dict]]:
+def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
     """Rows of every stage's log in order.
 
     Of rows written twice (a killed run repeats a few steps) the last one counts.
     """
     found = {}
-    kept = {"vae"} if json.loads((work / "run.json").read_text())["init"] else set()
+    kept = {"vae"} if settings["init"] else set()
     for stage in (stage for stage in STAGES if stage not in kept):
         log = work / f"{stage}.jsonl"
         if not log.is_file():
@@ -187,8 +187,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/teacher"))
     args = parser.parse_args()
-    logs = curves(args.work)
     settings = json.loads((args.work / "run.json").read_text())
+    logs = curves(args.work, settings)
     scores = json.loads((args.model / "scores.json").read_text())
     before = settings.pop("earlier")
     write_json(args.model / "training.json", {**logs, "earlier": before})

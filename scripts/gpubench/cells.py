@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gpubench import layer
-from gpubench.flux import PRESETS, Double, Single, Size, build
+from gpubench.flux import Double, Single, Size, build, presets
 from gpubench.timing import backend, measure, peak, rotations
 
 Record = dict[str, Any]
@@ -187,7 +187,7 @@ def step(s: Setting) -> Cells:
     for compiled in (True, False):
         tail = " compiled" if compiled else ""
         yield f"step/dense{tail}", partial(one_step, s, None, compiled)
-        for preset in PRESETS:
+        for preset in presets():
             yield f"step/{preset}{tail}", partial(one_step, s, preset, compiled)
 
 
@@ -197,8 +197,8 @@ def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
     size = s.size if preset else replace(s.size, experts=0)
     model = build(size, s.device, s.dtype)
     if preset:
-        double, single = PRESETS[preset]
-        whole = PRESETS["L"]
+        double, single = presets()[preset]
+        whole = presets()["L"]
         model.active = (
             -(-double * size.double // whole[0]),
             -(-single * size.single // whole[1]),

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m import recipe
 from d2m.experts import AttentionPlusFFN, SparseFFN
+from d2m.preset import FOLDER
+from d2m.structure import active_blocks
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,14 @@ class Size:
         return self.heads * self.head_dim
 
 
-# Blocks that run in one step: (double, single); see README and paper.md for where they are from.
-PRESETS = {"L": (19, 38), "M": (15, 28), "S": (11, 24), "XS": (11, 16)}
+@cache
+def presets() -> dict[str, tuple[int, int]]:
+    """Blocks that run in one step, (double, single), of every preset for FLUX.1 [dev]."""
+    size = Size()
+    files = FOLDER.glob(f"flux-{size.double}d-{size.single}s/*.json")
+    depth = {"double": size.double, "single": size.single}
+    found = {file.stem: active_blocks(recipe.load(file).blocks, depth) for file in sorted(files)}
+    return {name: (active["double"], active["single"]) for name, active in found.items()}
 
 
 class Modulation(nn.Module):
