@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from d2m.realisation import realisation
 from d2m.routing import routed_experts_reference, routing_dtype
@@ -59,15 +58,6 @@ def _(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights):  # type: ignore[n
     dx = x.new_empty(x.shape if need_x else 0)
     dweights = (w.new_empty(w.shape if need_weights else 0) for w in (w1, b1, w2))
     return (dx, logits.new_empty(logits.shape), *dweights)
-
-
-@register_flop_formula(torch.ops.d2m.routed_experts)
-def routed_experts_flop(  # type: ignore[no-untyped-def]
-    x_shape, logits_shape, w1_shape, b1_shape, w2_shape, top_k: int, *args, out_shape=None, **kwargs
-) -> int:
-    """What FlopCounterMode counts for the op, which it cannot look into: 2 products of T K rows."""
-    (tokens, dim), (_, _, hidden) = x_shape, w1_shape
-    return 2 * 2 * tokens * top_k * dim * hidden
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

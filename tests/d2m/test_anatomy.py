@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2m import flops
 from d2m.anatomy import Structure, anatomy, used_share
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.plan import structure_of
@@ -27,6 +28,7 @@ from tiny import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny_transformer
 FLUX_DEV = subject_of("flux-dev").config
 TINY = sizes(TRANSFORMER_CONFIG, "tiny")
 SPEC = SparseSpec()
+flops.register()
 
 
 def listed(config, structure):
