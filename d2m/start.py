@@ -19,6 +19,7 @@ Batches = Callable[[int, int], Mapping[str, "Tensor"]]
 Progress = Callable[[str, int, int], None]
 
 KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
+GROUPING = ("groups", "alpha", "drop")  # and those that may where the start has all of its blocks
 IMPORTANCE = "importance.safetensors"
 
 
@@ -37,7 +38,8 @@ def first_student(
         neurons: importance of the dense model's neurons, site name -> [N].
         calibration: (step, batch size) -> batch; for the check, and for the fit of shared
             modulation, whose moments are kept in `work`.
-        start: a sparse pipeline directory of this structure, whose weights are taken instead.
+        start: a sparse pipeline directory whose weights are taken instead, of this structure or
+            of one that has neither groups nor dropped blocks yet; new routers are random.
 
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
@@ -54,7 +56,7 @@ def first_student(
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
     if recipe.adaln.mode != "full":
         compress_adaln(student, recipe.adaln, _moments(dense, calibration, recipe, work))
-    return (student if start is None else _loaded(start, student)), error
+    return (student if start is None else _loaded(start, student, recipe, family)), error
 
 
 def start_importance(start: Path) -> Callable[..., dict[str, Tensor]]:
@@ -95,10 +97,15 @@ def kept_importance(
     return _kept(work / IMPORTANCE, scores)
 
 
-def _loaded(start: Path, student: nn.Module) -> nn.Module:
-    """The student with the float32 weights of `start`, once their structures are seen to agree."""
+def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> nn.Module:
+    """The student with the float32 weights of `start`, once their structures are seen to agree.
+
+    A start without groups has every block that groups are made of: stages 1 and 2 run all blocks,
+    so one run of them can be the start of several structures.
+    """
     import torch
 
+    from d2m.grouping import grouped_state_dict
     from d2m.model import SparseFluxTransformer2DModel
 
     found: Any = SparseFluxTransformer2DModel.from_pretrained(
@@ -109,8 +116,10 @@ def _loaded(start: Path, student: nn.Module) -> nn.Module:
         json.loads(json.dumps({k: v for k, v in each.items() if not k.startswith("_")}))
         for each in configs
     )
+    whole = not theirs.get("groups") and not theirs.get("drop")
+    free = (*KNOBS, *GROUPING) if whole else KNOBS
     for name, value in ours.items():
-        if name not in KNOBS and theirs.get(name) != value:
+        if name not in free and theirs.get(name) != value:
             raise ValueError(
                 f"{start} has {name} {theirs.get(name)!r} where the recipe makes {value!r}; start "
                 "from a conversion of the same structure."
@@ -118,6 +127,8 @@ def _loaded(start: Path, student: nn.Module) -> nn.Module:
     # Only what differs is taken: the rest stays shared with the dense model. Copies lie where a
     # training run's tensors lie, or kernels would round differently than in a run of all stages.
     state = found.state_dict()
+    if whole:
+        state = grouped_state_dict(state, recipe.blocks, family, recipe.seed)
     tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     for name, tensor in tensors.items():
         value = state.get(name)

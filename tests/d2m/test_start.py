@@ -19,6 +19,7 @@ from calib.importance import neuron_importance
 from calib.world import World
 from d2m import recipe as recipes
 from d2m.convert import convert
+from d2m.grouping import dense_name
 from d2m.groups import block_groups
 from d2m.structure import AdaLN, Blocks
 from tiny import tiny_pipeline
@@ -83,6 +84,32 @@ def test_stages_from_directory_to_directory_are_the_run_of_all(dense, first, tmp
     run(dense, tmp_path / "again", stages=[3], start=out, seed=5)
     again = load_file(tmp_path / "again" / WEIGHTS)
     assert any(not torch.equal(again[name], parts[name]) for name in parts)
+
+
+def test_a_start_without_groups_is_the_start_of_any(dense, first, tmp_path):
+    plain = dataclasses.replace(RECIPE, blocks=Blocks(), stages=RECIPE.stages[:2])
+    run(dense, tmp_path / "plain", plain)
+    run(dense, tmp_path / "grouped", start=tmp_path / "plain", init_only=True)
+    run(dense, tmp_path / "split", init_only=True)
+    before, after, split = (
+        load_file(tmp_path / name / WEIGHTS) for name in ("plain", "grouped", "split")
+    )
+    learnt = {name for name in after if not torch.equal(after[name], split[name])}
+    assert any(".blocks.1.ff.experts." in name for name in learnt)
+    for name, tensor in after.items():
+        # Routers are those of a run that had groups from the beginning.
+        assert torch.equal(tensor, split[name] if ".router." in name else before[dense_name(name)])
+    # Blocks dropped for good: what is left keeps the start's weights.
+    rank = AdaLN("lowrank", 6)  # which by itself follows from the number of blocks
+    dropped = dataclasses.replace(plain, blocks=Blocks(drop_double=(1,)), adaln=rank)
+    run(dense, tmp_path / "dropped", dropped, start=tmp_path / "plain", init_only=True)
+    after = load_file(tmp_path / "dropped" / WEIGHTS)
+    assert {name for name in before if name.startswith("transformer_blocks.1.")}
+    assert after.keys() == {n for n in before if not n.startswith("transformer_blocks.1.")}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    # But groups are not undone.
+    with pytest.raises(ValueError, match="has groups {'double'.* where the recipe makes None"):
+        run(dense, tmp_path / "undone", plain, start=first[0])
 
 
 def test_result_is_a_pipeline_with_groups(dense, first):

@@ -1,0 +1,1 @@
+"""The rows, the work and the tables of scripts/reproduce.py."""

@@ -1,0 +1,118 @@
+"""The rows of the table: models made from the dense teacher, each by a recipe, and knobs of them.
+
+A row with a `start` begins with that row's model of the same seed and trains its last stage alone:
+stages 1 and 2 run every block, so the mixtures of blocks share them with L, and so do the models
+with dropped blocks that they are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from d2m import ablations
+from d2m import recipe as recipes
+from d2m.preset import preset_of
+from d2m.recipe import Recipe
+
+STEPS = 600  # of stages 1 and 2 together; stage 3 takes a third as many more, as in the presets
+DEPTH = {"double": 6, "single": 12}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model, or one setting of a model's knobs.
+
+    recipe: from the dense model's directory; None: nothing is trained. start: the row whose model
+    training begins with. of: the row whose model is drawn with, with `knobs`. once: the first seed
+    alone. says: what the row is, for the table.
+    """
+
+    name: str
+    says: str
+    recipe: Callable[[str], Recipe] | None = None
+    start: str | None = None
+    of: str | None = None
+    knobs: dict[str, int] = field(default_factory=dict, hash=False)
+    once: bool = False
+
+    @property
+    def needs(self) -> str | None:
+        """The row whose model must be there first."""
+        return self.start or self.of
+
+
+def _preset(name: str) -> Callable[[str], Recipe]:
+    return lambda dense: recipes.load(preset_of(name, dense))
+
+
+def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str], Recipe]:
+    return lambda dense: change(_preset(name)(dense), *more)
+
+
+def _knob(name: str, of: str, says: str, **knobs: int) -> Row:
+    return Row(name, says, of=of, knobs=knobs, once=True)
+
+
+ROWS = (
+    Row("dense", "the teacher"),
+    Row("L", "MoE: 1S12E2A in every FFN", _preset("L")),
+    Row("S", "and MoB: 11 + 24 of FLUX's blocks, here 4 + 8", _preset("S"), start="L"),
+    Row(
+        "width-1.5",
+        "FFNs cut to the same width as 1S12E2A",
+        _from("L", ablations.width_pruned, 1.5),
+    ),
+    Row(
+        "depth-first",
+        "S with fixed blocks: the first of every group",
+        _from("S", ablations.depth_pruned, DEPTH, "first"),
+        start="L",
+    ),
+    Row(
+        "depth-middle",
+        "S with fixed blocks: a run from the middle left out",
+        _from("S", ablations.depth_pruned, DEPTH, "middle"),
+        start="L",
+    ),
+    Row("random", "L, neurons dealt at random", _from("L", ablations.random_split)),
+    Row("width-2", "FFNs cut to 2.0", _from("L", ablations.width_pruned, 2.0)),
+    Row("joint", "S, all stages at once", _from("S", ablations.joint)),
+    Row("XS", "and MoB: 11 + 16, here 4 + 4", _preset("XS"), start="L"),
+    Row("no-stage-1", "L without stage 1", _from("L", ablations.without_stage_one)),
+    Row("renormalised", "L, gates that sum to 1", _from("L", ablations.renormalised)),
+    Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
+    _knob("L k=0", "L", "no expert but the shared one", top_k=0),
+    _knob("L k=1", "L", "one expert a token", top_k=1),
+    _knob("L k=4", "L", "four experts a token", top_k=4),
+    _knob("L k=12", "L", "all experts", top_k=12),
+    _knob("S kappa=2", "S", "two blocks of a group", kappa=2),
+    _knob("S kappa=3", "S", "all blocks", kappa=3),
+    _knob("S k=1", "S", "one expert a token", top_k=1),
+)
+
+
+def named(name: str) -> Row:
+    """The row of a name; ValueError names the known ones."""
+    for row in ROWS:
+        if row.name == name:
+            return row
+    raise ValueError(
+        f"row {name!r} is not known; expected one of {', '.join(r.name for r in ROWS)}"
+    )
+
+
+def chain(row: Row) -> list[Row]:
+    """The row, and before it all that it needs, in the order in which they are made."""
+    return [*(chain(named(row.needs)) if row.needs else ()), row]
+
+
+def recipe_of(row: Row, dense: str, steps: int, seed: int) -> Recipe:
+    """The row's recipe with its steps and seed: the same for every row but stage 3's third more."""
+    assert row.recipe is not None, row
+    found = row.recipe(dense)
+    presets = sum(stage.steps for stage in _preset("L")(dense).stages)
+    total = round(found.steps * steps / presets)
+    found = replace(recipes.with_steps(found, total), seed=seed)
+    return recipes.with_stages(found, [len(found.stages)]) if row.start else found
