@@ -1,4 +1,4 @@
-"""The paper's comparisons on the shapes teacher: every model of the table, several seeds, resumable.
+"""The paper's comparisons on the shapes teacher: all models of the table, several seeds, resumable.
 
     python scripts/reproduce.py [--quick] [--seeds 0,1,2] [--only L,S] [--jobs 2]
 
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def tasks(options: argparse.Namespace) -> list[Task]:
-    """What is to be done, most telling first, seed after seed, and starts before what needs them."""
+    """What is to be done: seed after seed, most telling first, starts before what needs them."""
     seeds = [int(each) for each in options.seeds.split(",")]
     rows = [named(name.strip()) for name in options.only.split(",")] if options.only else ROWS
     asked = [(row, seed) for seed in seeds for row in rows if not row.once or seed == seeds[0]]
