@@ -16,7 +16,7 @@ from d2m import recipe as recipes
 from d2m.preset import preset_of
 from d2m.recipe import Recipe
 
-STEPS = 600  # of stages 1 and 2 together; stage 3 takes a third as many more, as in the presets
+STEPS = 600  # of stages 1 and 2 together; stage 3 takes as many more, as in the presets
 DEPTH = {"double": 6, "single": 12}
 
 
@@ -109,7 +109,7 @@ def chain(row: Row) -> list[Row]:
 
 
 def recipe_of(row: Row, dense: str, steps: int, seed: int) -> Recipe:
-    """The row's recipe with its steps and seed: the same for every row but stage 3's third more."""
+    """The row's recipe with its steps and seed: the same for every row but for stage 3."""
     assert row.recipe is not None, row
     found = row.recipe(dense)
     presets = sum(stage.steps for stage in _preset("L")(dense).stages)

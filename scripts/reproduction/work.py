@@ -136,7 +136,7 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
         neuron_importance,
         start=start,
         resume=True,
-        report=False,
+        report=True,  # its JSON keeps the curves
         progress=_Told(row, seed),
         log=lambda text: print(text, flush=True),
     )
