@@ -71,22 +71,32 @@ class Row:
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
-    """diffusers' Flux blocks, double and single, share one signature: -> (text, image)."""
+    """diffusers' Flux blocks, double and single, share one signature: -> (text, image).
+
+    temb is what their norms read and nothing else: the shared modulation, where a model has one.
+    """
     rotary = tensors["rope_cos"], tensors["rope_sin"]
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=tensors["temb"],
+        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
         image_rotary_emb=rotary,
     )
 
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
+MODULATION = "modulation"  # of the norms of all blocks, computed by the embed call
 READ = (*STREAMS, "temb", "rope_cos", "rope_sin")
 ROWS = {
     "FluxTransformerBlock": Row("double", READ, STREAMS[::-1], call_block),
     "FluxSingleTransformerBlock": Row("single", READ, STREAMS[::-1], call_block),
 }
+
+
+def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
+    """A block's inputs: with shared modulation that takes the place of temb."""
+    names = [MODULATION if n == "temb" and MODULATION in inner else n for n in row.inputs]
+    return {name: inner[name] for name in names}
 
 
 def transformer_program(
@@ -98,14 +108,16 @@ def transformer_program(
     """Trace every block type of a prepared FLUX transformer (dense, or sparse with `top_k`)."""
     inputs, inner, outputs = environment(model, dtype)
     first = {name: spec for name, spec in inputs.items() if not name.startswith("rope_")}
-    opened = {name: inner[name] for name in (*STREAMS, "temb")}
+    opened = {name: inner[name] for name in inner if not name.startswith("rope_")}
     last = {name: inner[name] for name in ("hidden_states", "temb")}
     steps: list[tuple[Any, ...]] = [("", "embed", Embed(model), call_by_name, first, opened)]
     for group in ("transformer_blocks", "single_transformer_blocks"):
         for index, block in enumerate(getattr(model, group)):
             row = ROWS[type(block).__name__]
-            read, written = ({n: inner[n] for n in side} for side in (row.inputs, row.outputs))
-            steps.append((f"{group}.{index}.", row.type, block, row.call, read, written))
+            written = {name: inner[name] for name in row.outputs}
+            steps.append(
+                (f"{group}.{index}.", row.type, block, row.call, reads(row, inner), written)
+            )
     steps.append(("", "final", Final(model), call_by_name, last, outputs))
 
     types: dict[str, BlockType] = {}
@@ -170,7 +182,7 @@ def environment(
     """The tensors of the program: the component's inputs, those between blocks, its outputs.
 
     timestep (sigma in [0, 1]), guidance and the rotary tables are float32 in any bundle. A model
-    without guidance_embeds has no guidance.
+    without guidance_embeds has no guidance, one in AdaLN mode full no shared modulation.
     """
     config = model.config
     width = config.num_attention_heads * config.attention_head_dim
@@ -191,5 +203,7 @@ def environment(
         "encoder_hidden_states": Spec(dtype, (*text, width)),
         "temb": Spec(dtype, ("batch", width)),
     }
+    if shared := getattr(model, MODULATION, None):
+        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
     sample = Spec(dtype, (*image, model.proj_out.out_features))
     return inputs | tables, inner | tables, {"sample": sample}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m.adaln import SharedAdaLN
 from d2m.experts import SparseFFN, experts_op
 from export.attention import ExportAttention
 
@@ -25,6 +26,8 @@ class Embed(nn.Module):
         self.x_embedder = model.x_embedder
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
+        if shared := getattr(model, "modulation", None):
+            self.modulation = shared
 
     def forward(
         self,
@@ -33,14 +36,21 @@ class Embed(nn.Module):
         pooled_projections: Tensor,
         timestep: Tensor,
         guidance: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D]."""
+    ) -> tuple[Tensor, ...]:
+        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D].
+
+        With shared modulation that is the fourth: [B, 6 D] (single) or [B, r] (lowrank), once a
+        step for all blocks.
+        """
         image = self.x_embedder(hidden_states)
         times = [timestep.to(image.dtype) * 1000]
         if guidance is not None:
             times.append(guidance.to(image.dtype) * 1000)
         temb = self.time_text_embed(*times, pooled_projections)
-        return image, self.context_embedder(encoder_hidden_states), temb
+        opened = image, self.context_embedder(encoder_hidden_states), temb
+        if not hasattr(self, "modulation"):
+            return opened
+        return *opened, self.modulation.linear(F.silu(temb))
 
 
 class Final(nn.Module):
@@ -107,12 +117,16 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def prepare(model: nn.Module) -> nn.Module:
     """Concatenate QKV and set the modules that export well, in place; returns the model.
 
-    Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv.
+    Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv. Norms
+    with shared modulation take it instead of temb (see Embed): their shared module is none.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseFFN):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FlatFFN(module))
+        if isinstance(module, SharedAdaLN):
+            taken: Any = nn.Identity()
+            module._shared = (taken,)
         if hasattr(module, "time_proj"):
             module.time_proj = Sinusoid(module.time_proj)
         if hasattr(module, "fuse_projections") and hasattr(module, "to_q"):

@@ -138,6 +138,7 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
         for index, block in enumerate(getattr(model, group))
     }
     sites = sparse_ffns(model)
+    shared = getattr(model, "modulation", None)
     step = -1
     handles = []
 
@@ -155,6 +156,8 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
         cos, sin = kwargs["image_rotary_emb"]
         inputs = {name: array(kwargs[name]) for name in ("hidden_states", "encoder_hidden_states")}
         inputs |= {"temb": array(kwargs["temb"]), "rope_cos": array(cos), "rope_sin": array(sin)}
+        if shared is not None:
+            inputs["modulation"] = array(shared(kwargs["temb"]))
         outputs = {"encoder_hidden_states": array(output[0]), "hidden_states": array(output[1])}
         result.blocks[step][names[module]] = (inputs, outputs)
 
@@ -172,7 +175,9 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
         embedded = {
-            name: first[name] for name in ("hidden_states", "encoder_hidden_states", "temb")
+            name: first[name]
+            for name in ("hidden_states", "encoder_hidden_states", "temb", "modulation")
+            if name in first
         }
         result.blocks[step]["embed"] = (inputs, embedded)
         closing = {"hidden_states": last[1]["hidden_states"], "temb": last[0]["temb"]}

@@ -78,7 +78,7 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
 def check_exportable(directory: Path) -> None:
     """ValueError for a sparse transformer that export cannot compile yet."""
     values = config(directory, "transformer")
-    known = {"groups": None, "drop": None, "adaln": "full", "renormalise": False}
+    known = {"groups": None, "drop": None, "renormalise": False}
     for name, plain in known.items():
         if values.get(name, plain) not in (plain, {}):
             raise ValueError(

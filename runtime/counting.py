@@ -41,6 +41,20 @@ def parameters(
     return {"total": total, "activated": activated}
 
 
+def modulation(tensors: Mapping[str, Tensor]) -> dict[str, str | int | None]:
+    """How blocks are modulated: mode full, single or lowrank, and the rank of lowrank.
+
+    In full every norm has a matrix, in single a table beside one shared matrix, in lowrank a
+    Linear(rank, .) behind a shared Linear(D, rank), which is no wider than D.
+    """
+    shared = tensors.get("modulation.linear.weight")
+    if shared is None:
+        return {"mode": "full", "rank": None}
+    if any(name.endswith(".table") for name in tensors):
+        return {"mode": "single", "rank": None}
+    return {"mode": "lowrank", "rank": min(shared.shape, default=0)}
+
+
 def block_count(names: Iterable[str], group: str) -> int:
     """How many blocks a transformer has in a module list, those inside groups each for itself."""
     start = f"{group}."

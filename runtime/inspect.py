@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle import Bundle, open_bundle
-from runtime.counting import block_count, parameters
+from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
 from runtime.weights import Tensor, read_header
 
@@ -75,6 +75,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             "double": block_count(shapes, "transformer_blocks"),
             "single": block_count(shapes, "single_transformer_blocks"),
         },
+        "adaln": modulation(tensors["transformer"]),
         "experts": experts(shapes, sites, top_k) if sites else None,
         "parameters": {name: parameters(found, top_k, kappa) for name, found in tensors.items()},
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
@@ -100,6 +101,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "compute_dtype": manifest["compute_dtype"],
         "storage_dtype": manifest["storage_dtype"],
         "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
+        "adaln": modulation(bundle.weights("transformer").tensors),
         "experts": None
         if manifest["kind"] == "dense"
         else {
@@ -157,6 +159,9 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     title = f"{info['what']} {info.get('name') or info['path']}"
     out = [title, f"transformer: {total:,} parameters, {active:,} activated ({active / total:.1%})"]
     out.append(f"blocks: {named}")
+    if info["adaln"]["mode"] != "full":
+        rank = f" of rank {info['adaln']['rank']}" if info["adaln"]["rank"] else ""
+        out.append(f"AdaLN: {info['adaln']['mode']}{rank}, one modulation for all blocks")
     if info["experts"]:
         out.append("experts: " + ", ".join(f"{k} {v}" for k, v in info["experts"].items()))
     for name, row in info["parameters"].items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from runtime.weights import SafeTensors
+from runtime.weights import SafeTensors, read_header
 
 
 def session(model: onnx.ModelProto | Path) -> ort.InferenceSession:
@@ -66,6 +68,21 @@ def program_of(bundle: Path, component: str) -> Any:
     assert PARTS  # q, k, v are read back from the same names
     calls = [(call["type"], call["prefix"]) for call in record["program"]]
     return Program(types, calls, specs(record["inputs"]), specs(record["outputs"]))
+
+
+def damaged(bundle: Path, root: Path, tensor: str) -> Path:
+    """A copy with one tensor of the transformer scaled by 1.01, its hash put right."""
+    shutil.copytree(bundle, root)
+    path = root / "transformer.safetensors"
+    place, data = read_header(path)[tensor], bytearray(path.read_bytes())
+    assert place.dtype == "F32"
+    values = np.frombuffer(bytes(data[place.start : place.end]), np.float32) * np.float32(1.01)
+    data[place.start : place.end] = values.tobytes()
+    path.write_bytes(data)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["files"]["transformer.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
 
 
 def relative(found: np.ndarray, expected: Any) -> float:

@@ -3,12 +3,12 @@
 import copy
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tinybundle import damaged
 
 from export.choices import agreement, chosen
 from export.comparison import compare, measure, psnr
@@ -17,7 +17,6 @@ from export.plans import default_profiles
 from export.taps import tap, tapped_bundle, tapped_plans
 from runtime.bundle import open_bundle
 from runtime.schedule import make_schedule, one_call
-from runtime.weights import read_header
 
 STEPS = 4
 
@@ -25,23 +24,6 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def result(tiny_sparse_dir: Path, tiny_bundle: Path) -> dict[str, Any]:
     return parity(tiny_sparse_dir, tiny_bundle, steps=STEPS)
-
-
-def damaged(bundle: Path, root: Path, tensor: str) -> Path:
-    """A copy with one tensor of the transformer scaled by 1.01, its hash put right."""
-    import hashlib
-
-    shutil.copytree(bundle, root)
-    path = root / "transformer.safetensors"
-    place, data = read_header(path)[tensor], bytearray(path.read_bytes())
-    assert place.dtype == "F32"
-    values = np.frombuffer(bytes(data[place.start : place.end]), np.float32) * np.float32(1.01)
-    data[place.start : place.end] = values.tobytes()
-    path.write_bytes(data)
-    manifest = json.loads((root / "manifest.json").read_text())
-    manifest["files"]["transformer.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
-    (root / "manifest.json").write_text(json.dumps(manifest))
-    return root
 
 
 # ---------------------------------------------------------------- the whole

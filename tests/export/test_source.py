@@ -15,7 +15,6 @@ from export.source import open_pipeline
     [
         ("groups", {"double": [[0, 1]], "single": []}),
         ("drop", {"double": [1]}),
-        ("adaln", "single"),
         ("renormalise", True),
     ],
 )
