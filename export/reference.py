@@ -174,11 +174,8 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
         sample = {"sample": array(output[0])}
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
-        embedded = {
-            name: first[name]
-            for name in ("hidden_states", "encoder_hidden_states", "temb", "modulation")
-            if name in first
-        }
+        opened = ("hidden_states", "encoder_hidden_states", "temb", "modulation")
+        embedded = {name: each for name, each in first.items() if name in opened}
         result.blocks[step]["embed"] = (inputs, embedded)
         closing = {"hidden_states": last[1]["hidden_states"], "temb": last[0]["temb"]}
         result.blocks[step]["final"] = (closing, sample)
