@@ -157,17 +157,22 @@ def tensors(model: Any) -> dict[str, list[dict[str, Any]]]:
 
     Dimensions are numbers or names; the runtime sizes its buffers by them without a device.
     """
+    graph = model.graph
+    return {
+        "inputs": [tensor_row(value) for value in graph.input],
+        "outputs": [tensor_row(value) for value in graph.output],
+    }
+
+
+def tensor_row(value: Any) -> dict[str, Any]:
+    """One input or output of a graph as the manifest writes it."""
     from onnx import TensorProto
 
-    def row(value: Any) -> dict[str, Any]:
-        kind = value.type.tensor_type
-        shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
-        dtype = TensorProto.DataType.Name(kind.elem_type).lower()
-        names = {"float": "float32", "double": "float64"}
-        return {"name": value.name, "dtype": names.get(dtype, dtype), "shape": shape}
-
-    graph = model.graph
-    return {"inputs": [row(v) for v in graph.input], "outputs": [row(v) for v in graph.output]}
+    kind = value.type.tensor_type
+    shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
+    dtype = TensorProto.DataType.Name(kind.elem_type).lower()
+    names = {"float": "float32", "double": "float64"}
+    return {"name": value.name, "dtype": names.get(dtype, dtype), "shape": shape}
 
 
 def bounds(

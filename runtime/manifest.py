@@ -215,3 +215,29 @@ def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
             raise wrong(f"{where}.profiles.{name}", sizes, "three sizes: min, opt, max")
     for name in mapping(row, "files", where):
         listed(row["files"], name, files, f"{where}.files")
+    if "segments" in row:
+        check_segments(row, where, files)
+
+
+def check_segments(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """Blocks cut at their experts: every step is a plan of the set, or a launch of its kernels."""
+    folder = text(row, "kernels", where)
+    if f"{folder}/kernels.json" not in files:
+        raise wrong(f"{where}.kernels", folder, "a directory whose kernels.json is under files")
+    for name in mapping(row, "experts", where):
+        integer(row["experts"], name, 1, 4096, f"{where}.experts")
+    known = {*row["files"], *row["experts"]}
+    tensors = mapping(row, "tensors", where)
+    for block, steps in mapping(row, "segments", where).items():
+        here = f"{where}.segments.{block}"
+        if not isinstance(steps, list) or not 1 <= len(steps) <= 64:
+            raise wrong(here, steps, "a list of 1 to 64 launches")
+        for step in steps:
+            if not isinstance(step, str) or step not in known or step not in tensors:
+                raise wrong(here, step, "a plan of the set or one of its experts")
+        if steps[-1] in row["experts"]:
+            raise wrong(here, steps[-1], "a plan at the end, which writes the block's outputs")
+    for name in row["experts"]:
+        inputs = mapping(tensors, name, f"{where}.tensors").get("inputs")
+        if not isinstance(inputs, list) or len(inputs) != 5:
+            raise wrong(f"{where}.tensors.{name}.inputs", inputs, "x, logits, w1, b1 and w2")

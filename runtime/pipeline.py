@@ -15,6 +15,7 @@ from runtime import flux
 from runtime.arguments import Request, check_request, read_latents
 from runtime.bundle import Bundle, open_bundle
 from runtime.executor import GPU_BACKENDS, Executor, batch_limit, choose, open_component
+from runtime.experts import check_experts
 from runtime.manifest import COMPONENTS
 from runtime.text import TextTokenizer
 from runtime.weights import to_dtype, to_float32
@@ -35,7 +36,8 @@ class Pipeline:
     """A bundle opened on a backend; call it to draw.
 
     Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
-    alone, see runtime.ort. The same seed, bundle, backend and batch give the same bytes; another
+    alone, see runtime.ort; `experts` ("auto", "plans" or "cubins") that of plans, see
+    runtime.experts. The same seed, bundle, backend and batch give the same bytes; another
     batch size may round sums differently, and so change an image's last bits.
     """
 
@@ -46,6 +48,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         mode: str | None = None,
+        experts: str = "auto",
         max_batch: int = 8,
     ) -> None:
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle or default_bundle())
@@ -55,7 +58,13 @@ class Pipeline:
         self.asked = backend
         self.backend, reason = choose(opened, backend)
         log.info("backend %s (%s)", self.backend, reason)
-        self.threads, self.mode = threads, mode
+        check_experts(experts)
+        if experts != "auto" and self.backend not in GPU_BACKENDS:
+            raise ValueError(
+                f"the experts are {experts!r} but the backend is {self.backend} ({reason}),"
+                f" expected one of {', '.join(GPU_BACKENDS)}; leave --experts out."
+            )
+        self.threads, self.mode, self.experts = threads, mode, experts
         self.max_batch = min(max_batch, batch_limit(opened, self.backend))
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
@@ -231,6 +240,8 @@ class Pipeline:
         """
         if component not in self._executors:
             options = {} if self.mode is None else {"mode": self.mode}
+            if self.backend in GPU_BACKENDS:
+                options["experts"] = self.experts
             try:
                 opened = open_component(
                     self.bundle, component, self.backend, threads=self.threads, **options

@@ -37,7 +37,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One plan run once: tensor name -> buffer, and tensor name -> weight's full name."""
+    """One plan, or the experts' kernels, run once: tensor name -> buffer, or weight's full name."""
 
     plan: str
     inputs: Mapping[str, Buffer]
@@ -145,11 +145,14 @@ def make_schedule(
     plans: Mapping[str, Any],
     sizes: Mapping[str, int],
     top_k: int | None,
+    segments: Mapping[str, Sequence[str]] | None = None,
 ) -> Schedule:
     """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
 
     `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
-    in order. Raises ValueError where the program and the plans do not go together.
+    in order. `segments` names the launches that a block's whole plan is replaced with: a later one
+    reads earlier ones' outputs by name, the last one's outputs are the block's. Raises ValueError
+    where the program and the plans do not go together.
     """
     launches: list[Launch] = []
 
@@ -158,19 +161,18 @@ def make_schedule(
         shape = tuple(measure(dim, sizes) for dim in row["shape"])
         return Buffer(env, row["dtype"], shape)
 
-    def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
-        row = component["types"][kind]
-        plan = plan_key(name, kind, key)
+    def add(plan: str, values: dict[str, Buffer], prefix: str, out: Sequence[str]) -> list[Buffer]:
+        """Launch a plan on values and weights by name; its outputs are called `out`."""
         if plan not in plans["tensors"]:
             known = ", ".join(sorted(plans["tensors"]))
             raise ValueError(f"the bundle has no plan {plan}, only {known}; export it again.")
         rows = plans["tensors"][plan]
-        where = {tensor: place for place, tensor in enumerate(names(rows))}
-        bound = {}
-        for tensor, value in zip(row["inputs"], inputs, strict=True):
-            if tensor not in where:  # a graph need not read all that its type is offered
+        bound, weights = {}, {}
+        for place, tensor in enumerate(names(rows)):  # a graph need not read all it is offered
+            if tensor not in values:
+                weights[tensor] = prefix + tensor
                 continue
-            wanted = describe(rows["inputs"], where[tensor], tensor)
+            value, wanted = values[tensor], describe(rows["inputs"], place, tensor)
             if value.dtype == "":  # a component's input takes the dtype that its plan reads
                 value.dtype = wanted.dtype
             if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
@@ -180,13 +182,21 @@ def make_schedule(
                     f" export the bundle again."
                 )
             bound[tensor] = value
-        outputs = [
-            describe(rows["outputs"], place, env) for place, env in enumerate(row["outputs"])
-        ]
         written = [tensor["name"] for tensor in rows["outputs"]]
-        weights = {tensor: prefix + tensor for tensor in where if tensor not in row["inputs"]}
+        outputs = [
+            describe(rows["outputs"], place, env) for place, env in enumerate(out or written)
+        ]
         launches.append(Launch(plan, bound, dict(zip(written, outputs, strict=True)), weights))
+        values.update(launches[-1].outputs)
         return outputs
+
+    def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
+        row, plan = component["types"][kind], plan_key(name, kind, key)
+        values = dict(zip(row["inputs"], inputs, strict=True))
+        *first, last = (segments or {}).get(plan, [plan])
+        for step in first:
+            add(step, values, prefix, ())
+        return add(last, values, prefix, row["outputs"])
 
     inputs = {
         tensor: Buffer(tensor, "", tuple(measure(dim, sizes) for dim in row["shape"]))

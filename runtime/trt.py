@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.cubins import Cubins
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
+from runtime.experts import ExpertsContext, choose_experts
 from runtime.loader import Loader
 from runtime.memory import Memory, cast, numpy_dtype
 from runtime.schedule import (
@@ -41,19 +43,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("runtime")
 
 
-def open_component(bundle: Bundle, component: str, *, threads: int | None = None) -> Plans:
+def open_component(
+    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
+) -> Plans:
     """An executor on TensorRT proper (backend "trt"); `threads` has no meaning here."""
-    return open_plans(bundle, component, "tensorrt")
+    return open_plans(bundle, component, "tensorrt", experts)
 
 
-def open_component_rtx(bundle: Bundle, component: str, *, threads: int | None = None) -> Plans:
+def open_component_rtx(
+    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
+) -> Plans:
     """An executor on TensorRT-RTX (backend "trt-rtx"); `threads` has no meaning here."""
-    return open_plans(bundle, component, "tensorrt_rtx")
+    return open_plans(bundle, component, "tensorrt_rtx", experts)
 
 
-def open_plans(bundle: Bundle, component: str, api: str) -> Plans:
+def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") -> Plans:
     """Check library, release, driver and GPU against the manifest, in this order; then load.
 
+    `experts`: whole blocks ("plans"), or kernels between their segments ("cubins"), or "auto".
     Raises ImportError, ValueError or OSError with one sentence that names the cure.
     """
     try:
@@ -67,7 +74,12 @@ def open_plans(bundle: Bundle, component: str, api: str) -> Plans:
     sm = capability(bindings())
     target = choose_target(bundle, api, trt.__version__, sm)
     log.info("%s: plans %s on a GPU of compute capability %s", component, target, sm)
-    return Plans(bundle, component, target, shared_device(), Loader(trt))
+    device, kernels = shared_device(), None
+    if any("" not in kind["graphs"] for kind in bundle.component(component)["types"].values()):
+        kernels, reason = choose_experts(bundle, target, sm, experts)
+        log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
+    cubins = Cubins(kernels, device) if kernels else None
+    return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,7 +104,8 @@ class Plans:
 
     `device` is runtime.device.Device or an object with its methods, `load(path)` gives a plan's
     execution context (see Loader): both are arguments, so that all else runs without a GPU. With
-    `graphs`, what has run once is recorded as a CUDA graph and replayed from then on.
+    `cubins`, sparse blocks run as segments with these kernels between them, else as whole plans.
+    With `graphs`, what has run once is recorded as a CUDA graph and replayed from then on.
     """
 
     def __init__(
@@ -103,12 +116,14 @@ class Plans:
         device: Any,
         load: Callable[[str], Any],
         *,
+        cubins: Cubins | None = None,
         graphs: bool = False,
     ) -> None:
         self.bundle, self.name, self.target = bundle, component, target
         self.component = bundle.component(component)
         self.plans: Mapping[str, Any] = bundle.manifest["plans"][target]
-        self.device, self.load, self.graphs = device, load, graphs
+        self.device, self.load, self.cubins, self.graphs = device, load, cubins, graphs
+        self.segments: Mapping[str, Any] = self.plans.get("segments", {}) if cubins else {}
         self.default = bundle.manifest.get("top_k")
         self._contexts: dict[str, Any] = {}
         self._shapes: dict[str, tuple[Any, ...]] = {}
@@ -172,7 +187,7 @@ class Plans:
         if key in self._ready:
             return self._ready[key]
         check_profiles(self.target, self.name, self.plans, sizes)
-        schedule = make_schedule(self.name, component, self.plans, sizes, top_k)
+        schedule = make_schedule(self.name, component, self.plans, sizes, top_k, self.segments)
         self.memory.upload_weights(
             (name, weight_dtype(self.plans, launch.plan, tensor))
             for launch in schedule.launches
@@ -182,8 +197,7 @@ class Plans:
         ready = Ready(schedule, key[0], [])
         for launch in schedule.launches:
             if launch.plan not in self._contexts:
-                path = self.bundle.file(self.plans["files"][launch.plan])
-                self._contexts[launch.plan] = self.load(str(path))
+                self._contexts[launch.plan] = self.open(launch.plan)
             buffers: dict[str, Buffer] = {**launch.inputs, **launch.outputs}
             pairs = [(tensor, base + buffer.offset) for tensor, buffer in buffers.items()]
             for tensor, name in launch.weights.items():
@@ -192,6 +206,14 @@ class Plans:
             ready.bindings.append((launch, self._contexts[launch.plan], pairs))
         self._ready[key] = ready
         return ready
+
+    def open(self, plan: str) -> Any:
+        """What launches a plan, or the experts' kernels."""
+        if plan in self.plans["files"]:
+            return self.load(str(self.bundle.file(self.plans["files"][plan])))
+        assert self.cubins is not None, plan  # only segments name such launches
+        top_k = self.plans["experts"][plan]
+        return ExpertsContext(self.cubins, self.plans["tensors"][plan], top_k)
 
     def run(self, ready: Ready) -> None:
         """Queue every launch, or replay their recording."""
