@@ -149,6 +149,7 @@ def export(
     trt: options.Trt = False,
     trt_rtx: options.TrtRtx = False,
     plugin: options.Plugin = False,
+    cubins: options.Cubins = False,
     sm: options.Sm = "",
     top_k: options.TopKs = "0,1,2,4",
     dtype: options.Dtype = "fp32",
@@ -169,6 +170,7 @@ def export(
             trt=trt,
             trt_rtx=trt_rtx,
             plugin=plugin,
+            cubins=cubins,
             sm=capabilities,
             top_k=choices,
             dtype=dtype,
@@ -193,6 +195,7 @@ def run(
     n: options.Count = 1,
     top_k: options.TopK = None,
     backend: options.Backend = "auto",
+    experts: options.Experts = "auto",
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -208,7 +211,7 @@ def run(
         raise ValueError(f"{first!r} is a bundle and no prompt follows it; add what to draw")
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture's file is {str(out)!r}, expected a name ending in .png")
-    pipeline = runtime.load(path, backend)
+    pipeline = runtime.load(path, backend, experts=experts)
     with progress_bars() as progress:
         answer = pipeline(
             prompt,

@@ -38,6 +38,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, ort, trt or trt-rtx.")]
 # Drawing
+Experts = Annotated[
+    str, typer.Option("--experts", help="With plans: auto, plans (portable) or cubins (kernels).")
+]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]
@@ -81,6 +84,9 @@ Trt = Annotated[
 TrtRtx = Annotated[bool, typer.Option("--trt-rtx", help="Plans by TensorRT-RTX.")]
 Plugin = Annotated[
     bool, typer.Option("--plugin", help="Experimental: with --trt, experts as TensorRT plugins.")
+]
+Cubins = Annotated[
+    bool, typer.Option("--cubins", help="Beside plans: segments with the experts' kernels between.")
 ]
 Sm = Annotated[str, typer.Option("--sm", help="Compute capabilities of the plans, e.g. 86,89,120.")]
 TopKs = Annotated[str, typer.Option("--top-k", help="Experts per token to offer.")]

@@ -38,6 +38,7 @@ def export_bundle(
     storage: str | None = None,
     plan_dtype: str | None = None,
     plugin: bool = False,
+    cubins: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export the pipeline in `sparse_dir` to the bundle `out`.
@@ -54,6 +55,8 @@ def export_bundle(
             attention in float32), else `dtype`.
         plugin: experimental; plans of TensorRT proper run the routed experts as plugins, made from
             the kernels of d2m/kernels (needs triton). The default is the portable body.
+        cubins: sparse blocks also as plans of their segments with the experts' kernels between
+            them, which the runtime launches where they fit its GPU (needs triton).
         progress: called as progress(phase, done, total).
 
     Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes, plans.
@@ -68,9 +71,12 @@ def export_bundle(
     if plugin:
         check_plugin(trt, trt_rtx)
     need_extra()
+    from export.cubins import check_cubins
     from export.source import components, open_pipeline
 
     _, _, sparse = open_pipeline(source)
+    if cubins:
+        check_cubins(trt or trt_rtx, sparse, plugin, sm)
     choices = check_top_k(source, top_k) if sparse else []
     apis = plan_apis(trt, trt_rtx)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +94,8 @@ def export_bundle(
         write_tokenizers(folder, source, manifest)
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
-            same = kind == dtype
-            write_plans(folder, manifest, apis, sm, kind, None if same else parts, progress, plugin)
+            again = None if kind == dtype else parts
+            write_plans(folder, manifest, apis, sm, kind, again, progress, plugin, cubins)
         write_manifest(folder, manifest, progress)
         replace_dir(folder, final)
     except OSError as error:
@@ -324,8 +330,10 @@ def write_plans(
     parts: Sequence[Component] | None,
     progress: Progress | None,
     plugin: bool = False,
+    cubins: bool = False,
 ) -> None:
     """Plans of every block graph; with `parts` the graphs are traced anew, computing in `dtype`."""
+    from export.cubins import FOLDER, Pieces, build_kernels, cut_blocks, kernel_sm
     from export.plans import build_plans, default_profiles
 
     with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
@@ -343,12 +351,15 @@ def write_plans(
             for kind, record in component["types"].items()
             for key, path in record["graphs"].items()
         }
-        kernels = Path(scratch) / "kernels"
-        if plugin:
-            build_kernels(kernels, manifest, dtype, progress)
+        kernels, home = Path(scratch) / "kernels", f"{FOLDER}/{dtype}"
+        pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else Pieces()
+        if plugin or cubins:
+            where = kernels if plugin else folder / home
+            numbers = kernel_sm(apis, sm)
+            build_kernels(where, pieces, dtype, numbers, ptx=plugin, progress=progress)
         for api in apis:
-            manifest["plans"] |= build_plans(
-                graphs,
+            built = build_plans(
+                graphs | (pieces.graphs if cubins else {}),
                 folder,
                 api=api,
                 sm=sm,
@@ -357,32 +368,10 @@ def write_plans(
                 kernels=kernels if plugin else None,
                 progress=progress,
             )
-
-
-def build_kernels(
-    out: Path, manifest: Mapping[str, Any], dtype: str, progress: Progress | None
-) -> None:
-    """The kernels of a sparse manifest's experts for this machine's GPU, of every top_k but 0."""
-    from d2m.kernels.package import build
-    from d2m.kernels.plan import Sizes
-    from export.toolchain import local_sm
-
-    found = {
-        tuple(weight["shape"])
-        for row in manifest["components"]["transformer"]["types"].values()
-        for name, weight in row["weights"].items()
-        if name.endswith("experts.w1")
-    }
-    sm = local_sm()
-    if len(found) != 1 or sm is None:
-        what = "no GPU" if sm is None else f"experts of {len(found)} sizes"
-        raise ValueError(
-            f"--plugin finds {what}, expected one size of experts and the GPU that the plans are"
-            " for; leave --plugin out: the portable body needs neither."
-        )
-    experts, width, hidden = found.pop()
-    sizes = Sizes(1, width, experts, hidden, 1, dtype)
-    build(out, sizes, [sm], [k for k in manifest["top_k_choices"] if k], progress=progress)
+            if cubins:
+                for target in built.values():
+                    pieces.into(target, home)
+            manifest["plans"] |= built
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], progress: Progress | None) -> None:

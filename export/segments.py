@@ -151,7 +151,7 @@ class _Graph:
         read = dict.fromkeys(name for node in body for name in node.input if name not in made)
         outer = [name for name in read if name in self.producer]
         shapes: dict[str, Any] = {}
-        front = []
+        front: list[Any] = []
         for name in outer:  # the experts' y comes as x lies, and is read as rows
             node = self.graph.node[self.producer[name]]
             row = self.experts(node).output if is_experts(node) else self.row(name)
@@ -177,7 +177,7 @@ class _Graph:
             constants,
             value_info=[value for value in inner if value.name not in written],
         )
-        return graph, [name for name in (*outer, *(v.name for v in inputs))]
+        return graph, [*outer, *(value.name for value in inputs)]
 
     def rows_of(self, name: str, width: int, body: Sequence[Any], front: list[Any]) -> None:
         """Let `body` read the [B, T, D] tensor `name` as [B*T, D]."""

@@ -28,16 +28,18 @@ def load(
     backend: str = "auto",
     *,
     threads: int | None = None,
+    experts: str = "auto",
 ) -> Pipeline:
     """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
 
     `backend` is "auto", "ort", "trt-rtx" or "trt"; `threads` defaults to the D2M_THREADS
-    environment variable, then to the physical cores this process may use.
+    environment variable, then to the physical cores this process may use; `experts` is "auto",
+    "plans" or "cubins": how plans run the routed experts (see runtime.experts).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     from runtime.pipeline import Pipeline
 
-    return Pipeline(bundle, backend, threads=threads)
+    return Pipeline(bundle, backend, threads=threads, experts=experts)
 
 
 def run(

@@ -8,6 +8,7 @@ The kernels write into the working memory that all plans of an executor share, i
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,21 @@ from runtime.kernels import DTYPES, Kernels, open_kernels
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
 
+log = logging.getLogger("runtime")
 CHOICES = ("auto", "plans", "cubins")
 ROLES = ("x", "logits", "w1", "b1", "w2", "y")  # the order of a launch's row in the manifest
 MANY = 1 << 20  # tokens; stands for any large number of them
+
+
+def experts_of(
+    bundle: Bundle, component: str, target: str, sm: int, asked: str = "auto"
+) -> Kernels | None:
+    """The kernels that a component's experts run on, or None; the choice is said in the log."""
+    if all("" in kind["graphs"] for kind in bundle.component(component)["types"].values()):
+        return None
+    kernels, reason = choose_experts(bundle, target, sm, asked)
+    log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
+    return kernels
 
 
 def choose_experts(
@@ -43,10 +56,15 @@ def choose_experts(
     return kernels, f"kernels for sm_{sm}" if asked == "auto" else "asked for"
 
 
-def check_experts(asked: str) -> None:
-    """ValueError for a choice that does not exist."""
+def check_experts(asked: str, backend: str | None = None) -> None:
+    """ValueError for a choice that does not exist, or that a `backend` without plans has not."""
     if asked not in CHOICES:
         raise ValueError(f"the experts are {asked!r}, expected one of {', '.join(CHOICES)}.")
+    if asked != "auto" and backend == "ort":
+        raise ValueError(
+            f"the experts are {asked!r} but the backend is ort, which has no plans, expected"
+            " trt-rtx or trt; leave --experts out."
+        )
 
 
 def open_experts(bundle: Bundle, target: str, sm: int) -> Kernels:

@@ -117,7 +117,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "defaults": manifest["defaults"],
         "scores": manifest.get("scores"),
         "plans": [
-            plan(name, row, files) for name, row in sorted(manifest.get("plans", {}).items())
+            plan(name, row, files) | {"experts": experts_of(bundle, row)}
+            for name, row in sorted(manifest.get("plans", {}).items())
         ],
         "backend_here": {"name": backend, "reason": reason},
         "files": files,
@@ -151,6 +152,25 @@ def plan(target: str, row: Mapping[str, Any], files: Mapping[str, int]) -> dict[
     }
 
 
+def experts_of(bundle: Bundle, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a target can run the routed experts; None without any. Kernels are opened and checked."""
+    if bundle.manifest["kind"] == "dense":
+        return None
+    if not row.get("segments"):
+        return {"auto": "plans", "choices": ["plans"], "kernels": None}
+    from runtime.kernels import open_kernels
+
+    plans = open_kernels(bundle.path / row["kernels"]).manifest["plans"]
+    return {
+        "auto": "cubins where they fit the GPU, else plans",
+        "choices": ["plans", "cubins"],
+        "kernels": {
+            "sm": sorted({found["sm"] for found in plans}),
+            "top_k": sorted({found["top_k"] for found in plans}),
+        },
+    }
+
+
 def lines(info: Mapping[str, Any]) -> list[str]:
     """`inspect`'s answer for people, one fact a line."""
     total = info["parameters"]["transformer"]["total"]
@@ -175,6 +195,10 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     for row in info.get("plans", ()):
         size = f"{row['plans']} plans, {row['bytes'] / 1e6:.1f} MB, {row['dtype']}"
         out.append(f"plans {row['target']}: {size}; they need {row['needs']}")
+        if row["experts"]:
+            made = row["experts"]["kernels"]
+            how = f"kernels for sm_{', sm_'.join(map(str, made['sm']))}" if made else "no kernels"
+            out.append(f"experts of {row['target']}: {row['experts']['auto']} ({how})")
     if "plans" in info and not info["plans"]:
         out.append("plans: none")
     if "backend_here" in info:

@@ -58,12 +58,7 @@ class Pipeline:
         self.asked = backend
         self.backend, reason = choose(opened, backend)
         log.info("backend %s (%s)", self.backend, reason)
-        check_experts(experts)
-        if experts != "auto" and self.backend not in GPU_BACKENDS:
-            raise ValueError(
-                f"the experts are {experts!r} but the backend is {self.backend} ({reason}),"
-                f" expected one of {', '.join(GPU_BACKENDS)}; leave --experts out."
-            )
+        check_experts(experts, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
         self.max_batch = min(max_batch, batch_limit(opened, self.backend))
         self._executors: dict[str, Executor] = {}

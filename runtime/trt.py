@@ -22,7 +22,7 @@ import numpy as np
 from runtime.cubins import Cubins
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
-from runtime.experts import ExpertsContext, choose_experts
+from runtime.experts import ExpertsContext, experts_of
 from runtime.loader import Loader
 from runtime.memory import Memory, cast, numpy_dtype
 from runtime.schedule import (
@@ -74,10 +74,8 @@ def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") 
     sm = capability(bindings())
     target = choose_target(bundle, api, trt.__version__, sm)
     log.info("%s: plans %s on a GPU of compute capability %s", component, target, sm)
-    device, kernels = shared_device(), None
-    if any("" not in kind["graphs"] for kind in bundle.component(component)["types"].values()):
-        kernels, reason = choose_experts(bundle, target, sm, experts)
-        log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
+    device = shared_device()
+    kernels = experts_of(bundle, component, target, sm, experts)
     cubins = Cubins(kernels, device) if kernels else None
     return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
 

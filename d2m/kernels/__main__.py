@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,21 +63,18 @@ def numbers(name: str, text: str) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one sentence on stderr."""
     given = parser().parse_args(arguments)
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # else the code holds paths of this machine
     try:
         sizes = Sizes(1, given.width, given.experts, given.hidden, 1, given.dtype)
         if given.sparse is not None:
             sizes = sizes_of(given.sparse, given.dtype)
         sm, top_k = numbers("--sm", given.sm), numbers("--top-k", given.top_k)
         streams = [part for part in given.streams.split(",") if part]
-        from d2m.kernels.package import build
+        from d2m.kernels.package import build, plain_code
 
         def tell(phase: str, done: int, total: int) -> None:
             print(f"{phase} ({done}/{total})", file=sys.stderr, flush=True)
 
-        with tempfile.TemporaryDirectory(prefix="d2m-triton-") as cache:
-            # A cache of its own: one filled with line information would be read back.
-            os.environ["TRITON_CACHE_DIR"] = cache
+        with plain_code():
             manifest = build(given.out, sizes, sm, top_k, streams=streams, progress=tell)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +44,13 @@ def build(
     *,
     streams: Sequence[str] = ("image", "text"),
     compile: Compile = compile_launch,
+    ptx: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compile the forward for every `sm`, stream and `top_k`; write `out`; return the manifest.
 
-    sizes: width D, experts E, hidden H and dtype; its tokens and top_k are not read. The directory
+    sizes: width D, experts E, hidden H and dtype; its tokens and top_k are not read. Without `ptx`
+    there are cubins alone (a TensorRT plugin needs PTX, runtime.kernels does not). The directory
     appears whole or not at all. Raises ValueError in one sentence for what cannot be compiled.
     """
     check(sizes, sm, top_k, streams)
@@ -78,7 +83,7 @@ def build(
                 progress(f"sm_{arch} {stream} k={k}", done, len(cases))
             plan = plan_record(replace(sizes, top_k=k), arch, stream, compile)
             for kernel in plan.pop("compiled"):
-                add_kernel(folder, manifest, kernel)
+                add_kernel(folder, manifest, kernel, ptx)
             manifest["plans"].append(plan)
         write_json(folder / MANIFEST, manifest)
         replace_dir(folder, out)
@@ -109,6 +114,25 @@ def check(sizes: Sizes, sm: Sequence[int], top_k: Sequence[int], streams: Sequen
         )
     if not streams or any(stream not in SAMPLES for stream in streams):
         raise ValueError(f"the streams are {list(streams)}, expected some of {list(SAMPLES)}.")
+
+
+@contextmanager
+def plain_code() -> Iterator[None]:
+    """Compile without line information, which would hold paths of this machine.
+
+    In a cache of its own: one filled with line information would be read back.
+    """
+    names = ("TRITON_DISABLE_LINE_INFO", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="d2m-triton-") as cache:
+        os.environ |= dict(zip(names, ("1", cache)))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def triton_version() -> str:
@@ -205,25 +229,26 @@ def refuse(kernel: Compiled, sm: int) -> None:
 
 
 def add_kernel(
-    folder: Path, manifest: dict[str, Any], compiled: tuple[str, Compiled, list[int]]
+    folder: Path, manifest: dict[str, Any], compiled: tuple[str, Compiled, list[int]], ptx: bool
 ) -> None:
-    """Write one kernel's two files and its record; the same name twice must be the same kernel."""
+    """Write one kernel's files and its record; the same name twice must be the same kernel."""
     name, kernel, order = compiled
     record = {
         "entry": kernel.entry,
         "cubin": f"{name}.cubin",
-        "ptx": f"{name}.ptx",
         "block": 32 * kernel.warps,
         "shared": kernel.shared,
         "parameters": [list(pair) for pair in kernel.parameters],
         "scratch": kernel.scratch,
-        "plugin": [kernel.parameters[i][0] for i in order],
     }
-    ptx = reorder(kernel.ptx, kernel.entry, order).encode()
+    files = {f"{name}.cubin": kernel.cubin}
+    if ptx:
+        record |= {"ptx": f"{name}.ptx", "plugin": [kernel.parameters[i][0] for i in order]}
+        files[f"{name}.ptx"] = reorder(kernel.ptx, kernel.entry, order).encode()
     known = manifest["kernels"].setdefault(name, record)
-    for path, data in ((record["cubin"], kernel.cubin), (record["ptx"], ptx)):
+    for path, data in files.items():
         row = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         if known != record or manifest["files"].setdefault(path, row) != row:
             raise ValueError(f"two kernels are called {name}, expected one: a name must hold all.")
-        (folder / str(path)).parent.mkdir(exist_ok=True)
-        (folder / str(path)).write_bytes(data)  # synced by replace_dir
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)  # synced by replace_dir

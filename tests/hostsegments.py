@@ -1,0 +1,65 @@
+"""A bundle whose sparse blocks are also cut at their experts, with kernels that run on the host."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from hostdevice import TARGET, HostContext, HostDevice, bundle_with_plans
+from hostkernels import stand_in
+
+from d2m.kernels import package
+from d2m.kernels.plan import Sizes
+from export.bundle import write_manifest
+from export.cubins import FOLDER, cut_blocks
+from export.plans import load_graph, tensors
+from runtime.bundle import Bundle, open_bundle
+from runtime.cubins import Cubins
+from runtime.experts import open_experts
+from runtime.trt import Plans
+
+SM = (80, 90)  # HostDevice calls itself a 90
+
+
+def bundle_with_segments(source: Path, root: Path) -> Bundle:
+    """As export.bundle.write_plans makes it, ONNX graphs for plans, stand-ins for cubins."""
+    made = bundle_with_plans(source, root)
+    row, record = made.manifest["plans"][TARGET], made.component("transformer")
+    graphs = {
+        f"transformer/{kind}.k{key}": root / path
+        for kind, entry in record["types"].items()
+        for key, path in entry["graphs"].items()
+        if key
+    }
+    pieces = cut_blocks(graphs, root.parent / "segments")
+    for name, path in pieces.graphs.items():
+        model = load_graph(path, tokens=16)
+        row["files"][name] = f"plans/{TARGET}/{name}.plan"
+        row["tensors"][name] = tensors(model)
+        onnx.save(model, str(root / row["files"][name]))
+    pieces.into(row, f"{FOLDER}/fp32")
+    experts, width, hidden = next(iter(pieces.tensors.values()))["inputs"][2]["shape"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "triton_version", lambda: "3.7.1")
+        sizes, ks = Sizes(1, width, experts, hidden, 1, "fp32"), sorted({*pieces.experts.values()})
+        package.build(root / FOLDER / "fp32", sizes, SM, ks, compile=stand_in, ptx=False)
+    (root / "manifest.json").unlink()
+    write_manifest(root, made.manifest, None)
+    return open_bundle(root)
+
+
+def plans_with_cubins(bundle: Bundle, **options: Any) -> Plans:
+    """The executor of the transformer on the host: segments by ONNX Runtime, kernels by numpy."""
+    device = HostDevice()
+    cubins = Cubins(open_experts(bundle, TARGET, device.capability), device)
+    load = lambda path: HostContext(path, device)  # noqa: E731
+    return Plans(bundle, "transformer", TARGET, device, load, cubins=cubins, **options)
+
+
+def rewrite(bundle: Bundle, change: Any) -> Path:
+    """Change a bundle's manifest on disk."""
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    change(manifest)
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    return bundle.path
