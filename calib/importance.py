@@ -8,8 +8,10 @@ fc1 row, fc1 bias and fc2 column.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int, int], Mapping[str, "Tensor"]]
 Progress = Callable[[str, int, int], None]
+Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
+
+WIDE = torch.float32  # thousands of bfloat16 values are summed in it
 
 
 def neuron_importance(
@@ -137,20 +142,82 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, block, site in _sites(model):
             fc1_w, fc1_b, fc2_w, _ = read_ffn(model.get_parameter, block, site)
-            score = fc1_w.abs().sum(1) + fc1_b.abs() + fc2_w.abs().sum(0)
-            scores[name] = score.float().cpu()
+            scores[name] = magnitudes(name, fc1_w, fc1_b, fc2_w).cpu()
     return scores
+
+
+def magnitudes(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
+    """The same of one FFN: fc1 weight [N, D], bias [N], fc2 columns [D, N] -> float32 [N]."""
+    sums = (fc1_w.abs().sum(1, dtype=WIDE), fc2_w.abs().sum(0, dtype=WIDE))
+    return sums[0] + fc1_b.abs().to(WIDE) + sums[1]
 
 
 def random(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Uniform scores by seed and site name: the baseline that Taylor must beat. site -> [N]."""
     return {
-        name: torch.rand(
-            model.get_parameter(f"{block}.{site.fc1}.bias").numel(),
-            generator=generator_at(seed, "random", name),
-        )
+        name: uniform(seed)(name, *read_ffn(model.get_parameter, block, site)[:3])
         for name, block, site in _sites(model)
     }
+
+
+def uniform(seed: int) -> Scores:
+    """The same of one FFN, its weights' values unseen."""
+    return lambda name, fc1_w, fc1_b, fc2_w: torch.rand(
+        fc1_b.numel(), generator=generator_at(seed, "random", name)
+    )
+
+
+def from_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Scores a person brings, or those of another conversion: a safetensors file, site -> [N].
+
+    FileNotFoundError or ValueError, in one sentence, if it is no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--importance is {str(path)!r}, no file; expected calibration, magnitude, or a "
+            "safetensors file with a score for every hidden neuron of every FFN."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}); expected one such as the "
+            "importance.safetensors of a converted model."
+        ) from error
+
+
+def in_file(path: str | os.PathLike[str]) -> Scores:
+    """The scores of a file, FFN by FFN; ValueError names one that the file lacks."""
+    known = from_file(path)
+
+    def scores(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no scores of {name}; expected one for every FFN of the model."
+            )
+        return known[name]
+
+    return scores
+
+
+def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
+    """What `--importance` means: "calibration", "magnitude" or a file's path.
+
+    Returns (scores of a whole model, as `neuron_importance` has them; scores of one FFN from its
+    weights alone, None where the model has to run; a label that tells it from others).
+    """
+    from d2m.files import sha256
+
+    if how == "calibration":
+        return neuron_importance, None, how
+    if how == "magnitude":
+        return lambda model, *args, **options: magnitude(model), magnitudes, how
+    found = from_file(how)
+    return lambda *args, **options: found, in_file(how), f"file {sha256(how)}"
 
 
 def _sites(model: nn.Module) -> list[tuple[str, str, Site]]:

@@ -49,6 +49,7 @@ def convert(
     start: options.Start = None,
     init_only: options.InitOnly = False,
     seed: options.RecipeSeed = None,
+    importance: options.Importance = "calibration",
     resume: options.Resume = False,
     report: options.Report = True,
     data: options.Data = "shapes",
@@ -64,19 +65,39 @@ def convert(
     if score < 0:
         raise ValueError(f"--score is {score}, expected a number of pictures, 0 for none")
     from calib.batches import shapes_batches
-    from calib.importance import neuron_importance
+    from calib.importance import chosen
     from calib.statistics import routing_table
     from calib.suite import evaluate as judge
     from calib.world import World, eval_scenes
     from d2m.convert import convert as function
 
+    neurons, scores, label = chosen(importance)
+    if init_only and scores is not None:
+        from d2m.stream import convert_stream
+
+        if stages or start is not None:
+            raise ValueError("--init-only trains nothing; leave --stages and --start out")
+        with progress_bars() as progress:
+            answer = convert_stream(
+                dense,
+                out,
+                recipe or preset,
+                scores,
+                label,
+                seed=seed,
+                resume=resume,
+                progress=progress,
+                log=say,
+            )
+        print_json(answer) if json_ else print_tree(brief(answer))
+        return
     with progress_bars() as progress:
         answer = function(
             dense,
             out,
             recipe or preset,
             lambda pipe, seed: shapes_batches(pipe, seed=seed),
-            neuron_importance,
+            neurons,
             steps=steps,
             stages=[name.strip() for name in stages.split(",") if name.strip()],
             start=start,

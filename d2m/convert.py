@@ -8,7 +8,6 @@ Torch is imported inside the functions: this module answers bad arguments before
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m import recipe as recipes
-from d2m.dense import dense_family, fingerprint, locate
+from d2m.dense import dense_family, locate
 from d2m.draw import load_pipeline
 from d2m.files import replace_dir
 from d2m.preset import preset_of
@@ -30,6 +29,7 @@ from d2m.result import (
     write_papers,
     write_sparse,
 )
+from d2m.workdir import check_free, finished, identity_of, work_of
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -96,16 +96,16 @@ def convert(
     """
     recipe = _settings(recipe, dense_dir, steps, stages, init_only, seed)
     out = Path(out_dir)
-    work = out.with_name(out.name + ".work")
-    if resume and _finished(out, recipe):
+    work = work_of(out)
+    if resume and finished(out, recipe):
         shutil.rmtree(work, ignore_errors=True)  # of a kill between the result and the clean-up
         log(f"{out} is already converted with this recipe; nothing is left to do.")
         return {"out": str(out), "already_converted": True}
-    _check_free(out, work, resume)
+    check_free(out, work, resume)
     dense_path = locate(dense_dir)
     family = dense_family(dense_path, recipe)
     _need_torch()
-    identity = _identity_of(work, dense_path, recipe, Path(start) if start else None)
+    identity = identity_of(work, dense_path, recipe, Path(start) if start else None)
     from d2m.start import first_student, kept_importance, start_importance
 
     seconds: dict[str, float] = {}
@@ -201,45 +201,3 @@ def _need_torch() -> None:
             f"converting needs torch and diffusers ({error}); install them with: "
             "pip install 'd2m[convert]'"
         ) from error
-
-
-def _finished(out: Path, recipe: Recipe) -> bool:
-    """Whether `out` is a finished conversion; ValueError if it is one of another recipe."""
-    record = out / "recipe.json"
-    if not record.is_file():
-        return False
-    if recipes.load(record) != recipe:
-        raise ValueError(
-            f"{out} is already converted with other settings than these; choose another output "
-            "directory, or remove it."
-        )
-    return True
-
-
-def _check_free(out: Path, work: Path, resume: bool) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"{out} exists and is not empty; choose another output directory, or remove it."
-        )
-    if work.exists() and not resume:
-        raise ValueError(
-            f"{work} holds an unfinished conversion; go on with --resume, or remove it to start "
-            "again."
-        )
-
-
-def _identity_of(work: Path, dense: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
-    """What must be the same on a resume; ValueError if `work` holds another conversion."""
-    now: dict[str, Any] = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
-    now["start"] = fingerprint(start) if start else None
-    record = work / "run.json"
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else now
-    for what in now:
-        if before.get(what) != json.loads(json.dumps(now[what])):
-            known = {"dense": "another dense model", "start": "another start"}
-            words = known.get(what, "another recipe, seed or steps")
-            raise ValueError(
-                f"{work} holds a conversion with {words}; resume it with the same, or remove it to "
-                "start again."
-            )
-    return now

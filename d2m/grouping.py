@@ -44,15 +44,25 @@ def grouped_state_dict(
     `transformer_blocks.4.attn...` becomes `transformer_blocks.3.blocks.4.attn...` in a group that
     begins at 3; dropped blocks fall out; routers are added, random by seed and group alone.
     """
-    places: dict[str, str | None] = {}
     result: dict[str, Tensor] = {}
+    for kind, name in family.kinds:
+        for group in blocks.groups(kind):
+            like = state[f"{name}.{group[0]}.attn.to_q.weight"]
+            result |= group_router(f"{name}.{group[0]}", len(group), like, seed)
+    return result | renamed(state, blocks, family)
+
+
+def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict[str, Tensor]:
+    """Some or all of a dense model's tensors under their names in the model with groups.
+
+    Those of dropped blocks fall out.
+    """
+    places: dict[str, str | None] = {}
     for kind, name in family.kinds:
         places |= {f"{name}.{i}": None for i in blocks.dropped(kind)}
         for group in blocks.groups(kind):
             places |= {f"{name}.{i}": f"{name}.{group[0]}.blocks.{i}" for i in group}
-            place, like = f"{name}.{group[0]}", state[f"{name}.{group[0]}.attn.to_q.weight"]
-            for part, weight in router_weights(place, len(group), like.shape[0], seed).items():
-                result[f"{place}.router.{part}"] = weight.to(routing_dtype(like))
+    result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         parts = key.split(".", 2)
         block = ".".join(parts[:2])
@@ -60,6 +70,12 @@ def grouped_state_dict(
         if home is not None:
             result[".".join([home, *parts[2:]])] = tensor
     return result
+
+
+def group_router(place: str, blocks: int, like: Tensor, seed: int) -> dict[str, Tensor]:
+    """A group's router under its full names; `like`: a [D, D] weight of the model."""
+    weights = router_weights(place, blocks, like.shape[0], seed)
+    return {f"{place}.router.{part}": w.to(routing_dtype(like)) for part, w in weights.items()}
 
 
 def router_weights(name: str, blocks: int, dim: int, seed: int) -> dict[str, Tensor]:

@@ -62,6 +62,12 @@ Start = Annotated[
     Path | None, typer.Option("--start", help="Sparse pipeline whose weights training begins with.")
 ]
 InitOnly = Annotated[bool, typer.Option("--init-only", help="Convert and train nothing.")]
+Importance = Annotated[
+    str,
+    typer.Option(
+        "--importance", help="Of neurons: calibration, magnitude (nothing runs), or a file."
+    ),
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the recipe's.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")]
 Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")]

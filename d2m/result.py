@@ -31,8 +31,6 @@ def write_sparse(
 
     `folder` must not exist. `scores` are the neurons' importance, kept in importance.safetensors.
     """
-    from safetensors.torch import save_file
-
     from d2m.groups import set_kappa
     from d2m.surgery import set_top_k
 
@@ -40,11 +38,20 @@ def write_sparse(
     set_top_k(student, recipe.top_k)
     set_kappa(student, recipe.blocks.kappa)
     student.save_pretrained(folder / "transformer")
+    write_around(folder, type(student).__name__, dense, recipe, scores)
+
+
+def write_around(
+    folder: Path, sparse_class: str, dense: Path, recipe: Recipe, scores: Mapping[str, Tensor]
+) -> None:
+    """Everything of a sparse pipeline directory that is not its transformer."""
+    from safetensors.torch import save_file
+
     index = json.loads((dense / "model_index.json").read_text("utf-8"))
     for name, value in index.items():
         if isinstance(value, list) and name != "transformer" and (dense / name).is_dir():
             shutil.copytree(dense / name, folder / name)
-    index["transformer"] = ["d2m", type(student).__name__]
+    index["transformer"] = ["d2m", sparse_class]
     write_json(folder / "model_index.json", index)
     for path in dense.iterdir():
         if path.is_file() and (path.name == DEFAULTS_FILE or path.name.startswith("LICENSE")):

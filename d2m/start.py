@@ -94,7 +94,7 @@ def kept_importance(
         write_json(work / "run.json", identity)
         return found
 
-    return _kept(work / IMPORTANCE, scores)
+    return kept(work / IMPORTANCE, scores)
 
 
 def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> nn.Module:
@@ -143,13 +143,13 @@ def _moments(
     """The calibration of shared modulation, from the work directory if it was done before."""
     from d2m.adalnfit import modulation_moments
 
-    return _kept(
+    return kept(
         work / "modulation.safetensors",
         lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
     )
 
 
-def _kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in `path`, computed and put there at once where it is missing."""
     from safetensors.torch import load_file, save_file
 

@@ -1,0 +1,348 @@
+"""A conversion without training of a model larger than memory: block by block, file to file.
+
+What `d2m.convert` does with `init_only`, in memory for one block: every block is a shard of the
+result, written at once, so a run that was killed goes on at the block it was killed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m import recipe as recipes
+from d2m.dense import dense_family, locate
+from d2m.families import Family, sites_of
+from d2m.files import replace_dir, write_json
+from d2m.preset import preset_of
+from d2m.recipe import Recipe
+from d2m.result import timed, write_around, write_papers
+from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
+from d2m.workdir import RECORD, check_free, finished, identity_of, work_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
+Progress = Callable[[str, int, int], None]
+PHASE = "convert block by block"
+SCORES = "importance"  # in the work directory: a file for every block that is done
+
+
+def convert_stream(
+    dense_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    recipe: Recipe | str | Path,
+    scores: Scores,
+    importance: str,
+    *,
+    seed: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Convert the pipeline in `dense_dir` without training and without loading it; write `out_dir`.
+
+    Args:
+        dense_dir: a diffusers pipeline directory of a known family, or a hub id.
+        recipe: a Recipe, the name of a preset for such a model, or the path of a recipe file.
+        scores: (site name, fc1 weight [N, D], fc1 bias [N], fc2 columns [D, N]) -> importance [N].
+        importance: what `scores` are: a split that recipes know, such as magnitude, or any words;
+            a resume must have the same.
+
+    Tensors keep the dtype they have. Shared modulation is fitted to embeddings of times and
+    guidance as in training and of random pooled text, since no text encoder runs (the log says so).
+
+    Returns out, base_model, recipe, importance, parameters, checked (block -> relative error of
+    its FFNs' outputs, all experts on, from what lies on disk) and seconds (by phase).
+
+    Raises as `d2m.convert.convert`.
+    """
+    import torch
+
+    if not isinstance(recipe, Recipe):
+        is_file = isinstance(recipe, Path) or recipe.endswith(".json")
+        recipe = recipes.load(recipe if is_file else preset_of(str(recipe), dense_dir))
+    recipe = dataclasses.replace(recipe, stages=(), seed=recipe.seed if seed is None else seed)
+    if importance in recipes.SPLITS:
+        recipe = dataclasses.replace(recipe, split=importance)
+    out = Path(out_dir)
+    work = work_of(out)
+    if resume and finished(out, recipe):
+        shutil.rmtree(work, ignore_errors=True)
+        log(f"{out} is already converted with this recipe; nothing is left to do.")
+        return {"out": str(out), "already_converted": True}
+    check_free(out, work, resume)
+    path = locate(dense_dir)
+    family = dense_family(path, recipe)
+    identity = identity_of(work, path, recipe, None, importance=importance)
+    source = open_shards(path / "transformer")
+    sparse = _structure(path / "transformer", recipe)
+    write_json(work / RECORD, identity)
+
+    seconds: dict[str, float] = {}
+    result = work / "result"
+    folder = result / "transformer"
+    folder.mkdir(parents=True, exist_ok=True)
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink()  # of a kill
+    blocks = block_names(source, family)
+    files = [shard_name(i + 1, len(blocks) + 1) for i in range(len(blocks) + 1)]
+    with timed(seconds, "modulation"):
+        shared = _modulation(source, sparse, recipe, work, log)
+    with torch.no_grad(), timed(seconds, "blocks"):
+        first = folder / files[0]
+        if not first.is_file():
+            write_shard(first, _outside(source, blocks, recipe, family, shared))
+        for done, (block, file) in enumerate(zip(blocks, files[1:])):
+            if progress:
+                progress(PHASE, done, len(blocks))
+            if not (folder / file).is_file():
+                tensors, found = _block(source, block, recipe, family, scores, shared)
+                _keep(work / SCORES, block, found)
+                write_shard(folder / file, tensors)
+        if progress:
+            progress(PHASE, len(blocks), len(blocks))
+    written = write_index(folder, files)
+    _check_complete(written, sparse)
+    sparse.save_config(folder)
+    with timed(seconds, "check"):
+        checked = check_blocks(source, written, sampled(blocks, recipe.seed), recipe, family)
+    neurons = _kept(work / SCORES)
+    for name in ("model_index.json", "recipe.json"):  # half of a result, of a kill
+        (result / name).unlink(missing_ok=True)
+    for part in result.iterdir():
+        if part.is_dir() and part != folder:
+            shutil.rmtree(part)
+    write_around(result, family.sparse_class, path, recipe, neurons)
+    counts = _counts(source, written, recipe)
+    facts: dict[str, Any] = {"name": out.name, "base_model": str(dense_dir), "scores": {}}
+    write_papers(result, path, recipe, facts | {"parameters": counts}, None)
+    replace_dir(result, out)
+    shutil.rmtree(work, ignore_errors=True)
+    answer: dict[str, Any] = {"out": str(out), "base_model": str(dense_dir)}
+    answer |= {"recipe": recipe.name, "importance": importance, "parameters": counts}
+    return answer | {"checked": checked, "seconds": seconds}
+
+
+def block_names(source: Shards, family: Family) -> list[str]:
+    """Names of all blocks, `transformer_blocks.0`, in the order they run."""
+    found = []
+    for _, name in family.kinds:
+        inside = {key.split(".")[1] for key in source.where if key.startswith(f"{name}.")}
+        found += [f"{name}.{index}" for index in sorted(map(int, inside))]
+    return found
+
+
+def sampled(blocks: list[str], seed: int) -> list[str]:
+    """Blocks to check: the first and the last of each kind, and one more by seed."""
+    import random
+
+    kinds = dict.fromkeys(block.split(".")[0] for block in blocks)
+    ends = [[b for b in blocks if b.startswith(kind + ".")] for kind in kinds]
+    chosen = {each for of_kind in ends for each in (of_kind[0], of_kind[-1])}
+    chosen.add(random.Random(seed).choice(blocks))
+    return [block for block in blocks if block in chosen]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def _structure(folder: Path, recipe: Recipe) -> Any:
+    """The sparse model on the meta device: names, shapes and config of the result."""
+    import torch
+
+    from d2m.adaln import norms, rank_of
+    from d2m.model import SparseFluxTransformer2DModel, structure
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        whole = SparseFluxTransformer2DModel(**config)
+        rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))
+        mode: dict[str, Any] = {"adaln": recipe.adaln.mode, "adaln_rank": rank}
+        return SparseFluxTransformer2DModel(**{**config, **structure(recipe), **mode})
+
+
+def _outside(
+    source: Shards,
+    blocks: list[str],
+    recipe: Recipe,
+    family: Family,
+    shared: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What belongs to no block: embedders, output, routers of groups, shared modulation."""
+    from d2m.grouping import group_router
+
+    inside = tuple(f"{block}." for block in blocks)
+    tensors = source.read(key for key in source.where if not key.startswith(inside))
+    tensors |= {key: value for key, value in shared.items() if key.startswith("modulation.")}
+    for kind, name in family.kinds:
+        for group in recipe.blocks.groups(kind):
+            place, key = f"{name}.{group[0]}", f"{name}.{group[0]}.attn.to_q.weight"
+            tensors |= group_router(place, len(group), source.read([key])[key], recipe.seed)
+    return tensors
+
+
+def _block(
+    source: Shards,
+    block: str,
+    recipe: Recipe,
+    family: Family,
+    scores: Scores,
+    shared: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A block's tensors in the sparse model, and the importance of its FFNs' neurons by site."""
+    from d2m.families import hidden_sizes, read_ffn
+    from d2m.grouping import renamed
+    from d2m.surgery import convert_state_dict, split_neurons
+
+    dense = source.read(key for key in source.where if key.startswith(f"{block}."))
+    found, permutations = {}, {}
+    for name, _, site in sites_of(dense, family):
+        fc1_w, fc1_b, fc2_w, _ = read_ffn(dense.__getitem__, block, site)
+        found[name] = scores(name, fc1_w, fc1_b, fc2_w).float().cpu()
+        if found[name].shape != fc1_b.shape:
+            raise ValueError(
+                f"the importance of {name} has shape {list(found[name].shape)}; expected "
+                f"{list(fc1_b.shape)}, a number for every hidden neuron of this model."
+            )
+        width, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], recipe.spec)
+        permutations[name] = split_neurons(found[name], width, recipe.num_experts)
+    tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
+    mine = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
+    replaced = {f"{key.rpartition('.')[0]}".removesuffix(".up") + ".linear." for key in mine}
+    kept = {k: v for k, v in tensors.items() if not k.startswith(tuple(replaced))}
+    return renamed(kept | mine, recipe.blocks, family), found
+
+
+def _modulation(
+    source: Shards, sparse: Any, recipe: Recipe, work: Path, log: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Tensors of shared modulation under their names in the dense block order; {} in mode full."""
+    if recipe.adaln.mode == "full":
+        return {}
+    from d2m.modulationfit import fit_from_shards
+    from d2m.start import kept
+
+    log(
+        f"modulation {recipe.adaln.mode} is fitted to embeddings of random pooled text, since no "
+        "text encoder runs; distillation or a calibrated conversion does better."
+    )
+    file = work / "modulation.safetensors"
+    return kept(file, lambda: fit_from_shards(source, sparse, recipe))
+
+
+def _keep(folder: Path, block: str, found: Mapping[str, Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / f"{block}.safetensors", found)
+
+
+def _kept(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+def _check_complete(written: Shards, sparse: Any) -> None:
+    """AssertionError unless names and shapes are those of the model that will read them."""
+    expected = {name: tuple(tensor.shape) for name, tensor in sparse.state_dict().items()}
+    missing, extra = (
+        expected.keys() - written.shapes.keys(),
+        written.shapes.keys() - expected.keys(),
+    )
+    assert not missing and not extra, (sorted(missing)[:3], sorted(extra)[:3])
+    wrong = [name for name, shape in expected.items() if written.shapes[name] != shape]
+    assert not wrong, wrong[:3]
+
+
+def check_blocks(
+    source: Shards, written: Shards, blocks: list[str], recipe: Recipe, family: Family
+) -> dict[str, float]:
+    """Blocks read back from disk against the dense ones: block -> relative error of its FFNs.
+
+    The FFNs' outputs in float32 for random tokens, all experts on at unit gates. What is no FFN
+    must be bit for bit the same. ValueError where the error is more than the stored dtype's
+    rounding, or a tensor differs: the disk or the memory is not to be trusted.
+    """
+    import torch
+
+    from d2m.grouping import renamed
+
+    answer: dict[str, float] = {}
+    for block in blocks:
+        dense = source.read(key for key in source.where if key.startswith(f"{block}."))
+        names = {key: next(iter(renamed({key: value}, recipe.blocks, family)), None)
+                 for key, value in dense.items()}  # fmt: skip
+        plain = [key for key, new in names.items() if new in written.where]
+        if not any(names.values()):
+            continue  # dropped for good
+        same = written.read(str(names[key]) for key in plain)
+        wrong = [key for key in plain if not torch.equal(same[str(names[key])], dense[key])]
+        error = 0.0
+        for name, _, site in sites_of(dense, family):
+            place = next(iter(renamed({f"{name}.x": dense[plain[0]]}, recipe.blocks, family)))[:-2]
+            error = max(error, _site_error(dense, written, block, place, site, recipe))
+        if wrong or error > ROUNDING[dense[plain[0]].element_size()]:
+            what = f"{wrong[0]} differs" if wrong else f"its FFNs differ by {error:.1g}"
+            raise ValueError(
+                f"{block} read back from {written.folder} is not the dense one: {what}; check the "
+                "disk, remove the unfinished conversion and start again."
+            )
+        answer[block] = error
+    return answer
+
+
+# Relative error allowed, by bytes of an element: the experts' second matrix is stored times E, a
+# rounding in bfloat16 (2^-9 each, 16 bits may also be float16).
+ROUNDING = {8: 1e-12, 4: 1e-5, 2: 1e-2}
+
+
+def _site_error(
+    dense: Mapping[str, Tensor], written: Shards, block: str, place: str, site: Any, recipe: Recipe
+) -> float:
+    """Relative error of one FFN's output, dense tensors against written ones."""
+    import torch
+    import torch.nn.functional as F
+
+    from d2m.experts import SparseFFN
+    from d2m.families import hidden_sizes, read_ffn, read_rest
+
+    wide = torch.float64 if next(iter(dense.values())).dtype == torch.float64 else torch.float32
+    fc1_w, fc1_b, fc2_w, fc2_b = (t.to(wide) for t in read_ffn(dense.__getitem__, block, site))
+    neurons, dim = fc1_w.shape
+    shared, hidden = hidden_sizes(dim, neurons, recipe.spec)
+    with torch.device("meta"):
+        ffn = SparseFFN(dim, shared, recipe.num_experts, hidden, recipe.num_experts)
+    state = written.read(key for key in written.where if key.startswith(f"{place}."))
+    values = {k.removeprefix(f"{place}."): v for k, v in state.items()}
+    values = {k: v.to(wide) if v.is_floating_point() else v for k, v in values.items()}
+    values["gate.weight"] = torch.zeros_like(values["gate.weight"])  # unit gates
+    ffn.load_state_dict(values, assign=True)
+    x = torch.randn(8, dim, generator=torch.Generator().manual_seed(0)).to(wide)
+    with torch.no_grad():
+        expected = F.linear(F.gelu(F.linear(x, fc1_w, fc1_b), approximate="tanh"), fc2_w, fc2_b)
+        error = float((ffn(x) - expected).norm() / expected.norm())
+        if site.rest:
+            key = f"{place.rpartition('.')[0]}.{site.rest}.weight"
+            rest = written.read([key])[key]
+            if not torch.equal(rest, read_rest(dense.__getitem__, block, site)):
+                return float("inf")
+    return error
+
+
+def _counts(source: Shards, written: Shards, recipe: Recipe) -> dict[str, Any]:
+    from d2m.parameters import count
+
+    sparse = count(written.shapes, recipe.top_k, recipe.blocks.kappa)
+    return {"dense": count(source.shapes), "sparse": sparse}
