@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d2m.axes import log_range, log_ticks, number, percent_tick, ticks
-from d2m.markup import Html, el, join
-
-Point = tuple[float, float]
-LEFT, RIGHT, TOP, BOTTOM = 58, 22, 22, 42  # room for tick labels and axis titles, in pixels
+from d2m.canvas import BOTTOM, LEFT, RIGHT, TOP, Point, axis_titles, grid, path, svg, text_at
+from d2m.markup import Html, el
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,27 @@ def line_chart(
             share = (y - low) / ((high - low) or 1.0)
         return height - BOTTOM - min(max(share, 0.0), 1.0) * (height - TOP - BOTTOM)
 
-    parts = [_grid(y_ticks, y_at, width, percent_tick if percent_y else number)]
+    parts = [grid(y_ticks, y_at, width, percent_tick if percent_y else number)]
     x_ticks = [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high * (1 + 1e-9)]
     for x in x_ticks:
         name = percent_tick(x) if percent_x else number(x)
-        parts.append(_text(x_at(x), height - BOTTOM + 16, name, "tick", "middle"))
+        parts.append(text_at(x_at(x), height - BOTTOM + 16, name, "tick", "middle"))
     for x, name in marks:
         at, right = x_at(x), x_at(x) > width - 120
         parts.append(el("line", x1=at, x2=at, y1=TOP, y2=height - BOTTOM, class_="mark"))
-        parts.append(_text(at, TOP - 7, name, "marked", "end" if right else "start"))
+        parts.append(text_at(at, TOP - 7, name, "marked", "end" if right else "start"))
     for line in lines:
         colour = f"c{line.colour}"
         if line.band:
             edge = [(x, h) for x, _, h in line.band] + [(x, lo) for x, lo, _ in line.band[::-1]]
-            parts.append(el("path", d=_path(edge, x_at, y_at) + "Z", class_=f"band {colour}"))
+            parts.append(el("path", d=path(edge, x_at, y_at) + "Z", class_=f"band {colour}"))
         kind = f"line {colour}" + (" faint" if line.faint else "")
-        parts.append(el("path", d=_path(line.points, x_at, y_at), class_=kind))
+        parts.append(el("path", d=path(line.points, x_at, y_at), class_=kind))
         if len(line.points) == 1:
             (x, y) = line.points[0]
             parts.append(el("circle", cx=x_at(x), cy=y_at(y), r=3, class_=f"dot {colour}"))
-    parts += _axis_titles(x_label, y_label, width, height)
-    return _svg(width, height, title, parts)
+    parts += axis_titles(x_label, y_label, width, height)
+    return svg(width, height, title, parts)
 
 
 def legend(lines: Sequence[Line]) -> Html:
@@ -139,16 +137,16 @@ def heat_map(
         shift = gap if group != before and index else 0.0
         lefts.append(lefts[-1] + wide + shift if lefts else float(label))
         if group != before:
-            parts.append(_text(lefts[-1], 13, group, "group", "start"))
+            parts.append(text_at(lefts[-1], 13, group, "group", "start"))
             before = group
     y, before = float(top), ""
     for index, (row, cells) in enumerate(zip(rows, values, strict=True)):
         group = row_groups[index] if row_groups else ""
         if group != before:
             y += 20
-            parts.append(_text(0, y - 6, group, "group", "start"))
+            parts.append(text_at(0, y - 6, group, "group", "start"))
             before = group
-        parts.append(_text(label - 7, y + high - 4, row, "tick", "end"))
+        parts.append(text_at(label - 7, y + high - 4, row, "tick", "end"))
         for column, (x, value) in enumerate(zip(lefts, cells, strict=True)):
             place = [group, row, column_groups[column] if column_groups else "", columns[column]]
             words = el("title", f"{', '.join(filter(None, place))}: {show(value)}")
@@ -157,11 +155,11 @@ def heat_map(
         y += high
     if wide >= 20:
         for x, name in zip(lefts, columns):
-            parts.append(_text(x + wide / 2, y + 14, name, "tick", "middle"))
+            parts.append(text_at(x + wide / 2, y + 14, name, "tick", "middle"))
         y += 16
     width = lefts[-1] + wide + 4
-    parts.append(_text((label + width) / 2, y + 20, x_label, "title", "middle"))
-    return _svg(width, y + 28, title, parts)
+    parts.append(text_at((label + width) / 2, y + 20, x_label, "title", "middle"))
+    return svg(width, y + 28, title, parts)
 
 
 def scale(levels: Sequence[str], low: str, middle: str, high: str, title: str) -> Html:
@@ -173,8 +171,8 @@ def scale(levels: Sequence[str], low: str, middle: str, high: str, title: str) -
     ]
     width = len(levels) * cell
     for x, name, anchor in ((0, low, "start"), (width / 2, middle, "middle"), (width, high, "end")):
-        parts.append(_text(x, top + 24, name, "tick", anchor))
-    return _svg(width, 34, title, parts, "scale")
+        parts.append(text_at(x, top + 24, name, "tick", anchor))
+    return svg(width, 34, title, parts, "scale")
 
 
 def interval_chart(
@@ -197,10 +195,10 @@ def interval_chart(
     for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         at = x_at(tick)
         parts.append(el("line", x1=at, x2=at, y1=top, y2=height - BOTTOM, class_="grid"))
-        parts.append(_text(at, height - BOTTOM + 16, percent_tick(tick), "tick", "middle"))
+        parts.append(text_at(at, height - BOTTOM + 16, percent_tick(tick), "tick", "middle"))
     for index, (row, values) in enumerate(rows):
         y = top + index * row_height
-        parts.append(_text(label_width - 10, y + row_height / 2 + 4, row, "tick", "end"))
+        parts.append(text_at(label_width - 10, y + row_height / 2 + 4, row, "tick", "end"))
         for colour, (name, value) in enumerate(zip(names, values, strict=True)):
             if value is None:
                 continue
@@ -210,50 +208,5 @@ def interval_chart(
             whisker = el("line", x1=x_at(low), x2=x_at(high), y1=at, y2=at, class_="whisker")
             dot = el("circle", cx=x_at(middle), cy=at, r=4.5, class_="dot")
             parts.append(el("g", el("title", words), whisker, dot, class_=f"c{colour}"))
-    parts.append(_text((label_width + width) / 2, height - 6, x_label, "title", "middle"))
-    return _svg(width, height, title, parts)
-
-
-# ---------------------------------------------------------------- parts
-
-
-def _grid(
-    y_ticks: Sequence[float], y_at: Callable[[float], float], width: int, show: Callable
-) -> Html:
-    parts = []
-    for tick in y_ticks:
-        at = y_at(tick)
-        parts.append(el("line", x1=LEFT, x2=width - RIGHT, y1=at, y2=at, class_="grid"))
-        parts.append(_text(LEFT - 8, at + 4, show(tick), "tick", "end"))
-    return join(*parts)
-
-
-def _axis_titles(x_label: str, y_label: str, width: int, height: int) -> list[Html]:
-    middle = (TOP + height - BOTTOM) / 2
-    turned = f"rotate(-90 12 {middle:g})"
-    return [
-        _text((LEFT + width - RIGHT) / 2, height - 6, x_label, "title", "middle"),
-        el("text", y_label, x=12, y=middle, class_="title", text_anchor="middle", transform=turned),
-    ]
-
-
-def _path(
-    points: Sequence[Point], x_at: Callable[[float], float], y_at: Callable[[float], float]
-) -> str:
-    return "M" + "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in points) if points else ""
-
-
-def _text(x: float, y: float, words: str, kind: str, anchor: str) -> Html:
-    return el("text", words, x=x, y=y, class_=kind, text_anchor=anchor)
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[Html], kind: str = "") -> Html:
-    return el(
-        "svg",
-        el("title", title),
-        *parts,
-        viewBox=f"0 0 {width:g} {height:g}",
-        width=width,
-        role="img",
-        class_=kind or None,
-    )
+    parts.append(text_at((label_width + width) / 2, height - 6, x_label, "title", "middle"))
+    return svg(width, height, title, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 
 class Html(str):
@@ -39,6 +40,20 @@ def join(*children: Child, between: str = "") -> Html:
     return Html(escape(between).join(parts))
 
 
+def document(title: str, *body: Child) -> str:
+    """A whole page: its style inside it, light and dark, nothing to load and nothing to run."""
+    style = (Path(__file__).parent / "report.css").read_text("utf-8")
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        el("style", Html(style)),
+    )
+    return f"<!doctype html>\n{el('html', head, el('body', el('main', *body)), lang='en')}\n"
+
+
 def section(title: str, note: str, *parts: Child) -> Html:
     """A headed part of a page."""
     return el("section", el("h2", title), el("p", note, class_="note"), *parts)
@@ -49,11 +64,16 @@ def figure(title: str, *parts: Child) -> Html:
     return el("figure", el("figcaption", title), *parts, class_="chart")
 
 
-def table(head: Sequence[Child], rows: Sequence[Sequence[Child]]) -> Html:
-    """A table whose first column is words and whose others are figures."""
-    columns = el("tr", *(el("th", cell) for cell in head))
+def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], words: int = 1) -> Html:
+    """A table whose first columns, `words` of them, are words and whose others are figures."""
+    kinds = ["words" if 0 < i < words else None for i in range(len(head))]
+    columns = el("tr", *(el("th", cell, class_=kind) for cell, kind in zip(head, kinds)))
     body = (
-        el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:]))
+        el(
+            "tr",
+            el("th", row[0], scope="row"),
+            *(el("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:])),
+        )
         for row in rows
     )
     inside = el("table", el("thead", columns), el("tbody", *body))

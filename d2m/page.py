@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from d2m.charts import Line, interval_chart, legend
 from d2m.figures import experts, importance, training
-from d2m.markup import Child, Html, el, figure, join, percent, section, table
+from d2m.markup import Child, Html, document, el, figure, join, percent, section, table
 from d2m.parameters import human
 
 Report = Mapping[str, Any]
@@ -24,19 +23,9 @@ def render(report: Report) -> str:
     ValueError if a picture is no PNG data URI (nothing else may reach an image's source).
     """
     sections = (pictures, scores, training, experts, importance, recipe, parameters, timings)
-    style = (Path(__file__).parent / "report.css").read_text("utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{report['name']}: conversion report"),
-        el("style", Html(style)),
-    )
     foot = el("footer", f"Written by d2m {report['d2m']}. The numbers are in report.json.")
-    body = el("main", header(report), *(section(report) for section in sections), foot)
-    page = el("html", head, el("body", body), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    title = f"{report['name']}: conversion report"
+    return document(title, header(report), *(section(report) for section in sections), foot)
 
 
 def header(report: Report) -> Html:

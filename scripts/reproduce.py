@@ -4,8 +4,9 @@
 
 Every row (scripts/reproduction/rows.py) is converted from the dense teacher, judged on held-out
 captions, and written to RESULTS/ROW-seedN.json at once when it is done; what is done is not done
-again, what was interrupted goes on from its checkpoint. Then RESULTS/summary.json, table.md and the
-plot are written from all results that are there; `--table` does only that.
+again, what was interrupted goes on from its checkpoint. Then summary.json, table.md, pareto.svg and
+report.html are written beside them from all results that are there and of these settings; `--table`
+does only that, and rewrites the README's section where RESULTS is the default.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "shapes" / "reproduce"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from d2m.files import write_json, write_text  # noqa: E402
+from reproduction import page, tables  # noqa: E402
 from reproduction.rows import ROWS, STEPS, Row, chain, named  # noqa: E402
+from reproduction.summary import gather, summary  # noqa: E402
 from reproduction.work import Settings, finished, model_dir  # noqa: E402
 
 Task = tuple[Row, int]
@@ -46,8 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.steps, options.n, options.seeds = 30, 36, options.seeds.split(",")[0]
     default = ROOT / "out" / "reproduce-quick" if options.quick else None
-    where = default or ROOT / "results" / "shapes" / "reproduce"
-    options.results = options.results or where
+    options.results = options.results or default or RESULTS
     if options.quick:
         options.work = options.work.with_name(options.work.name + "-quick-models")
     return options
@@ -132,15 +136,37 @@ def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
     return failed
 
 
-def main() -> int:
+def write(settings: Settings, readme: Path | None = None) -> None:
+    """summary.json, table.md, pareto.svg and report.html; the section of `readme` too."""
+    results, left_out = gather(settings)
+    if left_out:
+        print(f"results of other settings, left out: {', '.join(left_out)}", flush=True)
+    answer = summary(results, left_out)
+    write_json(settings.results / "summary.json", answer)
+    write_text(settings.results / "table.md", tables.table(answer))
+    write_text(settings.results / "report.html", page.render(answer))
+    plot = settings.results / "pareto.svg"
+    if drawn := page.drawing(answer):
+        write_text(plot, drawn)
+    else:
+        plot.unlink(missing_ok=True)
+    if readme:
+        place = os.path.relpath(plot, readme.parent)
+        tables.write_section(readme, answer, place if drawn else None)
+    print(f"{sum(map(len, results.values()))} results in {settings.results}: table.md, report.html")
+
+
+def main(argv: list[str] | None = None) -> int:
     """Do what is missing, then write the tables; 1 where a row failed."""
-    options = parse()
+    options = parse(argv)
     settings = Settings(options.dense, options.work, options.results, options.steps, options.n)
     failed: list[Task] = []
     if not options.table:
         left = missing(tasks(options), settings)
         print(f"{len(left)} of {len(tasks(options))} rows to do; models in {settings.work}")
         failed = run(left, settings, options.jobs or os.cpu_count() or 1)
+    shown = options.table and options.results == RESULTS
+    write(settings, ROOT / "README.md" if shown else None)
     return 1 if failed else 0
 
 

@@ -28,6 +28,7 @@ REMARKS = {
     "scripts/demo": "the whole way in one command",
     "scripts/test": "ruff, mypy and pytest in one command",
     "scripts/install.sh": "what both source: makes .venv, installs from constraints.txt",
+    "scripts/reproduction/": "the rows, the work and the tables of reproduce.py",
     "scripts/teacher/": "the stages of train_teacher.py",
     "tests/": "mirrors the packages; tiny but genuine FLUX pipelines in tiny.py",
     "constraints.txt": "one set of versions that works together",

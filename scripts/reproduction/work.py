@@ -67,7 +67,16 @@ def finished(row: Row, seed: int, settings: Settings) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text("utf-8"))
-    return found if found["identity"] == identity(row, seed, settings) else None
+    return found if same(found["identity"], identity(row, seed, settings)) else None
+
+
+def same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two identities agree; what recipes did not know yet had its default value."""
+    try:
+        made = [recipes.to_dict(recipes.from_dict(each)) for each in before["recipes"]]
+    except ValueError:  # a recipe of another version of d2m
+        return False
+    return json.loads(json.dumps(before | {"recipes": made})) == now
 
 
 def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:

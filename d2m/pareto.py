@@ -1,0 +1,137 @@
+"""Score against cost: models and their knobs as dots over FLOPs and over activated parameters.
+
+A row is a dict of JSON values: name, kind (of KINDS), of (the row of whose model it is a setting,
+or None), score (a rate of `calib.suite`: score, low, high, n; or None), flops_vs_dense and
+activated_params. `scripts/reproduce.py` writes a list of them, `rows`, into summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2m.axes import percent_tick
+from d2m.fields import check, number
+from d2m.markup import Html, el, figure, percent, section
+from d2m.parameters import human
+from d2m.scatter import Dot, Kind, key, scatter_chart
+
+Row = Mapping[str, Any]
+
+
+def _human(count: float) -> str:
+    return human(int(count))
+
+
+KINDS = {
+    "this": Kind("this model", 4, "diamond"),
+    "dense": Kind("dense", 3, "square"),
+    "sparse": Kind("Dense2MoE", 0),
+    "pruned": Kind("pruned", 1, "square"),
+    "variant": Kind("made another way", 2, "triangle"),
+    "knob": Kind("setting of a knob, no training", 0, hollow=True),
+}
+# key of a row -> heading, title of the axis, a tick's words
+COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "flops_vs_dense": ("Score against FLOPs", "FLOPs of a step, share of dense", percent_tick),
+    "activated_params": ("Score against activated parameters", "activated parameters", _human),
+}
+
+
+def known_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The judged rows of a summary.json; FileNotFoundError or ValueError, in one sentence."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is no file; give the summary.json that scripts/reproduce.py writes."
+        )
+    try:
+        obj = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    rows: Any = obj.get("rows") if isinstance(obj, dict) else None
+    check(isinstance(rows, list), f"{path}: rows", rows, "a list, as scripts/reproduce.py writes")
+    return [_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows) if _judged(row)]
+
+
+def dots_of(rows: Sequence[Row], cost: str) -> list[Dot]:
+    """A dot per judged row, at its `cost` (a key of COSTS); the words tell every figure."""
+    dots = []
+    for row in filter(_judged, rows):
+        rate = row["score"]
+        words = (
+            f"{row['name']}: {rate['score']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}, "
+            f"n = {rate['n']}), {percent(row['flops_vs_dense'], 1)} of the dense FLOPs, "
+            f"{human(row['activated_params'])} activated parameters"
+        )
+        place = {name: float(rate[name]) for name in ("low", "high")}
+        place |= {"x": float(row[cost]), "y": float(rate["score"])}
+        kind = KINDS[row["kind"]]
+        dots.append(Dot(row["name"], kind, **place, of=row["of"], words=words))
+    return dots
+
+
+def charts(rows: Sequence[Row], width: int = 960, height: int = 430) -> dict[str, Html]:
+    """Heading -> chart, for every cost; {} where no row was judged."""
+    drawn = {}
+    for cost, (heading, label, show) in COSTS.items():
+        if dots := dots_of(rows, cost):
+            drawn[heading] = scatter_chart(
+                dots,
+                x_label=label,
+                y_label="score",
+                title=heading,
+                x_show=show,
+                y_show=percent_tick,
+                width=width,
+                height=height,
+            )
+    return drawn
+
+
+def pareto(report: Mapping[str, Any]) -> Html | None:
+    """The section of a report: its `pareto` rows against both costs."""
+    rows = report.get("pareto") or ()
+    drawn = charts(rows)
+    if not drawn:
+        return None
+    legend = key(dots_of(rows, "flops_vs_dense"))
+    figures = [figure(heading, legend, chart) for heading, chart in drawn.items()]
+    sizes = sorted({row["score"]["n"] for row in rows if row["score"]})
+    counts = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    note = (
+        f"Share of pictures judged right, of {counts} a row, with 95 % Wilson intervals. The "
+        "dashed line joins what nothing cheaper beats; a solid one, a model and settings of its "
+        "knobs. Rows of equal cost stand side by side. Hover for figures."
+    )
+    return section("Score against cost", note, el("div", *figures, class_="stack"))
+
+
+# ---------------------------------------------------------------- what a file says
+
+
+def _judged(row: Any) -> bool:
+    return not isinstance(row, dict) or row.get("score") is not None
+
+
+def _row(row: Any, place: str) -> dict[str, Any]:
+    """The row with what a plot needs, its types checked."""
+    check(isinstance(row, dict), place, row, "an object")
+    check(isinstance(row.get("name"), str), f"{place}: name", row.get("name"), "a string")
+    check(row.get("kind") in KINDS, f"{place}: kind", row.get("kind"), f"one of {', '.join(KINDS)}")
+    of = row.get("of")
+    check(of is None or isinstance(of, str), f"{place}: of", of, "a row's name or null")
+    for name in COSTS:
+        value = row.get(name)
+        check(number(value) and value >= 0, f"{place}: {name}", value, "a number from 0 up")
+    rate = row["score"]
+    check(isinstance(rate, dict), f"{place}: score", rate, "an object")
+    for name in ("score", "low", "high"):
+        value = rate.get(name)
+        check(number(value) and 0 <= value <= 1, f"{place}: score.{name}", value, "0 to 1")
+    check(isinstance(rate.get("n"), int), f"{place}: score.n", rate.get("n"), "a whole number")
+    kept = ("name", "kind", *COSTS)
+    return {name: row[name] for name in kept} | {"of": of, "score": dict(rate)}

@@ -1,0 +1,157 @@
+"""The summary as Markdown: table.md, and the section of the README between two comments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2m.files import write_text
+from d2m.parameters import human
+
+BEGIN, END = "<!-- reproduce: by scripts/reproduce.py --table -->", "<!-- /reproduce -->"
+SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
+HEAD = ("row", "what", "seeds", "score (95 %)", "of dense", "activated", "FLOPs of dense")
+NOT_RUN = "not run yet"
+
+Summary = Mapping[str, Any]
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table, as words under HEAD."""
+    words = [row["name"], row["says"], ", ".join(map(str, row["seeds"]))]
+    if row["score"] is None:
+        return [*words, NOT_RUN, "", "", ""]
+    share = row["of_dense"]
+    of_dense = "1" if row["kind"] == "dense" else short(share["value"]) if share else "no dense"
+    cost = [human(row["activated_params"]), short(row["flops_vs_dense"])]
+    return [*words, interval(row["score"]), of_dense, *cost]
+
+
+def short(share: float | None) -> str:
+    """.827; 1 where nothing is missing from it."""
+    return "" if share is None else "1" if share == 1 else f"{share:.3f}".removeprefix("0")
+
+
+def interval(rate: Mapping[str, float], middle: str = "score") -> str:
+    """`.827 (.794 to .855)`, the brackets where there is an interval."""
+    words = _signed(rate[middle])
+    if rate["low"] is None:
+        return words
+    return f"{words} ({_signed(rate['low'])} to {_signed(rate['high'])})"
+
+
+def markdown(rows: Sequence[Sequence[str]], head: Sequence[str], right: int) -> str:
+    """A Markdown table whose columns from `right` on are figures."""
+    rule = ["---:" if i >= right else "---" for i in range(len(head))]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]) + "\n"
+
+
+def found(check: Mapping[str, Any]) -> str:
+    """What an expectation was read from, in words."""
+    if not check["seeds"]:
+        return ""
+    names, scores = zip(*check["scores"].items())
+    words = " against ".join(f"{n} {short(rate['score'])}" for n, rate in zip(names, scores))
+    doubt = "" if check["certain"] else "; within chance"
+    figure = check["figure"]
+    if names[-1] != "dense":
+        return f"{words}; difference {interval(figure, 'value')}{doubt}"
+    share = "none" if figure["value"] is None else f"{figure['value']:.4f}"  # .9496 is not .95
+    bounds = (
+        "" if figure["low"] is None else f" ({short(figure['low'])} to {short(figure['high'])})"
+    )
+    return f"{words}; ratio {share.removeprefix('0')}{bounds}{doubt}"
+
+
+def table(summary: Summary) -> str:
+    """table.md: every row, every expectation, every seed."""
+    seeds = [
+        [row["name"], *(f"{seed}: {short(score)}" for seed, score in row["per_seed"].items())]
+        for row in summary["rows"]
+        if row["score"]
+    ]
+    kinds = {check["kind"]: check["test"] for check in summary["checks"]}
+    tests = "; ".join(f"*{kind}*: {test}" for kind, test in kinds.items())
+    parts = [
+        "# The paper's comparisons on the shapes teacher\n",
+        markdown([cells(row) for row in summary["rows"]], HEAD, 3),
+        f"{_made(summary)}\n",
+        "## What was expected\n",
+        checks(summary),
+        f"Tests: {tests}. Over the seeds that both rows have.\n",
+    ]
+    if seeds:
+        wide = max(map(len, seeds))
+        padded = [row + [""] * (wide - len(row)) for row in seeds]
+        head = ["row", *["seed: score"] * (wide - 1)]
+        parts += ["## Seed by seed\n", markdown(padded, head, 1)]
+    if summary["left_out"]:
+        names = ", ".join(f"`{name}`" for name in summary["left_out"])
+        parts.append(f"Left out, being results of other settings: {names}.\n")
+    return "\n".join(parts)
+
+
+def checks(summary: Summary) -> str:
+    """The expectations as a Markdown table."""
+    rows = [
+        [each["expected"], each["state"], found(each), ", ".join(map(str, each["seeds"]))]
+        for each in summary["checks"]
+    ]
+    return markdown(rows, ("expected", "", "found", "seeds"), 4)
+
+
+def section(summary: Summary, plot: str | None) -> str:
+    """What stands in the README between BEGIN and END. plot: path of the drawing, if there is."""
+    picture = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
+    parts = [
+        BEGIN,
+        "",
+        "## The paper's comparisons\n",
+        "`python scripts/reproduce.py` makes every row from the dense shapes teacher and judges it "
+        "on\nheld-out captions. A row is one training per seed, the pictures of all seeds pooled, "
+        "with 95 % Wilson\nintervals; categories and seeds are in `results/shapes/reproduce/`. "
+        "`--table` wrote this section.\n",
+        markdown([cells(row) for row in summary["rows"]], HEAD, 3),
+        f"{_made(summary)}\n",
+        *picture,
+        checks(summary),
+        END,
+    ]
+    return "\n".join(parts)
+
+
+def write_section(readme: Path, summary: Summary, plot: str | None) -> None:
+    """Put the section between its comments; ValueError where the file has no such comments."""
+    text = readme.read_text("utf-8")
+    if not SECTION.search(text):
+        raise ValueError(f"{readme} has no {BEGIN!r} ... {END!r}; put both where the table goes.")
+    write_text(readme, SECTION.sub(lambda match: section(summary, plot), text))
+
+
+# ---------------------------------------------------------------- words
+
+
+def _signed(value: float) -> str:
+    return f"-{short(-value)}" if value < 0 else short(value)
+
+
+def _made(summary: Summary) -> str:
+    rows = [row for row in summary["rows"] if row["score"]]
+    if not rows:
+        return "No row has been run yet."
+    days = summary["dates"]
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    steps = sorted({row["steps"] for row in rows if row["steps"]})
+    pictures = sorted({row["score"]["n"] // len(row["seeds"]) for row in rows})
+    budget = f"{_range(steps)} training steps, " if steps else ""
+    return (
+        f"{budget[:1].upper()}{budget[1:]}{_range(pictures)} pictures a row and seed; {when}; "
+        f"{'; '.join(summary['machines'])}."
+    )
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"

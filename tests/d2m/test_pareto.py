@@ -1,0 +1,69 @@
+"""Score against cost: rows from a file, checked, and as a section of a page."""
+
+import json
+
+import pytest
+
+from d2m.pareto import charts, dots_of, known_rows, pareto
+
+RATE = {"score": 0.8, "low": 0.77, "high": 0.83, "n": 600}
+
+
+def row(name="L", **changes):
+    answer = {"name": name, "kind": "sparse", "of": None, "score": RATE}
+    return answer | {"flops_vs_dense": 0.667, "activated_params": 4_000_000} | changes
+
+
+def write(path, rows):
+    path.write_text(json.dumps({"format": 1, "rows": rows}))
+    return path
+
+
+def test_rows_of_a_file_without_those_not_run(tmp_path) -> None:
+    rows = [row(), {"name": "S", "kind": "sparse", "score": None}, row("L k=1", of="L")]
+    found = known_rows(write(tmp_path / "summary.json", rows))
+    assert found == [row(), row("L k=1", of="L")]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"kind": "best"}, r"rows\[0\]: kind is 'best'; expected one of this, dense"),
+        ({"flops_vs_dense": -1}, "flops_vs_dense is -1; expected a number from 0 up"),
+        ({"activated_params": "4 M"}, "activated_params is '4 M'; expected a number"),
+        ({"score": {"score": 2}}, "score.score is 2; expected 0 to 1"),
+        ({"name": None}, "name is None; expected a string"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, change, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        known_rows(write(tmp_path / "summary.json", [row(**change)]))
+
+
+def test_files_that_are_no_summaries(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="give the summary.json that scripts/reproduce.py"):
+        known_rows(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        known_rows(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(ValueError, match="rows is None; expected a list"):
+        known_rows(tmp_path / "b.json")
+
+
+def test_a_dot_says_its_figures() -> None:
+    [dot] = dots_of([row(), row("S", score=None)], "activated_params")
+    assert (dot.x, dot.y, dot.low, dot.high) == (4_000_000, 0.8, 0.77, 0.83)
+    assert dot.words == (
+        "L: 0.800 (0.770 to 0.830, n = 600), 66.7 % of the dense FLOPs, 4 M activated parameters"
+    )
+
+
+def test_the_section() -> None:
+    rows = [row(), row("dense", kind="dense", flops_vs_dense=1.0, score=RATE | {"n": 120})]
+    page = pareto({"pareto": rows})
+    assert page is not None
+    for words in ("Score against FLOPs", "activated parameters", "of 120 to 600 a row", "66.7 %"):
+        assert words in page
+    assert pareto({"pareto": [row(score=None)]}) is None and pareto({}) is None
+    assert charts([]) == {}
