@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from d2m.recipe import Recipe, Stage, with_steps
-from d2m.structure import KINDS, Blocks
+from d2m.structure import KINDS, Blocks, Shares
 
 FFN_RATIO = 4  # hidden neurons of a dense FFN over its width
 
@@ -65,6 +65,7 @@ def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
         name=f"{recipe.name}-width-{ratio:g}",
         shared_ratio=ratio,
         num_experts=int(experts),
+        shares=Shares(),
         top_k=0,
         blocks=Blocks(),
         stages=(replace(stage, top_k=0, steps=recipe.steps),),

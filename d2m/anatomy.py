@@ -18,7 +18,7 @@ from typing import Any
 
 from d2m.families import FLUX, hidden_sizes
 from d2m.recipe import SparseSpec
-from d2m.structure import AdaLN, Blocks, active_blocks, lowrank_default
+from d2m.structure import AdaLN, Blocks, lowrank_default
 
 PARTS = (
     "embedders",
@@ -82,17 +82,18 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
     depth = {"double": config["num_layers"], "single": config["num_single_layers"]}
     left = {kind: count - len(blocks.dropped(kind)) for kind, count in depth.items()}
     chunks = sum(MODULATIONS[kind] * count for kind, count in left.items())
-    active = active_blocks(blocks, depth)
-    weights = {
-        "double": [*_double(config, spec, dim, image, text)],
-        "single": [*_single(config, spec, dim, image + text)],
-    }
+    tokens = {"double": (image, text), "single": (image + text,)}
+    inside = {"double": _double, "single": _single}
     rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
     first = (*_embedders(config, dim, image, text), *_shared(structure.adaln, dim, rank))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
-        inside = (*weights[kind], *_modulation(structure.adaln, kind, dim, rank))
-        stacks.append(Stack(f"{name}.*.", left[kind], active[kind], inside))
+        for own, count, running in _alike(blocks, spec, kind, depth[kind]):
+            weights = (
+                *inside[kind](config, own, dim, *tokens[kind]),  # type: ignore[operator]
+                *_modulation(structure.adaln, kind, dim, rank),
+            )
+            stacks.append(Stack(f"{name}.*.", count, running, weights))
         for group in blocks.groups(kind):
             router = tuple(_router(dim, len(group), blocks))
             stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, router))
@@ -105,12 +106,32 @@ def dim_of(config: Mapping[str, Any]) -> int:
 
 
 def used_share(dim: int, spec: SparseSpec | None) -> float:
-    """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A."""
+    """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A.
+
+    The mean over all FFNs where they differ: two in a double block, one in a single.
+    """
     if spec is None:
         return 1.0
     hidden = FLUX.ratio * dim
-    shared, expert = hidden_sizes(dim, hidden, spec)
-    return (shared + spec.top_k * expert) / hidden
+    used = []
+    for kind, name in LISTS.items():
+        sites = sum(site.blocks == name for site in FLUX.sites)
+        for i in range(len(spec.shares.of(kind)) or 1):
+            shared, expert = hidden_sizes(dim, hidden, spec.at(kind, i))
+            used += [(shared + spec.top_k * expert) / hidden] * sites
+    return sum(used) / len(used)
+
+
+def _alike(
+    blocks: Blocks, spec: SparseSpec | None, kind: str, depth: int
+) -> Iterator[tuple[SparseSpec | None, int, int]]:
+    """(structure, blocks that have it, blocks of them that run) of a kind's blocks."""
+    place = {i: spec.at(kind, i) if spec else None for i in range(depth)}
+    left = [i for i in place if i not in blocks.dropped(kind)]
+    skipped = {group[0]: len(group) - blocks.kappa for group in blocks.groups(kind)}
+    for own in dict.fromkeys(place.values()) or [spec]:
+        mine = [i for i in left if place[i] == own]
+        yield own, len(mine), len(mine) - sum(skipped.get(i, 0) for i in mine)
 
 
 # ---------------------------------------------------------------- weights

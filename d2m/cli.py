@@ -44,6 +44,7 @@ def convert(
     out: options.SparseOut,
     preset: options.Preset = "L",
     recipe: options.RecipeFile = None,
+    budget: options.Budget = None,
     steps: options.TrainSteps = None,
     stages: options.Stages = "",
     start: options.Start = None,
@@ -71,7 +72,29 @@ def convert(
     from calib.world import World, eval_scenes
     from d2m.convert import convert as function
 
+    def batches(pipe: Any, seed: int) -> Any:
+        return shapes_batches(pipe, seed=seed)
+
     neurons, scores, label = chosen(importance)
+    made: Any = recipe or preset
+    facts: dict[str, Any] = {}
+    if budget is not None:
+        from calib.budget import for_conversion, told
+
+        with progress_bars() as progress:
+            made, neurons, facts = for_conversion(
+                dense,
+                out,
+                budget,
+                made,
+                batches,
+                neurons,
+                seed=seed,
+                resume=resume,
+                progress=progress,
+            )
+        if facts:
+            say(told(facts))
     if init_only and scores is not None:
         from d2m.stream import convert_stream
 
@@ -81,7 +104,7 @@ def convert(
             answer = convert_stream(
                 dense,
                 out,
-                recipe or preset,
+                made,
                 scores,
                 label,
                 seed=seed,
@@ -95,8 +118,8 @@ def convert(
         answer = function(
             dense,
             out,
-            recipe or preset,
-            lambda pipe, seed: shapes_batches(pipe, seed=seed),
+            made,
+            batches,
             neurons,
             steps=steps,
             stages=[name.strip() for name in stages.split(",") if name.strip()],
@@ -111,6 +134,7 @@ def convert(
             progress=progress,
             log=say,
         )
+    answer |= {"budget": facts} if facts else {}
     print_json(answer) if json_ else print_tree(brief(answer))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2m.families import Family, family_of, hidden_sizes
 from d2m.recipe import Recipe
-from d2m.structure import check_depth
+from d2m.structure import KINDS, check_depth, check_shares
 
 
 def locate(dense: str | os.PathLike[str]) -> Path:
@@ -70,9 +70,12 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             f"{file} is not a {family.dense_class}'s config ({type(error).__name__}: {error}); "
             "copy the pipeline again."
         ) from error
-    hidden_sizes(width, family.ratio * width, recipe.spec)
     if len(depth) == len(family.depths):  # a config may leave defaults out; the model checks too
         check_depth(recipe.blocks, depth)
+        check_shares(recipe.shares, depth)
+    places = [(kind, i) for kind in KINDS for i in range(max(1, len(recipe.shares.of(kind))))]
+    for spec in dict.fromkeys(recipe.spec.at(*place) for place in places):
+        hidden_sizes(width, family.ratio * width, spec)
     return family
 
 

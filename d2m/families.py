@@ -152,6 +152,13 @@ def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]
     return found
 
 
+def spec_at(spec: SparseSpec, name: str, family: Family) -> SparseSpec:
+    """The structure of the FFNs in a block, given its name or that of a module in it."""
+    kinds = {blocks: kind for kind, blocks in family.kinds}
+    blocks, index = name.split(".")[:2]
+    return spec.at(kinds[blocks], int(index))
+
+
 def hidden_sizes(dim: int, neurons: int, spec: SparseSpec) -> tuple[int, int]:
     """(S, H) for an FFN of width D with N hidden neurons.
 

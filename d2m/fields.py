@@ -32,6 +32,7 @@ _KINDS = {
     "Calibration": (lambda v: isinstance(v, dict), "an object"),
     "Blocks": (lambda v: isinstance(v, dict), "an object"),
     "AdaLN": (lambda v: isinstance(v, dict), "an object"),
+    "Shares": (lambda v: isinstance(v, dict), "an object"),
     "bool": (lambda v: isinstance(v, bool), "true or false"),
     "int | None": (lambda v: v is None or whole(v), "a whole number or null"),
 }

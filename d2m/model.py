@@ -16,10 +16,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from d2m.adaln import share_adaln
-from d2m.families import Family, hidden_sizes
+from d2m.families import Family, hidden_sizes, spec_at
 from d2m.grouping import group_blocks, grouped_state_dict
 from d2m.recipe import Recipe, SparseSpec
-from d2m.structure import adaln_from, blocks_from
+from d2m.structure import adaln_from, blocks_from, check_shares, shares_from
 from d2m.surgery import convert_state_dict, set_top_k, sparsify, split_neurons
 
 __all__ = ["SparseFluxTransformer2DModel", "set_top_k", "sparse_model_of"]
@@ -30,9 +30,10 @@ class SparseFluxTransformer2DModel(FluxTransformer2DModel):
 
     Config: the dense model's fields and num_experts, shared_ratio, expert_ratio, top_k, renormalise
     (see SparseFFN); groups, kappa, alpha, drop: Mixture of Blocks, `groups` and `drop` as the
-    recipe's `blocks` has them; adaln, adaln_rank: the recipe's mode and rank. What a checkpoint
-    does not name is as in the dense model. `set_top_k(model, k)` and `d2m.groups.set_kappa` change
-    what runs. Gates and routers stay float32 under `from_pretrained(..., torch_dtype=bfloat16)`.
+    recipe's `blocks` has them; adaln, adaln_rank: the recipe's mode and rank; shares: the recipe's.
+    What a checkpoint does not name is as in the dense model. `set_top_k(model, k)` and
+    `d2m.groups.set_kappa` change what runs. Gates and routers stay float32 under
+    `from_pretrained(..., torch_dtype=bfloat16)`.
     """
 
     # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
@@ -68,6 +69,7 @@ class SparseFluxTransformer2DModel(FluxTransformer2DModel):
         drop: dict[str, Any] | None = None,
         adaln: str = "full",
         adaln_rank: int | None = None,
+        shares: dict[str, Any] | None = None,
     ):
         super().__init__(
             patch_size=patch_size,
@@ -83,15 +85,20 @@ class SparseFluxTransformer2DModel(FluxTransformer2DModel):
             axes_dims_rope=axes_dims_rope,
         )
         blocks = {"groups": groups or {}, "kappa": kappa, "alpha": alpha, "drop": drop or {}}
-        sparsify(self, SparseSpec(num_experts, shared_ratio, expert_ratio, top_k, renormalise))
+        made = blocks_from(blocks, "the config's blocks")
+        sizes = shares_from(shares or {}, made, "the config's shares")
+        check_shares(sizes, {"double": num_layers, "single": num_single_layers})
+        spec = SparseSpec(num_experts, shared_ratio, expert_ratio, top_k, renormalise, sizes)
+        sparsify(self, spec)
         share_adaln(self, adaln_from({"mode": adaln, "rank": adaln_rank}, "the config's adaln"))
-        group_blocks(self, blocks_from(blocks, "the config's blocks"))
+        group_blocks(self, made)
 
 
 def structure(recipe: Recipe) -> dict[str, Any]:
     """The recipe's structure as fields of the model's config, but for its modulation."""
     blocks = recipe.blocks.to_dict()
     return dataclasses.asdict(recipe.spec) | {
+        "shares": recipe.shares.to_dict() or None,
         "groups": blocks["groups"] if recipe.blocks.grouped else None,
         "kappa": blocks["kappa"],
         "alpha": blocks["alpha"],
@@ -120,7 +127,8 @@ def sparse_model_of(
         model = SparseFluxTransformer2DModel(**config, **structure(recipe))
     permutations = {}
     for name, score in scores.items():
-        shared, _ = hidden_sizes(score.numel() // family.ratio, score.numel(), spec)
+        own = spec_at(spec, name, family)
+        shared, _ = hidden_sizes(score.numel() // family.ratio, score.numel(), own)
         permutations[name] = split_neurons(score, shared, spec.num_experts)
     values = convert_state_dict(dense.state_dict(), permutations, spec, family, recipe.seed)
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)

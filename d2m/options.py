@@ -54,6 +54,10 @@ Preset = Annotated[str, typer.Option("--preset", help="Recipe that comes with d2
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe file (JSON), in place of a preset.")
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget", help="Groups and shared experts chosen for a share of dense FLOPs."),
+]
 TrainSteps = Annotated[int | None, typer.Option("--steps", help="Training steps over all stages.")]
 Stages = Annotated[
     str, typer.Option("--stages", help="Stages to run, numbers or names, e.g. 1,2; all by default.")

@@ -129,6 +129,8 @@ def recipe(report: Report) -> Html:
         "Precision": plan["precision"],
         "Seed": plan["seed"],
     }
+    if shares := [each for row in plan.get("shares", {}).values() for each in row]:
+        about["Shared experts"] = f"{min(shares):g} to {max(shares):g} x the width, by block"
     blocks, modulation = plan.get("blocks", {}), plan.get("adaln", {})
     if groups := [group for each in blocks.get("groups", {}).values() for group in each]:
         about["Groups of blocks"] = f"{len(groups)}, each keeps {blocks['kappa']} of its blocks"

@@ -15,7 +15,7 @@ from typing import Any
 from d2m import recipe as recipes
 from d2m.anatomy import PARTS, Stack, Structure, anatomy, dim_of, used_share
 from d2m.preset import preset_file
-from d2m.structure import KINDS, active_blocks, check_depth
+from d2m.structure import KINDS, active_blocks, check_depth, check_shares
 from d2m.subject import Subject, subject_of
 
 FIELDS = ("params", "activated", "flops", "dense_params", "dense_flops")
@@ -134,6 +134,7 @@ def _structure(
         return Structure(), None
     structure = _structure_in(made)
     check_depth(structure.blocks, depth)
+    check_shares(made.shares, depth)
     dim = dim_of(subject.config)
     if (structure.adaln.rank or 1) > dim:
         raise ValueError(

@@ -18,7 +18,7 @@ from d2m.fields import check as _check
 from d2m.fields import number as _number
 from d2m.fields import record as _record
 from d2m.fields import whole as _whole
-from d2m.structure import AdaLN, Blocks, adaln_from, blocks_from
+from d2m.structure import AdaLN, Blocks, Shares, adaln_from, blocks_from, shares_from
 
 # What a stage may train. The first three are parts of SparseFFN; adaln: every block's modulation;
 # groups: all of the blocks in groups; router: the groups' routers; blocks: all of every block.
@@ -30,13 +30,30 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """The structure of every sparse FFN: 1S12E2A by default (read: shared 1, 12 x .25, top 2)."""
+    """The structure of every sparse FFN: 1S12E2A by default (read: shared 1, 12 x .25, top 2).
+
+    shares: see `Shares`; `at` gives the structure of one block.
+    """
 
     num_experts: int = 12
     shared_ratio: float = 1.0
     expert_ratio: float = 0.25
     top_k: int = 2
     renormalise: bool = False
+    shares: Shares = field(default_factory=Shares)
+
+    def at(self, kind: str, index: int) -> SparseSpec:
+        """The structure in one block, "double" or "single", counted in the dense model's list."""
+        found = self.shares.of(kind)
+        if not found:
+            return dataclasses.replace(self, shares=Shares())
+        whole = self.shared_ratio + self.num_experts * self.expert_ratio
+        return dataclasses.replace(
+            self,
+            shares=Shares(),
+            shared_ratio=found[index],
+            expert_ratio=(whole - found[index]) / self.num_experts,
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ class Recipe:
     blocks: Blocks = field(default_factory=Blocks)
     adaln: AdaLN = field(default_factory=AdaLN)
     renormalise: bool = False
+    shares: Shares = field(default_factory=Shares)
 
     @property
     def spec(self) -> SparseSpec:
@@ -127,6 +145,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     plain = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     plain["calibration"] = dataclasses.asdict(recipe.calibration)
     plain |= {"blocks": recipe.blocks.to_dict(), "adaln": recipe.adaln.to_dict()}
+    plain |= {"shares": recipe.shares.to_dict()}
+    if not recipe.shares:
+        del plain["shares"]
     plain["stages"] = [
         {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
         | {"train": list(stage.train), "losses": dict(stage.losses)}
@@ -142,6 +163,8 @@ def from_dict(obj: Any, source: str = "recipe") -> Recipe:
         **_record(Calibration, values.get("calibration", {}), f"{source}: calibration")
     )
     values["blocks"] = blocks_from(values.get("blocks", {}), f"{source}: blocks")
+    shares = values.get("shares", {})
+    values["shares"] = shares_from(shares, values["blocks"], f"{source}: shares")
     values["adaln"] = adaln_from(values.get("adaln", {}), f"{source}: adaln")
     stages = []
     for index, entry in enumerate(values.get("stages", ())):

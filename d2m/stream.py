@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import recipe as recipes
 from d2m.dense import dense_family, locate
-from d2m.families import Family, sites_of
+from d2m.families import Family, sites_of, spec_at
 from d2m.files import replace_dir, write_json
 from d2m.preset import preset_of
-from d2m.recipe import Recipe
+from d2m.recipe import Recipe, SparseSpec
 from d2m.result import timed, write_around, write_papers
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from d2m.workdir import RECORD, check_free, finished, identity_of, work_of
@@ -211,7 +211,7 @@ def _block(
                 f"the importance of {name} has shape {list(found[name].shape)}; expected "
                 f"{list(fc1_b.shape)}, a number for every hidden neuron of this model."
             )
-        width, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], recipe.spec)
+        width, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], spec_at(recipe.spec, name, family))
         permutations[name] = split_neurons(found[name], width, recipe.num_experts)
     tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
     mine = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
@@ -292,7 +292,8 @@ def check_blocks(
         error = 0.0
         for name, _, site in sites_of(dense, family):
             place = next(iter(renamed({f"{name}.x": dense[plain[0]]}, recipe.blocks, family)))[:-2]
-            error = max(error, _site_error(dense, written, block, place, site, recipe))
+            own = spec_at(recipe.spec, name, family)
+            error = max(error, _site_error(dense, written, block, place, site, own))
         if wrong or error > ROUNDING[dense[plain[0]].element_size()]:
             what = f"{wrong[0]} differs" if wrong else f"its FFNs differ by {error:.1g}"
             raise ValueError(
@@ -309,7 +310,12 @@ ROUNDING = {8: 1e-12, 4: 1e-5, 2: 1e-2}
 
 
 def _site_error(
-    dense: Mapping[str, Tensor], written: Shards, block: str, place: str, site: Any, recipe: Recipe
+    dense: Mapping[str, Tensor],
+    written: Shards,
+    block: str,
+    place: str,
+    site: Any,
+    spec: SparseSpec,
 ) -> float:
     """Relative error of one FFN's output, dense tensors against written ones."""
     import torch
@@ -321,9 +327,9 @@ def _site_error(
     wide = torch.float64 if next(iter(dense.values())).dtype == torch.float64 else torch.float32
     fc1_w, fc1_b, fc2_w, fc2_b = (t.to(wide) for t in read_ffn(dense.__getitem__, block, site))
     neurons, dim = fc1_w.shape
-    shared, hidden = hidden_sizes(dim, neurons, recipe.spec)
+    shared, hidden = hidden_sizes(dim, neurons, spec)
     with torch.device("meta"):
-        ffn = SparseFFN(dim, shared, recipe.num_experts, hidden, recipe.num_experts)
+        ffn = SparseFFN(dim, shared, spec.num_experts, hidden, spec.num_experts)
     state = written.read(key for key in written.where if key.startswith(f"{place}."))
     values = {k.removeprefix(f"{place}."): v for k, v in state.items()}
     values = {k: v.to(wide) if v.is_floating_point() else v for k, v in values.items()}

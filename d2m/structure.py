@@ -75,6 +75,42 @@ class AdaLN:
         return {"mode": self.mode, "rank": self.rank}
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Shared experts of unequal size, block by block, as multiples of the width (ours).
+
+    Empty: every block has the recipe's `shared_ratio`. What a block's shared expert has less, its
+    experts have more, so no neuron is lost. The blocks of a group are alike.
+    """
+
+    double: tuple[float, ...] = ()
+    single: tuple[float, ...] = ()
+
+    def of(self, kind: str) -> tuple[float, ...]:
+        """Those of one kind of blocks, "double" or "single"."""
+        return self.double if kind == "double" else self.single
+
+    def __bool__(self) -> bool:
+        return bool(self.double or self.single)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `shares_from` is the inverse."""
+        return {kind: list(self.of(kind)) for kind in KINDS if self.of(kind)}
+
+
+def shares_from(obj: Any, blocks: Blocks, place: str = "shares") -> Shares:
+    """Check and build `Shares` from JSON values; ValueError in one sentence otherwise."""
+    obj = _object(obj, place, KINDS)
+    for kind, each in obj.items():
+        fine = isinstance(each, list | tuple) and all(number(share) and share > 0 for share in each)
+        check(fine, f"{place}.{kind}", each, "a list of numbers over 0, one for every block")
+        for group in blocks.groups(kind):
+            inside = {each[i] for i in group if i < len(each)}
+            words = f"one number for the group {list(group)}"
+            check(len(inside) < 2, f"{place}.{kind}", sorted(inside), words)
+    return Shares(**{kind: tuple(map(float, each)) for kind, each in obj.items()})
+
+
 def blocks_from(obj: Any, place: str = "blocks") -> Blocks:
     """Check and build `Blocks` from JSON values; ValueError in one sentence, beginning with place.
 
@@ -125,6 +161,16 @@ def check_depth(blocks: Blocks, depth: Mapping[str, int]) -> None:
             raise ValueError(
                 f"the recipe's blocks name {kind} block {max(used)}; expected 0 to "
                 f"{depth[kind] - 1}, this model's {depth[kind]} {kind} blocks."
+            )
+
+
+def check_shares(shares: Shares, depth: Mapping[str, int]) -> None:
+    """ValueError unless there are as many as blocks of each kind, or none."""
+    for kind in KINDS:
+        if shares.of(kind) and len(shares.of(kind)) != depth[kind]:
+            raise ValueError(
+                f"the recipe's shares name {len(shares.of(kind))} {kind} blocks; expected "
+                f"{depth[kind]}, as many as this model has, or none."
             )
 
 

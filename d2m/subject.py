@@ -28,7 +28,7 @@ SIZES = {
     "pooled_projection_dim": 768,
 }
 PIXELS = 16  # read: FLUX's VAE is f8 and a token is a patch of 2 x 2 latents
-EXPERTS = ("num_experts", "shared_ratio", "expert_ratio", "top_k")
+EXPERTS = ("num_experts", "shared_ratio", "expert_ratio", "top_k", "shares")
 BLOCKS = ("groups", "kappa", "alpha", "drop")
 
 
@@ -109,7 +109,7 @@ def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A sparse transformer's config -> the keys of a recipe that are structure."""
     blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
     adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
-    experts = {key: raw[key] for key in EXPERTS if key in raw}
+    experts = {key: raw[key] for key in EXPERTS if raw.get(key) is not None}
     return {**experts, "blocks": blocks, "adaln": adaln}
 
 

@@ -24,6 +24,7 @@ from d2m.families import (
     read_ffn,
     read_rest,
     sites_of,
+    spec_at,
 )
 from d2m.groups import block_groups, set_kappa
 from d2m.recipe import SparseSpec
@@ -42,7 +43,7 @@ def sparsify(model: nn.Module, spec: SparseSpec, family: Family | None = None) -
         block = model.get_submodule(block_name)
         fc1 = block.get_submodule(site.fc1)
         dim, neurons = int(fc1.in_features), int(fc1.out_features)  # type: ignore[arg-type]
-        shared, expert = hidden_sizes(dim, neurons, spec)
+        shared, expert = hidden_sizes(dim, neurons, spec_at(spec, block_name, family))
         kind: dict[str, Any] = {"dtype": fc1.weight.dtype, "device": fc1.weight.device}
         ffn = SparseFFN(dim, shared, spec.num_experts, expert, spec.top_k, **kind)
         ffn.renormalise = spec.renormalise
@@ -186,7 +187,8 @@ def convert_state_dict(
     for name, block, site in sites_of(dense, family):
         if name not in permutations:
             raise ValueError(f"no permutation is given for {name}; expected one for every FFN.")
-        result |= convert_site(dense, block, site, permutations[name], spec, seed)
+        own = spec_at(spec, block, family)
+        result |= convert_site(dense, block, site, permutations[name], own, seed)
         for linear in (site.fc1, site.fc2):
             replaced |= {f"{block}.{linear}.weight", f"{block}.{linear}.bias"}
     return {key: t for key, t in dense.items() if key not in replaced} | result

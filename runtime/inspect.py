@@ -212,16 +212,17 @@ def lines(info: Mapping[str, Any]) -> list[str]:
 def experts(
     shapes: Mapping[str, tuple[int, ...]], sites: list[str], top_k: int | None
 ) -> dict[str, Any]:
-    """The sparse FFNs of a checkpoint (all alike)."""
-    count, width, hidden = shapes[f"{sites[0]}.experts.w1"]
-    shared = shapes.get(f"{sites[0]}.shared.fc1.weight", (0,))[0]
+    """The sparse FFNs of a checkpoint; sizes that differ are told as [smallest, largest]."""
+    count, width, _ = shapes[f"{sites[0]}.experts.w1"]
+    hidden = {shapes[f"{site}.experts.w1"][2] for site in sites}
+    shared = {shapes.get(f"{site}.shared.fc1.weight", (0,))[0] for site in sites}
     return {
         "num_experts": count,
         "top_k": top_k,
         "layers": len(sites),
         "width": width,
-        "expert_hidden": hidden,
-        "shared_hidden": shared,
+        "expert_hidden": min(hidden) if len(hidden) == 1 else [min(hidden), max(hidden)],
+        "shared_hidden": min(shared) if len(shared) == 1 else [min(shared), max(shared)],
     }
 
 
