@@ -63,6 +63,7 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "nothing", "-o", "y", "--init-only"], "nothing"),
         (["convert", "nothing", "-o", "y", "--preset", "XXL"], "preset 'XXL' is not known"),
         (["convert", "nothing", "-o", "y", "--recipe", "r.json"], "recipe r.json"),
+        (["convert", "nothing", "-o", "y", "--budget", "2"], "--budget is 2; expected a share of"),
         (["convert", "nothing", "-o", "y", "--init-only", "--steps", "3"], "--init-only"),
         (["plan", "nothing"], "'nothing' is no directory"),
         (["plan", "flux-dev", "--preset", "XXL"], "preset 'XXL' is not known"),
@@ -270,6 +271,29 @@ def test_convert_export_and_parity(
     found = json.loads(capsys.readouterr().out)
     assert found["backend"] == "ort" and found["components"] and found["blocks"]
     assert files(tmp_path)[0] == "bundle" and not list(tmp_path.glob(".*"))
+
+
+def test_convert_for_a_budget(
+    shapes_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chosen recipe is the directory's, and plan counts no more than was asked for."""
+    recipe = json.loads((ROOT / "d2m/presets/L.json").read_text())
+    recipe |= {"name": "tiny", "calibration": {"batches": 1, "batch_size": 4}}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    arguments = ["convert", shapes_dense, "-o", tmp_path / "out", "--recipe", tmp_path / "r.json"]
+    arguments += ["--init-only", "--score", 0, "--no-report"]
+    assert "expected 0." in refused(capsys, *arguments, "--budget", 0.05)
+    assert main([str(each) for each in [*arguments, "--budget", 0.5, "--json"]]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert "budget 0.5 of dense FLOPs: the chosen recipe needs 0.4" in " ".join(err.split())
+    assert answer["recipe"] == "tiny-budget-0.5"
+    counted = json.loads(answer_of(capsys, "plan", tmp_path / "out", "--json"))
+    assert counted["flops_vs_dense"] == pytest.approx(answer["budget"]["flops_vs_dense"])
+    assert answer["budget"]["smallest"] <= counted["flops_vs_dense"] <= 0.5
+    written = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert written["blocks"]["groups"] == answer["budget"]["groups"]
+    assert written.get("shares", {}) == answer["budget"]["shares"]
 
 
 def blocked(modules: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

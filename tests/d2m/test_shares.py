@@ -138,3 +138,17 @@ def test_on_disk_and_in_a_plan(tiny_dense_dir, tmp_path):
     )
     experts = inspect(tmp_path)["experts"]
     assert experts["expert_hidden"] == [4, 10] and experts["shared_hidden"] == [8, 80]
+
+
+def test_block_by_block_conversion(tiny_dense_dir, tmp_path):
+    """The way of models larger than memory: the same sizes, checked on disk."""
+    from calib.importance import magnitudes
+    from d2m.stream import convert_stream
+
+    out, lines = tmp_path / "out", []
+    answer = convert_stream(tiny_dense_dir, out, RECIPE, magnitudes, "magnitude", log=lines.append)
+    assert answer["checked"] and max(answer["checked"].values()) < 1e-5
+    model = SparseFluxTransformer2DModel.from_pretrained(out / "transformer")
+    sizes = {name: ffn.experts.w1.shape[2] for name, ffn in sparse_ffns(model).items()}
+    assert sizes["transformer_blocks.0.ff"] == 4 and sizes["transformer_blocks.1.ff"] == 8
+    assert sizes["single_transformer_blocks.0.proj_mlp"] == 10
