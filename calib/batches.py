@@ -52,7 +52,8 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
     The dict holds, in the dtypes and on the devices of the pipeline's encoders:
     `latents` [B, T, C]: VAE means, shifted, scaled and packed, without noise;
     `encoder_hidden_states` [B, L, width of T5], `pooled_projections` [B, width of CLIP];
-    `img_ids` [T, 3], `txt_ids` [L, 3]: float, as FluxPipeline makes them.
+    `img_ids` [T, 3], `txt_ids` [L, 3]: float, as FluxPipeline makes them;
+    `category` [B]: int64, the scenes' places in `calib.world.CATEGORIES`.
 
     Raises ValueError if the VAE cannot encode the world's images into whole 2 x 2 patches.
     """
@@ -89,6 +90,7 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
             "pooled_projections": pooled,
             "img_ids": img_ids,
             "txt_ids": txt_ids,
+            "category": torch.from_numpy(kinds).long(),
         }
 
     return batch

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,7 @@ def convert(
     report: options.Report = True,
     data: options.Data = "shapes",
     score: options.Score = 120,
+    compare: options.Compare = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -65,11 +67,14 @@ def convert(
         raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
     if score < 0:
         raise ValueError(f"--score is {score}, expected a number of pictures, 0 for none")
+    from d2m.pareto import known_rows
+
+    known = known_rows(compare) if compare else ()
     from calib.batches import shapes_batches
     from calib.importance import chosen
     from calib.statistics import routing_table
     from calib.suite import evaluate as judge
-    from calib.world import World, eval_scenes
+    from calib.world import CATEGORIES, World, eval_scenes
     from d2m.convert import convert as function
 
     def batches(pipe: Any, seed: int) -> Any:
@@ -127,9 +132,10 @@ def convert(
             init_only=init_only,
             seed=seed,
             resume=resume,
-            statistics=routing_table,
+            statistics=partial(routing_table, categories=tuple(CATEGORIES)),
             score=(lambda draw: judge(draw, score, 0)[0]) if score else None,
             prompts=[scene.caption for scene in eval_scenes(World(), 6, 0)],
+            known=known,
             report=report,
             progress=progress,
             log=say,

@@ -18,6 +18,7 @@ from d2m import recipe as recipes
 from d2m.dense import dense_family, locate
 from d2m.draw import load_pipeline
 from d2m.files import replace_dir
+from d2m.pareto import beside, own_rows
 from d2m.preset import preset_of
 from d2m.recipe import Recipe
 from d2m.result import (
@@ -57,6 +58,7 @@ def convert(
     statistics: Callable[..., dict[str, Any]] | None = None,
     score: Callable[[Any], dict[str, Any]] | None = None,
     prompts: Sequence[str] = (),
+    known: Sequence[Mapping[str, Any]] = (),
     report: bool = True,
     device: str = "auto",
     save_seconds: float = 60.0,
@@ -83,6 +85,7 @@ def convert(
             e.g. `calib.statistics.routing_table`.
         score: (draw) -> score, run on the dense and the sparse pipeline for the report.
         prompts: what the report draws with both.
+        known: other models, as `d2m.pareto.known_rows` reads them, for the report's plot.
         save_seconds: time between training checkpoints.
 
     Returns what was done, in JSON types: out, base_model, recipe (its name), steps, parameters,
@@ -146,6 +149,7 @@ def convert(
                 routing = statistics(student, calibration, **options)
         more = {"history": history, "importance": neurons, "routing": routing, "images": images}
         more |= {"timings": seconds, "identity_error": error}
+        more["pareto"] = beside(own_rows(result, out.name, scores), known)
     write_papers(result, dense_path, recipe, facts, more)
     replace_dir(result, out)
     shutil.rmtree(work, ignore_errors=True)

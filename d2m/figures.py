@@ -142,7 +142,8 @@ def experts(report: Report) -> Html | None:
     routing = report["routing"]
     if not routing:
         return None
-    layers, edges = routing["layers"], routing["edges"]
+    edges = routing["edges"]  # blocks that a group never ran have no load to show
+    layers = {n: each for n, each in routing["layers"].items() if each["all"].get("tokens", 1)}
     names = sorted(layers, key=lambda name: list(KINDS).index(name.rsplit(".", 1)[-1]))
     groups = [KINDS[name.rsplit(".", 1)[-1]] for name in names]
     rows = [name.split(".")[-2] for name in names]
@@ -157,7 +158,7 @@ def experts(report: Report) -> Html | None:
         rows,
         [f"expert {i}" for i in range(count)] * (1 + len(times)),
         loads,
-        level=_diverging,
+        level=diverging,
         show=lambda ratio: f"{ratio:.2f} x its fair share",
         x_label=f"experts 0 to {count - 1}, at all times and by noise level t (1 is pure noise)",
         title="Load of every expert by layer and noise level",
@@ -191,7 +192,7 @@ def experts(report: Report) -> Html | None:
     return section("Experts", note, el("div", first, second, class_="maps"))
 
 
-def _diverging(ratio: float) -> str:
+def diverging(ratio: float) -> str:
     """A fair share (1) is the middle; a quarter and four times are the ends."""
     place = (math.log2(max(ratio, 2**-9)) + 2) / 4
     return DIVERGING[round(min(max(place, 0.0), 1.0) * (len(DIVERGING) - 1))]

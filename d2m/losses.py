@@ -102,8 +102,14 @@ def load_figures(counts: Sequence[float]) -> dict[str, float]:
     return {
         "entropy": float(entropy),
         "busiest": float(share.max() * experts),
-        "dead": int((share * experts < DEAD_SHARE).sum()),
+        "dead": len(dead_experts(counts)),
     }
+
+
+def dead_experts(counts: Sequence[float]) -> list[int]:
+    """Indices of the experts with under DEAD_SHARE of their fair share of all choices."""
+    floor = DEAD_SHARE * max(sum(counts), 1) / max(len(counts), 1)
+    return [index for index, count in enumerate(counts) if count < floor]
 
 
 def _wide(tensor: Tensor) -> Tensor:

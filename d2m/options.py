@@ -77,6 +77,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished
 Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")]
 Data = Annotated[str, typer.Option("--data", help="Training data; only shapes so far.")]
 Score = Annotated[int, typer.Option("--score", help="Pictures judged for the report, 0 for none.")]
+Compare = Annotated[
+    Path | None,
+    typer.Option("--compare", help="summary.json of other models for the report's plot."),
+]
 SparseOut = Annotated[Path, typer.Option("-o", "--out", help="Sparse pipeline directory to write.")]
 # Planning
 PlanPreset = Annotated[

@@ -11,6 +11,8 @@ from d2m.charts import Line, interval_chart, legend
 from d2m.figures import experts, importance, training
 from d2m.markup import Child, Html, document, el, figure, join, percent, section, table
 from d2m.parameters import human
+from d2m.pareto import pareto
+from d2m.routemaps import block_choices, dead, positions
 
 Report = Mapping[str, Any]
 
@@ -22,7 +24,8 @@ def render(report: Report) -> str:
 
     ValueError if a picture is no PNG data URI (nothing else may reach an image's source).
     """
-    sections = (pictures, scores, training, experts, importance, recipe, parameters, timings)
+    charts = (pareto, training, experts, positions, block_choices, dead, importance)
+    sections = (pictures, scores, *charts, recipe, parameters, timings)
     foot = el("footer", f"Written by d2m {report['d2m']}. The numbers are in report.json.")
     title = f"{report['name']}: conversion report"
     return document(title, header(report), *(section(report) for section in sections), foot)

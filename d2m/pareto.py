@@ -17,6 +17,7 @@ from d2m.axes import percent_tick
 from d2m.fields import check, number
 from d2m.markup import Html, el, figure, percent, section
 from d2m.parameters import human
+from d2m.plan import plan
 from d2m.scatter import Dot, Kind, key, scatter_chart
 
 Row = Mapping[str, Any]
@@ -55,6 +56,37 @@ def known_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     rows: Any = obj.get("rows") if isinstance(obj, dict) else None
     check(isinstance(rows, list), f"{path}: rows", rows, "a list, as scripts/reproduce.py writes")
     return [_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows) if _judged(row)]
+
+
+def own_rows(
+    sparse: str | os.PathLike[str], name: str, scores: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of the model in directory `sparse` and of its dense one; scores as a report has them."""
+    planned = plan(sparse)
+    costs = {
+        "dense": {"flops_vs_dense": 1.0, "activated_params": planned["dense"]["params"]},
+        "sparse": {cost: planned[cost] for cost in COSTS},
+    }
+    names = {"dense": ("dense", "dense"), "sparse": (name, "this")}
+    return [
+        {"name": words, "kind": kind, "of": None, "score": scores[side]["overall"], **costs[side]}
+        for side, (words, kind) in names.items()
+        if side in scores
+    ]
+
+
+def beside(own: Sequence[Row], known: Sequence[Row]) -> list[dict[str, Any]]:
+    """Both lists as one; a known row whose name is taken is called `NAME (compared)`.
+
+    The same model judged on other pictures has another score, so none takes another's place.
+    """
+    taken = {row["name"] for row in own}
+    names = {row["name"]: row["name"] for row in known}
+    names |= {name: f"{name} (compared)" for name in names if name in taken}
+    renamed = [
+        {**row, "name": names[row["name"]], "of": names.get(row["of"], row["of"])} for row in known
+    ]
+    return [*map(dict, own), *renamed]
 
 
 def dots_of(rows: Sequence[Row], cost: str) -> list[Dot]:

@@ -28,6 +28,7 @@ def build_report(
     history: Sequence[Mapping[str, Any]] = (),
     importance: Mapping[str, Any] | None = None,
     routing: Mapping[str, Any] | None = None,
+    pareto: Sequence[Mapping[str, Any]] = (),
     images: Sequence[Mapping[str, Any]] = (),
     scores: Mapping[str, Any] | None = None,
     timings: Mapping[str, float] | None = None,
@@ -41,6 +42,7 @@ def build_report(
         history: the lines of the training log (d2m.trainlog).
         importance: FFN site -> scores of its neurons [N] (tensor, array or list).
         routing: `calib.statistics.routing_table`.
+        pareto: this model and others as rows of `d2m.pareto`.
         images: [{"prompt", "seed", "dense", "sparse"}] with pictures from the same noise.
         scores: {"dense", "sparse"} -> result of `calib.suite.evaluate`; either may be missing.
         timings: seconds of the conversion's parts, in order.
@@ -58,6 +60,7 @@ def build_report(
         "history": thin(history),
         "importance": {site: importance_curve(s) for site, s in (importance or {}).items()},
         "routing": dict(routing) if routing else None,
+        "pareto": [dict(row) for row in pareto],
         "images": [
             {"prompt": str(row["prompt"]), "seed": int(row["seed"])}
             | {side: data_uri(row[side]) for side in ("dense", "sparse")}

@@ -38,6 +38,7 @@ def test_shapes_and_ids(pipe):
         "pooled_projections": (3, 32),
         "img_ids": (64, 3),
         "txt_ids": (16, 3),
+        "category": (3,),
     }
     assert batch["img_ids"][9].tolist() == [0, 1, 1] and not batch["txt_ids"].any()
     assert not any(t.requires_grad for t in batch.values())

@@ -1,5 +1,6 @@
 """Routing statistics: figures by hand, and collected from a running model."""
 
+import json
 import math
 
 import pytest
@@ -115,3 +116,47 @@ def test_layers_of_skipped_blocks():
     both = [layers[f"single_transformer_blocks.{i}.proj_mlp"]["all"]["tokens"] for i in (0, 1)]
     assert sum(both) == 4 * 4 * 24
     assert all(ffn.last_logits is None for ffn in sparse_ffns(model).values())
+
+
+def test_positions_and_blocks_of_a_model_with_groups():
+    """What the table says of blocks is what the blocks were called with."""
+    from tinypair import grouped_pair, tiny_batches
+
+    from d2m.groups import block_groups
+
+    model, _ = grouped_pair()
+    kinds = torch.tensor([0, 1, 1, 0])
+
+    def sorted_batches(step, batch_size):
+        return tiny_batches(step, batch_size) | {"category": kinds[:batch_size]}
+
+    group = block_groups(model)["transformer_blocks.1"]
+    called = dict.fromkeys(group.blocks, 0)
+    for name, block in group.blocks.items():
+
+        def count(module, args, kwargs, name=name):
+            called[name] += kwargs["hidden_states"].shape[0]
+
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    options = {"top_k": 2, "count": 2, "batch_size": 4, "categories": ("a", "b")}
+    table = routing_table(model, sorted_batches, **options)
+    assert list(table["groups"]) == list(block_groups(model))
+    found = table["groups"]["transformer_blocks.1"]
+    assert found["all"] == {"samples": 32, "share": [round(n / 32, 4) for n in called.values()]}
+    assert [found["categories"][name]["samples"] for name in "ab"] == [16, 16]
+    assert [bucket["samples"] for bucket in found["buckets"]] == [8] * 4
+    assert all(
+        not each.record and each.last_logits is None for each in block_groups(model).values()
+    )
+
+    where = table["positions"]
+    assert (where["rows"], where["columns"]) == (4, 4)
+    assert not any(name.endswith("ff_context") for name in where["layers"])
+    for name, layer in where["layers"].items():
+        assert len(layer["share"]) == 12 and 0 <= layer["information"] <= 1
+        sums = [sum(expert[cell] for expert in layer["share"]) for cell in range(16)]
+        assert sums == pytest.approx([1.0] * 16, abs=1e-3), name
+    assert json.loads(json.dumps(table)) == table
+
+    with pytest.raises(ValueError, match="the batches have no 'category', but 2 categories"):
+        routing_table(model, tiny_batches, **options)

@@ -65,6 +65,7 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "nothing", "-o", "y", "--recipe", "r.json"], "recipe r.json"),
         (["convert", "nothing", "-o", "y", "--budget", "2"], "--budget is 2; expected a share of"),
         (["convert", "nothing", "-o", "y", "--init-only", "--steps", "3"], "--init-only"),
+        (["convert", "nothing", "-o", "y", "--compare", "s.json"], "s.json is no file"),
         (["plan", "nothing"], "'nothing' is no directory"),
         (["plan", "flux-dev", "--preset", "XXL"], "preset 'XXL' is not known"),
         (["plan", "flux-dev", "--height", "1000"], "--height is 1000"),
@@ -259,10 +260,18 @@ def test_convert_export_and_parity(
     sparse, bundle = tmp_path / "sparse", tmp_path / "bundle"
     convert = ["convert", shapes_dense, "-o", sparse, "--recipe", tmp_path / "r.json"]
     convert += ["--steps", 4, "--score", 6, "--json"]
+    rate = {"score": 0.5, "low": 0.2, "high": 0.8, "n": 6}
+    other = {"name": "other", "kind": "pruned", "of": None, "score": rate}
+    other |= {"flops_vs_dense": 0.5, "activated_params": 9}
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": [other]}))
+    convert += ["--compare", tmp_path / "summary.json"]
     answer = json.loads(answer_of(capsys, *convert))
     assert (answer["steps"], answer["recipe"]) == (4, "tiny")
     for name in ("model_index.json", "recipe.json", "report.html", "README.md", "defaults.json"):
         assert (sparse / name).is_file(), name
+    report = json.loads((sparse / "report.json").read_text())
+    assert [row["name"] for row in report["pareto"]] == ["dense", "sparse", "other"]
+    assert set(report["routing"]["positions"]["layers"]) < set(report["routing"]["layers"])
     assert "exists" in refused(capsys, *convert)  # never written over
     answer_of(capsys, *convert, "--resume")
 

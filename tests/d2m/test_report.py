@@ -174,6 +174,16 @@ def test_what_is_missing_is_left_out():
     assert not titles & set(page.words) and {"Recipe", "Parameters"} <= set(page.words)
 
 
+def test_layers_that_no_token_reached_have_no_load_to_show():
+    layers = {site: {"all": FIGURES | {"tokens": 9}, "buckets": [FIGURES]} for site in SITES}
+    nothing = FIGURES | {"tokens": 0, "load": [0.0] * 12, "busiest": 0.0, "dead": 12}
+    layers[SITES[-1]] = {"all": nothing, "buckets": [nothing]}
+    page = render(everything(routing={"top_k": 2, "edges": [0.0, 1.0], "layers": layers}))
+    assert "single blocks, 0, all times, expert 3: 1.00 x its fair share" in page
+    assert "single blocks, 1, all times" not in page
+    assert "1.0 times on the mean" in page
+
+
 def test_untrained_and_stage_one_only():
     recipe = to_dict(preset("L"))
     page = Page(render(everything(recipe=recipe | {"stages": []}, history=())))
