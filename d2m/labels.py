@@ -65,9 +65,9 @@ def along(points: Sequence[tuple[float, float]]) -> list[Box]:
 
 
 def spread(xs: Sequence[float], near: float, step: float) -> list[float]:
-    """Places `near` one another moved apart to `step`, around their middle and in their order.
+    """Places `near` one another moved apart to `step`, around their middle, in rising order.
 
-    Dots of equal cost would otherwise hide one another's intervals.
+    Equal ones keep the order given. Dots of equal cost would otherwise hide one another's intervals.
     """
     order = sorted(range(len(xs)), key=lambda i: (xs[i], i))
     clusters: list[list[int]] = []
@@ -79,7 +79,7 @@ def spread(xs: Sequence[float], near: float, step: float) -> list[float]:
     moved = list(xs)
     for cluster in clusters:
         middle = sum(xs[i] for i in cluster) / len(cluster)
-        for place_, index in enumerate(sorted(cluster)):
+        for place_, index in enumerate(cluster):
             if len(cluster) > 1:
                 moved[index] = middle + (place_ - (len(cluster) - 1) / 2) * step
     return moved

@@ -42,7 +42,8 @@ def test_knobs_are_joined_to_their_model_by_cost() -> None:
 
 def test_equal_costs_stand_side_by_side() -> None:
     assert spread([10.0, 50.0, 90.0], 4, 12) == [10.0, 50.0, 90.0]
-    assert spread([52.0, 10.0, 50.0], 4, 12) == [45.0, 10.0, 57.0]
+    assert spread([52.0, 10.0, 50.0], 4, 12) == [57.0, 10.0, 45.0]  # in their order
+    assert spread([50.0, 50.0, 50.0], 4, 12) == [38.0, 50.0, 62.0]
 
 
 def test_labels_hide_nothing() -> None:
