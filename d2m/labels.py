@@ -67,7 +67,7 @@ def along(points: Sequence[tuple[float, float]]) -> list[Box]:
 def spread(xs: Sequence[float], near: float, step: float) -> list[float]:
     """Places `near` one another moved apart to `step`, around their middle, in rising order.
 
-    Equal ones keep the order given. Dots of equal cost would otherwise hide one another's intervals.
+    Equal ones keep the order given. Dots of equal cost would hide one another's intervals.
     """
     order = sorted(range(len(xs)), key=lambda i: (xs[i], i))
     clusters: list[list[int]] = []
