@@ -36,10 +36,10 @@ def first_student(
 
     Args:
         neurons: importance of the dense model's neurons, site name -> [N].
-        calibration: (step, batch size) -> batch; for the check, and for the fit of shared
-            modulation, whose moments are kept in `work`.
+        calibration: (step, batch size) -> batch; for the check, and for the fits of shared
+            modulation and of routers, which are kept in `work`.
         start: a sparse pipeline directory whose weights are taken instead, of this structure or
-            of one that has neither groups nor dropped blocks yet; new routers are random.
+            of one that has neither groups nor dropped blocks yet.
 
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
@@ -48,12 +48,20 @@ def first_student(
     from d2m.flow import generator_at, noisy
     from d2m.inputs import transformer_inputs
     from d2m.model import sparse_model_of
+    from d2m.routerfit import spread_routers
     from d2m.surgery import identity_error
 
     student: nn.Module = sparse_model_of(dense, neurons, recipe, family)
     batch = calibration(0, 2)
     x, t, _ = noisy(batch["latents"], generator_at(0, "identity"))
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
+    if recipe.blocks.grouped:  # while the modulation is the dense model's
+        fitted = kept(
+            work / "routers.safetensors",
+            lambda: spread_routers(student, calibration, recipe, recipe.seed),
+        )
+        for name, weight in fitted.items():
+            student.get_parameter(name).data.copy_(weight)
     if recipe.adaln.mode != "full":
         compress_adaln(student, recipe.adaln, _moments(dense, calibration, recipe, work))
     return (student if start is None else _loaded(start, student, recipe, family)), error
@@ -105,7 +113,7 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     """
     import torch
 
-    from d2m.grouping import grouped_state_dict
+    from d2m.grouping import renamed
     from d2m.model import SparseFluxTransformer2DModel
 
     found: Any = SparseFluxTransformer2DModel.from_pretrained(
@@ -128,7 +136,7 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     # training run's tensors lie, or kernels would round differently than in a run of all stages.
     state = found.state_dict()
     if whole:
-        state = grouped_state_dict(state, recipe.blocks, family, recipe.seed)
+        state = renamed(state, recipe.blocks, family)
     tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     for name, tensor in tensors.items():
         value = state.get(name)
