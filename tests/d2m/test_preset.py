@@ -32,7 +32,7 @@ def test_a_name_of_another_model_is_refused_with_those_of_this_one():
 
 
 def test_the_shapes_models_l_is_the_plain_one_at_its_own_rates():
-    """What the demo converts with: all blocks, a modulation per block, faster rates, stage 1 longer."""
+    """What the demo converts with: all blocks, a modulation per block; rates and steps differ."""
     dense = ROOT / "models/shapes-dense"
     assert preset_of("XS", dense) == FOLDER / "flux-6d-12s/XS.json"
     mine, plain = (
