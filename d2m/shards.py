@@ -10,10 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2m.files import sync, temporary_sibling, write_json
+from d2m.files import write_json, write_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,19 +136,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         position = end
     text = json.dumps(rows, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    temporary = temporary_sibling(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                flat = tensors[name].detach().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    flat = (tensors[name].detach().contiguous().reshape(-1) for name in order)
+    data = (tensor.view(torch.uint8).numpy().data for tensor in flat)
+    write_pieces(path, chain([len(text).to_bytes(8, "little") + text], data))
 
 
 def shard_name(number: int, count: int) -> str:
