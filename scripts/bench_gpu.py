@@ -129,7 +129,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from gpubench.cells import real, toy
+    from gpubench.setting import real, toy
 
     device = torch.device("cpu" if given.toy else "cuda")
     found = machine(device)
@@ -161,6 +161,7 @@ def main() -> int:
             "top_k": setting.size.top_k,
             "dtype": str(setting.dtype).removeprefix("torch."),
             "adaln": "full",
+            "toy": given.toy,
         },
     }
     left = run(setting, sections, answer, path, until)

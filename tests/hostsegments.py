@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 from hostdevice import TARGET, HostContext, HostDevice, bundle_with_plans
 from hostkernels import stand_in
@@ -24,6 +23,8 @@ SM = (80, 90)  # HostDevice calls itself a 90
 
 def bundle_with_segments(source: Path, root: Path) -> Bundle:
     """As export.bundle.write_plans makes it, ONNX graphs for plans, stand-ins for cubins."""
+    import onnx
+
     made = bundle_with_plans(source, root)
     row, record = made.manifest["plans"][TARGET], made.component("transformer")
     graphs = {

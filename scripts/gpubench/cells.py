@@ -8,47 +8,17 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpubench import layer
+from gpubench.ffncells import correctness, layers
 from gpubench.flux import Double, Single, Size, build, presets
-from gpubench.timing import backend, measure, peak, rotations
-
-Record = dict[str, Any]
-Cells = Iterator[tuple[str, Callable[[], Record]]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Sizes of a run: FLUX.1 [dev] at 1024 x 1024, or toy ones for a machine without a GPU."""
-
-    device: torch.device
-    dtype: torch.dtype
-    size: Size
-    image: int
-    text: int
-    batches: tuple[int, ...]
-    square: int  # of the matrix product that measures the ceiling
-    seconds: float  # per measurement
-    checks: tuple[tuple[int, int, int, int], ...]  # (T, D, E, H) of the correctness runs
-
-
-def real(device: torch.device) -> Setting:
-    checks = ((1, 3072, 12, 768), (77, 256, 12, 64), (512, 3072, 12, 768), (4608, 3072, 12, 768))
-    size = Size(experts=12)
-    return Setting(device, torch.bfloat16, size, 4096, 512, (1, 4, 8), 8192, 1.0, checks)
-
-
-def toy(device: torch.device) -> Setting:
-    size = Size(2, 16, 2, 3, 8, 24, 12, experts=12)
-    return Setting(
-        device, torch.float32, size, 16, 4, (1, 2), 64, 0.01, ((1, 32, 12, 8), (40, 32, 12, 8))
-    )
+from gpubench.setting import Cells, Record, Setting
+from gpubench.timing import backend, measure, peak
 
 
 def ceilings(s: Setting) -> Cells:
@@ -69,79 +39,6 @@ def ceilings(s: Setting) -> Cells:
 
     yield "ceilings/copy", copy
     yield "ceilings/matmul", product
-
-
-def correctness(s: Setting) -> Cells:
-    """Every realisation, dtype, size, number of experts and routing against float64."""
-    dtypes = (s.dtype, torch.float32) if s.dtype != torch.float32 else (s.dtype,)
-    for name in ("triton", "grouped_mm", "sorted"):
-        for dtype in dtypes:
-            for sizes in s.checks:
-                for k, routing in ((2, "uniform"), (4, "skewed"), (1, "one expert")):
-                    shape = "x".join(map(str, sizes))
-                    key = f"correctness/{name}/{str(dtype)[6:]}/{shape}/k{k}/{routing}"
-                    yield key, partial(layer.verify, name, sizes, k, routing, s.device, dtype)
-
-
-def layers(s: Setting) -> Cells:
-    """One FFN: every contender, forward and forward with backward, uniform and skewed routing."""
-    for batch in s.batches:
-        for routing in ("uniform", "skewed"):
-            for mode in ("forward", "training"):
-                for name in layer.CONTENDERS:
-                    if name.startswith("dense") and routing != "uniform":
-                        continue  # routing means nothing there
-                    key = f"layer/B{batch}/{routing}/{mode}/{name}"
-                    yield key, partial(one_layer, s, batch, routing, mode, name)
-        for routing in ("uniform", "skewed"):
-            yield f"layer/B{batch}/{routing}/routed/triton", partial(routed, s, batch, routing)
-
-
-def one_layer(s: Setting, batch: int, routing: str, mode: str, name: str) -> Record:
-    """Milliseconds and TFLOP/s of one contender (a backward counts twice a forward)."""
-    tokens, width, experts = batch * (s.image + s.text), s.size.width, s.size.experts
-    probe = layer.make(name, width, experts, s.size.top_k, routing, s.device, s.dtype, 0)
-    x = torch.randn(tokens, width, device=s.device, dtype=s.dtype)
-    if reason := layer.obstacle(name, x, probe):
-        return {"skipped": reason}
-    each = x.nbytes + sum(p.nbytes for p in probe.parameters())
-    works, train = [], mode == "training"
-    for seed in range(rotations(each, s.device)):
-        ffn = probe if seed == 0 else layer.make(
-            name, width, experts, s.size.top_k, routing, s.device, s.dtype, seed
-        )  # fmt: skip
-        given = torch.randn_like(x).requires_grad_(train)
-        if train:
-            run = layer.training(name, ffn, torch.randn_like(x))
-        else:
-            run = layer.forward(name, ffn.requires_grad_(False))
-        works.append(partial(run, given))
-    # The loop waits for its counts on the host, which no graph can hold.
-    row = measure(works, s.device, seconds=s.seconds, graph=name != "sorted")
-    work = layer.flops(name, tokens, width, experts, s.size.top_k) * (3 if train else 1)
-    return {**row, "rotations": len(works), "tflops": float(f"{work / row['ms'] / 1e9:.4g}")}
-
-
-def routed(s: Setting, batch: int, routing: str) -> Record:
-    """The routed part alone, `forward_triton` with its routing, placement and combine."""
-    from d2m.kernels.op import forward_triton
-
-    tokens, width, k = batch * (s.image + s.text), s.size.width, s.size.top_k
-    works, hidden = [], 3 * width // s.size.experts
-    x = torch.randn(tokens, width, device=s.device, dtype=s.dtype)
-    probe = layer.make("triton", width, s.size.experts, k, routing, s.device, s.dtype, 0)
-    if reason := layer.obstacle("triton", x, probe):
-        return {"skipped": reason}
-    each = x.nbytes + sum(p.nbytes for p in probe.experts.parameters())
-    for seed in range(rotations(each, s.device)):
-        ffn = layer.make("triton", width, s.size.experts, k, routing, s.device, s.dtype, seed)
-        e, given = ffn.experts.requires_grad_(False), torch.randn_like(x)
-        with torch.no_grad():
-            logits = ffn.router_logits(given)
-        works.append(partial(forward_triton, given, logits, e.w1, e.b1, e.w2, k))
-    row = measure(works, s.device, seconds=s.seconds)
-    tflops = 4 * tokens * k * width * hidden / row["ms"] / 1e9
-    return {**row, "rotations": len(works), "tflops": float(f"{tflops:.4g}")}
 
 
 def blocks(s: Setting) -> Cells:

@@ -84,7 +84,7 @@ def _on_host(works: Sequence[Work], seconds: float) -> dict[str, Any]:
     works[0]()
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 3 or (len(times) < 50 and time.perf_counter() - began < seconds):
+    while not times or (len(times) < 50 and time.perf_counter() - began < seconds):
         start = time.perf_counter()
         works[len(times) % len(works)]()
         times.append(1000 * (time.perf_counter() - start))

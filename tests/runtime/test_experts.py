@@ -221,3 +221,29 @@ def test_kernels_of_another_model_are_refused(bundle: Bundle) -> None:
         ValueError, match=r"for experts \[12, 32, 8\] in fp32, expected \[12, 32, 16\]"
     ):
         open_experts(other, TARGET, 90)
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_segments_and_cubins_on_a_gpu(tiny_sparse_dir: Path, tmp_path: Path) -> None:
+    """Real plans, real cubins, a real stream: what whole plans and ONNX Runtime give."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("triton")
+    from export.bundle import export_bundle
+    from runtime import trt
+
+    options = {"trt_rtx": True, "cubins": True, "top_k": (0, 2), "plan_dtype": "fp32"}
+    export_bundle(tiny_sparse_dir, tmp_path / "b", **options)
+    opened = open_bundle(tmp_path / "b")
+    try:
+        kinds = {
+            name: trt.open_component_rtx(opened, "transformer", experts=name)
+            for name in ("plans", "cubins")
+        }
+    except ValueError as error:  # a GPU that TensorRT-RTX does not know, such as an H200
+        pytest.skip(str(error))
+    whole = open_ort(opened, "transformer", threads=1)
+    for batch in (1, 3):
+        given = inputs(opened, "transformer", batch=batch)
+        for executor in kinds.values():
+            close(executor(given), whole(given))
