@@ -333,7 +333,7 @@ def write_plans(
     cubins: bool = False,
 ) -> None:
     """Plans of every block graph; with `parts` the graphs are traced anew, computing in `dtype`."""
-    from export.cubins import FOLDER, Pieces, build_kernels, cut_blocks, kernel_sm
+    from export.cubins import Pieces, build_kernels, cut_blocks, kernel_sm
     from export.plans import build_plans, default_profiles
 
     with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
@@ -351,12 +351,13 @@ def write_plans(
             for kind, record in component["types"].items()
             for key, path in record["graphs"].items()
         }
-        kernels, home = Path(scratch) / "kernels", f"{FOLDER}/{dtype}"
+        kernels = Path(scratch) / "kernels"
         pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else Pieces()
         if plugin or cubins:
-            where = kernels if plugin else folder / home
             numbers = kernel_sm(apis, sm)
-            build_kernels(where, pieces, dtype, numbers, ptx=plugin, progress=progress)
+            build_kernels(
+                kernels if plugin else folder, pieces, dtype, numbers, ptx=plugin, progress=progress
+            )
         for api in apis:
             built = build_plans(
                 graphs | (pieces.graphs if cubins else {}),
@@ -370,7 +371,7 @@ def write_plans(
             )
             if cubins:
                 for target in built.values():
-                    pieces.into(target, home)
+                    pieces.into(target, dtype)
             manifest["plans"] |= built
 
 

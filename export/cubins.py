@@ -2,8 +2,9 @@
 
 A target then offers both: `transformer/double.k2` with the portable body, and the steps that
 `segments` lists in its place, `transformer/double.0`, `transformer/double.k2.experts.0` and so on,
-where what is no plan is a launch of the package in `kernels/<dtype>`. Which of them runs is decided
-on the machine that draws (runtime.experts). Segments are the same for every number of experts.
+where what is no plan is a launch of a package of kernels, `kernels/bf16-12x3072x768`: one for each
+size of experts. Which of them runs is decided on the machine that draws (runtime.experts). Segments
+are the same for every number of experts.
 """
 
 from __future__ import annotations
@@ -33,9 +34,17 @@ class Pieces:
     experts: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def into(self, row: dict[str, Any], kernels: str) -> None:
-        """Add the pieces to a target whose segments have been compiled."""
-        row["kernels"], row["segments"], row["experts"] = kernels, self.segments, self.experts
+    def size(self, step: str) -> tuple[int, ...]:
+        """(E, D, H) of a launch's experts."""
+        return tuple(self.tensors[step]["inputs"][2]["shape"])
+
+    def into(self, row: dict[str, Any], dtype: str) -> None:
+        """Add the pieces to a target whose segments have been compiled, its kernels in `dtype`."""
+        row["segments"] = self.segments
+        row["experts"] = {
+            step: {"top_k": top_k, "kernels": package_name(dtype, self.size(step))}
+            for step, top_k in self.experts.items()
+        }
         row["tensors"] |= self.tensors
 
 
@@ -96,24 +105,33 @@ def build_kernels(
     ptx: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """The package of kernels for all experts of `pieces`, in dtype fp32, bf16 or fp16.
+    """Packages of kernels for all experts of `pieces`, in dtype fp32, bf16 or fp16, below `out`.
 
-    `ptx`: with what TensorRT plugins are made from.
+    `ptx`: with what TensorRT plugins are made from, and in `out` itself, for one size of experts.
     """
     from d2m.kernels.package import build, plain_code
     from d2m.kernels.plan import Sizes
 
-    found = {tuple(row["inputs"][2]["shape"]) for row in pieces.tensors.values()}
-    if len(found) != 1 or not sm:
+    found = sorted({pieces.size(step) for step in pieces.experts})
+    if not found or not sm or (ptx and len(found) > 1):
         what = f"experts of {len(found)} sizes" if sm else "no GPU"
         raise ValueError(
-            f"kernels are asked for but there is {what}, expected one size of experts and GPUs to"
-            " build for (--sm, or one in this machine); leave --cubins and --plugin out."
+            f"kernels are asked for but there is {what}, expected one size of experts (--cubins:"
+            " or several) and GPUs to build for (--sm, or one in this machine); leave --cubins and"
+            " --plugin out."
         )
-    experts, width, hidden = found.pop()
-    sizes = Sizes(1, width, experts, hidden, 1, dtype)
     with plain_code():
-        build(out, sizes, sm, sorted(set(pieces.experts.values())), ptx=ptx, progress=progress)
+        for size in found:
+            experts, width, hidden = size
+            ks = sorted({k for step, k in pieces.experts.items() if pieces.size(step) == size})
+            folder = out if ptx else out / package_name(dtype, size)
+            sizes = Sizes(1, width, experts, hidden, 1, dtype)
+            build(folder, sizes, sm, ks, ptx=ptx, progress=progress)
+
+
+def package_name(dtype: str, size: Sequence[int]) -> str:
+    """Where a bundle keeps the kernels for experts of size (E, D, H): kernels/bf16-12x3072x768."""
+    return f"{FOLDER}/{dtype}-{'x'.join(map(str, size))}"
 
 
 def kernel_sm(apis: Sequence[str], sm: Sequence[int]) -> list[int]:

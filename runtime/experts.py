@@ -1,9 +1,10 @@
 """The routed experts between a block's segments, launched as if they were one more plan.
 
 A plan's whole block carries the experts as stock operators (the portable body). Beside it a target
-may have the block cut in two at its experts (`segments`), and a package of kernels to launch there.
-The executor makes no difference: `ExpertsContext` has the methods of a plan's execution context.
-The kernels write into the working memory that all plans of an executor share, in turn.
+may have the block cut in two at its experts (`segments`), and packages of kernels to launch there,
+one for each size of experts. The executor makes no difference: `ExpertsContext` has the methods of
+a plan's execution context. The kernels write into the working memory that all plans of an executor
+share, in turn.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ MANY = 1 << 20  # tokens; stands for any large number of them
 
 def experts_of(
     bundle: Bundle, component: str, target: str, sm: int, asked: str = "auto"
-) -> Kernels | None:
-    """The kernels that a component's experts run on, or None; the choice is said in the log."""
+) -> dict[str, Kernels]:
+    """The kernels that a component's experts run on, or none; the choice is said in the log."""
     if all("" in kind["graphs"] for kind in bundle.component(component)["types"].values()):
-        return None
+        return {}
     kernels, reason = choose_experts(bundle, target, sm, asked)
     log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
     return kernels
@@ -38,21 +39,21 @@ def experts_of(
 
 def choose_experts(
     bundle: Bundle, target: str, sm: int, asked: str = "auto"
-) -> tuple[Kernels | None, str]:
-    """The kernels that run the experts of a target's plans on a GPU, or None, and why.
+) -> tuple[dict[str, Kernels], str]:
+    """Kernels by directory that run the experts of a target's plans on a GPU, or none, and why.
 
     "plans": whole blocks, the portable body. "cubins": segments and kernels, ValueError or
     FileNotFoundError where they are not there or not for this GPU. "auto": kernels where they fit.
     """
     check_experts(asked)
     if asked == "plans":
-        return None, "asked for"
+        return {}, "asked for"
     try:
         kernels = open_experts(bundle, target, sm)
     except (ValueError, FileNotFoundError) as error:
         if asked == "cubins":
             raise
-        return None, f"no kernels: {error}"
+        return {}, f"no kernels: {error}"
     return kernels, f"kernels for sm_{sm}" if asked == "auto" else "asked for"
 
 
@@ -67,18 +68,20 @@ def check_experts(asked: str, backend: str | None = None) -> None:
         )
 
 
-def open_experts(bundle: Bundle, target: str, sm: int) -> Kernels:
-    """A target's kernels, which must fit its plans, its experts and the GPU."""
+def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
+    """A target's kernels by directory, which must fit its plans, its experts and the GPU."""
     row = bundle.manifest["plans"][target]
     if not row.get("segments"):
         raise ValueError(
             f"plans {target} of bundle {bundle.path} are of whole blocks, expected segments with"
             f" kernels between them; export it again with --cubins."
         )
-    kernels = open_kernels(bundle.path / row["kernels"])
-    given = kernels.manifest
-    sizes = [given["experts"], given["width"], given["hidden"]]
-    for name, top_k in row["experts"].items():
+    folders = sorted({entry["kernels"] for entry in row["experts"].values()})
+    opened = {folder: open_kernels(bundle.path / folder) for folder in folders}
+    for name, entry in row["experts"].items():
+        kernels = opened[entry["kernels"]]
+        given = kernels.manifest
+        sizes = [given["experts"], given["width"], given["hidden"]]
         x, _, w1, *_ = row["tensors"][name]["inputs"]
         if (x["dtype"], w1["shape"]) != (DTYPES[given["dtype"]], sizes):
             raise ValueError(
@@ -86,8 +89,8 @@ def open_experts(bundle: Bundle, target: str, sm: int) -> Kernels:
                 f" {w1['shape']} in {x['dtype']} as {name} has them; export the bundle again."
             )
         for tokens in (1, MANY):
-            choose_plan(kernels, sm, tokens, top_k)
-    return kernels
+            choose_plan(kernels, sm, tokens, entry["top_k"])
+    return opened
 
 
 class ExpertsContext:

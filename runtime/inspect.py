@@ -160,7 +160,8 @@ def experts_of(bundle: Bundle, row: Mapping[str, Any]) -> dict[str, Any] | None:
         return {"auto": "plans", "choices": ["plans"], "kernels": None}
     from runtime.kernels import open_kernels
 
-    plans = open_kernels(bundle.path / row["kernels"]).manifest["plans"]
+    folders = sorted({entry["kernels"] for entry in row["experts"].values()})
+    plans = [p for f in folders for p in open_kernels(bundle.path / f).manifest["plans"]]
     return {
         "auto": "cubins where they fit the GPU, else plans",
         "choices": ["plans", "cubins"],

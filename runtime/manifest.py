@@ -221,11 +221,12 @@ def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
 
 def check_segments(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
     """Blocks cut at their experts: every step is a plan of the set, or a launch of its kernels."""
-    folder = text(row, "kernels", where)
-    if f"{folder}/kernels.json" not in files:
-        raise wrong(f"{where}.kernels", folder, "a directory whose kernels.json is under files")
     for name in mapping(row, "experts", where):
-        integer(row["experts"], name, 1, 4096, f"{where}.experts")
+        entry, here = mapping(row["experts"], name, f"{where}.experts"), f"{where}.experts.{name}"
+        integer(entry, "top_k", 1, 4096, here)
+        folder = text(entry, "kernels", here)
+        if f"{folder}/kernels.json" not in files:
+            raise wrong(f"{here}.kernels", folder, "a directory whose kernels.json is under files")
     known = {*row["files"], *row["experts"]}
     tensors = mapping(row, "tensors", where)
     for block, steps in mapping(row, "segments", where).items():

@@ -76,7 +76,7 @@ def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") 
     log.info("%s: plans %s on a GPU of compute capability %s", component, target, sm)
     device = shared_device()
     kernels = experts_of(bundle, component, target, sm, experts)
-    cubins = Cubins(kernels, device) if kernels else None
+    cubins = {folder: Cubins(opened, device) for folder, opened in kernels.items()}
     return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
 
 
@@ -102,7 +102,8 @@ class Plans:
 
     `device` is runtime.device.Device or an object with its methods, `load(path)` gives a plan's
     execution context (see Loader): both are arguments, so that all else runs without a GPU. With
-    `cubins`, sparse blocks run as segments with these kernels between them, else as whole plans.
+    `cubins` (by their directory in the bundle), sparse blocks run as segments with these kernels
+    between them, else as whole plans.
     With `graphs`, what has run once is recorded as a CUDA graph and replayed from then on.
     """
 
@@ -114,7 +115,7 @@ class Plans:
         device: Any,
         load: Callable[[str], Any],
         *,
-        cubins: Cubins | None = None,
+        cubins: Mapping[str, Cubins] | None = None,
         graphs: bool = False,
     ) -> None:
         self.bundle, self.name, self.target = bundle, component, target
@@ -210,8 +211,9 @@ class Plans:
         if plan in self.plans["files"]:
             return self.load(str(self.bundle.file(self.plans["files"][plan])))
         assert self.cubins is not None, plan  # only segments name such launches
-        top_k = self.plans["experts"][plan]
-        return ExpertsContext(self.cubins, self.plans["tensors"][plan], top_k)
+        row = self.plans["experts"][plan]
+        tensors = self.plans["tensors"][plan]
+        return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])
 
     def run(self, ready: Ready) -> None:
         """Queue every launch, or replay their recording."""

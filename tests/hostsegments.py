@@ -1,5 +1,6 @@
 """A bundle whose sparse blocks are also cut at their experts, with kernels that run on the host."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ from hostdevice import TARGET, HostContext, HostDevice, bundle_with_plans
 from hostkernels import stand_in
 
 from d2m.kernels import package
-from d2m.kernels.plan import Sizes
 from export.bundle import write_manifest
-from export.cubins import FOLDER, cut_blocks
+from export.cubins import build_kernels, cut_blocks
 from export.plans import load_graph, tensors
 from runtime.bundle import Bundle, open_bundle
 from runtime.cubins import Cubins
@@ -39,12 +39,12 @@ def bundle_with_segments(source: Path, root: Path) -> Bundle:
         row["files"][name] = f"plans/{TARGET}/{name}.plan"
         row["tensors"][name] = tensors(model)
         onnx.save(model, str(root / row["files"][name]))
-    pieces.into(row, f"{FOLDER}/fp32")
-    experts, width, hidden = next(iter(pieces.tensors.values()))["inputs"][2]["shape"]
+    pieces.into(row, "fp32")
+    build = functools.partial(package.build, compile=stand_in)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "triton_version", lambda: "3.7.1")
-        sizes, ks = Sizes(1, width, experts, hidden, 1, "fp32"), sorted({*pieces.experts.values()})
-        package.build(root / FOLDER / "fp32", sizes, SM, ks, compile=stand_in, ptx=False)
+        patch.setattr(package, "build", build)
+        build_kernels(root, pieces, "fp32", SM)
     (root / "manifest.json").unlink()
     write_manifest(root, made.manifest, None)
     return open_bundle(root)
@@ -53,7 +53,8 @@ def bundle_with_segments(source: Path, root: Path) -> Bundle:
 def plans_with_cubins(bundle: Bundle, **options: Any) -> Plans:
     """The executor of the transformer on the host: segments by ONNX Runtime, kernels by numpy."""
     device = HostDevice()
-    cubins = Cubins(open_experts(bundle, TARGET, device.capability), device)
+    opened = open_experts(bundle, TARGET, device.capability)
+    cubins = {folder: Cubins(kernels, device) for folder, kernels in opened.items()}
     load = lambda path: HostContext(path, device)  # noqa: E731
     return Plans(bundle, "transformer", TARGET, device, load, cubins=cubins, **options)
 

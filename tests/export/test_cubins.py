@@ -1,16 +1,20 @@
 """`--cubins`: what is refused, how blocks are cut and named, and the plans of their segments."""
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
+from hostkernels import stand_in
 
+from d2m.kernels import package
 from d2m.kernels.package import SM
 from export.bundle import export_bundle
 from export.cubins import PORTABLE, build_kernels, check_cubins, cut_blocks, kernel_sm
 from export.plans import build_plans, default_profiles
 from runtime.bundle import open_bundle
 from runtime.experts import choose_experts
+from runtime.kernels import open_kernels
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +78,37 @@ def test_blocks_are_cut_once_for_every_top_k(graphs: dict[str, Path], tmp_path: 
             assert path.read_bytes() == pieces.graphs[name].read_bytes()
 
 
+def test_every_size_of_experts_has_its_package(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks whose shared experts differ have experts of other sizes."""
+    pieces = cut_blocks(graphs, tmp_path / "cut")
+    for name, row in pieces.tensors.items():
+        if "single" in name:
+            row["inputs"][2]["shape"] = [12, 32, 16]
+    monkeypatch.setattr(package, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(package, "build", functools.partial(package.build, compile=stand_in))
+    build_kernels(tmp_path, pieces, "fp32", (90,))
+    hidden = {
+        path.name: open_kernels(path).manifest["hidden"] for path in tmp_path.glob("kernels/*")
+    }
+    assert hidden == {"fp32-12x32x8": 8, "fp32-12x32x16": 16}
+    row: dict = {"tensors": {}}
+    pieces.into(row, "fp32")
+    found = {(name.partition(".")[0], entry["kernels"]) for name, entry in row["experts"].items()}
+    assert found == {
+        ("transformer/double", "kernels/fp32-12x32x8"),
+        ("transformer/single", "kernels/fp32-12x32x16"),
+    }
+
+
 def test_experts_of_one_size_and_a_gpu_are_needed(graphs: dict[str, Path], tmp_path: Path) -> None:
     pieces = cut_blocks(graphs, tmp_path)
     with pytest.raises(ValueError, match="asked for but there is no GPU, expected"):
         build_kernels(tmp_path / "k", pieces, "fp32", ())
     next(iter(pieces.tensors.values()))["inputs"][2]["shape"] = [12, 32, 16]
     with pytest.raises(ValueError, match="there is experts of 2 sizes, expected one size"):
-        build_kernels(tmp_path / "k", pieces, "fp32", (90,))
+        build_kernels(tmp_path / "k", pieces, "fp32", (90,), ptx=True)
 
 
 @pytest.mark.tensorrt
@@ -117,12 +145,12 @@ def test_a_bundle_with_segments_and_kernels(tiny_sparse_dir: Path, tmp_path: Pat
     )
     bundle = open_bundle(tmp_path / "a")
     (row,) = bundle.manifest["plans"].values()
-    assert row["kernels"] == "kernels/bf16" and set(row["experts"].values()) == {2}
-    assert {f"kernels/bf16/sm89/{n}-image.cubin" for n in ("up", "down")} <= set(
+    assert {row["top_k"] for row in row["experts"].values()} == {2}
+    assert {f"kernels/bf16-12x32x8/sm89/{n}-image.cubin" for n in ("up", "down")} <= set(
         bundle.manifest["files"]
     )
     assert not any(name.endswith(".ptx") for name in bundle.manifest["files"])
     assert row["layers"]["transformer/double.0"]["fused_attention"] == 1
     assert row["layers"]["transformer/single.1"]["fused_attention"] == 1
     kernels, reason = choose_experts(bundle, "trt-rtx-sm89", 89)
-    assert kernels is not None and reason == "kernels for sm_89"
+    assert kernels and reason == "kernels for sm_89"

@@ -22,6 +22,7 @@ from runtime.pipeline import Pipeline
 from runtime.schedule import make_schedule
 
 E, D = 12, 32
+KERNELS = "kernels/fp32-12x32x8"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_launches_between_segments(bundle: Bundle) -> None:
     for i, (place, count) in enumerate(zip(places, tokens, strict=True)):
         addresses = [address for _, address in place[2]]  # x, logits, y, then the weights
         calls = seen[5 * i : 5 * i + 5]
-        plan = choose_plan(executor.cubins.kernels, 90, count, 2)
+        plan = choose_plan(executor.cubins[KERNELS].kernels, 90, count, 2)
         wanted = make_call(plan, E, count)
         assert [grid for _, grid, _ in calls] == [row.grid for row in wanted.launches]
         given = [{name: value for name, (value, _) in row.items()} for _, _, row in calls]
@@ -131,20 +132,20 @@ def test_what_runs_the_experts_is_chosen_and_said(
     bundle: Bundle, tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels, reason = choose_experts(bundle, TARGET, 90)
-    assert kernels is not None and reason == "kernels for sm_90"
+    assert list(kernels) == [KERNELS] and reason == "kernels for sm_90"
     caplog.set_level("INFO", "runtime")
     assert experts_of(bundle, "transformer", TARGET, 90) == kernels
-    assert experts_of(bundle, "transformer", TARGET, 90, "plans") is None
-    assert experts_of(bundle, "vae_decoder", TARGET, 90, "cubins") is None  # has no experts
+    assert experts_of(bundle, "transformer", TARGET, 90, "plans") == {}
+    assert experts_of(bundle, "vae_decoder", TARGET, 90, "cubins") == {}  # has no experts
     assert caplog.messages == [
         "transformer: experts by cubins (kernels for sm_90)",
         "transformer: experts by plans (asked for)",
     ]
-    assert choose_experts(bundle, TARGET, 90, "plans") == (None, "asked for")
+    assert choose_experts(bundle, TARGET, 90, "plans") == ({}, "asked for")
     assert choose_experts(bundle, TARGET, 90, "cubins")[1] == "asked for"
-    assert choose_experts(bundle, TARGET, 86)[0] is not None  # code for 8.0 runs on 8.6
+    assert choose_experts(bundle, TARGET, 86)[0]  # code for 8.0 runs on 8.6
     kernels, reason = choose_experts(bundle, TARGET, 120)
-    assert kernels is None and "no kernels: " in reason and "no plan for sm_120" in reason
+    assert not kernels and "no kernels: " in reason and "no plan for sm_120" in reason
     with pytest.raises(ValueError, match="have no plan for sm_120, top_k 1 and 1 tokens"):
         choose_experts(bundle, TARGET, 120, "cubins")
     with pytest.raises(ValueError, match="experts are 'fast', expected one of auto, plans, cubins"):
@@ -161,7 +162,7 @@ def test_a_bundle_without_segments_runs_whole_plans(bundle: Bundle) -> None:
     }
     old = Bundle(bundle.path, {**bundle.manifest, "plans": {TARGET: row}}, "")
     kernels, reason = choose_experts(old, TARGET, 90)
-    assert kernels is None and "are of whole blocks" in reason and "--cubins" in reason
+    assert not kernels and "are of whole blocks" in reason and "--cubins" in reason
     with pytest.raises(ValueError, match="export it again with --cubins"):
         choose_experts(old, TARGET, 90, "cubins")
 
@@ -182,7 +183,7 @@ def test_inspect_shows_both(bundle: Bundle, tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["kernels.json", "sm90/up-text.cubin"])
 def test_changed_kernels_are_refused(copied: Bundle, name: str) -> None:
-    path = copied.path / "kernels/fp32" / name
+    path = copied.path / KERNELS / name
     data = bytearray(path.read_bytes())
     data[data.index(b"90")] ^= 1  # still JSON, still as long
     path.write_bytes(bytes(data))
@@ -193,13 +194,17 @@ def test_changed_kernels_are_refused(copied: Bundle, name: str) -> None:
             open_experts(copied, TARGET, 90)
 
 
+def first(row: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(row["experts"].values()))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda row: row.update(kernels="../elsewhere"), "a directory whose kernels.json is under"),
-        (lambda row: row.pop("kernels"), "kernels in its manifest.json is None, expected a string"),
-        (lambda row: row["experts"].update(x=0), "experts.x"),
-        (lambda row: row["experts"].update(x=1), "tensors.x"),
+        (lambda row: first(row).update(kernels="../x"), "a directory whose kernels.json is under"),
+        (lambda row: first(row).pop("kernels"), "kernels in its manifest.json is None, expected a"),
+        (lambda row: first(row).update(top_k=0), ".experts.0.top_k in its manifest"),
+        (lambda row: row["experts"].update(x=first(row)), "tensors.x"),
         (lambda row: row["segments"].update(x=["nothing"]), "a plan of the set or one of its"),
         (lambda row: row["segments"].update(x=[]), "a list of 1 to 64 launches"),
         (lambda row: row["segments"]["transformer/single.k2"].pop(), "a plan at the end"),
