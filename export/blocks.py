@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from export.body import routings, with_body
+from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
 from export.prepare import Embed, Final
 from export.rewrite import with_top_k
@@ -52,12 +53,21 @@ class BlockType:
 
 @dataclass
 class Program:
-    """A component: block types by name and the calls (type, weight prefix) in order."""
+    """A component: block types by name and the calls (type, weight prefix) in order.
+
+    `groups`: name in the model -> the calls of which a router chooses.
+    """
 
     types: dict[str, BlockType]
     calls: list[tuple[str, str]]
     inputs: dict[str, Spec]
     outputs: dict[str, Spec]
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    @property
+    def weighted(self) -> list[tuple[str, str]]:
+        """(type, weight prefix) of everything that has weights: the calls and the routers."""
+        return [*self.calls, *((group.type, group.prefix) for group in self.groups.values())]
 
 
 @dataclass(frozen=True)
@@ -105,38 +115,51 @@ def transformer_program(
     top_k: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Program:
-    """Trace every block type of a prepared FLUX transformer (dense, or sparse with `top_k`)."""
+    """Trace every block type of a prepared FLUX transformer (dense, or sparse with `top_k`).
+
+    A group of blocks becomes calls like any others and a router that says which of them run.
+    """
     inputs, inner, outputs = environment(model, dtype)
     first = {name: spec for name, spec in inputs.items() if not name.startswith("rope_")}
     opened = {name: inner[name] for name in inner if not name.startswith("rope_")}
     last = {name: inner[name] for name in ("hidden_states", "temb")}
     steps: list[tuple[Any, ...]] = [("", "embed", Embed(model), call_by_name, first, opened)]
-    for group in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(model, group)):
+    members: dict[str, list[int]] = {}
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for prefix, block, group in placed_blocks(model, blocks):
             row = ROWS[type(block).__name__]
             written = {name: inner[name] for name in row.outputs}
-            steps.append(
-                (f"{group}.{index}.", row.type, block, row.call, reads(row, inner), written)
-            )
+            if group is not None:
+                members.setdefault(group, []).append(len(steps))
+            steps.append((prefix, row.type, block, row.call, reads(row, inner), written))
     steps.append(("", "final", Final(model), call_by_name, last, outputs))
 
     types: dict[str, BlockType] = {}
     found: dict[Any, str] = {}
     stems: Counter[str] = Counter()
     calls: list[tuple[str, str]] = []
-    for done, (prefix, stem, module, call, read, written) in enumerate(steps):
-        if progress is not None:
-            progress("trace transformer", done, len(steps))
+
+    def type_of(stem: str, module: nn.Module, call: Any, read: Any, written: Any) -> str:
         key = structure(module, dtype)
         if key not in found:
             stems[stem] += 1
             name = stem if stems[stem] == 1 else f"{stem}_{stems[stem]}"
             found[key] = name
             types[name] = block_type(name, module, call, read, written, dtype, top_k)
-        calls.append((found[key], prefix))
+        return found[key]
+
+    for done, (prefix, *step) in enumerate(steps):
+        if progress is not None:
+            progress("trace transformer", done, len(steps))
+        calls.append((type_of(*step), prefix))
+    groups = {}
+    for name, places in members.items():
+        router = ExportRouter(model.get_submodule(name).router)
+        kind = type_of("router", router, call_by_name, router.inputs(inner), router.outputs())
+        groups[name] = Group(kind, f"{name}.", tuple(places), router.alpha)
     if progress is not None:
         progress("trace transformer", len(steps), len(steps))
-    return Program(types, calls, inputs, outputs)
+    return Program(types, calls, inputs, outputs, groups)
 
 
 def block_type(
@@ -171,9 +194,10 @@ def call_by_name(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def structure(module: nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What makes two blocks one type: class, parameter names and shapes."""
+    """What makes two blocks one type: class, parameter names and shapes, a router's alpha."""
     specs = weight_specs(module, dtype)
-    return type(module).__name__, tuple((name, spec.shape) for name, spec in specs.items())
+    shapes = tuple((name, spec.shape) for name, spec in specs.items())
+    return type(module).__name__, getattr(module, "alpha", None), shapes
 
 
 def environment(

@@ -89,7 +89,7 @@ def export_bundle(
             program = part.trace(torch_dtype(dtype))
             write_weights(folder, part, program, storage, progress)
             manifest["components"][part.name] = write_graphs(
-                folder, part.name, program, manifest["top_k"]
+                folder, part.name, program, manifest["top_k"], manifest.get("kappa")
             )
         write_tokenizers(folder, source, manifest)
         if apis:
@@ -269,7 +269,9 @@ def write_weights(
     write(folder / f"{part.name}.safetensors", placed, part.get, progress)
 
 
-def write_graphs(folder: Path, name: str, program: Program, top_k: int | None) -> dict[str, Any]:
+def write_graphs(
+    folder: Path, name: str, program: Program, top_k: int | None, kappa: int | None = None
+) -> dict[str, Any]:
     """The block graphs and <component>.onnx, checked; returns the component's record."""
     import onnx
 
@@ -284,11 +286,11 @@ def write_graphs(folder: Path, name: str, program: Program, top_k: int | None) -
             write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
         types[kind] = type_record(row, paths)
     weights = folder / f"{name}.safetensors"
-    model = compose(program, weights, top_k)
+    model = compose(program, weights, top_k, kappa)
     path = folder / f"{name}.onnx"
     write_bytes(path, model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
-    return {
+    record = {
         "onnx": path.name,
         "weights": weights.name,
         "inputs": {key: spec.json() for key, spec in program.inputs.items()},
@@ -296,6 +298,10 @@ def write_graphs(folder: Path, name: str, program: Program, top_k: int | None) -
         "types": types,
         "program": [{"type": kind, "prefix": prefix} for kind, prefix in program.calls],
     }
+    groups = {
+        key: {**vars(group), "calls": list(group.calls)} for key, group in program.groups.items()
+    }
+    return {**record, "groups": groups} if groups else record
 
 
 def type_record(row: BlockType, paths: Mapping[str, str]) -> dict[str, Any]:

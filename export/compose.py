@@ -1,7 +1,8 @@
 """A component as one ONNX model: a function per block type, a call per block.
 
 Initializers are external data: an offset into the component's safetensors file beside the model,
-so there is no second copy of the weights. Where a tensor is stored in another type than the graph
+so there is no second copy of the weights. Blocks of a group are called inside an `If` (see
+export.choose). Where a tensor is stored in another type than the graph
 computes in, a Cast follows it; ONNX Runtime folds these when a session opens.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.choose import CHOOSE, KAPPA, choice, choose_function, conditional
+from export.groups import LOGITS
 from export.schema import DOMAIN, OPSET, VERSION
 from export.trace import OUT, Spec
 
@@ -23,12 +26,15 @@ BLOCKS = "d2m.blocks"  # domain of the functions that are block types
 STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
 
 
-def compose(program: Program, weights: Path, top_k: int | None = None) -> onnx.ModelProto:
+def compose(
+    program: Program, weights: Path, top_k: int | None = None, kappa: int | None = None
+) -> onnx.ModelProto:
     """The model for `<component>.onnx`, to be saved in the directory that holds `weights`.
 
-    `top_k` chooses the graph of routed types. Only the header of `weights` is read.
+    `top_k` chooses the graph of routed types. With groups, `kappa` is the default of an optional
+    input of that name (int64). Only the header of `weights` is read.
     """
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     from runtime.weights import read_header
 
@@ -38,12 +44,16 @@ def compose(program: Program, weights: Path, top_k: int | None = None) -> onnx.M
     initializers: list[Any] = []
     cast: dict[str, str] = {}  # tensor -> the name under which blocks read it
     env = {name: name for name in program.inputs}
+    inputs = [value_info(name, spec) for name, spec in program.inputs.items()]
     last = {
         name: index
         for index, (kind, _) in enumerate(program.calls)
         for name in program.types[kind].outputs
     }
-    for index, (kind, prefix) in enumerate(program.calls):
+    opening = {group.calls[0]: name for name, group in program.groups.items()}
+    member = {call: name for name, group in program.groups.items() for call in group.calls}
+
+    def call(kind: str, prefix: str, results: list[str]) -> onnx.NodeProto:
         row = program.types[kind]
         graph = row.graphs[str(top_k) if row.routed else ""]
         read = used_inputs(graph)
@@ -65,16 +75,34 @@ def compose(program: Program, weights: Path, top_k: int | None = None) -> onnx.M
                         helper.make_node("Cast", [name], [cast[name]], name=cast[name], to=wanted)
                     )
             arguments.append(cast[name])
-        results = []
-        for name in row.outputs:
+        return helper.make_node(kind, arguments, results, name=prefix or kind, domain=BLOCKS)
+
+    for index, (kind, prefix) in enumerate(program.calls):
+        if group := opening.get(index):
+            router, logits = program.groups[group], f"{group}.{LOGITS}"
+            nodes.append(call(router.type, router.prefix, [logits]))
+            nodes += choice(group, logits, BLOCKS)
+        before, results = dict(env), []
+        for name in program.types[kind].outputs:
             closing = name in program.outputs and last[name] == index
-            env[name] = name if closing else f"{name}.{index}"
-            results.append(env[name])
-        nodes.append(helper.make_node(kind, arguments, results, name=prefix or kind, domain=BLOCKS))
+            results.append(name if closing else f"{name}.{index}")
+        made = call(kind, prefix, results)
+        env |= zip(program.types[kind].outputs, results, strict=True)
+        if group := member.get(index):
+            offset = index - program.groups[group].calls[0]
+            specs = program.types[kind].outputs.items()
+            old = {env[name]: before[name] for name, _ in specs}
+            nodes += conditional(group, offset, made, old, [onnx_type(spec) for _, spec in specs])
+        else:
+            nodes.append(made)
+    if program.groups:
+        functions[CHOOSE] = choose_function(BLOCKS)
+        inputs.append(helper.make_tensor_value_info(KAPPA, TensorProto.INT64, []))
+        initializers.append(helper.make_tensor(KAPPA, TensorProto.INT64, [], [kappa]))
     graph = helper.make_graph(
         nodes,
         "program",
-        [value_info(name, spec) for name, spec in program.inputs.items()],
+        inputs,
         [value_info(name, spec) for name, spec in program.outputs.items()],
         initializers,
     )

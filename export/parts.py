@@ -31,13 +31,11 @@ class Recorder(Pipeline):
         super().__init__(bundle, backend)
         self.latents: list[np.ndarray] = []
 
-    def execute(
-        self, component: str, inputs: Any, top_k: int | None = None
-    ) -> dict[str, np.ndarray]:
+    def execute(self, component: str, inputs: Any, *knobs: Any) -> dict[str, np.ndarray]:
         """See Pipeline.execute."""
         if component == "transformer":
             self.latents.append(np.array(inputs["hidden_states"]))
-        return super().execute(component, inputs, top_k)
+        return super().execute(component, inputs, *knobs)
 
 
 def plans_in_use(pipeline: Pipeline) -> str | None:

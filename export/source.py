@@ -78,7 +78,7 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
 def check_exportable(directory: Path) -> None:
     """ValueError for a sparse transformer that export cannot compile yet."""
     values = config(directory, "transformer")
-    known = {"groups": None, "drop": None, "renormalise": False}
+    known = {"renormalise": False}
     for name, plain in known.items():
         if values.get(name, plain) not in (plain, {}):
             raise ValueError(
@@ -193,7 +193,9 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
             " components are of different models."
         )
     top_k = transformer.get("top_k") if sparse else None
-    parameters = count(checkpoint.shapes(), top_k, transformer.get("kappa"))
+    grouped = any((transformer.get("groups") or {}).values())
+    kappa = transformer.get("kappa", 1) if grouped else None
+    parameters = count(checkpoint.shapes(), top_k, kappa)
     return {
         "defaults": {
             "steps": defaults["num_inference_steps"],
@@ -214,4 +216,5 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
         "parameters": {key: parameters[key] for key in ("total", "activated")},
         "num_experts": transformer.get("num_experts") if sparse else None,
         "top_k": top_k,
+        **({"kappa": kappa} if grouped else {}),
     }

@@ -74,8 +74,9 @@ def linear_weights(module: nn.Module) -> set[str]:
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter is a router's: those stay in float32 everywhere."""
-    return name.split(".")[-2:-1] == ["gate"]
+    """Whether a parameter is a router's, of experts or blocks: those stay in float32 everywhere."""
+    parts = name.split(".")
+    return parts[-2:-1] == ["gate"] or parts[-3:-2] == ["router"]
 
 
 def trace(

@@ -129,7 +129,7 @@ def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Plac
     from export.trace import is_gate
 
     placed = []
-    for kind, prefix in program.calls:
+    for kind, prefix in program.weighted:
         row = program.types[kind]
         for local, spec in row.weights.items():
             name = prefix + local

@@ -53,6 +53,7 @@ def run(
     width: int | None = None,
     n: int = 1,
     top_k: int | Sequence[int] | None = None,
+    kappa: int | Sequence[int] | None = None,
     backend: str = "auto",
     latents: np.ndarray | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -83,6 +84,7 @@ def run(
         width=width,
         n=n,
         top_k=top_k,
+        kappa=kappa,
         latents=latents,
         progress=progress,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.groups import smallest
 from runtime.manifest import MAX_PIXELS
 
 MAX_STEPS = 1000
@@ -18,11 +19,12 @@ MAX_PROMPT = 100_000  # characters; tokenizers take time in proportion
 
 @dataclass(frozen=True)
 class Request:
-    """One entry of `prompts` and `seeds` per image; one entry of `top_k` per step."""
+    """One entry of `prompts` and `seeds` per image; of `top_k` and `kappa` per step."""
 
     prompts: list[str]
     seeds: list[int | None]  # None: drawn from latents that were given
     top_k: list[int | None]
+    kappa: list[int | None]  # None: the bundle has no groups of blocks
     guidance: float
     height: int
     width: int
@@ -38,7 +40,8 @@ class Request:
             "guidance": self.guidance,
             "height": self.height,
             "width": self.width,
-            "top_k": self.top_k[0] if len(set(self.top_k)) == 1 else list(self.top_k),
+            "top_k": one_or_all(self.top_k),
+            **({} if self.kappa[0] is None else {"kappa": one_or_all(self.kappa)}),
         }
 
 
@@ -53,6 +56,7 @@ def check_request(
     width: int | None = None,
     n: int = 1,
     top_k: int | Sequence[int] | None = None,
+    kappa: int | Sequence[int] | None = None,
 ) -> Request:
     """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
     defaults = manifest["defaults"]
@@ -74,6 +78,7 @@ def check_request(
         prompts=[text for text in prompts for _ in range(n)],
         seeds=[start + i for start in seeds for i in range(n)],
         top_k=check_top_k(manifest, top_k, steps),
+        kappa=check_kappa(manifest, kappa, steps),
         guidance=float(guidance),
         height=height,
         width=width,
@@ -131,12 +136,7 @@ def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | 
             f"top_k is {show(top_k)}, expected none: this bundle holds a dense model, which has"
             f" no experts."
         )
-    several = isinstance(top_k, list | tuple | np.ndarray)
-    values = list(top_k) if several else [top_k] * steps
-    if len(values) != steps:
-        raise ValueError(
-            f"top_k lists {len(values)} numbers for {steps} steps, expected one number or as many."
-        )
+    values = per_step("top_k", top_k, steps)
     for k in values:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k not in choices:
             known = ", ".join(map(str, sorted(choices)))
@@ -145,6 +145,35 @@ def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | 
                 f" with; export again with --top-k to have others."
             )
     return [int(k) for k in values]
+
+
+def check_kappa(manifest: dict[str, Any], kappa: Any, steps: int) -> list[int | None]:
+    """Blocks that a group keeps, for every step; None where there are no groups."""
+    default = manifest.get("kappa")
+    if kappa is None:
+        return [default] * steps
+    if default is None:
+        raise ValueError(
+            f"kappa is {show(kappa)}, expected none: this bundle's blocks are in no groups, all of"
+            f" them run."
+        )
+    most = min(smallest(row) for row in manifest["components"].values() if row.get("groups"))
+    return [whole(value, "kappa", 1, most) for value in per_step("kappa", kappa, steps)]
+
+
+def per_step(name: str, value: Any, steps: int) -> list[Any]:
+    """One value for every step, or a list that has as many."""
+    values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * steps
+    if len(values) != steps:
+        raise ValueError(
+            f"{name} lists {len(values)} numbers for {steps} steps, expected one number or as many."
+        )
+    return values
+
+
+def one_or_all(values: list[Any]) -> Any:
+    """A list of equal values as one of them."""
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
 def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np.ndarray:

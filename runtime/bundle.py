@@ -110,7 +110,7 @@ def check_weights(bundle: Bundle, component: str) -> None:
     """Every weight that the component's program names exists in its file, with that shape."""
     row = bundle.component(component)
     tensors = bundle.weights(component).tensors
-    for call in row["program"]:
+    for call in (*row["program"], *row.get("groups", {}).values()):
         for local, expected in row["types"][call["type"]]["weights"].items():
             name = call["prefix"] + local
             found = tensors[name].shape if name in tensors else None

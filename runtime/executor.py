@@ -1,7 +1,7 @@
 """Backends, and the interpreter of block programs that all of them share.
 
-An executor runs one component: `executor(inputs, top_k) -> outputs`, dicts of numpy arrays by
-the names that the manifest gives. Inside, a component is a program: a list of calls of block
+An executor runs one component: `executor(inputs, top_k, kappa) -> outputs`, dicts of numpy arrays
+by the names that the manifest gives. Inside, a component is a program: a list of calls of block
 types. Every backend compiles a type once and is called once per block with that block's weights.
 """
 
@@ -14,10 +14,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from runtime.groups import per_sample
+
 if TYPE_CHECKING:
     import numpy as np
 
     from runtime.bundle import Bundle
+    from runtime.groups import Runs, Starts
 
 log = logging.getLogger("runtime")
 Value = TypeVar("Value")
@@ -37,13 +40,33 @@ MODULES = {
 GPU_BACKENDS = ("trt-rtx", "trt")  # in the order in which "auto" asks
 
 
+class Rows(Protocol[Value]):
+    """How a backend takes some samples' rows of a value, and puts results back in their places."""
+
+    def take(self, value: Value, chosen: np.ndarray) -> Value:
+        """The rows `chosen`, in their order."""
+        ...
+
+    def put(self, value: Value, part: Value, chosen: np.ndarray) -> Value:
+        """`value` with `part` in the rows `chosen`."""
+        ...
+
+
 class Executor(Protocol):
     """Runs one component of a bundle."""
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """Outputs by name; `top_k` None means the bundle's default."""
+        """Outputs by name; None of `top_k` and `kappa` means the bundle's default.
+
+        `starts`: what the routers of a schedule chose beforehand (see runtime.plan); none of them
+        is asked again.
+        """
         ...
 
 
@@ -135,6 +158,11 @@ def run_program(
     env: Mapping[str, Value],
     top_k: int | None,
     call: Callable[[int, str, str, str, list[Value]], list[Value]],
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    runs: Runs | None = None,
+    rows: Rows[Value] | None = None,
 ) -> dict[str, Value]:
     """Run a component's program; returns the whole environment, the component's outputs in it.
 
@@ -142,13 +170,28 @@ def run_program(
     its place in the program, type, graph key, weight prefix and inputs in the type's order; it
     returns the outputs in the type's order. Values may be of any kind: arrays, OrtValues,
     device buffers. A new value under an old name replaces it (hidden_states flows so).
+
+    With `begin` and `end` the calls between them alone. A call in `runs` is made with its samples'
+    rows, which `rows` takes from and puts back into values, or left out where none chose it.
     """
     values = dict(env)
-    for index, step in enumerate(component["program"]):
+    for index, step in enumerate(component["program"][begin:end], begin):
         kind = component["types"][step["type"]]
-        inputs = [values[name] for name in kind["inputs"]]
-        key = graph_key(kind, top_k)
-        outputs = call(index, step["type"], key, step["prefix"], inputs)
+        chosen = runs.get(index) if runs else None
+        if chosen is not None and not len(chosen):
+            continue
+        names = kind["inputs"]
+        inputs = [values[name] for name in names]
+        if chosen is not None:
+            assert rows is not None, "a choice of samples needs a way to take them"
+            inputs = [
+                rows.take(value, chosen) if per_sample(component, name) else value
+                for name, value in zip(names, inputs)
+            ]
+        outputs = call(index, step["type"], graph_key(kind, top_k), step["prefix"], inputs)
+        if chosen is not None and rows is not None:
+            old = (values[name] for name in kind["outputs"])
+            outputs = [rows.put(*pair, chosen) for pair in zip(old, outputs, strict=True)]
         values.update(zip(kind["outputs"], outputs, strict=True))
     return values
 

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from runtime.fields import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.groups import check_groups, check_kappa
 from runtime.weights import naturals
 
 FORMAT = 1
@@ -53,6 +54,7 @@ def check(manifest: Any) -> None:
             if len(components[name][side]) != count:
                 raise wrong(f"components.{name}.{side}", components[name][side], "one tensor")
     check_top_k(manifest)
+    check_kappa(manifest)
     check_settings(manifest)
     for name in ("tokenizer", "tokenizer_2"):
         where = f"tokenizers.{name}"
@@ -118,6 +120,8 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
     for name in row["outputs"]:
         if name not in known:
             raise wrong(f"{where}.outputs", name, "a tensor that the program writes")
+    if "groups" in row:
+        check_groups(row, where)
 
 
 def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:

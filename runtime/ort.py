@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.executor import check_inputs, graph_key, run_program
+from runtime.groups import pieces, runs_of_all, starts_of
 from runtime.threads import thread_count
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from runtime.bundle import Bundle
     from runtime.executor import Executor
+    from runtime.groups import Starts
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -61,18 +63,26 @@ class Graph:
         self.default = bundle.manifest.get("top_k")
         keyed = any("" not in kind["graphs"] for kind in self.component["types"].values())
         self.routed = keyed and self.default is not None
+        self.grouped = bool(self.component.get("groups"))
         self._blocks: Blocks | None = None
         self._lock = threading.Lock()
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """See runtime.executor.Executor."""
+        """See runtime.executor.Executor. The graph holds its routers: `starts` is not looked at."""
         if self.routed and top_k is not None and top_k != self.default:
-            return self.blocks()(inputs, top_k)
+            return self.blocks()(inputs, top_k, kappa, starts)
         check_inputs(self.component, inputs)
+        feed = dict(inputs)
+        if kappa is not None and self.grouped:
+            feed["kappa"] = np.array(kappa, np.int64)
         names = list(self.component["outputs"])
-        return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+        return dict(zip(names, self.session.run(names, feed), strict=True))
 
     def blocks(self) -> Blocks:
         """The same component block by block, opened once."""
@@ -89,23 +99,42 @@ class Blocks:
         self.bundle, self.threads = bundle, threads
         self.component = bundle.component(component)
         self.tensors = bundle.weights(component)
-        self.default = bundle.manifest.get("top_k")
+        self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._weights: dict[str, onnxruntime.OrtValue] = {}
         self._bound: dict[tuple[str, str, str], Bound] = {}
         self._lock = threading.Lock()  # a binding holds one call's tensors
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.executor.Executor."""
         check_inputs(self.component, inputs)
         with self._lock:
             env = {name: ort_value(array) for name, array in inputs.items()}
             k = self.default if top_k is None else top_k
-            env = run_program(self.component, env, k, self.call)
+            kept = self.kappa if kappa is None else kappa
+            known = dict(starts or {})
+            for begin, end, group in pieces(self.component, kept, known):
+                runs = runs_of_all(self.component, known, kept)
+                env = run_program(
+                    self.component, env, k, self.call, begin=begin, end=end, runs=runs, rows=ROWS
+                )
+                if group is not None and kept is not None:
+                    known[group] = self.ask(self.component["groups"][group], env, kept)
             # numpy() of an output is a view that the next call would overwrite.
             return {name: env[name].numpy().copy() for name in self.component["outputs"]}
+
+    def ask(self, group: Mapping[str, Any], env: Mapping[str, Any], kappa: int) -> np.ndarray:
+        """What a group's router chooses, as runtime.groups.starts_of."""
+        kind = group["type"]
+        inputs = [env[name] for name in self.component["types"][kind]["inputs"]]
+        (logits,) = self.call(-1, kind, "", group["prefix"], inputs)
+        return starts_of(logits.numpy(), kappa)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -172,6 +201,23 @@ class Bound:
     binding: onnxruntime.IOBinding
     outputs: list[str]
     values: list[Any]
+
+
+class OrtRows:
+    """Rows of OrtValues on the CPU, copied."""
+
+    def take(self, value: Any, chosen: np.ndarray) -> Any:
+        """See runtime.executor.Rows."""
+        return ort_value(value.numpy()[chosen])
+
+    def put(self, value: Any, part: Any, chosen: np.ndarray) -> Any:
+        """See runtime.executor.Rows."""
+        whole = value.numpy().copy()
+        whole[chosen] = part.numpy()
+        return ort_value(whole)
+
+
+ROWS = OrtRows()
 
 
 def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,16 @@ from runtime.arguments import Request, check_request, read_latents
 from runtime.bundle import Bundle, open_bundle
 from runtime.executor import GPU_BACKENDS, Executor, batch_limit, choose, open_component
 from runtime.experts import check_experts
+from runtime.forecast import forecast
+from runtime.groups import known_beforehand
 from runtime.manifest import COMPONENTS
 from runtime.text import TextTokenizer
 from runtime.weights import to_dtype, to_float32
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from runtime.groups import Starts
 
 log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
@@ -79,6 +83,7 @@ class Pipeline:
         width: int | None = None,
         n: int = 1,
         top_k: int | Sequence[int] | None = None,
+        kappa: int | Sequence[int] | None = None,
         latents: np.ndarray | None = None,
         progress: Progress | None = None,
     ) -> Image | list[Image]:
@@ -89,6 +94,7 @@ class Pipeline:
                  a list of seeds (one per prompt) or one seed that all of them start from
         steps    1 to 1000; guidance: a number from 0; height, width: pixels
         top_k    experts per token: a number the bundle was exported with, or one per step
+        kappa    blocks that every group keeps: 1 to the smallest group's size, or one per step
         latents  initial noise instead of a seed's: [images, tokens, channels] packed, or
                  [images, C, h, w]
         progress called as progress(phase, done, total)
@@ -105,6 +111,7 @@ class Pipeline:
             width=width,
             n=n,
             top_k=top_k,
+            kappa=kappa,
         )
         noise = None
         if latents is not None:
@@ -143,6 +150,7 @@ class Pipeline:
             pooled,
             latent_size=request.latent_size,
             top_k=request.top_k,
+            kappa=request.kappa,
             guidance=request.guidance,
             step=step,
         )
@@ -170,37 +178,49 @@ class Pipeline:
         latent_size: tuple[int, int],
         top_k: Sequence[int | None],
         guidance: float,
+        kappa: Sequence[int | None] | None = None,
         step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Packed noise [n, T, 4C] -> packed latents, one Euler step per entry of `top_k`.
 
-        `latent_size` is (h, w) in latent pixels; `step(done, steps)` is called before the first
-        step and after each.
+        `latent_size` is (h, w) in latent pixels; `kappa` has an entry per step, None throughout
+        means the bundle's; `step(done, steps)` is called before the first step and after each.
         """
-        settings, config = self.manifest["latents"], self.manifest["scheduler"]
-        steps, (batch, tokens, _) = len(top_k), noise.shape
-        sigmas = flux.sigmas(config, steps, tokens)
-        positions = flux.position_ids(states.shape[1], *latent_size)
-        cos, sin = flux.rope(positions, settings["rope_axes"], settings["rope_theta"])
-        inputs = {
-            "encoder_hidden_states": states,
-            "pooled_projections": pooled,
-            "rope_cos": cos,
-            "rope_sin": sin,
-        }
-        if "guidance" in self.bundle.component("transformer")["inputs"]:
-            inputs["guidance"] = flux.guidance_vector(guidance, batch)
+        steps = len(top_k)
+        kept = [self.manifest.get("kappa")] * steps if kappa is None else kappa
+        sigmas = flux.sigmas(self.manifest["scheduler"], steps, noise.shape[1])
+        feeds = self.feeds(noise, states, pooled, sigmas[:-1], latent_size, guidance)
+        executor, component = self.executor("transformer"), self.bundle.component("transformer")
+        starts: list[Any] = [None] * steps
+        if known_beforehand(component) and hasattr(executor, "block"):
+            # Whole graphs have no `block`: their routers are in them.
+            starts = list(forecast(component, executor.block, map(self.cast, feeds), kept))
         latents = noise
-        for index in range(steps):
+        for index, feed in enumerate(feeds):
             if step:
                 step(index, steps)
-            inputs["hidden_states"] = latents
-            inputs["timestep"] = flux.timestep(sigmas[index], batch, config)
-            (velocity,) = self.execute("transformer", inputs, top_k[index]).values()
+            inputs = feed | {"hidden_states": latents}
+            (velocity,) = self.execute(
+                "transformer", inputs, top_k[index], kept[index], starts[index]
+            ).values()
             latents = flux.euler(latents, velocity, sigmas[index], sigmas[index + 1])
         if step:
             step(steps, steps)
         return latents
+
+    def feeds(
+        self,
+        noise: np.ndarray,
+        states: np.ndarray,
+        pooled: np.ndarray,
+        sigmas: np.ndarray,
+        latent_size: tuple[int, int],
+        guidance: float,
+    ) -> list[dict[str, np.ndarray]]:
+        """The transformer's inputs for every step, all with the noise as hidden_states."""
+        guided = "guidance" in self.bundle.component("transformer")["inputs"]
+        size = latent_size, guidance if guided else None
+        return flux.feeds(self.manifest, noise, states, pooled, sigmas, *size)
 
     def decode(self, packed: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
         """Packed latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
@@ -215,6 +235,8 @@ class Pipeline:
         component: str,
         inputs: np.ndarray | dict[str, np.ndarray],
         top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
         """Run a component: inputs cast to the dtypes it declares, outputs to float32.
 
@@ -224,9 +246,15 @@ class Pipeline:
         if isinstance(inputs, np.ndarray):
             (name,) = row["inputs"]
             inputs = {name: inputs}
-        cast = {name: to_dtype(inputs[name], row["inputs"][name]["dtype"]) for name in inputs}
-        outputs = self.executor(component)(cast, top_k)
+        outputs = self.executor(component)(self.cast(inputs, component), top_k, kappa, starts)
         return {name: to_float32(value) for name, value in outputs.items()}
+
+    def cast(
+        self, inputs: Mapping[str, np.ndarray], component: str = "transformer"
+    ) -> dict[str, np.ndarray]:
+        """A component's inputs in the dtypes that it declares."""
+        row = self.bundle.component(component)["inputs"]
+        return {name: to_dtype(value, row[name]["dtype"]) for name, value in inputs.items()}
 
     def executor(self, component: str) -> Executor:
         """The component's executor, opened once.
