@@ -244,7 +244,8 @@ def run(
     height: options.Height = None,
     width: options.Width = None,
     n: options.Count = 1,
-    top_k: options.TopK = None,
+    top_k: options.TopKSteps = None,
+    kappa: options.KappaSteps = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     json_: options.Json = False,
@@ -262,6 +263,8 @@ def run(
         raise ValueError(f"{first!r} is a bundle and no prompt follows it; add what to draw")
     if out.suffix.lower() != ".png":
         raise ValueError(f"the picture's file is {str(out)!r}, expected a name ending in .png")
+    knobs: dict[str, Any] = {"top_k": options.knob("--top-k", top_k)}
+    knobs["kappa"] = options.knob("--kappa", kappa)
     pipeline = runtime.load(path, backend, experts=experts)
     with progress_bars() as progress:
         answer = pipeline(
@@ -272,7 +275,7 @@ def run(
             height=height,
             width=width,
             n=n,
-            top_k=top_k,
+            **knobs,
             progress=progress,
         )
     images = answer if isinstance(answer, list) else [answer]
@@ -295,7 +298,8 @@ def evaluate(
     grid: options.Grid = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    top_k: options.TopK = None,
+    top_k: options.TopKSteps = None,
+    kappa: options.KappaSteps = None,
     batch: options.Batch = 16,
     world: options.Harder = "",
     backend: options.Backend = "auto",
@@ -313,7 +317,8 @@ def evaluate(
 
     harder = options.pairs("--world", world, World.__dataclass_fields__)
     asked = World(**harder)
-    draw, size = drawer(path, harder.get("size"), steps, guidance, top_k, batch, backend)
+    knobs = {"top_k": options.knob("--top-k", top_k), "kappa": options.knob("--kappa", kappa)}
+    draw, size = drawer(path, harder.get("size"), steps, guidance, knobs, batch, backend)
     with progress_bars() as progress:
         answer, samples = function(
             draw,
@@ -344,13 +349,14 @@ def drawer(
     size: int | None,
     steps: int | None,
     guidance: float | None,
-    top_k: int | None,
+    knobs: dict[str, Any],
     batch: int,
     backend: str,
 ) -> tuple[Draw, int]:
     """(prompts, seeds) -> pictures for a bundle (no torch) or a pipeline directory, and the size.
 
-    What is None comes from the directory. Raises FileNotFoundError where it is neither.
+    What is None comes from the directory; `knobs`: top_k and kappa, a number or a list of one a
+    step. Raises FileNotFoundError where it is neither.
     """
     if (path / "manifest.json").is_file():
         from runtime.pipeline import Pipeline
@@ -359,7 +365,7 @@ def drawer(
         pixels = size or int(bundle.manifest["defaults"]["height"])
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
-            kept: dict[str, Any] = {"steps": steps, "guidance": guidance, "top_k": top_k}
+            kept: dict[str, Any] = {"steps": steps, "guidance": guidance, **knobs}
             return bundle(list(prompts), seed=list(seeds), height=pixels, width=pixels, **kept)
 
         return draw, pixels
@@ -374,13 +380,7 @@ def drawer(
         path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
     )
     pipe = load_pipeline(path)
-    if top_k is not None:
-        from d2m.surgery import set_top_k, sparse_ffns
-
-        if not sparse_ffns(pipe.transformer):
-            raise ValueError(f"--top-k is {top_k} but {str(path)!r} is dense; leave it out")
-        set_top_k(pipe.transformer, top_k)
-    return pipeline_draw(pipe, batch_size=batch, **values), values["height"]
+    return pipeline_draw(pipe, batch_size=batch, **knobs, **values), values["height"]
 
 
 @app.command()
@@ -391,6 +391,7 @@ def parity(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     top_k: options.TopK = None,
+    kappa: options.Kappa = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -406,6 +407,7 @@ def parity(
             seed=seed,
             steps=steps,
             top_k=top_k,
+            kappa=kappa,
             progress=progress,
         )
     print_json(answer) if json_ else print_rich(tables(answer))
@@ -416,10 +418,27 @@ def parity(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint or bundle.")],
+    schedule: options.Schedule = None,
+    steps: options.Steps = None,
+    kappa: options.KappaSteps = None,
+    backend: options.Backend = "auto",
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what a sparse checkpoint or a bundle holds and what machine its plans need."""
+    """Show what a sparse checkpoint or a bundle holds and what machine its plans need.
+
+    With --schedule PROMPT, which blocks a bundle's groups run in each step, where that is known
+    before drawing (alpha 0).
+    """
+    if schedule is not None:
+        from runtime.forecast import columns
+        from runtime.forecast import schedule as blocks
+        from runtime.pipeline import Pipeline
+
+        pipeline = Pipeline(path, backend, mode="blocks")
+        answer = blocks(pipeline, schedule, steps=steps, kappa=options.knob("--kappa", kappa))
+        print_json(answer) if json_ else print_table(f"{path}: {schedule}", *columns(answer))
+        return
     from runtime.inspect import inspect as function
     from runtime.inspect import lines
 

@@ -19,6 +19,14 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         ) from error
 
 
+def knob(name: str, text: str | None) -> int | list[int] | None:
+    """'2' -> 2, '2,2,1' -> [2, 2, 1] (one for every denoising step); ValueError otherwise."""
+    values = numbers(name, text) if text is not None else ()
+    if text is not None and not values:
+        raise ValueError(f"{name} is {text!r}, expected a number, or one for every step: 2,2,1")
+    return list(values) if len(values) > 1 else next(iter(values), None)
+
+
 def pairs(name: str, text: str, keys: Iterable[str]) -> dict[str, int]:
     """'size=64,shapes=6' -> {"size": 64, "shapes": 6}; ValueError otherwise."""
     values = {}
@@ -46,6 +54,17 @@ Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance sca
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Experts per token.")]
+TopKSteps = Annotated[
+    str | None, typer.Option("--top-k", help="Experts per token; or one number a step: 2,2,1.")
+]
+KappaSteps = Annotated[
+    str | None, typer.Option("--kappa", help="Blocks that a group keeps; or one number a step.")
+]
+Kappa = Annotated[int | None, typer.Option("--kappa", help="Blocks that a group keeps.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", metavar="PROMPT", help="Blocks chosen per group and step for it."),
+]
 Count = Annotated[int, typer.Option("-n", "--n", help="Number of pictures.")]
 Png = Annotated[Path, typer.Option("-o", "--out", help="PNG file to write; with -n out-0.png, ...")]
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="BUNDLE as an option.")]

@@ -49,6 +49,12 @@ class Device:
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.copy("downloading", array.ctypes.data, address, array.nbytes, kind)
 
+    def move(self, target: int, source: int, size: int) -> None:
+        """Queue a copy of `size` bytes from one place of the device to another."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        done = self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream)
+        self.check("copying on the GPU", *done)
+
     def copy(self, what: str, target: int, source: int, size: int, kind: Any) -> None:
         """A copy on the stream, waited for: host memory is pageable and belongs to numpy."""
         done = self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream)

@@ -16,6 +16,7 @@ from typing import Any
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
+from runtime.forecast import group_rows
 from runtime.weights import Tensor, read_header
 
 MAX_JSON = 32 << 20
@@ -76,6 +77,8 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             "single": block_count(shapes, "single_transformer_blocks"),
         },
         "adaln": modulation(tensors["transformer"]),
+        "groups": config_groups(config),
+        "kappa": kappa,
         "experts": experts(shapes, sites, top_k) if sites else None,
         "parameters": {name: parameters(found, top_k, kappa) for name, found in tensors.items()},
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
@@ -102,6 +105,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "storage_dtype": manifest["storage_dtype"],
         "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
         "adaln": modulation(bundle.weights("transformer").tensors),
+        "groups": group_rows(bundle.component("transformer")),
+        "kappa": manifest.get("kappa"),
         "experts": None
         if manifest["kind"] == "dense"
         else {
@@ -111,7 +116,9 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "onnx_body": onnx_body(manifest),
         },
         "parameters": {
-            name: parameters(bundle.weights(name).tensors, manifest.get("top_k"))
+            name: parameters(
+                bundle.weights(name).tensors, manifest.get("top_k"), manifest.get("kappa")
+            )
             for name in manifest["components"]
         },
         "defaults": manifest["defaults"],
@@ -183,6 +190,14 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     if info["adaln"]["mode"] != "full":
         rank = f" of rank {info['adaln']['rank']}" if info["adaln"]["rank"] else ""
         out.append(f"AdaLN: {info['adaln']['mode']}{rank}, one modulation for all blocks")
+    if info["groups"]:
+        skipped = sum(len(row["blocks"]) - info["kappa"] for row in info["groups"])
+        kept = f"each keeps kappa = {info['kappa']}, {skipped} blocks are skipped"
+        out.append(f"groups: {len(info['groups'])}, {kept}")
+        out += [
+            f"  {row['list']} {row['blocks'][0]}-{row['blocks'][-1]}, alpha {row['alpha']:g}"
+            for row in info["groups"]
+        ]
     if info["experts"]:
         out.append("experts: " + ", ".join(f"{k} {v}" for k, v in info["experts"].items()))
     for name, row in info["parameters"].items():
@@ -225,6 +240,22 @@ def experts(
         "expert_hidden": min(hidden) if len(hidden) == 1 else [min(hidden), max(hidden)],
         "shared_hidden": min(shared) if len(shared) == 1 else [min(shared), max(shared)],
     }
+
+
+def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups that a sparse transformer's config names, as runtime.forecast.group_rows."""
+    lists = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+    named = config.get("groups") or {}
+    return [
+        {
+            "name": f"{lists[kind]}.{blocks[0]}",
+            "list": lists[kind],
+            "blocks": list(blocks),
+            "alpha": config.get("alpha", 0.5),
+        }
+        for kind in lists
+        for blocks in named.get(kind, ())
+    ]
 
 
 def loadable(row: Any) -> bool:

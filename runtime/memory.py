@@ -28,11 +28,19 @@ class Memory:
         self._owned: set[int] = set()
         weakref.finalize(self, give_back, device, self._owned)
 
-    def reserve(self, region: str, size: int) -> int:
-        """The region's address, with room for `size` bytes at least."""
+    def reserve(self, region: str, size: int, *, keep: bool = False) -> int:
+        """The region's address, with room for `size` bytes at least; `keep`: with its contents."""
         address, have = self.regions[region]
         if address and size <= have:
             return address
+        if address and keep:
+            self.moved(region)
+            larger = self.allocate(size)
+            self.device.move(larger, address, have)
+            self.regions[region] = (larger, size)
+            self._owned.discard(address)
+            self.device.free(address)
+            return larger
         if address:  # first, so that old and new need not fit side by side
             self.regions[region] = (0, 0)
             self._owned.discard(address)

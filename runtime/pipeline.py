@@ -262,7 +262,7 @@ class Pipeline:
         "auto" that chose a GPU goes over to ONNX Runtime, with a warning, where it cannot open.
         """
         if component not in self._executors:
-            options = {} if self.mode is None else {"mode": self.mode}
+            options = {"mode": self.mode} if self.mode and self.backend == "ort" else {}
             if self.backend in GPU_BACKENDS:
                 options["experts"] = self.experts
             try:

@@ -3,16 +3,18 @@
 A component's program is run once with descriptions in place of tensors (`run_program`). Out comes
 every launch in order, which buffer or weight each of its tensors is bound to, with which shape, and
 where each buffer lies in one arena; a buffer's place is used again once its last reader has run.
+A program whose groups of blocks are not chosen yet is worked out piece by piece (runtime.groups).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.executor import run_program
+from runtime.executor import graph_key, run_program
+from runtime.pieces import BufferRows, Copy, Piece
 
 ALIGN = 256  # bytes; what cudaMalloc guarantees and kernels may assume
 SIZES = {
@@ -47,12 +49,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A component's run for one set of sizes; `arena` is the bytes all buffers need together."""
+    """A component's run for one set of sizes; `arena` is the bytes all buffers need together.
+
+    A piece of a run has in `env` the program's tensors as it leaves them, and in `logits` what the
+    router at its end has written.
+    """
 
     inputs: Mapping[str, Buffer]
     outputs: Mapping[str, Buffer]
-    launches: tuple[Launch, ...]
+    launches: tuple[Launch | Copy, ...]
     arena: int
+    env: Mapping[str, Buffer] = field(default_factory=dict)
+    logits: Buffer | None = None
 
 
 def plan_key(component: str, kind: str, graph: str) -> str:
@@ -77,6 +85,7 @@ def one_call(
     row = component["types"][kind]
     return {
         **component,
+        "groups": {},
         "program": [{"type": kind, "prefix": prefix}],
         "types": {kind: {**row, "inputs": [n for n in row["inputs"] if n in names(plan)]}},
         "inputs": {
@@ -146,19 +155,23 @@ def make_schedule(
     sizes: Mapping[str, int],
     top_k: int | None,
     segments: Mapping[str, Sequence[str]] | None = None,
+    *,
+    piece: Piece | None = None,
 ) -> Schedule:
     """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
 
     `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
     in order. `segments` names the launches that a block's whole plan is replaced with: a later one
-    reads earlier ones' outputs by name, the last one's outputs are the block's. Raises ValueError
-    where the program and the plans do not go together.
+    reads earlier ones' outputs by name, the last one's outputs are the block's. `piece`: of the
+    program, that alone. Raises ValueError where the program and the plans do not go together.
     """
-    launches: list[Launch] = []
+    part = piece or Piece()
+    launches: list[Launch | Copy] = []
+    local = dict(sizes)  # of the call at hand: samples that do not choose a block are not in it
 
     def describe(rows: list[Any], index: int, env: str) -> Buffer:
         row = rows[index]
-        shape = tuple(measure(dim, sizes) for dim in row["shape"])
+        shape = tuple(measure(dim, local) for dim in row["shape"])
         return Buffer(env, row["dtype"], shape)
 
     def add(plan: str, values: dict[str, Buffer], prefix: str, out: Sequence[str]) -> list[Buffer]:
@@ -191,6 +204,9 @@ def make_schedule(
         return outputs
 
     def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
+        local.update(sizes)
+        if index in part.runs:
+            local["batch"] = len(part.runs[index])
         row, plan = component["types"][kind], plan_key(name, kind, key)
         values = dict(zip(row["inputs"], inputs, strict=True))
         *first, last = (segments or {}).get(plan, [plan])
@@ -202,19 +218,57 @@ def make_schedule(
         tensor: Buffer(tensor, "", tuple(measure(dim, sizes) for dim in row["shape"]))
         for tensor, row in component["inputs"].items()
     }
-    env = run_program(component, inputs, top_k, call)
+    before = inputs if part.env is None else dict(part.env)
+    rows = BufferRows(launches)
+    env = run_program(
+        component, before, top_k, call, begin=part.begin, end=part.end, runs=part.runs, rows=rows
+    )
     for tensor, row in component["inputs"].items():
-        inputs[tensor].dtype = inputs[tensor].dtype or row["dtype"]
-    outputs = {tensor: env[tensor] for tensor in component["outputs"]}
-    arena = place_buffers(list(inputs.values()), launches, list(outputs.values()))
-    return Schedule(inputs, outputs, tuple(launches), arena)
+        read = read_as(name, component, plans, top_k, tensor)
+        inputs[tensor].dtype = inputs[tensor].dtype or read or row["dtype"]
+    logits = None
+    if part.router is not None:
+        kind = part.router["type"]
+        values = [env[tensor] for tensor in component["types"][kind]["inputs"]]
+        (logits,) = call(-1, kind, "", part.router["prefix"], values)
+        kept = [*env.values(), logits]
+        outputs = {}
+    else:
+        outputs = {tensor: env[tensor] for tensor in component["outputs"]}
+        kept = list(outputs.values())
+    arena = place_buffers(list(before.values()), launches, kept)
+    return Schedule(
+        inputs if part.env is None else {}, outputs, tuple(launches), arena, env, logits
+    )
 
 
-def place_buffers(inputs: list[Buffer], launches: list[Launch], outputs: list[Buffer]) -> int:
+def read_as(
+    name: str,
+    component: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    top_k: int | None,
+    tensor: str,
+) -> str | None:
+    """The dtype in which the first plan that reads a component's input does so."""
+    for step in component["program"]:
+        kind = component["types"][step["type"]]
+        plan = plan_key(name, step["type"], graph_key(kind, top_k))
+        for row in plans["tensors"].get(plan, {"inputs": []})["inputs"]:
+            if row["name"] == tensor and tensor in kind["inputs"]:
+                return str(row["dtype"])
+        if tensor in kind["outputs"]:
+            return None
+    return None
+
+
+def place_buffers(
+    inputs: list[Buffer], launches: Sequence[Launch | Copy], outputs: list[Buffer]
+) -> int:
     """Give every buffer an offset; returns the arena's size.
 
     Inputs are all written before the first launch, outputs are read after the last; in between a
     buffer lives from the launch that writes it to the last that reads it. First fit, in order.
+    Inputs that have an offset (from a piece before) keep it.
     """
     last: dict[int, int] = {id(buffer): -1 for buffer in inputs}
     for index, launch in enumerate(launches):
@@ -236,7 +290,11 @@ def place_buffers(inputs: list[Buffer], launches: list[Launch], outputs: list[Bu
         return offset + buffer.size
 
     for buffer in inputs:
-        end = max(end, place(buffer))
+        if buffer.offset < 0:
+            end = max(end, place(buffer))
+        else:
+            live.append(buffer)
+            end = max(end, buffer.offset + buffer.size)
     for index, launch in enumerate(launches):
         for buffer in launch.outputs.values():
             end = max(end, place(buffer))

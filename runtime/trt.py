@@ -3,7 +3,8 @@
 Every plan is loaded once and serves all blocks of its type; weights go to the device once; each
 block's list of (tensor, address) is made once and handed over at each launch (setting some 30
 addresses takes microseconds; an execution context per block would compile its kernels per block).
-All launches go to one stream, nothing in between waits for the host.
+All launches go to one stream. Nothing in between waits for the host, but for one small download
+per group of blocks whose router reads the picture: what was not chosen is not launched.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from runtime.cubins import Cubins
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
 from runtime.experts import ExpertsContext, experts_of
+from runtime.groups import Starts, pieces, runs_of_all, starts_of
 from runtime.loader import Loader
 from runtime.memory import Memory, cast, numpy_dtype
+from runtime.pieces import Copy, Piece
 from runtime.schedule import (
     Buffer,
     Launch,
@@ -86,13 +89,22 @@ def shared_device() -> Device:
     return Device()
 
 
+MAX_READY = 256  # schedules kept; every choice of blocks is another, a hundred kilobytes at most
+
+
 @dataclass
 class Ready:
-    """A schedule with its addresses: per launch the context and (tensor, address) pairs."""
+    """A schedule with its addresses: per launch the context and (tensor, address) pairs.
+
+    `moves` are the copies of rows before a launch, by its index (and after the last); `scratch`
+    bytes of working memory are enough for every launch. `steady`: no plan changes its shapes.
+    """
 
     schedule: Schedule
-    sizes: tuple[tuple[str, int], ...]
-    bindings: list[tuple[Launch, Any, list[tuple[str, int]]]]
+    bindings: list[tuple[Launch, Any, list[tuple[str, int]]]] = field(default_factory=list)
+    moves: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    scratch: int = 0
+    steady: bool = True
     runs: int = 0
     graph: Any = field(default=None, repr=False)
 
@@ -123,9 +135,9 @@ class Plans:
         self.plans: Mapping[str, Any] = bundle.manifest["plans"][target]
         self.device, self.load, self.cubins, self.graphs = device, load, cubins, graphs
         self.segments: Mapping[str, Any] = self.plans.get("segments", {}) if cubins else {}
-        self.default = bundle.manifest.get("top_k")
+        self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
         self._contexts: dict[str, Any] = {}
-        self._shapes: dict[str, tuple[Any, ...]] = {}
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._ready: dict[tuple[Any, ...], Ready] = {}
         # A weak reference: a cycle would keep the memory until the garbage collector runs.
         me = weakref.ref(self)
@@ -133,12 +145,17 @@ class Plans:
         self._lock = threading.Lock()
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """Outputs by name; `top_k` None means the bundle's default."""
+        """See runtime.executor.Executor. With `starts` of all groups the host is not waited for."""
         check_inputs(self.component, inputs)
+        kept = self.kappa if kappa is None else kappa
         with self._lock:
-            return self.feed(self.component, inputs, top_k, ())
+            return self.feed(self.component, inputs, top_k, (), kept, starts)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -157,22 +174,40 @@ class Plans:
         inputs: Mapping[str, np.ndarray],
         top_k: int | None,
         place: tuple[str, ...],
+        kappa: int | None = None,
+        starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """Upload, launch, download."""
+        """Upload, launch piece by piece, download."""
         sizes = sizes_of(component, inputs)
         k = self.default if top_k is None else top_k
-        ready = self.prepare(component, sizes, k, place)
-        base = self.memory.regions["arena"][0]
-        for name, buffer in ready.schedule.inputs.items():
-            self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
-        self.run(ready)
-        outputs = {}
-        for name, buffer in ready.schedule.outputs.items():
-            array = np.empty(buffer.shape, numpy_dtype(buffer.dtype))
-            self.device.download(base + buffer.offset, array)
-            wanted = component["outputs"][name]["dtype"]
-            outputs[name] = cast(array, wanted)
-        return outputs
+        known, env = dict(starts or {}), None
+        for begin, end, group in pieces(component, kappa, known):
+            runs = {
+                call: rows
+                for call, rows in runs_of_all(component, known, kappa).items()
+                if begin <= call < end
+            }
+            router = None if group is None else component["groups"][group]
+            piece = Piece(begin, end, runs, env, router)
+            ready = self.prepare(component, sizes, k, place, piece)
+            base = self.memory.regions["arena"][0]
+            for name, buffer in ready.schedule.inputs.items():
+                self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
+            self.run(ready)
+            env = ready.schedule.env
+            if group is not None and kappa is not None and ready.schedule.logits is not None:
+                logits = self.fetch(ready.schedule.logits)
+                known[group] = starts_of(logits, kappa)
+        return {
+            name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
+            for name, buffer in ready.schedule.outputs.items()
+        }
+
+    def fetch(self, buffer: Buffer) -> np.ndarray:
+        """A tensor of the arena, after everything queued has run."""
+        array = np.empty(buffer.shape, numpy_dtype(buffer.dtype))
+        self.device.download(self.memory.regions["arena"][0] + buffer.offset, array)
+        return array
 
     def prepare(
         self,
@@ -180,29 +215,49 @@ class Plans:
         sizes: Mapping[str, int],
         top_k: int | None,
         place: tuple[str, ...] = (),
+        piece: Piece | None = None,
     ) -> Ready:
         """The schedule for these sizes with weights, contexts and addresses; made once."""
-        key = (tuple(sorted(sizes.items())), top_k, place)
+        piece = piece or Piece()
+        key = (tuple(sorted(sizes.items())), top_k, place, piece.key)
         if key in self._ready:
+            self._ready[key] = self._ready.pop(key)  # the newest is last
             return self._ready[key]
         check_profiles(self.target, self.name, self.plans, sizes)
-        schedule = make_schedule(self.name, component, self.plans, sizes, top_k, self.segments)
+        schedule = make_schedule(
+            self.name, component, self.plans, sizes, top_k, self.segments, piece=piece
+        )
+        launches = [launch for launch in schedule.launches if isinstance(launch, Launch)]
         self.memory.upload_weights(
             (name, weight_dtype(self.plans, launch.plan, tensor))
-            for launch in schedule.launches
+            for launch in launches
             for tensor, name in launch.weights.items()
         )
-        base = self.memory.reserve("arena", schedule.arena)
-        ready = Ready(schedule, key[0], [])
+        # What the pieces before have left in the arena is read on.
+        base = self.memory.reserve("arena", schedule.arena, keep=piece.env is not None)
+        ready = Ready(schedule)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for launch in schedule.launches:
+            if isinstance(launch, Copy):
+                ready.moves.setdefault(len(ready.bindings), []).extend(launch.moves(base))
+                continue
             if launch.plan not in self._contexts:
                 self._contexts[launch.plan] = self.open(launch.plan)
+            context = self._contexts[launch.plan]
+            if shapes.get(launch.plan) != shapes_of(launch):
+                ready.steady = ready.steady and launch.plan not in shapes
+                shapes[launch.plan] = shapes_of(launch)
+                ready.scratch = max(ready.scratch, self.shape(launch, context))
             buffers: dict[str, Buffer] = {**launch.inputs, **launch.outputs}
             pairs = [(tensor, base + buffer.offset) for tensor, buffer in buffers.items()]
             for tensor, name in launch.weights.items():
                 dtype = weight_dtype(self.plans, launch.plan, tensor)
                 pairs.append((tensor, self.memory.weights[name, dtype]))
-            ready.bindings.append((launch, self._contexts[launch.plan], pairs))
+            ready.bindings.append((launch, context, pairs))
+        while len(self._ready) >= MAX_READY:
+            oldest = self._ready.pop(next(iter(self._ready)))
+            if oldest.graph is not None:
+                self.device.discard(oldest.graph)
         self._ready[key] = ready
         return ready
 
@@ -217,15 +272,20 @@ class Plans:
 
     def run(self, ready: Ready) -> None:
         """Queue every launch, or replay their recording."""
-        if any(self._shapes.get(launch.plan) != ready.sizes for launch, _, _ in ready.bindings):
-            self.reshape(ready)
+        # Plans run one after the other on one stream, so the largest need is enough for all.
+        scratch = self.memory.reserve("scratch", ready.scratch)
         if ready.graph is not None:
             self.device.replay(ready.graph)
             return
-        record = self.graphs and ready.runs > 0  # the first run compiles and allocates
+        # The first run compiles and allocates; a plan of two shapes would do so in every run.
+        record = self.graphs and ready.runs > 0 and ready.steady
         if record:
+            for launch, context, _ in ready.bindings:
+                self.fit(launch, context, scratch)
             self.device.begin_capture()
-        for launch, context, pairs in ready.bindings:
+        for index, (launch, context, pairs) in enumerate(ready.bindings):
+            self.move(ready.moves.get(index, ()))
+            self.fit(launch, context, scratch)
             for tensor, address in pairs:
                 context.set_tensor_address(tensor, address)
             if not context.execute_async_v3(self.device.stream):
@@ -233,30 +293,39 @@ class Plans:
                     f"plan {launch.plan} of {self.target} did not start (the library's log says"
                     f" why); use --backend ort, or build the plans again."
                 )
+        self.move(ready.moves.get(len(ready.bindings), ()))
         ready.runs += 1
         if record:
             ready.graph = self.device.end_capture()
             self.device.replay(ready.graph)
 
-    def reshape(self, ready: Ready) -> None:
-        """Tell plans the shapes of their inputs; give them all the same working memory.
+    def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
+        """Queue copies of rows: (target, source, bytes)."""
+        for target, source, size in moves:
+            self.device.move(target, source, size)
 
-        They run one after the other on one stream, so the largest need is enough for all.
-        """
-        plans = {launch.plan: (launch, context) for launch, context, _ in ready.bindings}
-        need = 0
-        for launch, context in plans.values():
-            for tensor, buffer in launch.inputs.items():
-                if not context.set_input_shape(tensor, buffer.shape):
-                    raise ValueError(
-                        f"plan {launch.plan} of {self.target} refuses {tensor} of shape"
-                        f" {list(buffer.shape)}, expected one inside its profile; export again."
-                    )
-            need = max(need, context.update_device_memory_size_for_shapes())
-        address = self.memory.reserve("scratch", need)
-        for plan, (_, context) in plans.items():
-            context.set_device_memory(address, self.memory.regions["scratch"][1])
-            self._shapes[plan] = ready.sizes
+    def fit(self, launch: Launch, context: Any, scratch: int) -> None:
+        """Give a plan the shapes of a launch, and its working memory, unless it has them."""
+        if self._shapes.get(launch.plan) != shapes_of(launch):
+            self.shape(launch, context)
+            context.set_device_memory(scratch, self.memory.regions["scratch"][1])
+            self._shapes[launch.plan] = shapes_of(launch)
+
+    def shape(self, launch: Launch, context: Any) -> int:
+        """Tell a plan the shapes of its inputs; the bytes of working memory that it then needs."""
+        self._shapes.pop(launch.plan, None)
+        for tensor, shape in shapes_of(launch).items():
+            if not context.set_input_shape(tensor, shape):
+                raise ValueError(
+                    f"plan {launch.plan} of {self.target} refuses {tensor} of shape {list(shape)},"
+                    " expected one inside its profile; export again."
+                )
+        return int(context.update_device_memory_size_for_shapes())
+
+
+def shapes_of(launch: Launch) -> dict[str, tuple[int, ...]]:
+    """The shape of every input of a launch but its weights."""
+    return {tensor: buffer.shape for tensor, buffer in launch.inputs.items()}
 
 
 def forget(executor: Plans | None, region: str) -> None:

@@ -92,6 +92,36 @@ def tiny_dense_bundle(tiny_dense_dir: Path, pytestconfig: pytest.Config) -> Path
     return exported(pytestconfig, tiny_dense_dir)
 
 
+@pytest.fixture(scope="session")
+def tiny_grouped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse pipeline with groups of blocks, routers of alpha .5 (see tinygrouped.py)."""
+    pytest.importorskip("diffusers")
+    from tinygrouped import grouped_pipeline
+
+    return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "grouped", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_forecast_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with alpha 0: what its routers choose is known before anything is drawn."""
+    pytest.importorskip("diffusers")
+    from tinygrouped import grouped_pipeline
+
+    return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "forecast", 0.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_grouped_bundle(tiny_grouped_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """Its bundle: float32, top_k 1 and 2. Not to be changed."""
+    return exported(pytestconfig, tiny_grouped_dir, top_k=(1, 2))
+
+
+@pytest.fixture(scope="session")
+def tiny_forecast_bundle(tiny_forecast_dir: Path, pytestconfig: pytest.Config) -> Path:
+    """The bundle of alpha 0. Not to be changed."""
+    return exported(pytestconfig, tiny_forecast_dir, top_k=(1, 2))
+
+
 def exported(config: pytest.Config, pipeline: Path, **options: object) -> Path:
     """Export a pipeline directory, or take the bundle that the same sources made before.
 

@@ -49,7 +49,10 @@ class HostDevice:
     def download(self, address: int, array: np.ndarray) -> None:
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
-    def queue(self, work: Callable[[], None]) -> None:
+    def move(self, target: int, source: int, size: int) -> None:
+        self.queue(lambda: ctypes.memmove(target, source, size))
+
+    def queue(self, work: Callable[[], object]) -> None:
         work() if self.recording is None else self.recording.append(work)
 
     def load_kernel(self, cubin: bytes, entry: str, shared: int) -> bytes:
