@@ -317,7 +317,10 @@ def evaluate(
 
     harder = options.pairs("--world", world, World.__dataclass_fields__)
     asked = World(**harder)
-    knobs = {"top_k": options.knob("--top-k", top_k), "kappa": options.knob("--kappa", kappa)}
+    knobs: dict[str, Any] = {
+        "top_k": options.knob("--top-k", top_k),
+        "kappa": options.knob("--kappa", kappa),
+    }
     draw, size = drawer(path, harder.get("size"), steps, guidance, knobs, batch, backend)
     with progress_bars() as progress:
         answer, samples = function(

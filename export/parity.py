@@ -2,7 +2,8 @@
 
 Three comparisons, each with another purpose: every component alone; every block alone on the
 inputs it has in torch, so that errors do not pile up and the block that errs is named; the whole
-trajectory, where they do pile up, to the picture. Beside them the experts that routers choose.
+trajectory, where they do pile up, to the picture. Beside them the experts, and the blocks of
+groups, that routers choose.
 Built on polygraphy's runners and comparator (export/comparison.py).
 """
 
@@ -16,6 +17,7 @@ from export.comparison import Row
 from export.parts import (
     Recorder,
     compare_blocks,
+    compare_choices,
     compare_components,
     compare_experts,
     compare_ids,
@@ -24,6 +26,7 @@ from export.parts import (
 )
 from export.reference import load_reference, record
 from runtime import flux
+from runtime.arguments import check_kappa
 from runtime.bundle import open_bundle
 
 PROMPTS = ("a red circle", "two blue squares and a green triangle")
@@ -47,19 +50,22 @@ def parity(
     seed: int = 0,
     steps: int | None = None,
     top_k: int | None = None,
+    kappa: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare the pipeline in `sparse_dir` (sparse or dense) with the bundle exported from it.
 
-    Torch computes in float32 on the CPU. `steps` and `top_k` default to the bundle's. Returns what
-    `--json` prints: `passed`, `failures` (sentences), `limits`, `components` and `blocks` (worst
-    first), `experts` (None in a dense bundle), `trajectory` (per step, and `image_psnr`).
+    Torch computes in float32 on the CPU. `steps`, `top_k` and `kappa` default to the bundle's.
+    Returns what `--json` prints: `passed`, `failures` (sentences), `limits`, `components` and
+    `blocks` (worst first), `experts` (None in a dense bundle), `groups` (the blocks that routers
+    choose; None where none does), `trajectory` (per step, and `image_psnr`).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     tell = progress or (lambda phase, done, total: None)
     opened = open_bundle(bundle)
     manifest = opened.manifest
     k = manifest["top_k"] if top_k is None else top_k
+    kept = check_kappa(manifest, kappa, 1)[0]
     count = steps or manifest["defaults"]["steps"]
     pipeline = Recorder(opened, backend)
     target = plans_in_use(pipeline)
@@ -71,7 +77,7 @@ def parity(
     noise = flux.noise(range(seed, seed + len(prompts)), manifest["latents"]["channels"], *latent)
     recorded = sorted({0, count // 2, count - 1})
     reference = record(
-        load_reference(sparse_dir, manifest["kind"], k),
+        load_reference(sparse_dir, manifest["kind"], k, kept),
         prompts,
         noise,
         steps=count,
@@ -82,7 +88,7 @@ def parity(
     )
     tell("torch", 1, 1)
     limit = limits["relative_error"]
-    components = compare_components(pipeline, reference, k, limit)
+    components = compare_components(pipeline, reference, k, limit, kept)
     components += compare_ids(pipeline, reference, prompts)
     blocks = compare_blocks(opened, pipeline.backend, reference, k, limit, tell)
     experts = None
@@ -90,13 +96,17 @@ def parity(
         experts = compare_experts(
             opened, pipeline.backend, target, sparse_dir, reference, k, limits["margin"]
         )
-    trajectory = compare_trajectory(pipeline, reference, noise, latent, k, count, tell)
+    groups = None
+    if kept is not None:
+        groups = compare_choices(opened, pipeline.backend, reference, kept, limits["margin"])
+    trajectory = compare_trajectory(pipeline, reference, noise, latent, k, count, tell, kept)
     result: dict[str, Any] = {
         "sparse": str(sparse_dir),
         "bundle": str(bundle),
         "backend": pipeline.backend,
         "dtype": dtype,
         "top_k": k,
+        "kappa": kept,
         "steps": count,
         "seed": seed,
         "prompts": list(prompts),
@@ -104,6 +114,7 @@ def parity(
         "components": worst_first(components),
         "blocks": worst_first(blocks),
         "experts": experts,
+        "groups": groups,
         "trajectory": trajectory,
     }
     result["failures"] = failures(result)
@@ -129,14 +140,18 @@ def failures(result: dict[str, Any]) -> list[str]:
                 f" worst is {worst['tensor']} of {worst['place']} with a relative error of"
                 f" {worst['relative_error']:.2e}, expected at most {worst['limit']:.0e}."
             )
-    experts = result["experts"]
-    if experts and experts["sure_agreement"] < 1:
-        flips = sum(row["sure_flips"] for row in experts["sites"])
-        found.append(
-            f"{flips} of {experts['sure_tokens']} tokens choose other experts although their margin"
-            f" exceeds {limits['margin']:.0e}, the worst site is {experts['sites'][0]['site']},"
-            f" expected none."
-        )
+    for part, chooser, chosen in (
+        ("experts", "tokens", "experts"),
+        ("groups", "samples", "blocks"),
+    ):
+        row = result[part]
+        if row and row["sure_agreement"] < 1:
+            flips = sum(site["sure_flips"] for site in row["sites"])
+            found.append(
+                f"{flips} of {row['sure_tokens']} {chooser} choose other {chosen} although their"
+                f" margin exceeds {limits['margin']:.0e}, the worst site is"
+                f" {row['sites'][0]['site']}, expected none."
+            )
     image = min(result["trajectory"]["image_psnr"])
     if not image > limits["psnr"]:
         found.append(f"a picture has a PSNR of {image:.1f} dB, expected over {limits['psnr']} dB.")
@@ -169,14 +184,14 @@ def tables(result: dict[str, Any], rows: int = 8) -> list[Any]:
     for row in result["trajectory"]["steps"]:
         table.add_row(str(row["step"]), f"{row['relative_error']:.2e}", f"{row['cosine']:.8f}")
     shown.append(table)
-    if result["experts"]:
-        experts = result["experts"]
-        shown.append(
-            f"experts: {experts['agreement']:.4%} of {experts['tokens']} tokens agree,"
-            f" {experts['sure_agreement']:.4%} where the margin exceeds {experts['margin']:.0e}"
-            f" ({experts['sure_tokens']} tokens); largest margin of a flip"
-            f" {experts['largest_flip_margin']:.1e}"
-        )
+    for part, chooser in (("experts", "tokens"), ("groups", "choices of blocks")):
+        if row := result[part]:
+            shown.append(
+                f"{part}: {row['agreement']:.4%} of {row['tokens']} {chooser} agree,"
+                f" {row['sure_agreement']:.4%} where the margin exceeds {row['margin']:.0e}"
+                f" ({row['sure_tokens']}); largest margin of a flip"
+                f" {row['largest_flip_margin']:.1e}"
+            )
     pictures = ", ".join(f"{value:.1f}" for value in result["trajectory"]["image_psnr"])
     shown.append(f"pictures: {pictures} dB PSNR")
     verdict = "passed" if result["passed"] else "FAILED: " + " ".join(result["failures"])

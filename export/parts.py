@@ -18,6 +18,7 @@ from export.reference import Recording, to_unit
 from export.taps import tapped_bundle, tapped_plans
 from runtime.bundle import Bundle
 from runtime.executor import GPU_BACKENDS, open_component
+from runtime.groups import choosing, groups_of, windows
 from runtime.pipeline import Pipeline
 from runtime.text import TextTokenizer
 
@@ -52,7 +53,11 @@ def open_blocks(bundle: Bundle, backend: str) -> Any:
 
 
 def compare_components(
-    pipeline: Pipeline, reference: Recording, top_k: int | None, limit: float
+    pipeline: Pipeline,
+    reference: Recording,
+    top_k: int | None,
+    limit: float,
+    kappa: int | None = None,
 ) -> list[Row]:
     """Every component on the inputs it has in torch."""
     rows = []
@@ -69,7 +74,7 @@ def compare_components(
             )
 
         def run(feed: Mapping[str, np.ndarray], name: str = component) -> dict[str, np.ndarray]:
-            return pipeline.execute(name, dict(feed), top_k)
+            return pipeline.execute(name, dict(feed), top_k, kappa)
 
         rows += compare(component, inputs, outputs, run, name=pipeline.backend, limit=limit)
     return rows
@@ -95,10 +100,10 @@ def compare_blocks(
     limit: float,
     tell: Progress,
 ) -> list[Row]:
-    """Every block of the program alone, on torch's inputs, at the recorded steps."""
+    """Every block and router of the program alone, on torch's inputs, at the recorded steps."""
     component = bundle.component("transformer")
     executor = open_blocks(bundle, backend)
-    program = component["program"]
+    program = [*component["program"], *(group for _, group in groups_of(component))]
     rows: list[Row] = []
     for number, (step, recorded) in enumerate(reference.blocks.items()):
         for index, call in enumerate(program):
@@ -155,6 +160,29 @@ def compare_experts(
     return agreement(sites, top_k, margin)
 
 
+def compare_choices(
+    bundle: Bundle, backend: str, reference: Recording, kappa: int, margin: float
+) -> dict[str, Any] | None:
+    """The blocks that every group's router chooses on torch's inputs; None if none chooses.
+
+    As compare_experts, a group being a site and a sample what is a token there: the windows of
+    kappa blocks are compared, the margin is between the two best windows' shares.
+    """
+    component = bundle.component("transformer")
+    executor = open_blocks(bundle, backend)
+    sites = []
+    for step, blocks in reference.blocks.items():
+        for name, group in choosing(component, kappa):
+            inputs, outputs = blocks[group["prefix"]]
+            feed = {
+                tensor: inputs[tensor] for tensor in component["types"][group["type"]]["inputs"]
+            }
+            found = executor.block(group["type"], group["prefix"], feed)
+            pair = (next(iter(each.values())) for each in (outputs, found))
+            sites.append((f"{name} (step {step})", *(windows(logits, kappa) for logits in pair)))
+    return agreement(sites, 1, margin) | {"kappa": kappa} if sites else None  # type: ignore[arg-type]
+
+
 def compare_trajectory(
     pipeline: Recorder,
     reference: Recording,
@@ -163,6 +191,7 @@ def compare_trajectory(
     top_k: int | None,
     steps: int,
     tell: Progress,
+    kappa: int | None = None,
 ) -> dict[str, Any]:
     """Both draw from the same noise and torch's embeddings; the latents after each step."""
     states = next(iter(reference.components["text_encoder_2"][1].values()))
@@ -174,6 +203,7 @@ def compare_trajectory(
         pooled,
         latent_size=(latent[0], latent[1]),
         top_k=[top_k] * steps,
+        kappa=[kappa] * steps,
         guidance=pipeline.manifest["defaults"]["guidance"],
         step=lambda done, total: tell("trajectory", done, total),
     )

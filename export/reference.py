@@ -22,7 +22,8 @@ class Recording:
     """One run. Arrays are float32 (ids int64), names are the bundle's.
 
     components: name -> (inputs, outputs), the transformer's at the first recorded step.
-    blocks: step -> prefix -> (inputs, outputs), "" being all but the blocks.
+    blocks: step -> prefix -> (inputs, outputs), "embed" and "final" being all but the blocks. All
+    blocks of a group are run on what enters it, chosen or not; its router has the group's prefix.
     logits: step -> site of routed experts -> [tokens, E]. latents: packed, before each step and
     after the last. image: [n, 3, H, W], 0 to 1.
     """
@@ -34,9 +35,15 @@ class Recording:
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def load_reference(directory: str | Path, kind: str, top_k: int | None) -> Any:
-    """The pipeline in float32 on the CPU, which must be of `kind` ("sparse", with `top_k` set)."""
+def load_reference(
+    directory: str | Path, kind: str, top_k: int | None, kappa: int | None = None
+) -> Any:
+    """The pipeline in float32 on the CPU, which must be of `kind` ("sparse", with `top_k` set).
+
+    `kappa`: blocks that its groups keep, None where it must have none.
+    """
     from d2m.draw import load_pipeline
+    from d2m.groups import block_groups, set_kappa
     from d2m.surgery import set_top_k, sparse_ffns
 
     pipe = load_pipeline(directory, device="cpu", dtype="fp32")
@@ -46,8 +53,15 @@ def load_reference(directory: str | Path, kind: str, top_k: int | None) -> Any:
             f"the pipeline {directory} is {found}, the bundle is {kind}, expected the pipeline"
             " that the bundle was exported from."
         )
+    if bool(block_groups(pipe.transformer)) != (kappa is not None):
+        raise ValueError(
+            f"of the pipeline {directory} and the bundle only one has groups of blocks, expected"
+            " the pipeline that the bundle was exported from."
+        )
     if top_k is not None:
         set_top_k(pipe.transformer, top_k)
+    if kappa is not None:
+        set_kappa(pipe.transformer, kappa)
     return pipe
 
 
@@ -130,42 +144,61 @@ def watch_encoders(pipe: Any, result: Recording) -> Iterator[None]:
 @contextmanager
 def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) -> Iterator[None]:
     """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
+    from d2m.groups import BlockGroup, Passed
     from d2m.surgery import sparse_ffns
+    from export.groups import LOGITS
 
     names = {
-        block: f"{group}.{index}."
-        for group in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(model, group))
+        block: f"{name}.{index}."
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for index, block in enumerate(getattr(model, name))
+        if not isinstance(block, Passed)
     }
     sites = sparse_ffns(model)
     shared = getattr(model, "modulation", None)
     step = -1
+    passed: list[tuple[Arrays, Arrays]] = []  # what every block or group of the step has passed on
     handles = []
 
     def begin(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal step
         step += 1
+        passed.clear()
         for site in sites.values():
             site.record = step in recorded
         if step in recorded:
             result.blocks[step] = {}
 
-    def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if step not in recorded:
-            return
+    def pair(kwargs: Any, output: Any) -> tuple[Arrays, Arrays]:
         cos, sin = kwargs["image_rotary_emb"]
         inputs = {name: array(kwargs[name]) for name in ("hidden_states", "encoder_hidden_states")}
         inputs |= {"temb": array(kwargs["temb"]), "rope_cos": array(cos), "rope_sin": array(sin)}
         if shared is not None:
             inputs["modulation"] = array(shared(kwargs["temb"]))
-        outputs = {"encoder_hidden_states": array(output[0]), "hidden_states": array(output[1])}
-        result.blocks[step][names[module]] = (inputs, outputs)
+        return inputs, {
+            "encoder_hidden_states": array(output[0]),
+            "hidden_states": array(output[1]),
+        }
+
+    def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if step not in recorded:
+            return
+        passed.append(pair(kwargs, output))
+        blocks, prefix = result.blocks[step], names[module]
+        if not isinstance(module, BlockGroup):
+            blocks[prefix] = passed[-1]
+            return
+        for index, member in module.blocks.items():
+            blocks[f"{prefix}blocks.{index}."] = pair(kwargs, member(**kwargs))
+        read = ("hidden_states", "encoder_hidden_states", "temb")
+        logits = module.router(*(kwargs[name] for name in read))
+        inputs = {name: passed[-1][0][name] for name in read}
+        blocks[prefix] = inputs, {LOGITS: array(logits)}
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
-        blocks = result.blocks[step]
-        first, last = blocks[next(iter(names.values()))][0], list(blocks.values())[-1]
+        first, last = passed[0][0], passed[-1]
         wanted = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
         inputs = {name: array(kwargs[name]) for name in wanted}
         if kwargs.get("guidance") is not None:

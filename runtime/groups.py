@@ -49,9 +49,14 @@ def known_beforehand(component: Mapping[str, Any]) -> bool:
 
 def starts_of(logits: np.ndarray, kappa: int) -> np.ndarray:
     """[B, m] -> the first of the kappa neighbours with the largest mean logit, [B]."""
-    windows = np.lib.stride_tricks.sliding_window_view(logits, kappa, axis=-1)
-    first: np.ndarray = windows.mean(-1).argmax(-1)
+    first: np.ndarray = windows(logits, kappa).argmax(-1)
     return first
+
+
+def windows(logits: np.ndarray, kappa: int) -> np.ndarray:
+    """The mean logit of every window of kappa neighbours: [B, m] -> [B, m - kappa + 1]."""
+    means: np.ndarray = np.lib.stride_tricks.sliding_window_view(logits, kappa, axis=-1).mean(-1)
+    return means
 
 
 def runs_of(group: Mapping[str, Any], starts: np.ndarray, kappa: int) -> dict[int, np.ndarray]:

@@ -223,7 +223,7 @@ def test_eval_of_a_bundle_and_of_pipelines(
 def test_eval_refuses_experts_of_a_dense_model(
     dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is dense" in refused(capsys, "eval", dense, *EVAL, "--top-k", 2)
+    assert "the model has no experts" in refused(capsys, "eval", dense, *EVAL, "--top-k", 2)
 
 
 def test_inspect_a_sparse_checkpoint_and_a_bundle(
@@ -235,6 +235,66 @@ def test_inspect_a_sparse_checkpoint_and_a_bundle(
         assert answer["experts"]["num_experts"] == 12
         counts = answer["parameters"]["transformer"]
         assert 0 < counts["activated"] < counts["total"]
+
+
+def test_knobs_by_step(
+    tiny_grouped_bundle: Path,
+    tiny_grouped_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """--kappa and --top-k, one number or one a step, in the runtime and in eager."""
+    made = []
+    for name, kappa in (("a", "1,3"), ("b", "1,3"), ("c", "3,1"), ("d", "2")):
+        out = tmp_path / f"{name}.png"
+        knobs = ("--steps", 2, "--kappa", kappa, "--top-k", "2,1")
+        answer_of(capsys, "run", tiny_grouped_bundle, "two rings", "-o", out, *knobs)
+        made.append(out.read_bytes())
+    assert made[0] == made[1] and len(set(made)) == 3
+    few = ("-n", 2, "--steps", 2, "--world", "size=32", "--batch", 2, "--json", "-")
+    for path in (tiny_grouped_bundle, tiny_grouped_dir):
+        answer = json.loads(answer_of(capsys, "eval", path, *few, "--kappa", "2,1", "--top-k", "1"))
+        assert answer["n"] == 2
+        words = refused(capsys, "eval", path, *few, "--kappa", "1,1,1")
+        assert "3 numbers for 2" in words
+        assert "kappa" in refused(capsys, "eval", path, *few, "--kappa", "4")
+    assert "--kappa is 'x'" in refused(capsys, "run", tiny_grouped_bundle, "a", "--kappa", "x")
+    assert "--top-k is ','" in refused(capsys, "run", tiny_grouped_bundle, "a", "--top-k", ",")
+
+
+def test_inspect_shows_groups_and_the_schedule(
+    tiny_grouped_bundle: Path,
+    tiny_grouped_dir: Path,
+    tiny_forecast_bundle: Path,
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (tiny_grouped_dir, tiny_grouped_bundle):
+        text = answer_of(capsys, "inspect", path)
+        assert "groups: 2, each keeps kappa = 1, 4 blocks are skipped" in text
+        assert "  transformer_blocks 1-3, alpha 0.5" in text
+        answer = json.loads(answer_of(capsys, "inspect", path, "--json"))
+        assert answer["kappa"] == 1 and answer["groups"][1] == {
+            "name": "single_transformer_blocks.0",
+            "list": "single_transformer_blocks",
+            "blocks": [0, 1, 2],
+            "alpha": 0.5,
+        }
+        counts = answer["parameters"]["transformer"]
+        assert counts["activated"] < counts["total"]
+    asked = ("inspect", tiny_forecast_bundle, "--schedule", "a red circle", "--steps", 3)
+    answer = json.loads(answer_of(capsys, *asked, "--kappa", "1,2,3", "--json"))
+    assert answer["steps"] == 3 and answer["kappa"] == [1, 2, 3] and answer["sigmas"][0] == 1
+    for group in answer["groups"]:
+        assert [len(blocks) for blocks in group["runs"]] == [1, 2, 3]
+        assert all(set(blocks) <= set(group["blocks"]) for blocks in group["runs"])
+    text = answer_of(capsys, *asked)
+    assert "double 1-3" in text and "single 0-2" in text and "1.000" in text
+    for path, words in (
+        (tiny_grouped_bundle, "has alpha 0.5 and so reads the picture as it is drawn"),
+        (tiny_bundle, "has no groups of blocks"),
+    ):
+        assert words in refused(capsys, "inspect", path, "--schedule", "a")
 
 
 @pytest.fixture(scope="module")

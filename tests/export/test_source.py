@@ -10,14 +10,7 @@ from export.bundle import export_bundle
 from export.source import open_pipeline
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("groups", {"double": [[0, 1]], "single": []}),
-        ("drop", {"double": [1]}),
-        ("renormalise", True),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), [("renormalise", True)])
 def test_structures_that_cannot_be_compiled(
     tiny_sparse_dir: Path, tmp_path: Path, field: str, value: object
 ) -> None:
