@@ -103,11 +103,11 @@ def tiny_grouped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_forecast_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with alpha 0: what its routers choose is known before anything is drawn."""
+    """Such a one with alpha 0, where a schedule is known beforehand, and shared modulation."""
     pytest.importorskip("diffusers")
     from tinygrouped import grouped_pipeline
 
-    return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "forecast", 0.0)
+    return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "forecast", 0.0, adaln="single")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 from tinypair import grouped_pair
 
 from d2m.structure import Blocks
-from tiny import build_pipeline, tiny_inputs
+from tiny import build_pipeline, randomize, tiny_inputs
 
 KAPPAS = (1, 2, 3)
 GROUPS = {
@@ -23,17 +23,27 @@ def blocks_of(alpha: float, grouped: bool = True) -> Blocks:
     return Blocks(**groups, alpha=alpha, drop_single=(4,))
 
 
-def grouped_pipeline(directory: Path, alpha: float, grouped: bool = True) -> Path:
+def grouped_pipeline(
+    directory: Path, alpha: float, grouped: bool = True, adaln: str = "full"
+) -> Path:
     """Save it: gates and routers that leave no doubt, the same values with and without groups."""
     import torch
 
     from d2m.grouping import dense_name
+    from d2m.groups import block_groups
+    from d2m.model import SparseFluxTransformer2DModel
     from d2m.surgery import sparse_ffns
 
     student, _ = grouped_pair(3, blocks_of(alpha))
+    if adaln != "full":
+        config = {k: v for k, v in student.config.items() if not k.startswith("_")}
+        student = SparseFluxTransformer2DModel(**{**config, "adaln": adaln}).eval()
+        randomize(student, 5)
     generator = torch.Generator().manual_seed(4)
-    for ffn in sparse_ffns(student).values():
-        torch.nn.init.normal_(ffn.gate.weight, generator=generator)
+    routers = [group.router for group in block_groups(student).values()]
+    for module in (*(ffn.gate for ffn in sparse_ffns(student).values()), *routers):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
     if not grouped:
         plain, _ = grouped_pair(3, blocks_of(alpha, False))
         state = {dense_name(n): t for n, t in student.state_dict().items() if ".router." not in n}
