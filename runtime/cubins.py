@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.arena import SIZES, aligned
 from runtime.kernels import DTYPES, EXTENT, Kernels
-from runtime.schedule import SIZES, aligned
 
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SCRATCH = 1 << 40  # bytes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.schedule import SIZES, aligned
+from runtime.arena import SIZES, aligned
 from runtime.weights import SafeTensors, narrow, to_float32
 
 

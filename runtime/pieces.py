@@ -15,7 +15,8 @@ import numpy as np
 from runtime.groups import Runs
 
 if TYPE_CHECKING:
-    from runtime.schedule import Buffer, Launch
+    from runtime.arena import Buffer
+    from runtime.schedule import Launch
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """TensorRT and TensorRT-RTX: a component as launches of compiled plans, weights bound by prefix.
 
-Every plan is loaded once and serves all blocks of its type; weights go to the device once; each
-block's list of (tensor, address) is made once and handed over at each launch (setting some 30
-addresses takes microseconds; an execution context per block would compile its kernels per block).
-All launches go to one stream. Nothing in between waits for the host, but for one small download
-per group of blocks whose router reads the picture: what was not chosen is not launched.
+Every plan is loaded once and serves all blocks of its type. All launches go to one stream
+(runtime.launcher). Nothing in between waits for the host, but for one small download per group of
+blocks whose router reads the picture: what was not chosen is not launched.
 """
 
 from __future__ import annotations
@@ -14,24 +12,22 @@ import importlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.arena import Buffer
 from runtime.cubins import Cubins
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
 from runtime.experts import ExpertsContext, experts_of
 from runtime.groups import Starts, pieces, runs_of_all, starts_of
+from runtime.launcher import Launcher, Ready
 from runtime.loader import Loader
 from runtime.memory import Memory, cast, numpy_dtype
-from runtime.pieces import Copy, Piece
+from runtime.pieces import Piece
 from runtime.schedule import (
-    Buffer,
-    Launch,
-    Schedule,
     check_profiles,
     make_schedule,
     one_call,
@@ -92,23 +88,6 @@ def shared_device() -> Device:
 MAX_READY = 256  # schedules kept; every choice of blocks is another, a hundred kilobytes at most
 
 
-@dataclass
-class Ready:
-    """A schedule with its addresses: per launch the context and (tensor, address) pairs.
-
-    `moves` are the copies of rows before a launch, by its index (and after the last); `scratch`
-    bytes of working memory are enough for every launch. `steady`: no plan changes its shapes.
-    """
-
-    schedule: Schedule
-    bindings: list[tuple[Launch, Any, list[tuple[str, int]]]] = field(default_factory=list)
-    moves: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-    scratch: int = 0
-    steady: bool = True
-    runs: int = 0
-    graph: Any = field(default=None, repr=False)
-
-
 class Plans:
     """A component of a bundle on a device; see runtime.executor.Executor.
 
@@ -133,15 +112,14 @@ class Plans:
         self.bundle, self.name, self.target = bundle, component, target
         self.component = bundle.component(component)
         self.plans: Mapping[str, Any] = bundle.manifest["plans"][target]
-        self.device, self.load, self.cubins, self.graphs = device, load, cubins, graphs
+        self.device, self.load, self.cubins = device, load, cubins
         self.segments: Mapping[str, Any] = self.plans.get("segments", {}) if cubins else {}
         self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
-        self._contexts: dict[str, Any] = {}
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._ready: dict[tuple[Any, ...], Ready] = {}
         # A weak reference: a cycle would keep the memory until the garbage collector runs.
         me = weakref.ref(self)
         self.memory = Memory(device, bundle.weights(component), lambda region: forget(me(), region))
+        self.launcher = Launcher(device, self.memory, target, graphs=graphs)
         self._lock = threading.Lock()
 
     def __call__(
@@ -193,7 +171,7 @@ class Plans:
             base = self.memory.regions["arena"][0]
             for name, buffer in ready.schedule.inputs.items():
                 self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
-            self.run(ready)
+            self.launcher.run(ready)
             env = ready.schedule.env
             if group is not None and kappa is not None and ready.schedule.logits is not None:
                 logits = self.fetch(ready.schedule.logits)
@@ -227,33 +205,9 @@ class Plans:
         schedule = make_schedule(
             self.name, component, self.plans, sizes, top_k, self.segments, piece=piece
         )
-        launches = [launch for launch in schedule.launches if isinstance(launch, Launch)]
-        self.memory.upload_weights(
-            (name, weight_dtype(self.plans, launch.plan, tensor))
-            for launch in launches
-            for tensor, name in launch.weights.items()
-        )
         # What the pieces before have left in the arena is read on.
-        base = self.memory.reserve("arena", schedule.arena, keep=piece.env is not None)
-        ready = Ready(schedule)
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for launch in schedule.launches:
-            if isinstance(launch, Copy):
-                ready.moves.setdefault(len(ready.bindings), []).extend(launch.moves(base))
-                continue
-            if launch.plan not in self._contexts:
-                self._contexts[launch.plan] = self.open(launch.plan)
-            context = self._contexts[launch.plan]
-            if shapes.get(launch.plan) != shapes_of(launch):
-                ready.steady = ready.steady and launch.plan not in shapes
-                shapes[launch.plan] = shapes_of(launch)
-                ready.scratch = max(ready.scratch, self.shape(launch, context))
-            buffers: dict[str, Buffer] = {**launch.inputs, **launch.outputs}
-            pairs = [(tensor, base + buffer.offset) for tensor, buffer in buffers.items()]
-            for tensor, name in launch.weights.items():
-                dtype = weight_dtype(self.plans, launch.plan, tensor)
-                pairs.append((tensor, self.memory.weights[name, dtype]))
-            ready.bindings.append((launch, context, pairs))
+        keep = piece.env is not None
+        ready = self.launcher.bind(schedule, self.plans["tensors"], self.open, keep=keep)
         while len(self._ready) >= MAX_READY:
             oldest = self._ready.pop(next(iter(self._ready)))
             if oldest.graph is not None:
@@ -270,63 +224,6 @@ class Plans:
         tensors = self.plans["tensors"][plan]
         return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])
 
-    def run(self, ready: Ready) -> None:
-        """Queue every launch, or replay their recording."""
-        # Plans run one after the other on one stream, so the largest need is enough for all.
-        scratch = self.memory.reserve("scratch", ready.scratch)
-        if ready.graph is not None:
-            self.device.replay(ready.graph)
-            return
-        # The first run compiles and allocates; a plan of two shapes would do so in every run.
-        record = self.graphs and ready.runs > 0 and ready.steady
-        if record:
-            for launch, context, _ in ready.bindings:
-                self.fit(launch, context, scratch)
-            self.device.begin_capture()
-        for index, (launch, context, pairs) in enumerate(ready.bindings):
-            self.move(ready.moves.get(index, ()))
-            self.fit(launch, context, scratch)
-            for tensor, address in pairs:
-                context.set_tensor_address(tensor, address)
-            if not context.execute_async_v3(self.device.stream):
-                raise OSError(
-                    f"plan {launch.plan} of {self.target} did not start (the library's log says"
-                    f" why); use --backend ort, or build the plans again."
-                )
-        self.move(ready.moves.get(len(ready.bindings), ()))
-        ready.runs += 1
-        if record:
-            ready.graph = self.device.end_capture()
-            self.device.replay(ready.graph)
-
-    def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
-        """Queue copies of rows: (target, source, bytes)."""
-        for target, source, size in moves:
-            self.device.move(target, source, size)
-
-    def fit(self, launch: Launch, context: Any, scratch: int) -> None:
-        """Give a plan the shapes of a launch, and its working memory, unless it has them."""
-        if self._shapes.get(launch.plan) != shapes_of(launch):
-            self.shape(launch, context)
-            context.set_device_memory(scratch, self.memory.regions["scratch"][1])
-            self._shapes[launch.plan] = shapes_of(launch)
-
-    def shape(self, launch: Launch, context: Any) -> int:
-        """Tell a plan the shapes of its inputs; the bytes of working memory that it then needs."""
-        self._shapes.pop(launch.plan, None)
-        for tensor, shape in shapes_of(launch).items():
-            if not context.set_input_shape(tensor, shape):
-                raise ValueError(
-                    f"plan {launch.plan} of {self.target} refuses {tensor} of shape {list(shape)},"
-                    " expected one inside its profile; export again."
-                )
-        return int(context.update_device_memory_size_for_shapes())
-
-
-def shapes_of(launch: Launch) -> dict[str, tuple[int, ...]]:
-    """The shape of every input of a launch but its weights."""
-    return {tensor: buffer.shape for tensor, buffer in launch.inputs.items()}
-
 
 def forget(executor: Plans | None, region: str) -> None:
     """A region has moved: drop addresses made from the old one, and recordings of them."""
@@ -338,12 +235,4 @@ def forget(executor: Plans | None, region: str) -> None:
             ready.graph = None
     if region == "arena":
         executor._ready.clear()
-    executor._shapes.clear()
-
-
-def weight_dtype(plans: Mapping[str, Any], plan: str, tensor: str) -> str:
-    """The dtype in which a plan reads one of its weights (a router's may be wider)."""
-    for row in plans["tensors"][plan]["inputs"]:
-        if row["name"] == tensor:
-            return str(row["dtype"])
-    raise KeyError(f"{plan} has no input {tensor}")  # a launch names inputs of its plan only
+    executor.launcher.shapes.clear()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hostdevice import SIZES, TARGET, bundle_with_plans
 
+from runtime.arena import Buffer
 from runtime.bundle import Bundle
-from runtime.schedule import Buffer, Schedule, make_schedule, measure
+from runtime.schedule import Schedule, make_schedule, measure
 
 
 @pytest.fixture(scope="module")
