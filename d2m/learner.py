@@ -120,17 +120,26 @@ def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter])
     return Learner(stage, parameters, optimizer, average)
 
 
-def _by_rate(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """AdamW's parameter groups; `factor` is what a group's rate is multiplied with.
+def _by_rate(
+    student: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups; `factor` is what a group's rate is multiplied with (ours).
 
-    The experts' second matrix is stored times E, so that gates of 1/E weigh it as the dense one.
-    AdamW's steps do not grow with the weights: at the common rate it would learn E times slower
-    than what it stands for (ours).
+    AdamW's steps do not grow with the weights. The experts' second matrix is stored times E, so
+    that gates of 1/E weigh it as the dense one: at the common rate it would learn E times slower
+    than what it stands for. A router's logit sums n inputs that hardly differ from sample to
+    sample: a step of one sign on all of them moves every sample's logit alike, and one block takes
+    them all, so its rate is n^-1/2 of the common one.
     """
-    stored = {f"{name}.experts.w2": ffn.num_experts for name, ffn in sparse_ffns(student).items()}
-    groups: dict[int, list[nn.Parameter]] = {1: []}
+    factors: dict[str, float] = {}
+    for name, ffn in sparse_ffns(student).items():
+        factors[f"{name}.experts.w2"] = float(ffn.num_experts)
+    for name, group in block_groups(student).items():
+        for part, weight in group.router.named_parameters():
+            factors[f"{name}.router.{part}"] = weight.shape[1] ** -0.5
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in parameters.items():
-        groups.setdefault(stored.get(name, 1), []).append(parameter)
+        groups.setdefault(factors.get(name, 1.0), []).append(parameter)
     return [{"params": each, "factor": factor} for factor, each in groups.items() if each]
 
 
