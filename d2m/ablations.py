@@ -45,6 +45,18 @@ def joint(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-joint", stages=(stage,))
 
 
+def frozen(recipe: Recipe) -> Recipe:
+    """Blocks outside groups frozen while groups learn, as in the paper (read).
+
+    The presets of small models train them too: a few frozen blocks are much of such a model.
+    """
+    stages = tuple(
+        replace(stage, train=tuple("groups" if w == "blocks" else w for w in stage.train))
+        for stage in recipe.stages
+    )
+    return replace(recipe, name=f"{recipe.name}-frozen", stages=stages)
+
+
 def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
     """FFNs of `ratio` x the width: the most important neurons stay, by the same scores.
 
@@ -93,7 +105,7 @@ def depth_pruned(recipe: Recipe, depth: Mapping[str, int], way: str) -> Recipe:
         middle = range(begin, begin + len(later))
         drop[kind] = tuple(later if way == "first" else middle)
     stages = tuple(
-        _alone(recipe, "pruned", stage, ("blocks",)) if "groups" in stage.train else stage
+        _alone(recipe, "pruned", stage, ("blocks",)) if "router" in stage.train else stage
         for stage in recipe.stages
     )
     blocks = Blocks(drop_double=drop["double"], drop_single=drop["single"])

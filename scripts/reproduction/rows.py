@@ -82,6 +82,12 @@ ROWS = (
     Row("XS", "and MoB: 11 + 16, here 4 + 4", _preset("XS"), start="L"),
     Row("no-stage-1", "L without stage 1", _from("L", ablations.without_stage_one)),
     Row("renormalised", "L, gates that sum to 1", _from("L", ablations.renormalised)),
+    Row(
+        "S-frozen",
+        "S, blocks outside groups frozen in stage 3",
+        _from("S", ablations.frozen),
+        start="L",
+    ),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),
     _knob("L k=1", "L", "one expert a token", top_k=1),

@@ -20,6 +20,7 @@ ALL = {
     "renormalised": ablations.renormalised,
     "no-stage-1": ablations.without_stage_one,
     "joint": ablations.joint,
+    "frozen": ablations.frozen,
     "width-1.5": lambda recipe: ablations.width_pruned(recipe, 1.5),
     "width-2": lambda recipe: ablations.width_pruned(recipe, 2.0),
     "depth-first": lambda recipe: ablations.depth_pruned(recipe, DEPTH, "first"),
@@ -87,3 +88,10 @@ def test_what_cannot_be():
         ablations.depth_pruned(preset("L"), DEPTH, "first")
     with pytest.raises(ValueError, match="trains shared experts alone; nothing is left"):
         ablations.without_stage_one(replace(THREE, stages=THREE.stages[:1]))
+
+
+def test_frozen_blocks_are_those_outside_groups():
+    last = THREE.stages[-1]
+    wide = replace(THREE, stages=(*THREE.stages[:-1], replace(last, train=("blocks", "router"))))
+    assert ablations.frozen(wide).stages[-1].train == ("groups", "router")
+    assert ablations.frozen(wide).stages[:-1] == THREE.stages[:-1]
