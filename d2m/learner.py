@@ -120,9 +120,7 @@ def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter])
     return Learner(stage, parameters, optimizer, average)
 
 
-def _by_rate(
-    student: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> list[dict[str, Any]]:
+def _by_rate(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """AdamW's parameter groups; `factor` is what a group's rate is multiplied with (ours).
 
     AdamW's steps do not grow with the weights. The experts' second matrix is stored times E, so

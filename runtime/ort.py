@@ -48,7 +48,9 @@ def open_component(
             f"bundle {bundle.path} computes in bfloat16, which ONNX Runtime cannot do on a CPU;"
             f" export it with --dtype fp32 (weights stay bfloat16 on disk)."
         )
-    return (Graph if mode == "graph" else Blocks)(bundle, component, thread_count(threads))
+    weights = bundle.manifest["files"][bundle.component(component)["weights"]]["size"]
+    count = thread_count(threads, weights)
+    return (Graph if mode == "graph" else Blocks)(bundle, component, count)
 
 
 class Graph:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 
+# Bytes of weights up to which a component gets one thread. Measured with the shapes model (27 MB in
+# float32, two cores, results/cpu/bench_model*.json of 2026-11-24): an image takes .137 s on one
+# thread and .192 on two, one of eight of the sparse model .069 and .071: its matrices take less time
+# than the other thread takes to wake. At width 1024 two threads pay.
+SMALL = 64_000_000
 
-def thread_count(threads: int | None = None) -> int:
-    """The argument, else D2M_THREADS, else the physical cores this process may use."""
+
+def thread_count(threads: int | None = None, weights: int | None = None) -> int:
+    """The argument, else D2M_THREADS, else the physical cores this process may use.
+
+    `weights`: bytes of what is to run, where it is known; small models get one thread.
+    """
     if threads is None:
         text = os.environ.get("D2M_THREADS", "").strip()
         if not text:
-            return physical_cores()
+            return 1 if weights is not None and weights <= SMALL else physical_cores()
         if not text.isascii() or not text.isdigit():
             raise ValueError(f"D2M_THREADS is {text!r}, expected a whole number of threads.")
         threads = int(text)

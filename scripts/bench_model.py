@@ -69,18 +69,16 @@ def facts(pipeline: Any) -> dict[str, Any]:
     return {name: pipeline.manifest[name] for name in names}
 
 
-def machine(threads: int | None) -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on."""
     import numpy
     import onnxruntime
-
-    from runtime.threads import thread_count
 
     return {
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "threads": thread_count(threads),
+        "threads": threads,
         "load": [round(value, 1) for value in os.getloadavg()],
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -95,7 +93,7 @@ def main() -> None:
     parser.add_argument("sparse", nargs="?", default=str(ROOT / "runtime" / "default"))
     parser.add_argument("dense", nargs="?", help="default: models/shapes-dense, exported now")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: the physical cores")
+    parser.add_argument("--threads", type=int, help="default: the runtime's own choice")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_model.json")
     arguments = parser.parse_args()
     import runtime
@@ -114,6 +112,11 @@ def main() -> None:
         kinds = [pipelines[name].manifest["kind"] for name in ("sparse", "dense")]
         if kinds != ["sparse", "dense"]:
             raise SystemExit(f"error: the bundles are {kinds}, expected a sparse and a dense one.")
+        from runtime.threads import thread_count
+
+        manifest = pipelines["sparse"].manifest
+        weights = manifest["files"][manifest["components"]["transformer"]["weights"]]["size"]
+        threads = thread_count(arguments.threads, weights)
         rows = []
         columns = ("dense image s", "sparse image s", "speedup", "dense step s", "sparse step s")
         print(f"{'batch':>5}  " + "  ".join(f"{name:>14}" for name in (*columns, "speedup")))
@@ -126,7 +129,7 @@ def main() -> None:
         answer = {
             "command": " ".join(["python", "scripts/bench_model.py", *sys.argv[1:]]),
             "date": date.today().isoformat(),
-            "machine": machine(arguments.threads),
+            "machine": machine(threads),
             "bundles": {name: facts(pipeline) for name, pipeline in pipelines.items()},
             "runs": arguments.runs,
             "batches": rows,
