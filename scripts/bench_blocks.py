@@ -3,7 +3,8 @@
     python scripts/bench_blocks.py BUNDLE [--batch 1] [--runs 20] [--threads N] [--json FILE]
 
 BUNDLE has groups of blocks. The whole graph and the block program take turns with the same inputs
-at every kappa, so that a busy machine slows all; ratios are medians over turns, against all blocks.
+at every kappa. Beside the time on the clock there is the processor time of the process, which a
+busy machine does not stretch; ratios are of its medians, against all blocks.
 A skipped block is an `If` whose branch hands its inputs on: the profile says how long that takes.
 """
 
@@ -54,13 +55,18 @@ def measure(pipeline: Any, batch: int, runs: int, threads: int) -> list[dict[str
     kappas = range(1, smallest(component) + 1)
     modes = ("graph", "blocks")
     opened = {m: open_component(bundle, "transformer", threads=threads, mode=m) for m in modes}
-    times: dict[tuple[str, int], list[float]] = {(m, k): [] for m in modes for k in kappas}
+    clocks = (time.perf_counter, time.process_time)
+    times: dict[tuple[str, int], list[list[float]]] = {(m, k): [] for m in modes for k in kappas}
     for turn in range(-2, runs):
         for (mode, kappa), found in times.items():
-            start = time.perf_counter()
+            start = [clock() for clock in clocks]
             opened[mode](feed, None, kappa)
             if turn >= 0:
-                found.append(1000 * (time.perf_counter() - start))
+                found.append([1000 * (clock() - t) for clock, t in zip(clocks, start)])
+    middle = {
+        key: [statistics.median(turn[i] for turn in found) for i in range(len(clocks))]
+        for key, found in times.items()
+    }
     groups = component["groups"].values()
     blocks = len(component["program"]) - 2  # but for the calls before and after the blocks
     rows = []
@@ -69,17 +75,17 @@ def measure(pipeline: Any, batch: int, runs: int, threads: int) -> list[dict[str
         row: dict[str, Any] = {"kappa": kappa, "blocks_run": blocks - skipped, "blocks": blocks}
         row["share_of_blocks"] = round((blocks - skipped) / blocks, 3)
         for mode in modes:
-            pairs = zip(times[mode, kappa], times[mode, max(kappas)], strict=True)
-            row[f"{mode}_ms"] = round(statistics.median(times[mode, kappa]), 3)
-            row[f"{mode}_ratio"] = round(statistics.median(a / b for a, b in pairs), 3)
+            wall, cpu = middle[mode, kappa]
+            row[f"{mode}_ms"], row[f"{mode}_cpu_ms"] = round(wall, 3), round(cpu, 3)
+            row[f"{mode}_ratio"] = round(cpu / middle[mode, max(kappas)][1], 3)
         rows.append(row)
     return rows
 
 
 def skipped_blocks(pipeline: Any, threads: int, runs: int = 10) -> dict[str, Any]:
-    """Microseconds of the `If`s that ran their block and of those that skipped it, by the profile.
+    """Microseconds of the `If`s that skipped their block, by the profile of one sample at kappa 1.
 
-    For one sample at kappa 1, so that as many run as there are groups.
+    As many ran as there are groups; they are the slowest and are left out.
     """
     import onnxruntime
 
@@ -98,8 +104,8 @@ def skipped_blocks(pipeline: Any, threads: int, runs: int = 10) -> dict[str, Any
             session.run(None, {**feed, "kappa": np.array(1)})
         events = json.loads(Path(session.end_profiling()).read_text())
     members = {
-        f"{component['program'][call]['prefix']}if": name
-        for name, group in component["groups"].items()
+        f"{component['program'][call]['prefix']}if"
+        for group in component["groups"].values()
         for call in group["calls"]
     }
     found: dict[str, list[int]] = {}
@@ -108,17 +114,8 @@ def skipped_blocks(pipeline: Any, threads: int, runs: int = 10) -> dict[str, Any
         if name in members and event["name"].endswith("_kernel_time"):
             found.setdefault(name, []).append(event["dur"])
     middle = {name: statistics.median(durations[2:]) for name, durations in found.items()}
-    run = [
-        max(time for name, time in middle.items() if members[name] == group)
-        for group in component["groups"]
-    ]
-    rest = sorted(middle.values())[: len(middle) - len(run)]
-    return {
-        "run_us": round(statistics.median(run), 1),
-        "skipped_us": round(statistics.median(rest), 1),
-        "skipped_us_most": round(max(rest), 1),
-        "skipped_share": round(statistics.median(rest) / statistics.median(run), 5),
-    }
+    rest = sorted(middle.values())[: len(middle) - len(component["groups"])]
+    return {"skipped_us": round(statistics.median(rest), 1), "skipped_us_most": round(max(rest), 1)}
 
 
 def main() -> None:
@@ -139,10 +136,13 @@ def main() -> None:
         raise SystemExit(f"error: {arguments.bundle} has no groups of blocks, expected some.")
     rows = measure(pipeline, arguments.batch, arguments.runs, threads)
     columns = list(rows[0])
-    print("  ".join(f"{name:>15}" for name in columns))
+    print("  ".join(f"{name:>16}" for name in columns))
     for row in rows:
-        print("  ".join(f"{row[name]:>15}" for name in columns))
+        print("  ".join(f"{row[name]:>16}" for name in columns))
+    first, last = rows[0], rows[-1]
+    more = (last["graph_cpu_ms"] - first["graph_cpu_ms"]) * 1000
     skipped = skipped_blocks(pipeline, threads)
+    skipped["run_cpu_us"] = round(more / (last["blocks_run"] - first["blocks_run"]), 1)
     print(", ".join(f"{name} {value}" for name, value in skipped.items()))
     answer = {
         "command": " ".join(["python", "scripts/bench_blocks.py", *sys.argv[1:]]),
