@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Bytes of weights up to which a component gets one thread. Measured with the shapes model (27 MB in
-# float32, two cores, results/cpu/bench_model*.json of 2026-11-24): an image takes .137 s on one
-# thread and .192 on two, one of eight of the sparse model .069 and .071: its matrices take less time
-# than the other thread takes to wake. At width 1024 two threads pay.
+# Bytes of weights up to which a component gets one thread. Measured with the shapes model (13 MB,
+# two cores, results/cpu/bench_model*.json of 2026-11-24): an image takes .137 s on one thread and
+# .192 on two, one of eight of the sparse model .069 and .071: its matrices take less time than the
+# other thread takes to wake. At width 1024 two threads pay.
 SMALL = 64_000_000
 
 
