@@ -87,8 +87,10 @@ def tiles_for(sm: int, dtype: str, tokens: int, width: int, hidden: int) -> Tile
         # 96 kB and 104 registers: two programs of `up` share an SM of sm_90.
         square = Tile(128, 128, 64, 8, 3)
         wide = Tile(128, 256, 64, 8, 3) if hopper else square
-        # Two accumulators: 128 columns take 254 registers with HGMMA and spill with HMMA.
-        two = Tile(128, 128 if sm // 10 in (9, 10) else 64, 64, 8, 3)
+        # Two accumulators: 128 columns take 254 registers with HGMMA and spill with HMMA, and with
+        # HGMMA too where H ends inside a tile and masks want registers (H = 288: 86 spills).
+        roomy_two = sm // 10 in (9, 10) and hidden % 128 == 0
+        two = Tile(128, 128 if roomy_two else 64, 64, 8, 3)
         tiles = (square, wide, two, wide)
     else:
         small = Tile(64, 128, 64, 4, 4 if roomy else 3)

@@ -54,11 +54,13 @@ def place(
 
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     live = tokens < T
-    taken = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int32)
+    chose = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int1)
     for k in tl.static_range(K):
         expert = tl.load(chosen + tokens.to(tl.int64) * K + k, mask=live, other=E_PAD)
-        taken += (expert[:, None] == experts[None, :]).to(tl.int32)
+        # Not a sum: LLVM counts four of these bits in a byte vector that lies in local memory.
+        chose |= expert[:, None] == experts[None, :]
     # A token chooses an expert once, so its rank there is the number of earlier tokens that did.
+    taken = chose.to(tl.int32)
     position = tl.cumsum(taken, axis=0) - taken + (tile_first * BLOCK_M + before)[None, :]
     for k in tl.static_range(K):
         pairs = tokens.to(tl.int64) * K + k

@@ -62,6 +62,21 @@ def test_other_models(compiled, sizes):
         assert all(code["spills"] == code["stack"] == 0 for code in found.values())
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_every_number_of_experts_stays_in_registers(compiled, top_k):
+    """Generic stores to the stack are no STL: the stack itself must be empty."""
+    found = compiled(
+        cases.machine_code, 90, 4096, "bf16", ("route", "place"), (3072, 12, 768, top_k)
+    )
+    assert_good(found, 90)
+
+
+def test_experts_that_no_tile_divides_do_not_spill(compiled):
+    """H = 288: masks beside two accumulators of 128 columns took 86 spills."""
+    labels = ("hidden_backward",)
+    assert_good(compiled(cases.machine_code, 90, 4096, "bf16", labels, (1152, 12, 288, 4)), 90)
+
+
 def test_ptx_for_a_driver_or_a_plugin(compiled):
     ptx, parameters, scratch = compiled(cases.ptx_of_up, 87)
     assert ".version 8.7" in ptx and ".target sm_90a" in ptx
