@@ -234,7 +234,9 @@ def export(
 
 @app.command()
 def run(
-    first: Annotated[str, typer.Argument(metavar="BUNDLE|PROMPT", help="Bundle, or the prompt.")],
+    first: Annotated[
+        str | None, typer.Argument(metavar="BUNDLE|PROMPT", help="Bundle, or the prompt.")
+    ] = None,
     second: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
     bundle: options.BundleOption = None,
     out: options.Png = Path("out.png"),
@@ -248,14 +250,32 @@ def run(
     kappa: options.KappaSteps = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
+    again: options.Again = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Draw PROMPT; without BUNDLE, with the small shapes model that ships with d2m."""
+    """Draw PROMPT; without BUNDLE, with the small shapes model that ships with d2m.
+
+    With --again IMAGE.png, what that image says of itself: same bundle, settings and seed.
+    """
     began = time.perf_counter()
     import runtime
     from runtime.picture import save
 
+    if again is not None:
+        from runtime.again import draw_again
+
+        if second is not None or (first is not None and bundle is not None):
+            raise ValueError("--again takes the prompt from the image; name the bundle alone")
+        with progress_bars() as progress:
+            image, told = draw_again(
+                again, first or bundle, backend, experts=experts, progress=progress
+            )
+        told |= {"file": str(save(image, out))}
+        print_json(told) if json_ else print_tree(told)
+        return
+    if first is None:
+        raise ValueError("no prompt is given; add what to draw, or --again IMAGE.png")
     prompt, path = (first, bundle) if second is None else (second, Path(first))
     if second is not None and bundle is not None:
         raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")

@@ -67,6 +67,9 @@ Schedule = Annotated[
 ]
 Count = Annotated[int, typer.Option("-n", "--n", help="Number of pictures.")]
 Png = Annotated[Path, typer.Option("-o", "--out", help="PNG file to write; with -n out-0.png, ...")]
+Again = Annotated[
+    Path | None, typer.Option("--again", help="PNG of ours: draw the same again, and compare.")
+]
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="BUNDLE as an option.")]
 # Converting
 Preset = Annotated[str, typer.Option("--preset", help="Recipe that comes with d2m.")]

@@ -57,6 +57,7 @@ def run(
     backend: str = "auto",
     latents: np.ndarray | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
 ) -> Image | list[Image]:
     """Draw `n` images of `prompt`; one image, or a list of them where n > 1 or prompts are a list.
 
@@ -87,4 +88,5 @@ def run(
         kappa=kappa,
         latents=latents,
         progress=progress,
+        cancel=cancel,
     )

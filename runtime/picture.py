@@ -37,25 +37,31 @@ def to_image(pixels: np.ndarray, settings: dict[str, Any] | None = None) -> Imag
     return image
 
 
-def save(image: Image, path: str | os.PathLike[str]) -> Path:
-    """Write the image as a PNG with its settings, at once: a reader sees all of it or nothing."""
+def to_png(image: Image) -> bytes:
+    """The image as a PNG file with its settings; the same image gives the same bytes."""
     from PIL import PngImagePlugin
 
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory, expected the name of an image file.")
     texts = PngImagePlugin.PngInfo()
     if KEY in image.info:
         texts.add_itxt(KEY, image.info[KEY])
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=texts)
+    return buffer.getvalue()
+
+
+def save(image: Image, path: str | os.PathLike[str]) -> Path:
+    """Write the image as a PNG with its settings, at once: a reader sees all of it or nothing."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, expected the name of an image file.")
+    data = to_png(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -73,4 +79,7 @@ def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
             opened.load()
             return settings_of(opened)
     value = image.info.get(KEY)
-    return json.loads(value) if isinstance(value, str) else {}
+    said = json.loads(value) if isinstance(value, str) else {}
+    if not isinstance(said, dict):
+        raise ValueError(f"the image's {KEY} text is {value[:60]!r}, expected a JSON object.")
+    return said

@@ -31,6 +31,10 @@ log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
 
 
+class Cancelled(Exception):
+    """A drawing that was given up because its `cancel` said so."""
+
+
 def default_bundle() -> Path:
     """The bundle that ships with the package."""
     return Path(__file__).parent / "default"
@@ -42,7 +46,8 @@ class Pipeline:
     Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
     alone, see runtime.ort; `experts` ("auto", "plans" or "cubins") that of plans, see
     runtime.experts. The same seed, bundle, backend and batch give the same bytes; another
-    batch size may round sums differently, and so change an image's last bits.
+    batch size may round sums differently, and so change an image's last bits. A batch of fewer
+    rows than `min_batch` is filled up with copies of its last one, which are thrown away.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Pipeline:
         mode: str | None = None,
         experts: str = "auto",
         max_batch: int = 8,
+        min_batch: int = 1,
     ) -> None:
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle or default_bundle())
         self.bundle = opened
@@ -65,6 +71,7 @@ class Pipeline:
         check_experts(experts, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
         self.max_batch = min(max_batch, batch_limit(opened, self.backend))
+        self.min_batch = min(min_batch, self.max_batch)
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self._tokenizers = [
@@ -86,6 +93,7 @@ class Pipeline:
         kappa: int | Sequence[int] | None = None,
         latents: np.ndarray | None = None,
         progress: Progress | None = None,
+        cancel: Callable[[], bool] | None = None,
     ) -> Image | list[Image]:
         """Draw: one image, or a list of them where n > 1 or `prompt` is a list.
 
@@ -98,6 +106,7 @@ class Pipeline:
         latents  initial noise instead of a seed's: [images, tokens, channels] packed, or
                  [images, C, h, w]
         progress called as progress(phase, done, total)
+        cancel   asked before every step (an Event's is_set, say); True raises Cancelled
 
         Arguments left out come from the bundle. Raises ValueError with one sentence.
         """
@@ -120,26 +129,41 @@ class Pipeline:
         images: list[Image] = []
         for start in range(0, len(request.prompts), self.max_batch):
             part = slice(start, start + self.max_batch)
-            images += self.draw(request, part, None if noise is None else noise[part], progress)
+            given = None if noise is None else noise[part]
+            images += self.draw(request, part, given, progress, cancel)
         return images if request.many else images[0]
 
     def draw(
-        self, request: Request, part: slice, noise: np.ndarray | None, progress: Progress | None
+        self,
+        request: Request,
+        part: slice,
+        noise: np.ndarray | None,
+        progress: Progress | None = None,
+        cancel: Callable[[], bool] | None = None,
     ) -> list[Image]:
         """One batch of a checked request."""
         from runtime.picture import to_image
 
-        tell = progress or (lambda phase, done, total: None)
+        def tell(phase: str, done: int, total: int) -> None:
+            if cancel and cancel():
+                raise Cancelled("the drawing was cancelled.")
+            if progress:
+                progress(phase, done, total)
+
         done, total = min(part.stop, len(request.prompts)), len(request.prompts)
         start, prompts = part.start, request.prompts[part]
         tell("encode", start, total)
         different = list(dict.fromkeys(prompts))
         places = [different.index(prompt) for prompt in prompts]
-        states, pooled = (array[places] for array in self.encode(different))
+        spare = different[-1:] * (self.min_batch - len(different))
+        states, pooled = (array[places] for array in self.encode([*different, *spare]))
         tell("encode", done, total)
         if noise is None:
             seeds = [seed for seed in request.seeds[part] if seed is not None]
             noise = flux.noise(seeds, self.manifest["latents"]["channels"], *request.latent_size)
+        rows = max(len(prompts), self.min_batch)
+        fill = np.minimum(np.arange(rows), len(prompts) - 1)
+        noise, states, pooled = noise[fill], states[fill], pooled[fill]
 
         def step(index: int, steps: int) -> None:
             tell("denoise", start * steps + index * len(prompts), total * steps)
@@ -155,9 +179,12 @@ class Pipeline:
             step=step,
         )
         tell("decode", start, total)
-        pixels = self.decode(packed, request.latent_size)
+        pixels = self.decode(packed, request.latent_size)[: len(prompts)]
         tell("decode", done, total)
         model = {"backend": self.backend, "name": self.bundle.name, "bundle": self.bundle.digest}
+        # Whoever sets min_batch has found that more rows change nothing, so it is what an image
+        # depends on; without it the rows that were there are.
+        model |= {"batch": self.min_batch if self.min_batch > 1 else rows}
         return [
             to_image(image, request.settings(start + i) | model) for i, image in enumerate(pixels)
         ]

@@ -1,0 +1,110 @@
+"""An image made again from its PNG, to the last bit; a drawing given up half-way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime
+from runtime.again import draw_again
+from runtime.picture import KEY, save, settings_of, to_png
+from runtime.pipeline import Cancelled, Pipeline
+
+PROMPT = "a photo of a red circle"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline(None, "ort", threads=1)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_image_is_drawn_again_to_the_last_bit(
+    pipeline: Pipeline, tmp_path: Path, n: int
+) -> None:
+    answer = pipeline(PROMPT, seed=5, steps=3, guidance=2.5, n=n)
+    image = answer[-1] if isinstance(answer, list) else answer
+    path = save(image, tmp_path / "a.png")
+    assert settings_of(path)["batch"] == n and settings_of(path)["seed"] == 4 + n
+    again, told = draw_again(path, threads=1)
+    assert told["same"] and told["pixels_that_differ"] == told["largest_difference"] == 0
+    assert to_png(again) == path.read_bytes()
+
+
+def test_rows_that_fill_a_batch_up_are_thrown_away(pipeline: Pipeline, tmp_path: Path) -> None:
+    filled = Pipeline(pipeline.bundle, "ort", threads=1, min_batch=2)
+    image: Any = filled(PROMPT, seed=5, steps=3)
+    first, _ = pipeline([PROMPT, "b"], seed=[5, 9], steps=3)  # type: ignore[misc]
+    assert np.array_equal(np.asarray(image), np.asarray(first))
+    path = save(image, tmp_path / "a.png")
+    assert settings_of(path)["batch"] == 2
+    again, told = draw_again(path, threads=1)
+    assert told["same"] and to_png(again) == path.read_bytes()
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """The same picture that says something else of itself."""
+    image = Image.open(path)
+    image.info[KEY] = json.dumps(settings_of(path) | changes)
+    return save(image, path.with_name("changed.png"))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"bundle": "0" * 64}, "was drawn from bundle 000000000000"),
+        ({"seed": None}, "from latents that were given"),
+        ({"batch": 10**9}, "expected a whole number from 1 to 1024"),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"height": 64}, "is 32 x 32 pixels but says that it is 32 x 64"),
+        ({"backend": "../x"}, "the backend is '../x'"),
+        ({"bundle": 7}, "does not say how it was made"),
+    ],
+)
+def test_what_cannot_be_drawn_again(
+    pipeline: Pipeline, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    path = rewritten(save(pipeline(PROMPT, steps=1), tmp_path / "a.png"), **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=sentence):
+        draw_again(path, threads=1)
+
+
+def test_another_picture_differs(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = rewritten(save(pipeline(PROMPT, steps=1), tmp_path / "a.png"), seed=8)  # type: ignore[arg-type]
+    _, told = draw_again(path, threads=1)
+    assert not told["same"] and told["pixels_that_differ"] > 100
+
+
+def test_on_the_command_line(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = save(pipeline(PROMPT, seed=3, steps=2), tmp_path / "a.png")  # type: ignore[arg-type]
+    command = [sys.executable, "-m", "d2m.cli", "run", "--again", str(path), "--json"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "b.png")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["same"]
+    assert (tmp_path / "b.png").read_bytes() == path.read_bytes()
+    for arguments, sentence in (
+        (["a prompt", "another"], "takes the prompt from the image"),
+        ([str(tmp_path)], "has no manifest.json"),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and sentence in done.stderr, done.stderr
+
+
+def test_cancel_stops_at_the_next_step(pipeline: Pipeline) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def cancel() -> bool:
+        return ("denoise", 3, 16) in seen
+
+    with pytest.raises(Cancelled):
+        pipeline(PROMPT, steps=16, progress=lambda *told: seen.append(told), cancel=cancel)
+    assert seen[-1] == ("denoise", 3, 16)
+    with pytest.raises(Cancelled):
+        runtime.run(PROMPT, cancel=lambda: True)
+    assert pipeline(PROMPT, steps=1)  # and it draws on
