@@ -308,6 +308,55 @@ def run(
         print(f"{', '.join(files)} ({pipeline.backend}, {seconds} s)")
 
 
+@app.command()
+def serve(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle; the embedded one by default.")
+    ] = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    workers: options.Workers = 1,
+    max_queue: options.MaxQueue = 64,
+    max_batch: options.MaxBatch = 8,
+    max_images: options.MaxImages = 10,
+    max_steps: options.MaxSteps = 100,
+    max_pixels: options.MaxPixels = None,
+    deadline: options.Deadline = 120.0,
+    drain: options.Drain = 30.0,
+    api_key_file: options.KeyFile = None,
+    log_prompts: options.LogPrompts = False,
+    backend: options.Backend = "auto",
+    experts: options.Experts = "auto",
+    debug: options.Debug = False,
+) -> None:
+    """Draw for OpenAI's clients: POST /v1/images/generations, a page on /, /metrics.
+
+    --workers are threads that share one set of weights; a GPU takes one, so start a server per GPU.
+    """
+    import logging
+
+    from runtime.serve.server import serve as function
+    from runtime.serve.service import Service
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    key = os.environ.get("D2M_API_KEY") or None
+    if api_key_file is not None:
+        key = api_key_file.read_text(encoding="utf-8").strip()
+    service = Service(
+        bundle,
+        backend,
+        workers=workers,
+        max_queue=max_queue,
+        max_batch=max_batch,
+        max_images=max_images,
+        max_steps=max_steps,
+        max_pixels=max_pixels,
+        deadline=deadline,
+        experts=experts,
+    )
+    function(service, host, port, key=key, drain=drain, log_prompts=log_prompts)
+
+
 @app.command("eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="What to judge.")],

@@ -29,6 +29,9 @@ EXTRAS = {
     "tensorrt_rtx": "trt-rtx",
     "tensorrt": "trt",
     "cuda": "trt-rtx",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

@@ -71,6 +71,28 @@ Again = Annotated[
     Path | None, typer.Option("--again", help="PNG of ours: draw the same again, and compare.")
 ]
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="BUNDLE as an option.")]
+# Serving
+Host = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for all.")]
+Port = Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that draw, in one process.")]
+MaxQueue = Annotated[int, typer.Option("--max-queue", help="Requests that may wait; then 429.")]
+MaxBatch = Annotated[
+    int, typer.Option("--max-batch", help="Images drawn together; 1: every request alone.")
+]
+MaxImages = Annotated[int, typer.Option("--max-images", help="The most images of one request.")]
+MaxSteps = Annotated[int, typer.Option("--max-steps", help="The most steps of one request.")]
+MaxPixels = Annotated[
+    int | None, typer.Option("--max-pixels", help="Of one image; 4 times the bundle's own size.")
+]
+Deadline = Annotated[float, typer.Option("--deadline", help="Seconds to an answer; then 504.")]
+Drain = Annotated[
+    float, typer.Option("--drain", help="Seconds to answer what was accepted after SIGTERM.")
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", help="File with the key clients must give, or D2M_API_KEY."),
+]
+LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")]
 # Converting
 Preset = Annotated[str, typer.Option("--preset", help="Recipe that comes with d2m.")]
 RecipeFile = Annotated[

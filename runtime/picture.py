@@ -81,5 +81,5 @@ def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
     value = image.info.get(KEY)
     said = json.loads(value) if isinstance(value, str) else {}
     if not isinstance(said, dict):
-        raise ValueError(f"the image's {KEY} text is {value[:60]!r}, expected a JSON object.")
+        raise ValueError(f"the image's {KEY} text is {str(value)[:60]!r}, expected a JSON object.")
     return said

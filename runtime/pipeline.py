@@ -181,7 +181,11 @@ class Pipeline:
         tell("decode", start, total)
         pixels = self.decode(packed, request.latent_size)[: len(prompts)]
         tell("decode", done, total)
-        model = {"backend": self.backend, "name": self.bundle.name, "bundle": self.bundle.digest}
+        model: dict[str, Any] = {
+            "backend": self.backend,
+            "name": self.bundle.name,
+            "bundle": self.bundle.digest,
+        }
         # Whoever sets min_batch has found that more rows change nothing, so it is what an image
         # depends on; without it the rows that were there are.
         model |= {"batch": self.min_batch if self.min_batch > 1 else rows}

@@ -1,0 +1,153 @@
+"""Threads that draw: each takes the oldest request and, in its batch, others that are like it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from runtime.picture import to_png
+from runtime.pipeline import Cancelled, Pipeline
+from runtime.serve.jobs import Drawn, Job, Jobs
+from runtime.serve.usage import usage
+
+if TYPE_CHECKING:
+    from runtime.serve.floor import Floors
+    from runtime.serve.metrics import Metrics
+
+log = logging.getLogger("runtime.serve")
+
+
+class Drawing:
+    """`workers` threads on one pipeline: they share its weights and sessions.
+
+    ONNX Runtime lets go of Python's lock while it computes, so threads do what processes would,
+    with the weights in memory once.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, jobs: Jobs, floors: Floors, metrics: Metrics, workers: int
+    ) -> None:
+        self.pipeline, self.jobs, self.floors, self.metrics = pipeline, jobs, floors, metrics
+        self.workers = workers
+        self.seconds_per_image = 1.0  # a running mean, for Retry-After
+        self.active: list[Job] = []
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self.work, name=f"draw-{i}", daemon=True)
+            for i in range(workers)
+        ]
+
+    def start(self) -> None:
+        """Begin to take jobs."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the threads after the queue was closed."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def alive(self) -> bool:
+        """Whether every thread still draws."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def work(self) -> None:
+        """A thread's life: until the queue is closed."""
+        while (job := self.jobs.first()) is not None:
+            batch = [job]
+            try:
+                floor = self.floors.of(job.asked.request)
+                if floor is not None:
+                    room = self.pipeline.max_batch - job.images
+                    batch += self.jobs.alike(job.asked.key, room)
+                # From here on nobody but us ends an answer: a request task may be cancelled.
+                batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
+                self.draw(batch, floor or 1)
+            except Exception as error:  # the thread must live on, and the clients get an answer
+                for each in batch:
+                    if not each.answer.done():
+                        each.answer.set_exception(error)
+
+    def draw(self, batch: list[Job], floor: int) -> None:
+        """Draw a batch and answer its jobs; where it fails, each of them on its own."""
+        batch = [job for job in batch if not job.cancelled.is_set()]
+        if not batch:
+            return
+        self.begin(batch)
+        try:
+            pngs, began = self.pictures(batch, floor)
+        except Cancelled as error:
+            for job in batch:
+                job.answer.set_exception(error)
+            return
+        except Exception as error:
+            log.warning("a batch of %d failed: %s: %s", len(batch), type(error).__name__, error)
+            if len(batch) == 1:
+                batch[0].answer.set_exception(error)
+                return
+        else:
+            ended = time.monotonic()
+            for job in batch:
+                mine, pngs = pngs[: job.images], pngs[job.images :]
+                job.answer.set_result(Drawn(mine, began, ended, self.pipeline.backend))
+            return
+        finally:
+            self.end(batch)
+        for job in batch:  # one request's failure is not another's
+            self.draw([job], floor)
+
+    def pictures(self, batch: list[Job], floor: int) -> tuple[list[bytes], float]:
+        """A batch's PNGs in order, and when drawing began."""
+        request = batch[0].asked.request
+        pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
+        pipeline.min_batch = floor
+        knobs: dict[str, Any] = {
+            name: getattr(request, name)
+            for name in ("top_k", "kappa")
+            if getattr(request, name, [None])[0] is not None
+        }
+        began = last = time.monotonic()
+
+        def progress(phase: str, done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if phase == "denoise" and done:
+                self.metrics.steps.inc()
+                self.metrics.step_seconds.observe(now - last)
+            last = now
+
+        images = pipeline(
+            [prompt for job in batch for prompt in job.asked.request.prompts],
+            seed=[seed or 0 for job in batch for seed in job.asked.request.seeds],
+            steps=len(request.top_k),
+            guidance=request.guidance,
+            height=request.height,
+            width=request.width,
+            **knobs,
+            progress=progress,
+            cancel=lambda: all(job.cancelled.is_set() for job in batch),
+        )
+        assert isinstance(images, list)
+        run = usage(self.pipeline.manifest, request)["blocks"]
+        self.metrics.images.inc(len(images))
+        self.metrics.blocks.inc(run * len(images))
+        self.metrics.batch.observe(len(images))
+        spent = (time.monotonic() - began) / len(images)
+        self.seconds_per_image += 0.2 * (spent - self.seconds_per_image)
+        return [to_png(image) for image in images], began
+
+    def begin(self, batch: list[Job]) -> None:
+        """Count jobs that are drawn from now on."""
+        with self._lock:
+            self.active += batch
+        self.metrics.active.inc(len(batch))
+
+    def end(self, batch: list[Job]) -> None:
+        """And those that are done."""
+        with self._lock:
+            self.active = [job for job in self.active if job not in batch]
+        self.metrics.active.dec(len(batch))

@@ -1,0 +1,100 @@
+"""From how many rows on a batch's size and company no longer change an image.
+
+A matmul of one row takes another routine than one of many, and experts run as many rows as chose
+them: whether an image's bits depend on what else is in its batch is a property of backend, graphs
+and shape. So it is tried: the same image in batches of several sizes, at other places, in other
+company, compared bit by bit before rounding. Measured with the bundle that ships with d2m, ONNX
+Runtime on x86-64: from two rows on nothing changes in its whole graph (weights packed), while block
+sessions (top_k other than the default) give other bits in every company.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime import flux
+
+if TYPE_CHECKING:
+    from runtime.arguments import Request
+    from runtime.pipeline import Pipeline
+
+log = logging.getLogger("runtime.serve")
+STEPS = 2
+TRIES = 4  # batches in other company, beside one of each size
+MOST = 64  # shapes and knobs that are tried; later ones are drawn alone
+PROMPTS = ("a photo of a red circle", "two blue squares above a dog", "a", "", "five trees at dusk")
+
+
+class Floors:
+    """Rows by shape and number of experts, each tried when first asked for."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self._known: dict[tuple[Any, ...], int | None] = {}
+        self._lock = threading.Lock()
+
+    def of(self, request: Request) -> int | None:
+        """The fewest rows for such requests; None where they must be drawn alone."""
+        if self.pipeline.max_batch < 2:
+            return None
+        found = []
+        for top_k in sorted({-1 if k is None else k for k in request.top_k}):
+            key = (request.latent_size, top_k)
+            with self._lock:
+                if key not in self._known:
+                    if len(self._known) >= MOST:
+                        return None
+                    value = None if top_k < 0 else top_k
+                    self._known[key] = find_floor(self.pipeline, request.latent_size, value)
+                    log.info("%s", told(request, top_k, self._known[key]))
+                found.append(self._known[key])
+        rows = [row for row in found if row is not None]
+        return max(rows) if len(rows) == len(found) else None
+
+
+def told(request: Request, top_k: int, floor: int | None) -> str:
+    """What was found, for the log."""
+    what = f"{request.width} x {request.height}" + ("" if top_k < 0 else f", top_k {top_k}")
+    if floor is None:
+        return f"{what}: bits depend on the batch, requests are drawn one by one"
+    return f"{what}: requests share batches of {floor} rows or more, no bit depends on the others"
+
+
+def find_floor(pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None) -> int | None:
+    """1, 2, or None: the fewest rows from which on one image's bits are always the same."""
+    if pipeline.bundle.component("transformer").get("groups"):
+        return None  # which samples run a block together depends on what they are
+    most = pipeline.max_batch
+    reference = sample(pipeline, latent_size, top_k, most, 0)
+    sizes = [2, *({3, most - 1, most} - {0, 1, 2, most + 1})]
+    for turn, size in enumerate([*sizes, *[most] * TRIES], start=1):
+        if not np.array_equal(sample(pipeline, latent_size, top_k, size, turn), reference):
+            return None
+    alone = sample(pipeline, latent_size, top_k, 1, 0)
+    return 1 if np.array_equal(alone, reference) else 2
+
+
+def sample(
+    pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None, size: int, turn: int
+) -> np.ndarray:
+    """Pixels of one and the same image, [3, H, W], from a batch that `turn` and `size` decide."""
+    random = np.random.default_rng([size, turn])
+    place = int(random.integers(size))
+    prompts = [PROMPTS[int(i)] for i in random.integers(len(PROMPTS), size=size)]
+    seeds = [1000 + int(i) for i in random.integers(1000, size=size)]
+    prompts[place], seeds[place] = PROMPTS[0], 0
+    states, pooled = pipeline.encode(prompts)
+    packed = pipeline.denoise(
+        flux.noise(seeds, pipeline.manifest["latents"]["channels"], *latent_size),
+        states,
+        pooled,
+        latent_size=latent_size,
+        top_k=[top_k] * STEPS,
+        guidance=pipeline.manifest["defaults"]["guidance"],
+    )
+    pixels: np.ndarray = pipeline.decode(packed, latent_size)[place]
+    return pixels

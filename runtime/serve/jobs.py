@@ -1,0 +1,101 @@
+"""Requests that wait, in order of arrival; a batch takes the oldest and what is like it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.serve.asked import Asked
+
+
+class Full(Exception):
+    """As many requests wait as may."""
+
+
+@dataclass
+class Drawn:
+    """A request's answer: its PNGs, when drawing began and ended (time.monotonic), on what."""
+
+    pngs: list[bytes]
+    began: float
+    ended: float
+    backend: str
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. Whoever gives it up sets `cancelled`; then nobody reads `answer`."""
+
+    asked: Asked
+    entered: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    answer: Future[Drawn] = field(default_factory=Future)
+
+    @property
+    def images(self) -> int:
+        """How many it asks for."""
+        return len(self.asked.request.prompts)
+
+
+class Jobs:
+    """A bounded queue between the event loop, which never waits here, and the drawing threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.closed = False
+        self._waiting: list[Job] = []
+        self._change = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def images(self) -> int:
+        """Images that wait."""
+        with self._change:
+            return sum(job.images for job in self._waiting)
+
+    def put(self, job: Job) -> None:
+        """Enter at the end; raises Full."""
+        with self._change:
+            if self.closed or len(self._waiting) >= self.limit:
+                raise Full
+            self._waiting.append(job)
+            self._change.notify()
+
+    def remove(self, job: Job) -> None:
+        """Give a job up: its place is free at once, or the drawing stops at the next step."""
+        job.cancelled.set()
+        with self._change:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def first(self) -> Job | None:
+        """The oldest job, waited for; None after close()."""
+        with self._change:
+            while not self._waiting and not self.closed:
+                self._change.wait()
+            return self._waiting.pop(0) if self._waiting else None
+
+    def alike(self, key: tuple[Any, ...], room: int) -> list[Job]:
+        """Further waiting jobs with this key, oldest first, of at most `room` images together."""
+        found = []
+        with self._change:
+            for job in list(self._waiting):
+                if job.asked.key == key and job.images <= room:
+                    self._waiting.remove(job)
+                    found.append(job)
+                    room -= job.images
+        return found
+
+    def close(self) -> list[Job]:
+        """Take no more jobs and wake the threads; returns those that still waited."""
+        with self._change:
+            self.closed = True
+            left, self._waiting = self._waiting, []
+            self._change.notify_all()
+        return left

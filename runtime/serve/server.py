@@ -1,0 +1,110 @@
+"""The process: a socket, uvicorn, and what SIGTERM means.
+
+At the first SIGTERM or Ctrl-C `/readyz` turns 503 and new requests are refused with 503, but the
+socket stays open until all that was accepted is answered, or `drain` seconds are over: nobody is
+left without an answer. At the second the process gives everything up at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+from runtime.serve.service import Service
+
+log = logging.getLogger("runtime.serve")
+KEEP_ALIVE = 15  # seconds
+
+
+def serve(
+    service: Service,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    key: str | None = None,
+    drain: float = 30.0,
+    log_prompts: bool = False,
+) -> None:
+    """Serve until told to stop; port 0 takes a free one. Raises OSError where it is taken."""
+    import uvicorn
+
+    from runtime.serve.app import make_app
+
+    if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
+        raise ValueError("the API key is too short or not plain ASCII, expected 8 letters or more.")
+    with listen(host, port) as listener:
+        name, port = listener.getsockname()[:2]
+        local = ipaddress.ip_address(name.partition("%")[0]).is_loopback
+        if not local and key is None:
+            log.warning("%s is open to the network and no API key is asked for", name)
+        hosts = None
+        if local and key is None:
+            hosts = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+        config = uvicorn.Config(
+            make_app(service, key, hosts, log_prompts),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=5,  # what is left then has been given up
+            ws="none",
+            lifespan="off",
+        )
+
+        class Server(uvicorn.Server):
+            """uvicorn's, but a signal lets requests end while the socket is still open."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                """First signal: drain; second: go."""
+                if service.draining:
+                    self.should_exit = self.force_exit = True
+                service.draining = True
+
+            async def on_tick(self, counter: int) -> bool:
+                """uvicorn asks ten times a second whether to stop."""
+                if service.draining and not self.should_exit:
+                    now = asyncio.get_running_loop().time()
+                    self.until = getattr(self, "until", now + drain)
+                    self.should_exit = service.idle() or now >= self.until
+                done: bool = await super().on_tick(counter)
+                if done:
+                    # In a thread: answers of what is given up are sent by this one.
+                    await asyncio.to_thread(service.close)
+                return done
+
+        service.start()
+        shown = f"[{name}]" if ":" in name else name
+        print(f"serving {service.facts()['id']} at http://{shown}:{port}", file=sys.stderr)
+        sys.stderr.flush()
+        Server(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises ValueError or OSError with one sentence."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"the port is {port}, expected 0 (any free one) to 65535.")
+    try:
+        found: list[Any] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, address = found[0][0], found[0][4]
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f"the host is {host!r}, expected an address of this machine.") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()};"
+            f" choose others with --host and --port"
+        ) from None
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,171 @@
+"""A bundle that is served: its pipeline, the queue before it and the threads behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from typing import Any
+
+from runtime.arguments import check_request, whole
+from runtime.executor import GPU_BACKENDS
+from runtime.pipeline import Cancelled, Pipeline
+from runtime.serve.asked import Asked, Limits, Refused
+from runtime.serve.drawing import Drawing
+from runtime.serve.floor import Floors
+from runtime.serve.jobs import Drawn, Full, Job, Jobs
+from runtime.serve.metrics import Metrics
+from runtime.threads import thread_count
+
+log = logging.getLogger("runtime.serve")
+MAX_PIXELS = 4  # times the bundle's own size, where nothing else is asked for
+
+
+class Service:
+    """Everything behind the routes; nothing here knows HTTP but the status of what is refused."""
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        *,
+        workers: int = 1,
+        max_queue: int = 64,
+        max_batch: int = 8,
+        max_images: int = 10,
+        max_steps: int = 100,
+        max_pixels: int | None = None,
+        deadline: float = 120.0,
+        threads: int | None = None,
+        experts: str = "auto",
+    ) -> None:
+        """Raises what runtime.load raises; ValueError for a number out of range."""
+        workers = whole(workers, "workers", 1, 64)
+        if not 0 < deadline <= 86_400:
+            raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0 to 86400.")
+        # The sessions' threads are shared by the workers, each of which computes as well.
+        threads = max(1, thread_count(threads) - workers + 1)
+        self.pipeline = Pipeline(
+            bundle,
+            backend,
+            threads=threads,
+            experts=experts,
+            max_batch=whole(max_batch, "max-batch", 1, 64),
+        )
+        if workers > 1 and self.pipeline.backend in GPU_BACKENDS:
+            raise ValueError(
+                f"workers is {workers}, expected 1 with backend {self.pipeline.backend!r}: a GPU"
+                f" draws one batch at a time; start one server for every GPU."
+            )
+        defaults = self.pipeline.manifest["defaults"]
+        pixels = MAX_PIXELS * int(defaults["height"]) * int(defaults["width"])
+        self.limits = Limits(
+            images=whole(max_images, "max-images", 1, 1000),
+            steps=whole(max_steps, "max-steps", 1, 1000),
+            pixels=whole(pixels if max_pixels is None else max_pixels, "max-pixels", 1, 1 << 40),
+            deadline=deadline,
+        )
+        self.metrics = Metrics()
+        self.jobs = Jobs(whole(max_queue, "max-queue", 1, 100_000))
+        self.metrics.watch(self.jobs)
+        self.floors = Floors(self.pipeline)
+        self.drawing = Drawing(self.pipeline, self.jobs, self.floors, self.metrics, workers)
+        self.ready = self.draining = False
+        self.pending = 0  # requests accepted and not yet answered
+
+    def start(self) -> None:
+        """Open every component, draw once, find out about batches; then take requests."""
+        self.pipeline.warm()
+        self.floors.of(check_request(self.pipeline.manifest, "", steps=1))
+        self.pipeline("", steps=1)
+        bundle = self.pipeline.bundle
+        self.metrics.info.labels(bundle.name, bundle.digest[:12], self.pipeline.backend).set(1)
+        self.drawing.start()
+        self.ready = True
+
+    async def draw(self, asked: Asked, gone: asyncio.Task[None]) -> tuple[Job, Drawn]:
+        """Queue a request and wait: for its images, its deadline or its client's going (`gone`).
+
+        Raises Refused: 429 where the queue is full, 503 where the server goes down, 504 at the
+        deadline, 499 (which nobody reads) where the client went, 500 for a fault.
+        """
+        if self.draining or not self.ready:
+            raise Refused(503, "the server is going down; ask another.", retry_after=self.wait())
+        job = Job(asked)
+        try:
+            self.jobs.put(job)
+        except Full:
+            raise Refused(
+                429,
+                f"{self.jobs.limit} requests wait, which is as many as may; try again later.",
+                code="rate_limit_exceeded",
+                retry_after=self.wait(),
+            ) from None
+        answer = asyncio.wrap_future(job.answer)
+        self.pending += 1
+        try:
+            either: set[asyncio.Future[Any]] = {answer, gone}
+            await asyncio.wait(either, timeout=asked.deadline, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return job, answer.result()
+        except Cancelled:
+            raise Refused(503, "the server went down before the images were drawn.") from None
+        except Exception as error:
+            log.error("drawing failed: %s: %s", type(error).__name__, error)
+            raise Refused(
+                500, f"the images could not be drawn ({type(error).__name__}); see the log."
+            ) from None
+        finally:
+            self.pending -= 1
+            if not answer.done():
+                self.jobs.remove(job)
+                answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if gone.done():
+            self.metrics.cancelled.labels("disconnect").inc()
+            raise Refused(499, "the client went away.")
+        self.metrics.cancelled.labels("deadline").inc()
+        raise Refused(
+            504,
+            f"no image within {asked.deadline:g} seconds; ask for fewer steps, fewer images or"
+            f" more time.",
+            code="deadline_exceeded",
+        )
+
+    def wait(self) -> int:
+        """Seconds after which to try again: what waits, at the pace of late."""
+        images = self.jobs.images + 1
+        pace = self.drawing.seconds_per_image / self.drawing.workers
+        return max(1, min(600, math.ceil(images * pace)))
+
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is drawn."""
+        return not self.pending
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Give up what waits and is being drawn, and end the threads."""
+        self.draining = True
+        for job in self.jobs.close():
+            job.cancelled.set()
+            if job.answer.set_running_or_notify_cancel():
+                job.answer.set_exception(Cancelled("the server went down."))
+        for job in list(self.drawing.active):
+            job.cancelled.set()
+        if self.ready:
+            self.drawing.join(seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """What a client may want to know beforehand."""
+        manifest = self.pipeline.manifest
+        return {
+            "id": manifest["name"],
+            "object": "model",
+            "created": 0,
+            "owned_by": "d2m",
+            "kind": manifest["kind"],
+            "bundle": self.pipeline.bundle.digest,
+            "backend": self.pipeline.backend,
+            "defaults": manifest["defaults"],
+            "top_k": manifest.get("top_k"),
+            "top_k_choices": manifest.get("top_k_choices") or [],
+        }
