@@ -1,0 +1,150 @@
+"""The body of a request: what is taken, what is refused, with one sentence and OpenAI's names."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.bundle import open_bundle
+from runtime.pipeline import default_bundle
+from runtime.serve.asked import Limits, Refused, read_asked
+from runtime.serve.usage import usage
+
+MANIFEST = open_bundle(default_bundle(), check="sizes").manifest
+LIMITS = Limits(images=4, steps=20, pixels=64 * 64, prompt=50, deadline=9.0)
+
+
+def asked(**fields: Any) -> Any:
+    return read_asked(json.dumps({"prompt": "a", **fields}).encode(), MANIFEST, LIMITS)
+
+
+def test_what_is_left_out_comes_from_the_bundle() -> None:
+    request = asked().request
+    assert (request.width, request.height, len(request.top_k)) == (32, 32, 16)
+    assert request.guidance == 3.5 and request.top_k == [2] * 16 and request.prompts == ["a"]
+    assert asked().deadline == 9.0
+
+
+def test_the_seed_is_random_unless_given() -> None:
+    assert len({asked().request.seeds[0] for _ in range(8)}) > 1
+    assert asked(seed=7, n=3).request.seeds == [7, 8, 9]
+
+
+def test_every_knob_arrives() -> None:
+    found = asked(
+        n=2,
+        size="48x16",
+        steps=2,
+        guidance=1,
+        top_k=[0, 4],
+        seed=1,
+        user="someone",
+        quality="auto",
+        style=None,
+        response_format="b64_json",
+        model="shapes-l",
+        deadline=2,
+    )
+    request = found.request
+    assert (request.width, request.height, request.top_k) == (48, 16, [0, 4])
+    assert request.guidance == 1.0 and found.deadline == 2.0 and len(request.prompts) == 2
+
+
+def test_equal_keys_are_equal_shapes_and_knobs() -> None:
+    assert asked(prompt="b", seed=3, n=2).key == asked(top_k=2, steps=16, size="32x32").key
+    for other in ({"steps": 3}, {"guidance": 2}, {"size": "16x16"}, {"top_k": 1}):
+        assert asked(**other).key != asked().key
+
+
+@pytest.mark.parametrize(
+    "fields, param, sentence",
+    [
+        ({"prompt": None}, "prompt", "the prompt is None"),
+        ({"prompt": ""}, "prompt", "0 characters long, expected a text of 1 to 50"),
+        ({"prompt": "x" * 51}, "prompt", "51 characters long"),
+        ({"prompt": "\ud800"}, None, "half a surrogate pair"),
+        ({"n": 5}, "n", "n is 5, expected a whole number from 1 to 4"),
+        ({"n": 10**30}, "n", "whole number from 1 to 4"),
+        ({"n": True}, "n", "n is True"),
+        ({"steps": 21}, "steps", "from 1 to 20"),
+        ({"steps": "4"}, "steps", "steps is '4'"),
+        ({"size": "32"}, "size", "expected WIDTHxHEIGHT"),
+        ({"size": "32x33"}, "size", "expected a multiple of 8"),
+        ({"size": "128x64"}, "size", "expected at most 4096 pixels"),
+        ({"size": 32}, "size", "size is 32"),
+        ({"guidance": -1}, "guidance", "from 0 to 1000"),
+        ({"top_k": 3}, "top_k", "expected one of 0, 1, 2, 4"),
+        ({"top_k": [1, 2]}, "top_k", "for 16 steps"),
+        ({"seed": -1}, "seed", "seed is -1"),
+        ({"deadline": 10}, "deadline", "at most 9"),
+        ({"response_format": "url"}, "response_format", "keeps no images"),
+        ({"stream": True}, "stream", "stream is True, expected false or none"),
+        ({"negative": "x"}, "negative", "the field 'negative' is not known"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], param: str | None, sentence: str) -> None:
+    with pytest.raises(Refused) as caught:
+        asked(**fields)
+    error = caught.value.body()["error"]
+    assert caught.value.status == 400 and error["type"] == "invalid_request_error"
+    assert sentence in error["message"], error
+    if param != "negative":
+        assert error["param"] == param
+
+
+def test_another_model_is_not_found() -> None:
+    with pytest.raises(Refused) as caught:
+        asked(model="dall-e-3")
+    assert caught.value.status == 404 and caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b'{"prompt": NaN}', b"[" * 60_000, b"1"])
+def test_bodies_that_are_no_object(body: bytes) -> None:
+    with pytest.raises(Refused, match="the body is"):
+        read_asked(body, MANIFEST, LIMITS)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+)
+NAMES = st.sampled_from(
+    ["prompt", "n", "size", "steps", "guidance", "top_k", "seed", "deadline", "stream", "style"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(NAMES, VALUES))
+def test_anything_is_drawable_or_refused(fields: dict[str, Any]) -> None:
+    try:
+        found = read_asked(json.dumps(fields).encode(), MANIFEST, LIMITS)
+    except Refused as refused:
+        assert refused.status in (400, 404) and len(refused.message) < 400
+    else:
+        hash(found.key)
+        assert len(found.request.prompts) <= 4 and len(found.request.top_k) <= 20
+
+
+def test_usage_counts_blocks_of_all_steps() -> None:
+    request = asked(steps=3, top_k=[0, 1, 1]).request
+    assert usage(MANIFEST, request) == {
+        "blocks": 54,
+        "blocks_of": 54,
+        "experts_per_token": [0, 1, 1],
+        "experts_of": 12,
+    }
+
+
+def test_usage_leaves_out_what_groups_leave_out() -> None:
+    component = dict(MANIFEST["components"]["transformer"])
+    component["groups"] = {"a": {"calls": [1, 2, 3]}, "b": {"calls": [7, 8]}}
+    manifest = {**MANIFEST, "components": {"transformer": component}}
+
+    class Kept:
+        top_k = (2, 2)
+        kappa = (1, 2)
+
+    found = usage(manifest, Kept())  # type: ignore[arg-type]
+    assert found["blocks_of"] == 36 and found["blocks"] == 36 - (2 + 1) - (1 + 0)

@@ -1,0 +1,125 @@
+"""The page: self-contained, under a strict policy, and working in a browser."""
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+from runtime.serve.page import read_page
+from servers import running, until
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def test_it_loads_nothing_from_elsewhere() -> None:
+    page, policy = read_page()
+    text = page.decode()
+    assert not re.search(
+        r"(src|href)\s*=|https?://|//\w+\.|@import|url\(|\son\w+=",
+        text.replace('image.src = "data:image/png;base64," + item.b64_json;', ""),
+    )
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    assert policy.count("sha256-") == 2
+
+
+def test_a_changed_script_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before = read_page()
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: read(*a, **k).replace("begin();", ";"))
+    assert read_page()[1] != before
+
+
+def browser_path() -> str | None:
+    """A Chromium: playwright's own, D2M_CHROMIUM, or one that is installed."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    found = [os.environ.get("D2M_CHROMIUM"), own, *map(shutil.which, CHROMIUM)]
+    return next((path for path in found if path and Path(path).is_file()), None)
+
+
+@pytest.mark.browser
+def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("no playwright: pip install playwright")
+    path = browser_path()
+    if path is None:
+        pytest.skip("no Chromium: install one, or name it in D2M_CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with running(key="a-good-long-key") as (url, _), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page()
+        told: list[str] = []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
+        page.wait_for_selector("#keylabel:not([hidden])")
+        told.clear()  # the browser reports the 401 that asks for the key
+        page.fill("#key", "a-good-long-key")
+        page.fill("#prompt", "a photo of a red circle")
+        page.fill("#steps", "4")
+        page.fill("#n", "2")
+        page.fill("#seed", "7")
+        page.click("#draw")
+        # Not wait_for_function: its polling is an eval, which the policy forbids.
+        loaded = "[...document.images].filter(i => i.complete && i.naturalWidth).length"
+        until(lambda: page.evaluate(loaded) == 2, 120)
+        facts = facts_of(page)
+        assert re.match(r"[\d.]+ s, of it [\d.]+ s drawing", facts["time"])
+        assert facts["blocks run"] == "72 of 72 in 4 steps"
+        assert facts["experts used"] == "2 of 12 per token, beside the shared one"
+        assert facts["seed"] == "7, 8" and "32x32" in facts["model"]
+        assert page.evaluate("document.images[0].naturalWidth") == 32
+        # Colours, so not an empty picture: the red circle is there.
+        assert page.evaluate(RED) > 20
+        assert told == []
+        assert {re.sub(r"[?#].*", "", u)[: len(url)] for u in asked if u[:5] != "data:"} == {url}
+
+        page.fill("#steps", "1000")
+        page.click("#draw")
+        until(lambda: page.inner_text("#error"))
+        assert "expected a whole number from 1 to 100" in page.inner_text("#error")
+        page.fill("#steps", "100")
+        page.click("#draw")
+        page.click("#stop")
+        until(lambda: page.inner_text("#error") == "stopped")
+        # The policy holds: nothing that is not the page's own runs.
+        page.evaluate(INJECT)
+        assert page.evaluate("window.injected") is None
+        browser.close()
+
+
+RED = """() => {
+  const canvas = document.createElement("canvas"), image = document.images[0];
+  canvas.width = canvas.height = 32;
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  const data = context.getImageData(0, 0, 32, 32).data;
+  let red = 0;
+  for (let i = 0; i < data.length; i += 4) red += data[i] > data[i + 1] + 60;
+  return red;
+}"""
+INJECT = """() => {
+  const script = document.createElement("script");
+  script.textContent = "window.injected = 1";
+  document.body.append(script);
+}"""
+
+
+def facts_of(page: Any) -> dict[str, str]:
+    """The table under the images."""
+    script = (
+        "[...document.querySelectorAll('#facts tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    return dict(page.evaluate(script))

@@ -1,0 +1,89 @@
+"""The process: its options, its signals, its refusals."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+from servers import PATH, ROOT, process, until
+
+
+def draw(url: str, steps: int, **headers: str) -> "httpx.Response":
+    body = {"prompt": "a", "steps": steps}
+    return httpx.post(url + PATH, json=body, headers=headers, timeout=120)
+
+
+def test_sigterm_lets_every_accepted_request_end() -> None:
+    with process("--max-batch", "1", "--drain", "300") as (url, server, lines):
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(draw, url, 20) for _ in range(3)]
+            until(lambda: "d2m_queue_requests 2.0" in httpx.get(url + "/metrics").text)
+            server.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(url + "/readyz").status_code == 503)
+            late = draw(url, 1)
+            assert late.status_code == 503 and late.headers["retry-after"]
+            assert [call.result().status_code for call in calls] == [200, 200, 200]
+        assert server.wait(60) == 0
+        assert "Traceback" not in "".join(lines)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/readyz")
+
+
+def test_what_does_not_end_in_time_gets_a_503_and_the_process_ends() -> None:
+    with process("--drain", "0.2", "--max-batch", "1") as (url, server, lines):
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(draw, url, 100) for _ in range(2)]
+            until(lambda: "d2m_queue_requests 1.0" in httpx.get(url + "/metrics").text)
+            server.send_signal(signal.SIGINT)
+            for call in calls:
+                assert call.result().status_code == 503
+                assert "went down" in call.result().json()["error"]["message"]
+        assert server.wait(60) == 0
+        assert "Traceback" not in "".join(lines)
+
+
+def test_the_key_comes_from_the_environment_and_prompts_are_logged_when_asked() -> None:
+    with process("--log-prompts", D2M_API_KEY="from-the-environment") as (url, _, lines):
+        assert draw(url, 1).status_code == 401
+        assert draw(url, 1, authorization="Bearer from-the-environment").status_code == 200
+        until(lambda: "prompt 'a'" in "".join(lines))
+        assert "from-the-environment" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--port", "70000"], "the port is 70000"),
+        (["--workers", "0"], "workers is 0"),
+        (["--max-queue", "0"], "max-queue is 0"),
+        (["--host", "no.such.host.invalid"], "the host is 'no.such.host.invalid'"),
+        (["--deadline", "0"], "the deadline is 0"),
+        (["nowhere"], "is not a directory"),
+        (["--api-key-file", "/nowhere"], "cannot use '/nowhere'"),
+        (["--api-key-file", os.devnull], "the API key is too short"),
+    ],
+)
+def test_refusals(arguments: list[str], sentence: str) -> None:
+    command = [sys.executable, "-m", "d2m.cli", "serve", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and sentence in errors[0], done.stderr
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "d2m.cli", "serve", "--port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"error: cannot listen at 127.0.0.1 port {port}: address already" in done.stderr
