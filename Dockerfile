@@ -2,6 +2,7 @@
 # `docker build --target toolchain -t d2m-toolchain .` makes the one that converts and exports.
 #
 #   docker run --rm -v "$PWD:/work" d2m run "a red circle" -o out.png
+#   docker run --rm -p 127.0.0.1:8000:8000 d2m serve --host 0.0.0.0
 #   docker run --rm -v "$PWD:/work" d2m-toolchain convert DENSE -o SPARSE
 #
 # The container runs as user 1000; add --user "$(id -u):$(id -g)" where /work belongs to another.
@@ -31,8 +32,11 @@ COPY d2m d2m
 COPY runtime runtime
 COPY export export
 COPY calib calib
-RUN pip install --no-cache-dir --constraint constraints.txt .
+# What `d2m serve` needs besides; --build-arg EXTRAS= leaves it out (10 MB).
+ARG EXTRAS=[serve]
+RUN pip install --no-cache-dir --constraint constraints.txt ".$EXTRAS"
 USER d2m
 WORKDIR /work
+EXPOSE 8000
 ENTRYPOINT ["d2m"]
 CMD ["--help"]

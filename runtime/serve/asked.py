@@ -22,7 +22,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "style": ("natural", "vivid"),
 }
-KNOBS = ("steps", "guidance", "top_k")
+KNOBS = ("steps", "guidance", "top_k", "kappa")
 FIELDS = ("prompt", "model", "n", "size", "response_format", "user", "seed", "deadline", *KNOBS)
 
 
@@ -137,7 +137,7 @@ def read_asked(body: bytes, manifest: dict[str, Any], limits: Limits) -> Asked:
 
 def key_of(request: Request) -> tuple[Any, ...]:
     """What must be equal in requests that share a batch."""
-    knobs = [tuple(getattr(request, name, ())) for name in ("top_k", "kappa")]
+    knobs = tuple(request.top_k), tuple(request.kappa)
     return (request.height, request.width, request.guidance, *knobs)
 
 

@@ -106,19 +106,20 @@ class Drawing:
         pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
         pipeline.min_batch = floor
         knobs: dict[str, Any] = {
-            name: getattr(request, name)
-            for name in ("top_k", "kappa")
-            if getattr(request, name, [None])[0] is not None
+            name: each
+            for name, each in (("top_k", request.top_k), ("kappa", request.kappa))
+            if each[0] is not None  # the bundle has experts, or groups
         }
         began = last = time.monotonic()
+        before = ""
 
         def progress(phase: str, done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, before
             now = time.monotonic()
-            if phase == "denoise" and done:
+            if phase == before == "denoise":  # told before the first step and after each
                 self.metrics.steps.inc()
                 self.metrics.step_seconds.observe(now - last)
-            last = now
+            last, before = now, phase
 
         images = pipeline(
             [prompt for job in batch for prompt in job.asked.request.prompts],

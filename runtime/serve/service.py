@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 from runtime.arguments import check_request, whole
+from runtime.bundle import open_bundle
 from runtime.executor import GPU_BACKENDS
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.pipeline import Cancelled, Pipeline, default_bundle
 from runtime.serve.asked import Asked, Limits, Refused
 from runtime.serve.drawing import Drawing
 from runtime.serve.floor import Floors
@@ -44,10 +45,12 @@ class Service:
         workers = whole(workers, "workers", 1, 64)
         if not 0 < deadline <= 86_400:
             raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0 to 86400.")
+        opened = open_bundle(bundle or default_bundle())
+        size = opened.manifest["files"][opened.component("transformer")["weights"]]["size"]
         # The sessions' threads are shared by the workers, each of which computes as well.
-        threads = max(1, thread_count(threads) - workers + 1)
+        threads = max(1, thread_count(threads, size) - workers + 1)
         self.pipeline = Pipeline(
-            bundle,
+            opened,
             backend,
             threads=threads,
             experts=experts,
@@ -166,6 +169,7 @@ class Service:
             "bundle": self.pipeline.bundle.digest,
             "backend": self.pipeline.backend,
             "defaults": manifest["defaults"],
+            "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),
             "top_k_choices": manifest.get("top_k_choices") or [],
         }

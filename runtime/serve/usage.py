@@ -22,7 +22,7 @@ def usage(manifest: Mapping[str, Any], request: Request) -> dict[str, Any]:
     grouped = [group["calls"] for group in component.get("groups", {}).values()]
     steps = len(request.top_k)
     run = 0
-    for kappa in getattr(request, "kappa", [None] * steps):
+    for kappa in request.kappa:
         left_out = [len(calls) - kappa for calls in grouped if kappa is not None]
         run += len(places) - sum(max(0, count) for count in left_out)
     top_k = list(request.top_k)

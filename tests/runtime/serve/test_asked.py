@@ -77,6 +77,7 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"guidance": -1}, "guidance", "from 0 to 1000"),
         ({"top_k": 3}, "top_k", "expected one of 0, 1, 2, 4"),
         ({"top_k": [1, 2]}, "top_k", "for 16 steps"),
+        ({"kappa": 1}, "kappa", "expected none"),
         ({"seed": -1}, "seed", "seed is -1"),
         ({"deadline": 10}, "deadline", "at most 9"),
         ({"response_format": "url"}, "response_format", "keeps no images"),

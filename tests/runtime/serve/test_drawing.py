@@ -94,6 +94,8 @@ def test_more_images_than_a_batch_holds(pipeline: Pipeline) -> None:
     few, many = (job(pipeline, "a", n=5, seed=3, steps=2) for _ in range(2))
     drawn(small, [few])
     drawn(pipeline, [many])
+    metrics = drawn(small, [job(pipeline, "a", n=5, seed=3, steps=2)])
+    assert value(metrics, "d2m_steps_total") == 3 * 2
     assert few.answer.result().pngs == many.answer.result().pngs
     assert len(set(few.answer.result().pngs)) == 5
 
