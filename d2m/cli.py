@@ -251,6 +251,8 @@ def run(
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     again: options.Again = None,
+    verify: options.Verify = "cached",
+    key: options.PublicKey = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -285,7 +287,7 @@ def run(
         raise ValueError(f"the picture's file is {str(out)!r}, expected a name ending in .png")
     knobs: dict[str, Any] = {"top_k": options.knob("--top-k", top_k)}
     knobs["kappa"] = options.knob("--kappa", kappa)
-    pipeline = runtime.load(path, backend, experts=experts)
+    pipeline = runtime.load(path, backend, experts=experts, verify=verify, key=key)
     with progress_bars() as progress:
         answer = pipeline(
             prompt,
@@ -516,6 +518,47 @@ def inspect(
 
     answer = function(path)
     print_json(answer) if json_ else print("\n".join(lines(answer)))
+
+
+@app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(metavar="KEY", help="File to write; KEY.pub beside it.")],
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a pair of Ed25519 keys to sign bundles with: KEY, which stays secret, and KEY.pub."""
+    from runtime.signature import make_key
+
+    answer = make_key(path)
+    print_json(answer) if json_ else print_tree(answer)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to sign.")],
+    key: options.PrivateKey,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check every file of BUNDLE and sign its manifest, which holds all their hashes."""
+    from runtime.signature import sign as function
+
+    answer = function(bundle, key)
+    print_json(answer) if json_ else print_tree(answer)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to check.")],
+    key: options.PublicKey = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compute every hash of BUNDLE anew and check its signature; --key: by whom it must be."""
+    from runtime.signature import verify as function
+
+    answer = function(bundle, key)
+    print_json(answer) if json_ else print_tree(answer)
 
 
 def main(argv: list[str] | None = None) -> int:

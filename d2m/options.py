@@ -49,6 +49,13 @@ Backend = Annotated[str, typer.Option("--backend", help="auto, ort, trt or trt-r
 Experts = Annotated[
     str, typer.Option("--experts", help="With plans: auto, plans (portable) or cubins (kernels).")
 ]
+Verify = Annotated[
+    str, typer.Option("--verify", help="cached: hashes of unchanged files are remembered; or full.")
+]
+PublicKey = Annotated[
+    Path | None, typer.Option("--key", help="Public key by which BUNDLE must be signed.")
+]
+PrivateKey = Annotated[Path, typer.Option("--key", help="Private key, made with d2m keygen.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]

@@ -8,19 +8,19 @@ link, is refused before anything is read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime import hashes
 from runtime import manifest as manifests
-from runtime.weights import SafeTensors, unique
+from runtime.fields import parse_json, printable
+from runtime.weights import SafeTensors
 
-MAX_MANIFEST = 32 << 20  # bytes
-
-# Hashes this process has already computed: (path, inode, modification time, size) -> hex.
-_hashes: dict[tuple[str, int, int, int], str] = {}
+MAX_MANIFEST = 8 << 20  # bytes; that of FLUX.1 has some 200,000
+MAX_TENSORS = 1_000_000  # that the calls of a component may name
+CHECKS = ("cached", "full", "sizes")
 
 
 @dataclass
@@ -58,13 +58,20 @@ class Bundle:
         return self._weights[component]
 
 
-def open_bundle(path: str | os.PathLike[str], check: str = "full") -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str],
+    check: str = "cached",
+    key: str | os.PathLike[str] | None = None,
+) -> Bundle:
     """Open and check a bundle directory.
 
-    `check` "full" compares every file's SHA-256 (about 30 ms for 20 MB; once per process for a
-    file that does not change), "sizes" compares sizes only. Raises FileNotFoundError or
-    ValueError with one sentence.
+    `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
+    (see runtime.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
+    looking, not for drawing. With `key`, a public key's file, the manifest must be signed by it.
+    Raises FileNotFoundError, ValueError or ImportError with one sentence.
     """
+    if check not in CHECKS:
+        raise ValueError(f"the check is {check!r}, expected one of {', '.join(CHECKS)}.")
     root = Path(path)
     source = root / "manifest.json"
     if not root.is_dir() or not source.is_file():
@@ -72,24 +79,41 @@ def open_bundle(path: str | os.PathLike[str], check: str = "full") -> Bundle:
         raise FileNotFoundError(
             f"{root} {what}, expected a bundle; make one with: d2m export SPARSE -o {root}"
         )
-    size = source.stat().st_size
-    if size > MAX_MANIFEST:
-        raise broken(root, f"its manifest.json has {size} bytes, expected at most {MAX_MANIFEST}")
-    data = source.read_bytes()
+    data = read_small(root, "manifest.json")
+    digest = hashlib.sha256(data).hexdigest()
+    if key is not None:
+        from runtime.signature import check_signature
+
+        check_signature(root, digest, key)
     try:
-        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise broken(root, f"its manifest.json is no JSON ({str(error)[:80]})") from None
+        manifest = parse_json(data)
+    except ValueError as error:
+        raise broken(root, f"its manifest.json is no JSON ({error})") from None
     try:
         manifests.check(manifest)
     except ValueError as error:
         raise broken(root, str(error)) from None
-    for name, row in manifest["files"].items():
-        check_file(root, name, row, full=check == "full")
-    bundle = Bundle(root, manifest, hashlib.sha256(data).hexdigest())
+    files = manifest["files"]
+    for name, row in files.items():
+        check_file(root, name, row, full=False)  # sizes first: they are known at once
+    if check != "sizes":
+        check_hashes(root, files, again=check == "full")
+    bundle = Bundle(root, manifest, digest)
     for component in manifest["components"]:
         check_weights(bundle, component)
     return bundle
+
+
+def read_small(root: Path, name: str, most: int = MAX_MANIFEST) -> bytes:
+    """A file of the bundle, of at most `most` bytes, that is no link out of it."""
+    path = root / name
+    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
+        raise broken(root, f"its {name} is no file of it")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)  # its stated size may be 0, in /proc
+    if len(data) > most:
+        raise broken(root, f"its {name} has more than {most} bytes")
+    return data
 
 
 def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> None:
@@ -102,13 +126,30 @@ def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> Non
     size = path.stat().st_size
     if size != row["size"]:
         raise broken(root, f"its file {name} has {size} bytes, expected {row['size']}")
-    if full and (found := sha256(path)) != row["sha256"]:
+    if full and (found := hashes.sha256(path)) != row["sha256"]:
         raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
+
+
+def check_hashes(root: Path, files: dict[str, Any], *, again: bool) -> None:
+    """Every file's hash; what was computed is remembered, even where a later file is wrong."""
+    seen = hashes.recall(root)
+    before = dict(seen)
+    try:
+        for name, row in files.items():
+            found = hashes.sha256(root / name, seen, again=again)
+            if found != row["sha256"]:
+                raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
+    finally:
+        if seen != before:
+            here = {str((root / name).resolve()) for name in files}
+            hashes.remember(root, {name: row for name, row in seen.items() if name in here})
 
 
 def check_weights(bundle: Bundle, component: str) -> None:
     """Every weight that the component's program names exists in its file, with that shape."""
     row = bundle.component(component)
+    if sum(len(row["types"][call["type"]]["weights"]) for call in row["program"]) > MAX_TENSORS:
+        raise broken(bundle.path, f"the program of {component} names over {MAX_TENSORS} tensors")
     tensors = bundle.weights(component).tensors
     for call in (*row["program"], *row.get("groups", {}).values()):
         for local, expected in row["types"][call["type"]]["weights"].items():
@@ -121,21 +162,7 @@ def check_weights(bundle: Bundle, component: str) -> None:
                 raise broken(bundle.path, f"in {row['weights']} {what}")
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, remembered for as long as the file does not change."""
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_ino, stat.st_mtime_ns, stat.st_size)
-    if key not in _hashes:
-        with open(path, "rb") as file:
-            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _hashes[key]
-
-
-def refuse(constant: str) -> Any:
-    """json's hook for NaN and infinities, which JSON does not know."""
-    raise ValueError(f"{constant} is no JSON number")
-
-
 def broken(root: Path, what: str) -> ValueError:
     """The error for a bundle whose contents are wrong."""
+    what = printable(what)
     return ValueError(f"bundle {root} cannot be used: {what}; fetch it or export it again.")

@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
+
+MAX_VALUES = 2_000_000  # brackets and commas of a JSON text: some 100 bytes of memory each
+
+
+def parse_json(data: bytes) -> Any:
+    """A JSON text of unknown origin; ValueError, a clause, where it is none.
+
+    A key must not appear twice, numbers are finite, and the values cannot take far more memory
+    than their text: "[[],[],..." would take 25 times as much.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES} values")
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(printable(str(error))[:80]) from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object hook: refuse an object that names a key twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def refuse(constant: str) -> Any:
+    """json's hook for NaN and infinities, which JSON does not know."""
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal might obey, or cannot show, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def mapping(obj: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
@@ -17,8 +54,8 @@ def mapping(obj: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
 def text(obj: dict[str, Any], key: str, where: str = "") -> str:
     """obj[key], which must be a string of reasonable length."""
     value = obj.get(key)
-    if not isinstance(value, str) or len(value) > 1000:
-        raise wrong(join(where, key), value, "a string")
+    if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
+        raise wrong(join(where, key), value, "a string of at most 1000 printable characters")
     return value
 
 
@@ -62,7 +99,9 @@ def join(where: str, key: str) -> str:
 
 def wrong(where: str, value: Any, expected: str) -> ValueError:
     """The clause that names a field, what it holds and what was expected."""
-    return ValueError(f"{where[:120]} in its manifest.json is {show(value)}, expected {expected}")
+    return ValueError(
+        f"{printable(where)[:120]} in its manifest.json is {show(value)}, expected {expected}"
+    )
 
 
 def show(value: Any) -> str:

@@ -6,7 +6,6 @@ model of any size.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +15,12 @@ from typing import Any
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
+from runtime.fields import parse_json, printable
 from runtime.forecast import group_rows
+from runtime.manifest import inside
 from runtime.weights import Tensor, read_header
 
-MAX_JSON = 32 << 20
+MAX_JSON = 16 << 20
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
@@ -46,7 +47,8 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         read_json(root / "model_index.json"),
         read_json(root / "transformer/config.json"),
     )
-    tensors = {name: read_weights(root / name) for name, row in index.items() if loadable(row)}
+    named = [name for name, row in index.items() if loadable(row) and inside(name)]
+    tensors = {name: read_weights(root / name) for name in named}
     tensors = {name: found for name, found in tensors.items() if found}
     if "transformer" not in tensors:
         raise FileNotFoundError(
@@ -222,7 +224,7 @@ def lines(info: Mapping[str, Any]) -> list[str]:
         out.append(f"backend here: {here['name']} ({here['reason']})")
     out.append(f"files: {len(info['files'])}, {info['bytes'] / 1e6:.1f} MB")
     out += [f"  {size:>12,}  {name}" for name, size in info["files"].items()]
-    return out
+    return [printable(line) for line in out]
 
 
 def experts(
@@ -285,9 +287,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}.")
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({str(error)[:80]}); restore the file.") from None
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore the file.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; restore the file.")
     return value

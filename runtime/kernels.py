@@ -10,21 +10,31 @@ Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import check_file, refuse
-from runtime.fields import integer, listed, mapping, one_of, show, text, wrong
+from runtime.bundle import check_file, read_small
+from runtime.fields import (
+    integer,
+    listed,
+    mapping,
+    one_of,
+    parse_json,
+    printable,
+    show,
+    text,
+    wrong,
+)
 from runtime.manifest import check_files
-from runtime.weights import unique
 
 FORMAT = 1
 MANIFEST = "kernels.json"
 MAX_MANIFEST = 4 << 20  # bytes
+MAX_KERNELS = 1000
+MAX_CUBIN = 64 << 20  # bytes
 DTYPES = {"fp32": "float32", "i32": "int32", "fp16": "float16", "bf16": "bfloat16"}
 COUNTS = ("T", "blocks", "tiles")
 EXTENT = re.compile(r"(?:([1-9][0-9]{0,8})\*)?(T|blocks|tiles)")
@@ -56,11 +66,10 @@ def open_kernels(path: str | os.PathLike[str]) -> Kernels:
         size = source.stat().st_size
         if size > MAX_MANIFEST:
             raise ValueError(f"its {MANIFEST} has {size} bytes, expected at most {MAX_MANIFEST}")
-        words = source.read_bytes().decode("utf-8")
-        manifest = json.loads(words, object_pairs_hook=unique, parse_constant=refuse)
+        manifest = parse_json(read_small(root, MANIFEST, MAX_MANIFEST))
         check(manifest)
-    except (ValueError, RecursionError) as error:
-        what = " ".join(str(error).replace("manifest.json", MANIFEST).split())[:300]
+    except ValueError as error:
+        what = " ".join(printable(str(error)).replace("manifest.json", MANIFEST).split())[:300]
         raise ValueError(f"kernels {root} cannot be used: {what}; build them again.") from None
     for name, row in manifest["files"].items():
         check_file(root, name, row, full=True)
@@ -78,6 +87,8 @@ def check(manifest: Any) -> None:
         integer(manifest, name, 1, 1 << 20)
     files = check_files(mapping(manifest, "files"))
     kernels = mapping(manifest, "kernels")
+    if len(kernels) > MAX_KERNELS:
+        raise wrong("kernels", f"{len(kernels)} entries", f"at most {MAX_KERNELS}")
     for name in kernels:
         check_kernel(mapping(kernels, name, "kernels"), f"kernels.{name}", files)
     plans = manifest.get("plans")
@@ -93,7 +104,9 @@ def check_kernel(row: dict[str, Any], where: str, files: dict[str, Any]) -> None
     """One kernel: entry, code, launch shape, parameters of the machine code in order."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", text(row, "entry", where)):
         raise wrong(f"{where}.entry", row["entry"], "a function's name")
-    listed(row, "cubin", files, where)
+    cubin = files[listed(row, "cubin", files, where)]["size"]
+    if cubin > MAX_CUBIN:
+        raise wrong(f"{where}.cubin", f"a file of {cubin} bytes", f"at most {MAX_CUBIN}")
     integer(row, "block", 32, 1024, where)
     integer(row, "shared", 0, MAX_SHARED, where)
     integer(row, "scratch", 0, 8, where)

@@ -23,6 +23,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 MAX_FILE = 1 << 42  # 4 TiB: no weights file is larger
 MAX_FILES = 10_000
 MAX_CALLS = 4096  # blocks of a component
+MAX_TENSORS = 256  # that go into a block or come out of it, weights not counted
+MAX_TOKENS = 4096  # of a prompt
 MAX_DIM = 1 << 40
 MAX_PIXELS = 16384  # a side of a picture
 
@@ -60,7 +62,7 @@ def check(manifest: Any) -> None:
         where = f"tokenizers.{name}"
         row = mapping(mapping(manifest, "tokenizers"), name, "tokenizers")
         listed(row, "file", files, where)
-        integer(row, "max_length", 1, 1 << 16, where)
+        integer(row, "max_length", 1, MAX_TOKENS, where)
         integer(row, "pad_id", 0, 1 << 31, where)
     plans = mapping(manifest, "plans") if "plans" in manifest else {}
     for target in plans:
@@ -95,12 +97,14 @@ def inside(name: str) -> bool:
 
 def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
     """A component: its files, tensors, block types, and a program that can run to its end."""
-    listed(row, "onnx", files, where)
-    listed(row, "weights", files, where)
+    check_suffix(listed(row, "onnx", files, where), f"{where}.onnx", ".onnx")
+    check_suffix(listed(row, "weights", files, where), f"{where}.weights", ".safetensors")
     for side in ("inputs", "outputs"):
         for name in mapping(row, side, where):
             check_tensor(mapping(row[side], name, f"{where}.{side}"), f"{where}.{side}.{name}")
     types = mapping(row, "types", where)
+    if len(types) > MAX_CALLS:
+        raise wrong(f"{where}.types", f"{len(types)} entries", f"at most {MAX_CALLS}")
     for name in types:
         check_type(mapping(types, name, f"{where}.types"), f"{where}.types.{name}", files)
     program = row.get("program")
@@ -124,6 +128,12 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
         check_groups(row, where)
 
 
+def check_suffix(name: str, where: str, suffix: str) -> None:
+    """ONNX Runtime takes a file's format from its name: another one is not what was checked."""
+    if not name.endswith(suffix):
+        raise wrong(where, name, f"a file whose name ends in {suffix}")
+
+
 def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
     """A block type: graphs by top_k ("" where it has none), tensor names, weights."""
     graphs = mapping(row, "graphs", where)
@@ -134,11 +144,15 @@ def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
             raise wrong(f"{where}.graphs", key, "the empty string or a number of experts")
         if key == "" and len(graphs) > 1:
             raise wrong(f"{where}.graphs", list(graphs), "one graph or a graph per top_k")
-        listed(graphs, key, files, f"{where}.graphs")
+        check_suffix(listed(graphs, key, files, f"{where}.graphs"), f"{where}.graphs", ".onnx")
     for side in ("inputs", "outputs"):
         names = row.get(side)
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise wrong(f"{where}.{side}", names, "a list of tensor names")
+        if (
+            not isinstance(names, list)
+            or len(names) > MAX_TENSORS
+            or not all(isinstance(n, str) for n in names)
+        ):
+            raise wrong(f"{where}.{side}", names, f"a list of at most {MAX_TENSORS} tensor names")
     if "body" in row:
         text(row, "body", where)
     for name in mapping(row, "weights", where):
@@ -166,8 +180,8 @@ def check_top_k(manifest: dict[str, Any]) -> None:
             raise wrong("top_k", top_k, "null, and no top_k_choices, in a dense bundle")
         return
     experts = integer(manifest, "num_experts", 1, 4096)
-    if not isinstance(choices, list) or not choices:
-        raise wrong("top_k_choices", choices, "a list of numbers of experts")
+    if not isinstance(choices, list) or not 1 <= len(choices) <= experts + 1:
+        raise wrong("top_k_choices", choices, f"a list of 1 to {experts + 1} numbers of experts")
     if any(type(k) is not int or not 0 <= k <= experts for k in choices):
         raise wrong("top_k_choices", choices, f"numbers between 0 and num_experts = {experts}")
     if type(top_k) is not int or top_k not in choices:
@@ -210,10 +224,12 @@ def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
     text(row, "api", where)
     text(row, "version", where)
     capabilities = row.get("compute_capabilities")
-    if not isinstance(capabilities, list) or not all(
-        type(c) in (int, str) or isinstance(c, list) for c in capabilities
+    if (
+        not isinstance(capabilities, list)
+        or len(capabilities) > 100
+        or not all(type(number) is int and 10 <= number < 1000 for number in capabilities)
     ):
-        raise wrong(f"{where}.compute_capabilities", capabilities, "a list")
+        raise wrong(f"{where}.compute_capabilities", capabilities, "a list of numbers such as 89")
     for name, sizes in (mapping(row, "profiles", where) if "profiles" in row else {}).items():
         if not naturals(sizes) or len(sizes) != 3:
             raise wrong(f"{where}.profiles.{name}", sizes, "three sizes: min, opt, max")

@@ -15,15 +15,19 @@ several calls get the basic ones. The VAE gets all of them (12 against 17 ms for
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.bundle import broken
 from runtime.executor import check_inputs, graph_key, run_program
 from runtime.groups import pieces, runs_of_all, starts_of
+from runtime.onnxfile import check_onnx
 from runtime.threads import thread_count
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from runtime.groups import Starts
 
 PROVIDERS = ["CPUExecutionProvider"]
+FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+FOLDING_SINCE = (1, 32)  # the oldest release on which the limit was seen to work
 
 
 def open_component(
@@ -248,14 +254,42 @@ def open_session(
         basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.graph_optimization_level = basic
     path = bundle.file(graph)
+    disabled = guard(bundle, graph, options, onnxruntime.__version__)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=PROVIDERS, disabled_optimizers=disabled
+        )
     except Exception as error:  # its exceptions share no base class but Exception
         text = " ".join(str(error).split())[:300]
         raise ValueError(
             f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
             f" export the bundle again or install the version named in its constraints."
         ) from None
+
+
+def guard(
+    bundle: Bundle, graph: str, options: onnxruntime.SessionOptions, version: str
+) -> list[str]:
+    """Check a graph as data, and bound what ONNX Runtime may make of it while it opens.
+
+    Releases that know a limit for constants computed beforehand get one (see runtime.folding),
+    others compute none. Returns the optimisers to leave out; ValueError for a graph that should
+    not be opened.
+    """
+    folder = PurePosixPath(graph).parent
+    beside = {
+        PurePosixPath(name).name: row["size"]
+        for name, row in bundle.manifest["files"].items()
+        if PurePosixPath(name).parent == folder and name.endswith(".safetensors")
+    }
+    try:
+        totals = check_onnx(bundle.file(graph), beside)
+    except ValueError as error:
+        raise broken(bundle.path, f"its {graph} is not to be opened: {error}") from None
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.add_session_config_entry(FOLDING_LIMIT, str(totals.limit))
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return [] if release >= FOLDING_SINCE else ["ConstantFolding"]
 
 
 def check_session(

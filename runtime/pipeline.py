@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
+KEY = "D2M_PUBLIC_KEY"
+VERIFY = ("cached", "full")
 
 
 class Cancelled(Exception):
@@ -40,14 +42,23 @@ def default_bundle() -> Path:
     return Path(__file__).parent / "default"
 
 
+def check_of(verify: str) -> str:
+    """What `open_bundle` checks: hashes always, for an image is drawn."""
+    if verify not in VERIFY:
+        raise ValueError(f"--verify is {verify!r}, expected one of {', '.join(VERIFY)}.")
+    return verify
+
+
 class Pipeline:
     """A bundle opened on a backend; call it to draw.
 
     Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
     alone, see runtime.ort; `experts` ("auto", "plans" or "cubins") that of plans, see
-    runtime.experts. The same seed, bundle, backend and batch give the same bytes; another
-    batch size may round sums differently, and so change an image's last bits. A batch of fewer
-    rows than `min_batch` is filled up with copies of its last one, which are thrown away.
+    runtime.experts. `verify` "full" computes every file's hash anew; `key` is a public key's file
+    by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The same
+    seed, bundle, backend and batch give the same bytes; another batch size may round sums
+    differently, and so change an image's last bits. A batch of fewer rows than
+    `min_batch` is filled up with copies of its last one, which are thrown away.
     """
 
     def __init__(
@@ -60,8 +71,14 @@ class Pipeline:
         experts: str = "auto",
         max_batch: int = 8,
         min_batch: int = 1,
+        verify: str = "cached",
+        key: str | os.PathLike[str] | None = None,
     ) -> None:
-        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle or default_bundle())
+        if isinstance(bundle, Bundle):
+            opened = bundle
+        else:
+            key = key or os.environ.get(KEY) or None
+            opened = open_bundle(bundle or default_bundle(), check_of(verify), key)
         self.bundle = opened
         self.manifest: dict[str, Any] = opened.manifest
         flux.check_scheduler(self.manifest["scheduler"])

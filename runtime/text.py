@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.fields import printable
+from runtime.vocabulary import read_tokenizer
+
 log = logging.getLogger("runtime")
 
 
@@ -30,11 +33,13 @@ class TextTokenizer:
         self.name = name
         self.max_length: int = spec["max_length"]
         try:
-            tokenizer = Tokenizer.from_str(Path(path).read_text("utf-8"))
-        except Exception as error:  # the library raises bare Exception
+            tokenizer = Tokenizer.from_str(read_tokenizer(Path(path)))
+        except BaseException as error:  # it raises bare Exception, and a Rust panic is not even one
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ValueError(
                 f"{path} is no tokenizer that this version of tokenizers reads"
-                f" ({str(error)[:80]}); export the bundle again."
+                f" ({' '.join(printable(str(error)).split())[:120]}); export the bundle again."
             ) from None
         # The file may have been saved with other settings: these are FluxPipeline's.
         pad_token = tokenizer.id_to_token(spec["pad_id"])
@@ -48,7 +53,15 @@ class TextTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
-        encodings = self.tokenizer.encode_batch(list(prompts))
+        try:
+            encodings = self.tokenizer.encode_batch(list(prompts))
+        except BaseException as error:  # as above
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            what = " ".join(printable(str(error)).split())[:120]
+            raise ValueError(
+                f"{self.name} cannot read the prompt ({what}); export again."
+            ) from None
         for prompt, encoding in zip(prompts, encodings, strict=True):
             if encoding.overflowing:
                 lost = sum(

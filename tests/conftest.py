@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread per process: two OpenMP threads beside other load are slower than one,
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("tensorrt"):
                 item.add_marker(pytest.mark.skip(reason="no tensorrt_rtx and no tensorrt"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hashes of the tests' bundles are not remembered in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("D2M_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 # ---------------------------------------------------------------- tiny models, made once a session

@@ -1,0 +1,206 @@
+"""Signed bundles: an Ed25519 signature of manifest.json, which names the hash of every other file.
+
+`manifest.sig` holds the signature and the public key that it was made with. That key proves
+nothing by itself, since anyone can sign; a bundle is trusted where the key is one that was asked
+for. Keys are PEM files as openssl writes them (PKCS 8 without a password, and SPKI).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.bundle import broken, open_bundle, read_small
+from runtime.fields import parse_json
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+FILE = "manifest.sig"
+CONTEXT = b"d2m bundle manifest, format 1\0"  # signed with it, so that no other text fits
+MAX_BYTES = 64 << 10  # of a key or a signature
+
+
+def make_key(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Write a new private key to `path`, readable by its owner alone, the public one to PATH.pub.
+
+    Returns private, public (paths) and fingerprint. FileExistsError where either is there.
+    """
+    ed25519, serialization = library()
+    path = Path(path)
+    public = path.with_name(path.name + ".pub")
+    for each in (path, public):
+        if os.path.lexists(each):
+            raise FileExistsError(f"{each} exists, expected a new name for a key; choose another.")
+    key = ed25519.Ed25519PrivateKey.generate()
+    encoding, secret = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    text = key.private_bytes(encoding, secret, serialization.NoEncryption())
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_new(path, text, 0o600)
+    write_new(public, key.public_key().public_bytes(encoding, spki), 0o644)
+    return {
+        "private": str(path),
+        "public": str(public),
+        "fingerprint": fingerprint(raw(key.public_key())),
+    }
+
+
+def sign(bundle: str | os.PathLike[str], key: str | os.PathLike[str]) -> dict[str, str]:
+    """Check every file of a bundle, then sign its manifest; returns bundle, digest, fingerprint."""
+    ed25519, serialization = library()
+    private = load(key, serialization.load_pem_private_key, ed25519.Ed25519PrivateKey, "a private")
+    opened = open_bundle(bundle, check="full")
+    data = read_small(opened.path, "manifest.json")
+    if hashlib.sha256(data).hexdigest() != opened.digest:
+        raise broken(opened.path, "its manifest.json changed while it was checked")
+    public = raw(private.public_key())
+    row = {
+        "algorithm": "ed25519",
+        "key": public.hex(),
+        "signature": private.sign(CONTEXT + data).hex(),
+    }
+    temporary = opened.path / f".{FILE}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        write_new(temporary, (json.dumps(row, indent=2, sort_keys=True) + "\n").encode(), 0o644)
+        os.replace(temporary, opened.path / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "bundle": str(opened.path),
+        "digest": opened.digest,
+        "fingerprint": fingerprint(public),
+    }
+
+
+def verify(
+    bundle: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Every hash of a bundle computed anew, and its signature: bundle, digest, files, signed_by.
+
+    With `key` (a public key's file) the signature must be of that key. Without, a signature that
+    is there must be right; `signed_by` is its key's fingerprint, or None. Raises ValueError.
+    """
+    opened = open_bundle(bundle, check="full")
+    signed = (opened.path / FILE).exists()
+    by = check_signature(opened.path, opened.digest, key) if key is not None or signed else None
+    return {
+        "bundle": str(opened.path),
+        "digest": opened.digest,
+        "files": len(opened.manifest["files"]),
+        "signed_by": by,
+        "key_asked_for": key is not None,
+    }
+
+
+def check_signature(root: Path, digest: str, key: str | os.PathLike[str] | None) -> str:
+    """The fingerprint of the key that signed the manifest of `digest`; ValueError for a wrong one.
+
+    `key`: the public key's file that must have; None: whichever key the signature names.
+    """
+    ed25519, serialization = library()
+    wanted = None
+    if key is not None:
+        found = load(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "a public")
+        wanted = raw(found)
+    if not os.path.lexists(root / FILE):
+        raise broken(root, f"it is not signed (it has no {FILE}), and a signature was asked for")
+    data = read_small(root, "manifest.json")
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise broken(root, "its manifest.json changed while it was checked")
+    named, signature = read_signature(root)
+    if wanted is not None and named != wanted:
+        raise broken(
+            root,
+            f"it is signed by key {fingerprint(named)}, expected {fingerprint(wanted)}, which is"
+            f" {key}",
+        )
+    if not good(ed25519.Ed25519PublicKey.from_public_bytes(named), signature, CONTEXT + data):
+        raise broken(root, f"its {FILE} is no signature of its manifest.json")
+    return fingerprint(named)
+
+
+def read_signature(root: Path) -> tuple[bytes, bytes]:
+    """The key (32 bytes) and the signature (64) in manifest.sig."""
+    try:
+        row = parse_json(read_small(root, FILE, MAX_BYTES))
+    except ValueError as error:
+        raise broken(root, f"its {FILE} is no signature ({error})") from None
+    row = row if isinstance(row, dict) else {}
+    fields = [row.get(name) for name in ("key", "signature")]
+    fits = [
+        isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", text)
+        for text, length in zip(fields, (64, 128))
+    ]
+    if row.get("algorithm") != "ed25519" or not all(fits):
+        raise broken(root, f"its {FILE} has no Ed25519 signature of today's form")
+    named, signature = (bytes.fromhex(str(text)) for text in fields)
+    return named, signature
+
+
+def good(public: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
+    """Whether a signature is right."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def load(path: str | os.PathLike[str], read: Any, kind: type, what: str) -> Any:
+    """A key from a PEM file; FileNotFoundError or ValueError names the file."""
+    path = Path(path)
+    cure = "make a pair with: d2m keygen KEY"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file, expected {what} key; {cure}")
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES)
+    try:
+        key = read(data, password=None) if what == "a private" else read(data)
+    except Exception as error:  # ValueError, TypeError (a password), its own UnsupportedAlgorithm
+        said = " ".join(str(error).split())[:80]
+        raise ValueError(f"{path} is not {what} key in PEM form ({said}); {cure}") from None
+    if not isinstance(key, kind):
+        raise ValueError(f"{path} is not {what} key of Ed25519; {cure}")
+    return key
+
+
+def raw(key: Ed25519PublicKey) -> bytes:
+    """A public key's 32 bytes."""
+    _, serialization = library()
+    form = serialization.PublicFormat.Raw
+    data: bytes = key.public_bytes(serialization.Encoding.Raw, form)
+    return data
+
+
+def fingerprint(public: bytes) -> str:
+    """The first half of a public key's SHA-256: what people compare."""
+    return hashlib.sha256(public).hexdigest()[:32]
+
+
+def write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that must not be there yet, with these rights from the beginning."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def library() -> tuple[Any, Any]:
+    """cryptography's modules; ImportError names the extra."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise ImportError(
+            f"signatures need cryptography ({error}); install it with: pip install 'd2m[sign]'"
+        ) from None
+    return ed25519, serialization
