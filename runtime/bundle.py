@@ -2,7 +2,8 @@
 
 A bundle is data: manifest.json, ONNX graphs, safetensors, plans, tokenizers. It may come from
 anywhere, so a name that leaves the directory, by '..', by an absolute path or through a symbolic
-link, is refused before anything is read.
+link, is refused before anything is read. Plans and cubins are machine code all the same: take
+them from whom you would take a program, ask for a signature, or draw with the backend "ort".
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def check_kernel(row: dict[str, Any], where: str, files: dict[str, Any]) -> None
         or not all(
             isinstance(pair, list)
             and len(pair) == 2
-            and isinstance(pair[0], str)
+            and all(isinstance(part, str) for part in pair)
             and pair[1] in kinds
             for pair in parameters
         )

@@ -68,6 +68,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not 2 <= length <= min(MAX_HEADER, total - 8):
             raise broken(path, f"its header length is {length} bytes in a file of {total}")
         text = file.read(length)
+    return parse_header(path, text, total)
+
+
+def parse_header(path: Path, text: bytes, total: int) -> dict[str, Tensor]:
+    """The tensors that a header's text names, in a file of `total` bytes."""
+    length = len(text)
     try:
         header = parse_json(text)
     except ValueError as error:
