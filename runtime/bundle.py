@@ -105,6 +105,11 @@ def open_bundle(
     return bundle
 
 
+def required_key() -> str | None:
+    """The public key by which whatever is drawn from must be signed; $D2M_PUBLIC_KEY."""
+    return os.environ.get("D2M_PUBLIC_KEY") or None
+
+
 def read_small(root: Path, name: str, most: int = MAX_MANIFEST) -> bytes:
     """A file of the bundle, of at most `most` bytes, that is no link out of it."""
     path = root / name

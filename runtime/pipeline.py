@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime import flux
 from runtime.arguments import Request, check_request, read_latents
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle, open_bundle, required_key
 from runtime.executor import GPU_BACKENDS, Executor, batch_limit, choose, open_component
 from runtime.experts import check_experts
 from runtime.forecast import forecast
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
-KEY = "D2M_PUBLIC_KEY"
 VERIFY = ("cached", "full")
 
 
@@ -77,7 +76,7 @@ class Pipeline:
         if isinstance(bundle, Bundle):
             opened = bundle
         else:
-            key = key or os.environ.get(KEY) or None
+            key = required_key() if key is None else key
             opened = open_bundle(bundle or default_bundle(), check_of(verify), key)
         self.bundle = opened
         self.manifest: dict[str, Any] = opened.manifest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.arguments import Request, check_request, show, whole
-from runtime.bundle import refuse
+from runtime.fields import refuse
 
 MAX_BODY = 64 << 10  # bytes
 # What else OpenAI's clients may send, with the values that change nothing here.

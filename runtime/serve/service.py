@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from runtime.arguments import check_request, whole
-from runtime.bundle import open_bundle
+from runtime.bundle import open_bundle, required_key
 from runtime.executor import GPU_BACKENDS
 from runtime.pipeline import Cancelled, Pipeline, default_bundle
 from runtime.serve.asked import Asked, Limits, Refused
@@ -45,7 +45,7 @@ class Service:
         workers = whole(workers, "workers", 1, 64)
         if not 0 < deadline <= 86_400:
             raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0 to 86400.")
-        opened = open_bundle(bundle or default_bundle())
+        opened = open_bundle(bundle or default_bundle(), key=required_key())
         size = opened.manifest["files"][opened.component("transformer")["weights"]]["size"]
         # The sessions' threads are shared by the workers, each of which computes as well.
         threads = max(1, thread_count(threads, size) - workers + 1)
