@@ -75,7 +75,7 @@ def test_inline_commands_name_real_commands() -> None:
 def test_extras_named_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {e for m in re.findall(r"d2m\[([^\]]+)\]", README) for e in m.split(",")}
-    assert named == {*project["optional-dependencies"]} - {"serve"}
+    assert named == {*project["optional-dependencies"]}
 
 
 def test_docker_targets_are_there() -> None:

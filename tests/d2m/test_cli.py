@@ -17,7 +17,10 @@ from d2m.cli import app, main
 from d2m.options import numbers, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("convert", "plan", "export", "run", "eval", "parity", "inspect")
+COMMANDS = (
+    *("convert", "plan", "export", "run", "eval", "parity", "inspect", "serve"),
+    *("keygen", "sign", "verify"),
+)
 
 
 def files(directory: Path) -> list[str]:
