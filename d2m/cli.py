@@ -206,11 +206,12 @@ def export(
     dtype: options.Dtype = "fp32",
     plan_dtype: options.PlanDtype = None,
     storage: options.Storage = None,
+    link: options.Link = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest."""
-    capabilities = options.numbers("--sm", sm)
+    capabilities, portable = options.capabilities(sm)
     choices = options.numbers("--top-k", top_k)
     from export.bundle import export_bundle
 
@@ -223,6 +224,8 @@ def export(
             plugin=plugin,
             cubins=cubins,
             sm=capabilities,
+            portable=portable,
+            link=link,
             top_k=choices,
             dtype=dtype,
             plan_dtype=plan_dtype,

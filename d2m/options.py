@@ -27,6 +27,13 @@ def knob(name: str, text: str | None) -> int | list[int] | None:
     return list(values) if len(values) > 1 else next(iter(values), None)
 
 
+def capabilities(text: str) -> tuple[tuple[int, ...], bool]:
+    """'portable,86,89' -> ((86, 89), True): compute capabilities, and whether portable is named."""
+    parts = [part.strip() for part in text.split(",")]
+    named = [part for part in parts if part != "portable"]
+    return numbers("--sm", ",".join(named)), len(named) < len(parts)
+
+
 def pairs(name: str, text: str, keys: Iterable[str]) -> dict[str, int]:
     """'size=64,shapes=6' -> {"size": 64, "shapes": 6}; ValueError otherwise."""
     values = {}
@@ -153,7 +160,12 @@ Plugin = Annotated[
 Cubins = Annotated[
     bool, typer.Option("--cubins", help="Beside plans: segments with the experts' kernels between.")
 ]
-Sm = Annotated[str, typer.Option("--sm", help="Compute capabilities of the plans, e.g. 86,89,120.")]
+Sm = Annotated[
+    str, typer.Option("--sm", help="Compute capabilities of the plans, e.g. 86,89,120 or portable.")
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Unchanged shards as hard links to SPARSE, on one disk.")
+]
 TopKs = Annotated[str, typer.Option("--top-k", help="Experts per token to offer.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="What ONNX computes in: fp32, bf16, fp16.")]
 PlanDtype = Annotated[

@@ -1,7 +1,8 @@
 """A conversion without training of a model larger than memory: block by block, file to file.
 
-What `d2m.convert` does with `init_only`, in memory for one block: every block is a shard of the
-result, written at once, so a run that was killed goes on at the block it was killed in.
+What `d2m.convert` does with `init_only`, in memory for one block: every block is two shards of the
+result, written at once, so a run that was killed goes on at the block it was killed in. Experts lie
+in shards of their own: a bundle takes them as they are, and may share the files (export/links.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
 Progress = Callable[[str, int, int], None]
 PHASE = "convert block by block"
+EXPERTS = "experts"  # module of the matrices and biases of an FFN's experts
 SCORES = "importance"  # in the work directory: a file for every block that is done
 
 
@@ -91,20 +93,25 @@ def convert_stream(
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()  # of a kill
     blocks = block_names(source, family)
-    files = [shard_name(i + 1, len(blocks) + 1) for i in range(len(blocks) + 1)]
+    count = 2 * len(blocks) + 1
+    files = [shard_name(i + 1, count) for i in range(count)]
+    for stale in {path.name for path in folder.glob("*.safetensors")} - set(files):
+        (folder / stale).unlink()  # of a version with other shards
     with timed(seconds, "modulation"):
         shared = _modulation(source, sparse, recipe, work, log)
     with torch.no_grad(), timed(seconds, "blocks"):
         first = folder / files[0]
         if not first.is_file():
             write_shard(first, _outside(source, blocks, recipe, family, shared))
-        for done, (block, file) in enumerate(zip(blocks, files[1:])):
+        for done, (block, file, experts) in enumerate(zip(blocks, files[1::2], files[2::2])):
             if progress:
                 progress(PHASE, done, len(blocks))
-            if not (folder / file).is_file():
+            if not ((folder / file).is_file() and (folder / experts).is_file()):
                 tensors, found = _block(source, block, recipe, family, scores, shared)
                 _keep(work / SCORES, block, found)
-                write_shard(folder / file, tensors)
+                apart = {key for key in tensors if key.split(".")[-2] == EXPERTS}
+                write_shard(folder / experts, {key: tensors[key] for key in sorted(apart)})
+                write_shard(folder / file, {k: v for k, v in tensors.items() if k not in apart})
         if progress:
             progress(PHASE, len(blocks), len(blocks))
     written = write_index(folder, files)

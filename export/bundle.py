@@ -7,6 +7,7 @@ The same input gives the same bytes: no dates, no machine's name, keys sorted.
 from __future__ import annotations
 
 import errno
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,8 @@ def export_bundle(
     plan_dtype: str | None = None,
     plugin: bool = False,
     cubins: bool = False,
+    link: bool = False,
+    portable: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export the pipeline in `sparse_dir` to the bundle `out`.
@@ -57,9 +60,14 @@ def export_bundle(
             the kernels of d2m/kernels (needs triton). The default is the portable body.
         cubins: sparse blocks also as plans of their segments with the experts' kernels between
             them, which the runtime launches where they fit its GPU (needs triton).
+        link: shards of the checkpoint that enter the bundle unchanged are hard links to it
+            (export/links.py); all else, and everything where links are impossible, is written.
+        portable: portable plans beside those for `sm`.
         progress: called as progress(phase, done, total).
 
-    Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes, plans.
+    Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes,
+    linked_bytes (of bytes, on disk once for checkpoint and bundle), plans. Memory: the largest
+    tensor and its copy, beside the libraries and the smaller components.
 
     Raises:
         FileNotFoundError, ValueError: `sparse_dir` is no FLUX pipeline, or a value is out of range.
@@ -81,22 +89,25 @@ def export_bundle(
     apis = plan_apis(trt, trt_rtx)
     final.parent.mkdir(parents=True, exist_ok=True)
     folder = temporary_sibling(final)
+    hashes: dict[str, str] = {}  # of files hashed while they were written
     try:
         folder.mkdir()
         parts = components(source, sparse, choices, progress)
         manifest = first_facts(source, parts, sparse, choices, dtype, storage)
         for part in parts:
             program = part.trace(torch_dtype(dtype))
-            write_weights(folder, part, program, storage, progress)
+            shards, digest = write_weights(folder, part, program, storage, link, progress)
+            hashes[f"{part.name}.safetensors"] = digest
             manifest["components"][part.name] = write_graphs(
-                folder, part.name, program, manifest["top_k"], manifest.get("kappa")
+                folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
         write_tokenizers(folder, source, manifest)
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
             again = None if kind == dtype else parts
-            write_plans(folder, manifest, apis, sm, kind, again, progress, plugin, cubins)
-        write_manifest(folder, manifest, progress)
+            targets = [(), sm] if portable and sm else [sm]
+            write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
+        write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -109,6 +120,7 @@ def export_bundle(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sizes = [row["size"] for row in manifest["files"].values()]
+    linked = [name for row in manifest["components"].values() for name in row.get("shards", ())]
     return {
         "out": str(final),
         "name": manifest["name"],
@@ -119,6 +131,7 @@ def export_bundle(
         "parameters": manifest["parameters"],
         "files": len(sizes),
         "bytes": sum(sizes),
+        "linked_bytes": sum(manifest["files"][name]["size"] for name in linked),
         "plans": {
             target: {"version": row["version"], "dtype": row["dtype"], "files": len(row["files"])}
             for target, row in manifest["plans"].items()
@@ -257,20 +270,30 @@ def write_weights(
     part: Component,
     program: Program,
     storage: str | None,
+    link: bool,
     progress: Progress | None,
-) -> None:
-    """<component>.safetensors"""
+) -> tuple[list[str], str]:
+    """<component>.safetensors; returns linked shards beside it, and its SHA-256."""
+    from export.links import link_shards
     from export.weights import place, refuse_unknown, write
 
     wanted = torch_dtype(storage) if storage else part.storage
     placed = place(program, lambda name: wanted or part.checkpoint.dtype(name))
+    shards: list[str] = []
     if part.name == "transformer":
         refuse_unknown(part.checkpoint, placed)
-    write(folder / f"{part.name}.safetensors", placed, part.get, progress)
+        if link:
+            shards, placed = link_shards(folder, part.name, part.checkpoint, placed)
+    return shards, write(folder / f"{part.name}.safetensors", placed, part.get, progress)
 
 
 def write_graphs(
-    folder: Path, name: str, program: Program, top_k: int | None, kappa: int | None = None
+    folder: Path,
+    name: str,
+    program: Program,
+    top_k: int | None,
+    kappa: int | None = None,
+    shards: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The block graphs and <component>.onnx, checked; returns the component's record."""
     import onnx
@@ -286,13 +309,14 @@ def write_graphs(
             write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
         types[kind] = type_record(row, paths)
     weights = folder / f"{name}.safetensors"
-    model = compose(program, weights, top_k, kappa)
+    model = compose(program, weights, top_k, kappa, [folder / shard for shard in shards])
     path = folder / f"{name}.onnx"
     write_bytes(path, model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     record = {
         "onnx": path.name,
         "weights": weights.name,
+        **({"shards": list(shards)} if shards else {}),
         "inputs": {key: spec.json() for key, spec in program.inputs.items()},
         "outputs": {key: spec.json() for key, spec in program.outputs.items()},
         "types": types,
@@ -331,14 +355,17 @@ def write_plans(
     folder: Path,
     manifest: dict[str, Any],
     apis: Sequence[str],
-    sm: Sequence[int],
+    targets: Sequence[Sequence[int]],
     dtype: str,
     parts: Sequence[Component] | None,
     progress: Progress | None,
     plugin: bool = False,
     cubins: bool = False,
 ) -> None:
-    """Plans of every block graph; with `parts` the graphs are traced anew, computing in `dtype`."""
+    """Plans of every block graph, for each list of compute capabilities in `targets`.
+
+    With `parts` the graphs are traced anew, computing in `dtype`.
+    """
     from export.cubins import Pieces, build_kernels, cut_blocks, kernel_sm
     from export.plans import build_plans, default_profiles
 
@@ -360,11 +387,11 @@ def write_plans(
         kernels = Path(scratch) / "kernels"
         pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else Pieces()
         if plugin or cubins:
-            numbers = kernel_sm(apis, sm)
+            numbers = kernel_sm(apis, targets[-1])
             build_kernels(
                 kernels if plugin else folder, pieces, dtype, numbers, ptx=plugin, progress=progress
             )
-        for api in apis:
+        for api, sm in itertools.product(apis, targets):
             built = build_plans(
                 graphs | (pieces.graphs if cubins else {}),
                 folder,
@@ -381,8 +408,13 @@ def write_plans(
             manifest["plans"] |= built
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any], progress: Progress | None) -> None:
-    """Hash every file, write manifest.json, and open the result as the runtime will."""
+def write_manifest(
+    folder: Path,
+    manifest: dict[str, Any],
+    hashes: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    """Hash every file that is not in `hashes`, write manifest.json, open the result as runtime."""
     from runtime.bundle import open_bundle
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -391,7 +423,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], progress: Progress | 
         if progress is not None:
             progress("hash", done, len(paths))
         name = path.relative_to(folder).as_posix()
-        files[name] = {"sha256": sha256(path), "size": path.stat().st_size}
+        files[name] = {"sha256": hashes.get(name) or sha256(path), "size": path.stat().st_size}
     manifest["files"] = files
     write_json(folder / "manifest.json", manifest)
     open_bundle(folder, check="sizes")

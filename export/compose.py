@@ -1,6 +1,6 @@
 """A component as one ONNX model: a function per block type, a call per block.
 
-Initializers are external data: an offset into the component's safetensors file beside the model,
+Initializers are external data: an offset into a safetensors file of the component beside the model,
 so there is no second copy of the weights. Blocks of a group are called inside an `If` (see
 export.choose). Where a tensor is stored in another type than the graph
 computes in, a Cast follows it; ONNX Runtime folds these when a session opens.
@@ -8,7 +8,7 @@ computes in, a Cast follows it; ONNX Runtime folds these when a session opens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,27 @@ STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
 
 
 def compose(
-    program: Program, weights: Path, top_k: int | None = None, kappa: int | None = None
+    program: Program,
+    weights: Path,
+    top_k: int | None = None,
+    kappa: int | None = None,
+    shards: Sequence[Path] = (),
 ) -> onnx.ModelProto:
     """The model for `<component>.onnx`, to be saved in the directory that holds `weights`.
 
     `top_k` chooses the graph of routed types. With groups, `kappa` is the default of an optional
-    input of that name (int64). Only the header of `weights` is read.
+    input of that name (int64). `shards` are more files of weights, in the same directory. Only
+    their headers are read.
     """
     from onnx import TensorProto, helper
 
     from runtime.weights import read_header
 
-    header = read_header(weights)
+    header = {
+        name: (tensor, file.name)
+        for file in (weights, *shards)
+        for name, tensor in read_header(file).items()
+    }
     functions: dict[str, Any] = {}
     nodes: list[Any] = []
     initializers: list[Any] = []
@@ -65,7 +74,7 @@ def compose(
                 continue
             name = prefix + local
             if name not in cast:
-                tensor = external(name, header[name], weights.name)
+                tensor = external(name, *header[name])
                 initializers.append(tensor)
                 cast[name] = name
                 wanted = onnx_type(spec)

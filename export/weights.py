@@ -1,12 +1,14 @@
 """A bundle's safetensors: a checkpoint's tensors re-laid as the block graphs take them.
 
 Linear weights are transposed to [in, out] and q, k, v concatenated; one tensor is in memory at a
-time. Order and bytes depend on the input alone. Data starts on a 64-byte boundary and tensors of a
-multiple of 64 bytes come first, so that nearly all can be used where they are mapped.
+time, read from its file and not mapped: pages of a mapping would stay resident, up to the whole
+checkpoint. Order and bytes depend on the input alone. Data starts on a 64-byte boundary and
+tensors of a multiple of 64 bytes come first, so that nearly all can be used where they are mapped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from runtime.weights import Tensor as Place
+from runtime.weights import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -63,33 +68,37 @@ class Checkpoint:
                 f"{directory} lacks .safetensors files, expected the weights of a diffusers model;"
                 " save it with save_pretrained (pickled .bin weights are not read)."
             )
-        from safetensors import SafetensorError, safe_open
-
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, tuple[str, Place]] = {}
         for name in sorted(files):
             try:
-                file = safe_open(directory / name, framework="pt")
-            except (SafetensorError, OSError) as error:
+                header = read_header(directory / name)
+            except (ValueError, OSError) as error:
                 raise ValueError(
                     f"{directory / name} cannot be read ({error}); restore the file."
                 ) from None
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                self._where[key] = file
+            self._where |= {key: (name, place) for key, place in header.items()}
 
     def names(self) -> list[str]:
         """All tensors."""
         return sorted(self._where)
 
+    def files(self) -> dict[str, list[str]]:
+        """File name -> the tensors in it."""
+        inside: dict[str, list[str]] = {}
+        for name, (file, _) in sorted(self._where.items(), key=lambda item: item[1][0]):
+            inside.setdefault(file, []).append(name)
+        return inside
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, without reading it."""
-        return {name: tuple(f.get_slice(name).get_shape()) for name, f in self._where.items()}
+        return {name: place.shape for name, (_, place) in self._where.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's stored dtype, without reading it."""
         import torch
 
         kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        found = self.find(name).get_slice(name).get_dtype()
+        found = self.find(name)[1].dtype
         if found not in kinds:
             raise ValueError(
                 f"{self.directory} stores the tensor {name} as {found}, expected one of"
@@ -107,10 +116,21 @@ class Checkpoint:
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU; ValueError where the checkpoint lacks it."""
-        return self.find(name).get_tensor(name)
+        import torch
 
-    def find(self, name: str) -> Any:
-        """The open file that holds a tensor."""
+        file, place = self.find(name)
+        data = torch.empty(place.end - place.start, dtype=torch.uint8)
+        with open(self.directory / file, "rb", buffering=0) as stream:
+            stream.seek(place.start)
+            view, filled = memoryview(data.numpy()), 0
+            while filled < len(view) and (read := stream.readinto(view[filled:])):
+                filled += read  # Linux reads 2 GiB at a time at most
+        if filled < len(view):
+            raise ValueError(f"{self.directory / file} shrank while it was read; restore the file.")
+        return data.view(self.dtype(name)).reshape(place.shape)
+
+    def find(self, name: str) -> tuple[str, Place]:
+        """The file that holds a tensor, and where in it."""
         if name not in self._where:
             raise ValueError(
                 f"{self.directory} lacks the tensor {name}, expected the weights of the class that"
@@ -178,8 +198,8 @@ def write(
     placed: Iterable[Placed],
     get: Callable[[str], torch.Tensor],
     progress: Progress | None = None,
-) -> None:
-    """Write the tensors in the order of `placed`; the file is synced."""
+) -> str:
+    """Write the tensors in the order of `placed`; the file is synced. Returns its SHA-256, hex."""
     import torch
 
     rows = list(placed)
@@ -196,16 +216,21 @@ def write(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for done, row in enumerate(rows):
             if progress is not None:
                 progress(f"write {path.name}", done, len(rows))
-            file.write(build(row, get).reshape(-1).view(torch.uint8).numpy().data)
+            data = build(row, get).reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
         file.flush()
         os.fsync(file.fileno())
     if progress is not None:
         progress(f"write {path.name}", len(rows), len(rows))
+    return digest.hexdigest()
 
 
 def refuse_unknown(checkpoint: Checkpoint, placed: Iterable[Placed]) -> None:

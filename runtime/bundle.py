@@ -54,8 +54,9 @@ class Bundle:
     def weights(self, component: str) -> SafeTensors:
         """The component's safetensors, mapped once."""
         if component not in self._weights:
-            path = self.file(self.component(component)["weights"])
-            self._weights[component] = SafeTensors(path)
+            row = self.component(component)
+            files = (row["weights"], *row.get("shards", ()))
+            self._weights[component] = SafeTensors(*map(self.file, files))
         return self._weights[component]
 
 

@@ -99,6 +99,13 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
     """A component: its files, tensors, block types, and a program that can run to its end."""
     check_suffix(listed(row, "onnx", files, where), f"{where}.onnx", ".onnx")
     check_suffix(listed(row, "weights", files, where), f"{where}.weights", ".safetensors")
+    shards = row.get("shards", [])
+    if not isinstance(shards, list) or len(shards) > MAX_FILES:
+        raise wrong(f"{where}.shards", shards, "a list of files")
+    for name in shards:
+        if not isinstance(name, str) or name not in files:
+            raise wrong(f"{where}.shards", name, "paths listed under files")
+        check_suffix(name, f"{where}.shards", ".safetensors")
     for side in ("inputs", "outputs"):
         for name in mapping(row, side, where):
             check_tensor(mapping(row[side], name, f"{where}.{side}"), f"{where}.{side}.{name}")

@@ -119,23 +119,33 @@ def read_tensor(path: Path, name: str, entry: Any) -> Tensor:
 
 
 class SafeTensors:
-    """A safetensors file mapped read-only; arrays are views of the mapping where that is possible.
+    """Safetensors files mapped read-only; arrays are views of the mapping where that is possible.
 
-    `tensors` is the checked header. The mapping lives as long as an array made from it.
+    `tensors` is the checked header, of all files together if there are `more` than one. A mapping
+    lives as long as an array made from it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.tensors = read_header(path)
-        end = max((tensor.end for tensor in self.tensors.values()), default=0)
-        self._bytes = np.memmap(path, np.uint8, "r") if end else np.empty(0, np.uint8)
-        if len(self._bytes) < end:
-            raise broken(self.path, "it shrank while it was being read")
+        self.tensors: dict[str, Tensor] = {}
+        self._bytes: dict[str, np.ndarray] = {}  # tensor -> its file
+        for file in (self.path, *map(Path, more)):
+            header = read_header(file)
+            if twice := header.keys() & self.tensors.keys():
+                raise broken(
+                    file, f"tensor {min(twice)[:80]!r} is in another file of the model too"
+                )
+            end = max((tensor.end for tensor in header.values()), default=0)
+            mapped = np.memmap(file, np.uint8, "r") if end else np.empty(0, np.uint8)
+            if len(mapped) < end:
+                raise broken(file, "it shrank while it was being read")
+            self.tensors |= header
+            self._bytes |= dict.fromkeys(header, mapped)
 
     def raw(self, name: str) -> np.ndarray:
         """The tensor as it lies on disk, without a copy; bfloat16 as uint16."""
         tensor = self.find(name)
-        data = self._bytes[tensor.start : tensor.end]
+        data = self._bytes[name][tensor.start : tensor.end]
         dtype = np.dtype(RAW_DTYPES[tensor.dtype])
         if tensor.start % dtype.itemsize:  # allowed by the format, though no writer aligns so
             data = data.copy()
