@@ -76,6 +76,7 @@ def convert(
     from calib.suite import evaluate as judge
     from calib.world import CATEGORIES, World, eval_scenes
     from d2m.convert import convert as function
+    from d2m.recipe import Recipe
 
     def batches(pipe: Any, seed: int) -> Any:
         return shapes_batches(pipe, seed=seed)
@@ -100,6 +101,11 @@ def convert(
             )
         if facts:
             say(told(facts))
+    if not isinstance(made, Recipe):
+        from d2m.early import check_convert
+
+        streamed = init_only and scores is not None
+        check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
     if init_only and scores is not None:
         from d2m.stream import convert_stream
 
@@ -172,7 +178,9 @@ def plan(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Count MODEL before it is made: parameters, FLOPs and memory, by component, against dense."""
+    """Count MODEL before it is made: parameters, FLOPs, memory; and what this machine needs."""
+    from d2m.machine import machine
+    from d2m.needs import needs, needs_table
     from d2m.plan import plan as function
     from d2m.plantable import conclusion, table
 
@@ -186,11 +194,43 @@ def plan(
         text_tokens=text_tokens,
         top_k=top_k,
     )
+    rows = needs(
+        model,
+        machine(),
+        preset=preset,
+        recipe=recipe,
+        height=height,
+        width=width,
+        text_tokens=text_tokens,
+        top_k=top_k,
+    )
     if json_:
-        print_json(answer)
+        print_json({**answer, "needs": rows})
         return
     print_table(*table(answer))
     print(conclusion(answer))
+    print_table(*needs_table(rows))
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Where files would go.")] = Path("."),
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what is installed and works, what fits this machine, and what to do about the rest."""
+    from d2m.doctor import doctor as function
+    from d2m.doctor import lines
+    from d2m.needs import needs_table
+    from runtime.executor import MODULES
+
+    answer = function(str(path), MODULES)
+    if json_:
+        print_json(answer)
+        return
+    print("\n".join(lines(answer)))
+    print_table(*needs_table(answer["stages"]))
+    print("\n".join(f"advice: {sentence}" for sentence in answer["advice"]))
 
 
 @app.command()
@@ -213,7 +253,11 @@ def export(
     """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest."""
     capabilities, portable = options.capabilities(sm)
     choices = options.numbers("--top-k", top_k)
+    from d2m.early import check_export
     from export.bundle import export_bundle
+
+    sets = (trt or trt_rtx) * (1 + (portable and bool(capabilities)))
+    check_export(sparse, out, top_k=len(choices), plans=sets, link=link, storage=storage)
 
     with progress_bars() as progress:
         answer = export_bundle(

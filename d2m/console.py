@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from d2m.timings import expected, remember
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,7 +59,8 @@ def progress_bars() -> Iterator[Progress]:
         with _bars() as progress:
             yield progress
     else:
-        yield _lines()
+        with _ticking(_lines()) as progress:
+            yield progress
 
 
 @contextmanager
@@ -84,39 +88,88 @@ def _bars() -> Iterator[Progress]:
 
         def progress(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
+                before = expected(phase, total - done)
+                about = f" (about {clock(before)})" if before else ""
+                tasks[phase] = bars.add_task(phase + about, total=total)
             elif done < bars.tasks[tasks[phase]].completed:  # the phase begins again
                 bars.reset(tasks[phase])
             bars.update(tasks[phase], completed=done, total=total)
+            task = bars.tasks[tasks[phase]]
+            if done >= total and task.elapsed is not None:
+                remember(phase, task.elapsed, total)
 
         yield progress
 
 
-def _lines(now: Callable[[], float] = time.monotonic) -> Progress:
+class _Lines:
     """Plain lines: a phase's beginning, one each LINE_EVERY seconds, and its end.
 
-    A phase that is over within a second has no line for its end; one that begins again has a
-    clock that begins again.
+    A phase that is over within a second has no line for its end; one that begins again has a clock
+    that begins again. `tick`, called from time to time, speaks for a phase that is silent.
     """
-    began: dict[str, tuple[float, int]] = {}
-    last: dict[str, tuple[float, int]] = {}
 
-    def progress(phase: str, done: int, total: int) -> None:
-        moment = now()
-        if phase not in began or done < last[phase][1]:
-            began[phase] = last[phase] = (moment, done)
-            print(f"{phase}: {done}/{total}", file=sys.stderr, flush=True)
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.began: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, tuple[float, int]] = {}
+        self.current: tuple[str, int, int] | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        with self.lock:
+            moment = self.now()
+            if phase not in self.began or done < self.last[phase][1]:
+                self.began[phase] = self.last[phase] = (moment, done)
+                before = expected(phase, total - done)
+                about = f", about {clock(before)} by earlier builds" if before else ""
+                print(f"{phase}: {done}/{total}{about}", file=sys.stderr, flush=True)
+            else:
+                self.speak(phase, done, total, moment)
+            self.current = (phase, done, total) if done < total else None
+
+    def tick(self) -> None:
+        """Say where a phase is that has not said so for LINE_EVERY seconds."""
+        with self.lock:
+            if self.current is not None:
+                self.speak(*self.current, self.now())
+
+    def speak(self, phase: str, done: int, total: int, moment: float) -> None:
+        """The line of a phase under way, where it is time for one."""
+        start, done_at_start = self.began[phase]
+        elapsed, made = moment - start, done - done_at_start
+        over = done >= total and elapsed >= 1 and self.last[phase][1] < total
+        if over:
+            remember(phase, elapsed, made)
+        if not over and moment - self.last[phase][0] < LINE_EVERY:
             return
-        start, done_at_start = began[phase]
-        elapsed, made, quiet = moment - start, done - done_at_start, moment - last[phase][0]
-        over = done >= total and elapsed >= 1 and last[phase][1] < total
-        if not over and quiet < LINE_EVERY:
-            return
-        last[phase] = (moment, done)
-        left = f", {clock(elapsed / made * (total - done))} left" if made and done < total else ""
+        self.last[phase] = (moment, done)
+        before = expected(phase, total - done_at_start)
+        rest = before - elapsed if before else elapsed / made * (total - done) if made else None
+        left = f", {clock(rest)} left" if rest is not None and rest > 0 and done < total else ""
         print(f"{phase}: {done}/{total}, {clock(elapsed)}{left}", file=sys.stderr, flush=True)
 
-    return progress
+
+def _lines(now: Callable[[], float] = time.monotonic) -> _Lines:
+    """Progress where stderr is no terminal."""
+    return _Lines(now)
+
+
+@contextmanager
+def _ticking(lines: _Lines) -> Iterator[Progress]:
+    """Lines with a clock of their own, for phases that are silent."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(LINE_EVERY):
+            lines.tick()
+
+    clockwork = threading.Thread(target=tick, daemon=True)
+    clockwork.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        clockwork.join()
 
 
 def quiet_libraries() -> None:

@@ -132,9 +132,7 @@ class SafeTensors:
         for file in (self.path, *map(Path, more)):
             header = read_header(file)
             if twice := header.keys() & self.tensors.keys():
-                raise broken(
-                    file, f"tensor {min(twice)[:80]!r} is in another file of the model too"
-                )
+                raise broken(file, f"tensor {min(twice)[:80]!r} is in two files of the model")
             end = max((tensor.end for tensor in header.values()), default=0)
             mapped = np.memmap(file, np.uint8, "r") if end else np.empty(0, np.uint8)
             if len(mapped) < end:

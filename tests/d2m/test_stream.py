@@ -131,7 +131,7 @@ def test_killed_it_goes_on_at_the_block_it_was_killed_in(dense, tmp_path):
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = sorted((tmp_path / "out.work/result/transformer").glob("*.safetensors"))
-    assert len(done) == 3  # outside, and two blocks
+    assert len(done) == 5  # outside, and two blocks of two shards
     times = [path.stat().st_mtime_ns for path in done]
     (done[0].parent / f".{done[0].name}.0123456789ab.tmp").write_bytes(b"half")
     with pytest.raises(ValueError, match="holds an unfinished conversion; go on with --resume"):
@@ -183,7 +183,12 @@ def test_bfloat16_stays_bfloat16(dense, tmp_path):
     answer = run(folder, tmp_path / "out")
     error = max(answer["checked"].values())
     assert 1e-5 < error < 1e-2
-    tensors = load_file(tmp_path / "out/transformer" / f"{STEM}-00002-of-00005.safetensors")
+    # The first block: experts are in a shard of their own.
+    shards = [tmp_path / "out/transformer" / f"{STEM}-0000{n}-of-00009.safetensors" for n in (2, 3)]
+    rest, experts = map(load_file, shards)
+    assert all(".experts." in name for name in experts)
+    assert not any(".experts." in name for name in rest)
+    tensors = rest | experts
     kinds = {name.rpartition(".")[2]: t.dtype for name, t in tensors.items()}
     assert kinds["w1"] == kinds["bias"] == torch.bfloat16 and kinds["neurons"] == torch.int64
     assert tensors["transformer_blocks.0.ff.gate.weight"].dtype == torch.float32

@@ -1,0 +1,209 @@
+"""What convert, export and run will need, before they start: memory, disk and time, by formula.
+
+Torch-free, from configs and sizes of files. Memory and disk are counted (block by block, tensor by
+tensor) on top of what the libraries take, which was measured; the formulas stand beside each need.
+Time is counted in work (bytes, FLOPs) at this machine's measured speed, and is what it is on a
+machine that other programs use: right within a factor of two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2m.anatomy import dim_of
+from d2m.plan import plan
+from d2m.subject import Subject, subject_of
+
+GB = 10**9
+# Resident bytes of a process that has done nothing yet but import (measured, CPU build of torch).
+CONVERTING = 0.72 * GB
+EXPORTING = 1.0 * GB
+RUNNING = 0.15 * GB
+COMPILER = 0.45 * GB  # a process that compiles one plan; two run at a time
+FLUX_AROUND = 9_525_000_000 + 246_000_000 + 168_000_000  # read: T5-XXL's encoder, CLIP-L, VAE
+PLAN = 3.0e6  # bytes of a plan of one block type and number of experts, as measured
+GRAPH = 0.25e6  # bytes of its ONNX graph
+# Seconds of one core at the speed of reference, by byte of what is read.
+STREAM = 14e-9
+WRITE = 7e-9
+START = 9.0  # imports
+TRACE = 4.0  # a block type
+COMPILE = 3.0  # a plan
+REFERENCE = 40e9  # FLOP/s of the core these were measured on
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage needs: resident bytes of its largest process, of the GPU, bytes it leaves.
+
+    cpu: seconds of one core of the reference machine; parallel: how many cores it can use; flops:
+    work that scales with the machine's arithmetic instead. formula: how `ram` came about.
+    """
+
+    stage: str
+    ram: int
+    disk: int
+    cpu: float
+    formula: str
+    vram: int | None = None
+    flops: float = 0.0
+    moved: int = 0  # bytes read and written
+
+    def seconds(self, machine: Mapping[str, Any]) -> float:
+        """On a machine as `d2m.machine.machine` describes it."""
+        share = max(0.02, machine["share"])
+        slower = max(0.25, REFERENCE / machine["flops"]) if machine["cores"] == 1 else 1.0
+        disk = self.disk / machine["disk_speed"] if machine["disk_speed"] else 0.0
+        return self.cpu * slower / share + self.flops / machine["flops"] + disk
+
+
+def folder_bytes(folder: Path, *, without: str = "") -> int:
+    """Bytes of the files in a directory, its child `without` left out."""
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] != without
+    )
+
+
+def around_bytes(model: str | os.PathLike[str]) -> int:
+    """Bytes of everything of a pipeline that is not its transformer; FLUX.1's without a directory.
+
+    The shipped configs have no files: T5-XXL, CLIP-L and the VAE in 16 bits count for them.
+    """
+    root = Path(model)
+    return folder_bytes(root, without="transformer") if root.is_dir() else FLUX_AROUND
+
+
+def element_bytes(folder: Path, params: int) -> int:
+    """2 or 4: what most of a transformer's numbers are stored in, by the size of its files."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 4 if params and size / params > 3 else 2
+
+
+def convert_needs(
+    model: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] | None = None,
+    *,
+    preset: str | None = None,
+    streamed: bool = True,
+) -> Needs:
+    """Of `d2m convert`: `streamed` is --init-only with importance that needs no run.
+
+    Raises as `d2m.plan.plan`. A shipped config counts as stored in 16 bits.
+    """
+    subject = subject_of(model)
+    answer = plan(model, preset=preset, recipe=recipe)
+    params = answer["dense"]["params"]
+    size = element_bytes(Path(model) / "transformer", params)
+    dtype = {2: "bf16", 4: "fp32"}[size]
+    around = around_bytes(model)
+    disk = answer["memory"][dtype] + around
+    if streamed:
+        ram = CONVERTING + block_peak(subject, size)
+        formula = (
+            "libraries + the largest block, its FFNs read back, and one of them in float32 twice"
+        )
+        return Needs("convert", int(ram), disk, START + STREAM * params * size, formula, moved=disk)
+    # In float32: both models, and for what learns a gradient and Adam's two moments.
+    disk = answer["memory"]["fp32"] + around
+    ram = CONVERTING + around + 4 * params + 4 * 4 * answer["total_params"]
+    formula = "libraries + encoders + 4 B x dense + 16 B x sparse parameters, activations beside"
+    return Needs("convert", int(ram), disk, START, formula, vram=int(ram - CONVERTING), moved=disk)
+
+
+def block_peak(subject: Subject, size: int) -> int:
+    """Bytes that a streamed conversion holds at once: see d2m.stream.check_blocks.
+
+    A double block has 36 D^2 weights (12 of modulation, two FFNs of 8), a single one 15 D^2.
+    """
+    dim = dim_of(subject.config)
+    block = 36 if subject.depth["double"] else 15
+    plain = block - 12 if subject.depth["double"] else 7
+    return dim * dim * (size * (block + plain // 2 + 8) + 4 * 16)
+
+
+def export_needs(
+    model: str | os.PathLike[str],
+    *,
+    recipe: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    top_k: int = 4,
+    plans: int = 0,
+    link: bool = False,
+    storage: int | None = None,
+) -> Needs:
+    """Of `d2m export`: `top_k` numbers of experts, `plans` sets of plans, `storage` bytes.
+
+    With a recipe or preset, of what the dense `model` will be converted to.
+    """
+    answer = plan(model, recipe=recipe, preset=preset)
+    root = Path(model)
+    subject = subject_of(model)
+    dense = subject.sparse is None
+    own = element_bytes(
+        root / "transformer", answer["dense"]["params"] if dense else answer["total_params"]
+    )
+    size = storage or own
+    sparse = answer["num_experts"] is not None
+    experts = expert_bytes(root) if link and sparse and size == own else 0
+    weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
+    encoders = around_bytes(model)
+    kinds = 2 + sum(bool(row["kept"]) for row in answer["blocks"].values())
+    graphs = 5 + (kinds - 2) * (top_k if sparse else 1)
+    disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
+    largest = dim_of(subject.config) ** 2 * 18 * max(size, own)
+    held = sum(folder_bytes(root / name) for name in ("vae", "text_encoder")) or 414_000_000
+    ram = EXPORTING + held + 2 * largest
+    cpu = START + TRACE * graphs + WRITE * weights + COMPILE * graphs * plans
+    formula = "libraries + CLIP and VAE + the largest tensor (18 D^2) and its copy"
+    return Needs("export", int(ram), disk, cpu, formula, moved=2 * weights)
+
+
+def expert_bytes(root: Path) -> int:
+    """Bytes of shards that hold experts alone, by the checkpoint's index (0 without one)."""
+    import json
+
+    folder = root / "transformer"
+    found = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if found is None:
+        return 0
+    where: dict[str, list[str]] = {}
+    for name, file in json.loads(found.read_text("utf-8"))["weight_map"].items():
+        where.setdefault(file, []).append(name)
+    only = [file for file, names in where.items() if all(".experts." in name for name in names)]
+    return sum((folder / file).stat().st_size for file in only if (folder / file).is_file())
+
+
+def neuron_bytes(subject: Subject, sparse: bool) -> int:
+    """Bytes of the permutations of neurons, which a bundle leaves out: 4 D numbers an FFN."""
+    sites = 2 * subject.depth["double"] + subject.depth["single"]
+    return 8 * 4 * dim_of(subject.config) * sites if sparse else 0
+
+
+def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) -> Needs:
+    """Of drawing one picture from the bundle: on a GPU in 16 bits, on a CPU in float32.
+
+    size: height, width, text_tokens, top_k, preset, recipe of `d2m.plan.plan`.
+    """
+    answer = plan(model, **size)
+    encoders = around_bytes(model)
+    tokens = answer["image_tokens"] + answer["text_tokens"]
+    dim = dim_of(subject_of(model).config)
+    # Streams, QKV, hidden of the widest matmul and its neighbours: about 20 D numbers a token.
+    activations = 20 * tokens * dim
+    vram = answer["memory"]["bf16"] + encoders + 2 * activations + int(0.5 * GB)
+    ram = RUNNING + answer["memory"]["fp32"] + 2 * encoders + 4 * activations
+    formula = "libraries + weights and encoders in float32 + 20 D numbers a token"
+    work = float(steps) * answer["flops"]
+    disk = answer["memory"]["bf16"] + encoders
+    return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)
+
+
+def shown(size: float) -> str:
+    """12.3 GB, 840 MB."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
