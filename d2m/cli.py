@@ -194,22 +194,28 @@ def plan(
         text_tokens=text_tokens,
         top_k=top_k,
     )
-    rows = needs(
-        model,
-        machine(),
-        preset=preset,
-        recipe=recipe,
-        height=height,
-        width=width,
-        text_tokens=text_tokens,
-        top_k=top_k,
+    # Models of fewer blocks are counted, but nothing converts or exports them.
+    rows = (
+        []
+        if blocks
+        else needs(
+            model,
+            machine(),
+            preset=preset,
+            recipe=recipe,
+            height=height,
+            width=width,
+            text_tokens=text_tokens,
+            top_k=top_k,
+        )
     )
     if json_:
         print_json({**answer, "needs": rows})
         return
     print_table(*table(answer))
     print(conclusion(answer))
-    print_table(*needs_table(rows))
+    if rows:
+        print_table(*needs_table(rows))
 
 
 @app.command()

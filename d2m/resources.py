@@ -23,25 +23,23 @@ GB = 10**9
 CONVERTING = 0.72 * GB
 EXPORTING = 1.0 * GB
 RUNNING = 0.15 * GB
-COMPILER = 0.45 * GB  # a process that compiles one plan; two run at a time
 FLUX_AROUND = 9_525_000_000 + 246_000_000 + 168_000_000  # read: T5-XXL's encoder, CLIP-L, VAE
 PLAN = 3.0e6  # bytes of a plan of one block type and number of experts, as measured
 GRAPH = 0.25e6  # bytes of its ONNX graph
-# Seconds of one core at the speed of reference, by byte of what is read.
+# Seconds of one core (measured on an AMD EPYC without AVX512), by byte of what is read.
 STREAM = 14e-9
 WRITE = 7e-9
 START = 9.0  # imports
 TRACE = 4.0  # a block type
 COMPILE = 3.0  # a plan
-REFERENCE = 40e9  # FLOP/s of the core these were measured on
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a stage needs: resident bytes of its largest process, of the GPU, bytes it leaves.
 
-    cpu: seconds of one core of the reference machine; parallel: how many cores it can use; flops:
-    work that scales with the machine's arithmetic instead. formula: how `ram` came about.
+    cpu: seconds of one core; flops: work that scales with the machine's arithmetic instead.
+    formula: how `ram` came about.
     """
 
     stage: str
@@ -51,14 +49,12 @@ class Needs:
     formula: str
     vram: int | None = None
     flops: float = 0.0
-    moved: int = 0  # bytes read and written
 
     def seconds(self, machine: Mapping[str, Any]) -> float:
         """On a machine as `d2m.machine.machine` describes it."""
         share = max(0.02, machine["share"])
-        slower = max(0.25, REFERENCE / machine["flops"]) if machine["cores"] == 1 else 1.0
         disk = self.disk / machine["disk_speed"] if machine["disk_speed"] else 0.0
-        return self.cpu * slower / share + self.flops / machine["flops"] + disk
+        return self.cpu / share + self.flops / machine["flops"] + disk
 
 
 def folder_bytes(folder: Path, *, without: str = "") -> int:
@@ -108,12 +104,12 @@ def convert_needs(
         formula = (
             "libraries + the largest block, its FFNs read back, and one of them in float32 twice"
         )
-        return Needs("convert", int(ram), disk, START + STREAM * params * size, formula, moved=disk)
+        return Needs("convert", int(ram), disk, START + STREAM * params * size, formula)
     # In float32: both models, and for what learns a gradient and Adam's two moments.
     disk = answer["memory"]["fp32"] + around
     ram = CONVERTING + around + 4 * params + 4 * 4 * answer["total_params"]
     formula = "libraries + encoders + 4 B x dense + 16 B x sparse parameters, activations beside"
-    return Needs("convert", int(ram), disk, START, formula, vram=int(ram - CONVERTING), moved=disk)
+    return Needs("convert", int(ram), disk, START, formula, vram=int(ram - CONVERTING))
 
 
 def block_peak(subject: Subject, size: int) -> int:
@@ -156,12 +152,12 @@ def export_needs(
     kinds = 2 + sum(bool(row["kept"]) for row in answer["blocks"].values())
     graphs = 5 + (kinds - 2) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
-    largest = dim_of(subject.config) ** 2 * 18 * max(size, own)
+    largest = dim_of(subject.config) ** 2 * 6 * max(size, own)
     held = sum(folder_bytes(root / name) for name in ("vae", "text_encoder")) or 414_000_000
     ram = EXPORTING + held + 2 * largest
     cpu = START + TRACE * graphs + WRITE * weights + COMPILE * graphs * plans
-    formula = "libraries + CLIP and VAE + the largest tensor (18 D^2) and its copy"
-    return Needs("export", int(ram), disk, cpu, formula, moved=2 * weights)
+    formula = "libraries + CLIP and VAE + the largest tensor (6 D^2) and its copy"
+    return Needs("export", int(ram), disk, cpu, formula)
 
 
 def expert_bytes(root: Path) -> int:

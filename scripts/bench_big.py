@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--blocks", default="1D+1S", help="double and single (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/big"), help="(%(default)s)")
     parser.add_argument("--plans", default="portable,86,89,120", help="'' for none (%(default)s)")
+    parser.add_argument("--config", type=Path, help="sizes, as make_random_flux.py takes them")
     parser.add_argument("--keep", action="store_true", help="leave the directories")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv)
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     plans = ["--trt-rtx", "--sm", options.plans] if options.plans else []
     magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
     make = [sys.executable, str(ROOT / "scripts" / "make_random_flux.py"), str(dense)]
+    sizes = ["--config", str(options.config)] if options.config else []
     stages = {
-        "make": (dense, [*make, "--blocks", options.blocks]),
+        "make": (dense, [*make, "--blocks", options.blocks, *sizes]),
         "convert": (sparse, [*d2m, "convert", str(dense), "-o", str(sparse), *magnitude]),
         "export": (bundle, [*d2m, "export", str(sparse), "-o", str(bundle), "--link", *plans]),
     }

@@ -18,7 +18,7 @@ from d2m.options import numbers, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("convert", "plan", "export", "run", "eval", "parity", "inspect", "serve"),
+    *("convert", "plan", "export", "run", "eval", "parity", "inspect", "doctor", "serve"),
     *("keygen", "sign", "verify"),
 )
 
