@@ -83,7 +83,7 @@ def needs_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list
         for each in rows
     ]
     return (
-        "On this machine (memory and disk within 25 %, time within a factor of two):",
+        "On this machine (memory and disk within 25 %, time roughly):",
         header,
         cells,
     )
