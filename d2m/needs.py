@@ -83,7 +83,7 @@ def needs_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list
         for each in rows
     ]
     return (
-        "On this machine (memory and disk within 25 %, time roughly):",
+        "On this machine (memory and disk within 25 %, time within a half on a free machine):",
         header,
         cells,
     )

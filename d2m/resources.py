@@ -27,9 +27,10 @@ FLUX_AROUND = 9_525_000_000 + 246_000_000 + 168_000_000  # read: T5-XXL's encode
 PLAN = 3.2e6  # bytes of a plan of one block type and number of experts, as measured
 GRAPH = 0.05e6  # bytes of its ONNX graph
 # Seconds of one core (measured on an AMD EPYC without AVX512), by byte of what is read.
-STREAM = 14e-9
-WRITE = 7e-9
+STREAM = 5.4e-9  # a streamed conversion
+WRITE = 3.2e-9  # what an export writes
 START = 9.0  # imports
+FITTED = 9.5  # shared modulation, blocks read back and checked
 TRACE = 3.5  # a graph, in float32 and again in bfloat16
 COMPILE = 2.0  # a plan
 
@@ -104,7 +105,8 @@ def convert_needs(
         formula = (
             "libraries + the largest block, its FFNs read back, and one of them in float32 twice"
         )
-        return Needs("convert", int(ram), disk, START + STREAM * params * size, formula)
+        cpu = START + FITTED + STREAM * params * size
+        return Needs("convert", int(ram), disk, cpu, formula)
     # In float32: both models, and for what learns a gradient and Adam's two moments.
     disk = answer["memory"]["fp32"] + around
     ram = CONVERTING + around + 4 * params + 4 * 4 * answer["total_params"]
@@ -155,7 +157,7 @@ def export_needs(
     largest = dim_of(subject.config) ** 2 * 6 * max(size, own)
     held = sum(folder_bytes(root / name) for name in ("vae", "text_encoder")) or 414_000_000
     ram = EXPORTING + held + 2 * largest
-    cpu = START + TRACE * graphs + WRITE * weights + COMPILE * graphs * plans
+    cpu = START + TRACE * graphs + WRITE * (weights - experts) + COMPILE * graphs * plans
     formula = "libraries + CLIP and VAE + the largest tensor (6 D^2) and its copy"
     return Needs("export", int(ram), disk, cpu, formula)
 
