@@ -46,7 +46,7 @@ def bundle_with_segments(source: Path, root: Path) -> Bundle:
         patch.setattr(package, "build", build)
         build_kernels(root, pieces, "fp32", SM)
     (root / "manifest.json").unlink()
-    write_manifest(root, made.manifest, None)
+    write_manifest(root, made.manifest, {}, None)
     return open_bundle(root)
 
 
