@@ -511,6 +511,53 @@ def drawer(
 
 
 @app.command()
+def bench(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle; the embedded one by default.")
+    ] = None,
+    vs: options.Versus = None,
+    runs: options.Runs = 5,
+    batch: options.Batches = "1",
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    top_k: options.TopK = None,
+    kappa: options.Kappa = None,
+    backend: options.Backend = "auto",
+    threads: options.Threads = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure BUNDLE here: cold start, images, steps, blocks, memory; with --vs in turns."""
+    batches = options.numbers("--batch", batch)
+    from runtime.bench import bench as function
+    from runtime.benchtable import tables
+
+    with progress_bars() as progress:
+        answer = function(
+            bundle,
+            vs,
+            backend=backend,
+            runs=runs,
+            batches=batches,
+            steps=steps,
+            height=height,
+            width=width,
+            top_k=top_k,
+            kappa=kappa,
+            threads=threads,
+            progress=progress,
+        )
+    if json_:
+        print_json(answer)
+        return
+    for title, header, rows in tables(answer):
+        print_table(title, header, rows)
+    for sentence in answer.get("differences", ()):
+        print(f"not alike: {sentence}")
+
+
+@app.command()
 def parity(
     sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported from it.")],

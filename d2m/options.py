@@ -107,6 +107,13 @@ KeyFile = Annotated[
     typer.Option("--api-key-file", help="File with the key clients must give, or D2M_API_KEY."),
 ]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")]
+# Measuring
+Versus = Annotated[
+    Path | None, typer.Option("--vs", help="Baseline: the dense model's bundle, exported likewise.")
+]
+Runs = Annotated[int, typer.Option("--runs", help="Cold starts, and turns of every measurement.")]
+Batches = Annotated[str, typer.Option("--batch", help="Images drawn at a time, e.g. 1,8.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Of a CPU backend.")]
 # Converting
 Preset = Annotated[str, typer.Option("--preset", help="Recipe that comes with d2m.")]
 RecipeFile = Annotated[

@@ -19,7 +19,7 @@ from d2m.options import numbers, pairs
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("convert", "plan", "export", "run", "eval", "parity", "inspect", "doctor", "serve"),
-    *("keygen", "sign", "verify"),
+    *("keygen", "sign", "verify", "bench"),
 )
 
 
@@ -90,6 +90,12 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "nothing", "--world", "colours=99"], "99"),
         (["parity", "nothing", "neither"], "neither"),
         (["inspect", "nothing"], "nothing"),
+        (["bench", "nothing"], "nothing"),
+        (["bench", "--vs", "nothing"], "nothing"),
+        (["bench", "--runs", "0"], "--runs is 0"),
+        (["bench", "--batch", "1,0"], "--batch is 1,0"),
+        (["bench", "--batch", ""], "--batch is "),
+        (["bench", "--top-k", "3"], "top_k is 3"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

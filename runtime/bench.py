@@ -1,0 +1,327 @@
+"""`d2m bench`: cold start, images, steps, blocks and memory of a bundle, alone or against another.
+
+The other is meant to be the dense model exported the same way. Both take turns, the first of a turn
+changing from turn to turn, so that a busy machine slows both; ratios are medians over pairs, other
+bundle's seconds by this one's: above 1 this one is faster.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from runtime.blocktimes import BlockTimer
+from runtime.blocktimes import table as block_table
+from runtime.bundle import Bundle
+from runtime.coldstart import cold, peak
+from runtime.pipeline import Pipeline, default_bundle
+
+Progress = Callable[[str, int, int], None]
+Rows = dict[str, list[dict[str, float | None]]]
+PROMPT = "a red circle above a blue square"
+NAMES = ("bundle", "vs")
+SAME = ("compute_dtype", "storage_dtype")  # in a fair comparison
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every process and every turn draws with."""
+
+    backend: str = "auto"
+    threads: int | None = None
+    prompt: str = PROMPT
+    knobs: dict[str, Any] = field(default_factory=dict)  # steps, guidance, height, width
+
+
+def bench(
+    bundle: str | os.PathLike[str] | None = None,
+    vs: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    runs: int = 5,
+    batches: Sequence[int] = (1,),
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    top_k: int | None = None,
+    kappa: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure `bundle` (None: the embedded one), and `vs` beside it.
+
+    Args:
+        runs: cold starts, and turns of every other measurement after one that warms up; from 1.
+        batches: images drawn at a time.
+        steps, height, width: the bundle's own by default, for `vs` too; guidance is the bundle's.
+        top_k, kappa: of `bundle` alone; a dense one has none.
+
+    Returns settings, machine, and for "bundle" and "vs" facts, cold (seconds, MiB), images (by
+    batch), blocks (see runtime.blocktimes) and memory; with `vs` ratios, and what else than the
+    method differs between the two. Raises what opening and drawing raise, with one sentence.
+    """
+    if runs < 1:
+        raise ValueError(f"--runs is {runs}, expected 1 or more")
+    if not batches or min(batches) < 1:
+        raise ValueError(f"--batch is {','.join(map(str, batches))}, expected numbers from 1")
+    paths = dict(zip(NAMES, (bundle or default_bundle(), *((vs,) if vs else ()))))
+    tell = progress or (lambda phase, done, total: None)
+    opened = {
+        name: Pipeline(path, backend, threads=threads, max_batch=max(batches))
+        for name, path in paths.items()
+    }
+    defaults = opened["bundle"].manifest["defaults"]
+    knobs = {
+        "steps": steps or defaults["steps"],
+        "guidance": defaults["guidance"],
+        "height": height or defaults["height"],
+        "width": width or defaults["width"],
+    }
+    own = {"top_k": top_k, "kappa": kappa}
+    settings = {
+        name: Settings(backend, threads, PROMPT, knobs | (own if name == "bundle" else {}))
+        for name in paths
+    }
+    for name, pipeline in opened.items():  # refuses what cannot be drawn, before the long part
+        pipeline.warm()
+        pipeline(PROMPT, seed=0, **settings[name].knobs | {"steps": 1})
+
+    colds = take_turns(
+        paths, runs, lambda name, turn: cold(paths[name], asdict(settings[name])), tell, "cold"
+    )
+    images = {}
+    for batch in batches:
+
+        def draw(name: str, turn: int, batch: int = batch) -> dict[str, float | None]:
+            return drawn(opened[name], batch, turn, settings[name].knobs)
+
+        found = take_turns(paths, runs, draw, tell, f"batch {batch}", warm_up=True)
+        images[batch] = found
+    timers = {
+        name: BlockTimer(opened[name], step_inputs(opened[name], settings[name].knobs), k)
+        for name, k in zip(paths, (top_k, None))
+    }
+    blocks: dict[str, list[dict[str, list[float]]]] = {name: [] for name in paths}
+
+    def block_turn(name: str, turn: int) -> dict[str, float | None]:
+        seconds = timers[name].turn()
+        if turn >= 0:
+            blocks[name].append(seconds)
+        return {}
+
+    take_turns(paths, runs, block_turn, tell, "blocks", warm_up=True)
+
+    answer: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {"runs": runs, "prompt": PROMPT, **knobs, **own},
+    }
+    for name, pipeline in opened.items():
+        kept = kappa if name == "bundle" and kappa else pipeline.manifest.get("kappa")
+        answer[name] = {
+            **facts(pipeline),
+            "cold": medians(colds[name]),
+            "images": {str(batch): medians(found[name]) for batch, found in images.items()},
+            "blocks": block_table(pipeline, blocks[name], kept),
+            "memory": memory(pipeline, colds[name]),
+        }
+    if "vs" in opened:
+        answer["ratios"] = {
+            "cold": ratios(colds),
+            "images": {str(batch): ratios(found) for batch, found in images.items()},
+            "blocks": block_ratios(blocks),
+        }
+        answer["differences"] = differences(opened)
+    return answer
+
+
+def take_turns(
+    names: Iterable[str],
+    runs: int,
+    measure: Callable[[str, int], dict[str, float | None]],
+    tell: Progress,
+    phase: str,
+    warm_up: bool = False,
+) -> Rows:
+    """`measure(name, turn)` for every name in every turn; turn -1, if any, is thrown away."""
+    order = list(names)
+    rows: Rows = {name: [] for name in order}
+    tell(phase, 0, runs)
+    for turn in range(-1 if warm_up else 0, runs):
+        for name in order if turn % 2 == 0 else reversed(order):
+            row = measure(name, turn)
+            if turn >= 0:
+                rows[name].append(row)
+        tell(phase, turn + 1, runs)
+    return rows
+
+
+def drawn(
+    pipeline: Pipeline, batch: int, turn: int, knobs: dict[str, Any]
+) -> dict[str, float | None]:
+    """One call: seconds an image, and seconds a step of the whole batch."""
+    marks: list[float] = []
+
+    def note(phase: str, done: int, total: int) -> None:
+        if phase == "denoise":
+            marks.append(time.perf_counter())
+
+    start = time.perf_counter()
+    pipeline(PROMPT, seed=turn + 1, n=batch, progress=note, **knobs)
+    total = time.perf_counter() - start
+    return {"image_s": total / batch, "step_s": (marks[-1] - marks[0]) / (len(marks) - 1)}
+
+
+def step_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer's inputs in the first step of one image, as its executor takes them."""
+    from runtime import flux
+    from runtime.arguments import check_request
+
+    request = check_request(pipeline.manifest, PROMPT, **knobs)
+    states, pooled = pipeline.encode([PROMPT])
+    noise = flux.noise([0], pipeline.manifest["latents"]["channels"], *request.latent_size)
+    sigmas = flux.sigmas(pipeline.manifest["scheduler"], len(request.top_k), noise.shape[1])
+    feed = pipeline.feeds(noise, states, pooled, sigmas[:1], request.latent_size, request.guidance)[
+        0
+    ]
+    return pipeline.cast(feed)
+
+
+def medians(rows: list[dict[str, float | None]]) -> dict[str, Any]:
+    """Median of every figure, and lowest and highest of first images and steps; steps a second."""
+    answer: dict[str, Any] = {}
+    for figure in rows[0]:
+        values = [value for row in rows if (value := row[figure]) is not None]
+        answer[figure] = round(statistics.median(values), 5) if values else None
+        if figure in ("first_image_s", "image_s", "step_s"):
+            answer[f"{figure}_range"] = [round(min(values), 5), round(max(values), 5)]
+    if answer.get("step_s"):
+        answer["steps_per_s"] = round(1 / answer["step_s"], 2)
+    return answer
+
+
+def ratios(rows: Rows) -> dict[str, Any]:
+    """vs by bundle, turn by turn: median, lowest and highest."""
+    answer = {}
+    for figure in rows["bundle"][0]:
+        pairs = [
+            other / ours
+            for row, against in zip(rows["bundle"], rows["vs"], strict=True)
+            if (ours := row[figure]) and (other := against[figure])
+        ]
+        if pairs:
+            answer[figure.removesuffix("_s").removesuffix("_mib")] = spread(pairs)
+    return answer
+
+
+def block_ratios(blocks: dict[str, list[dict[str, list[float]]]]) -> dict[str, Any]:
+    """The same for block types that both have, by the median call of a turn."""
+    answer = {}
+    for kind in blocks["bundle"][0]:
+        if kind in blocks["vs"][0]:
+            answer[kind] = spread(
+                statistics.median(other[kind]) / statistics.median(ours[kind])
+                for ours, other in zip(blocks["bundle"], blocks["vs"], strict=True)
+            )
+    return answer
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Median and range."""
+    found = sorted(values)
+    return {
+        "median": round(statistics.median(found), 3),
+        "range": [round(found[0], 3), round(found[-1], 3)],
+    }
+
+
+def memory(pipeline: Pipeline, colds: list[dict[str, float | None]]) -> dict[str, Any]:
+    """MiB: weights on disk, the most a fresh process held, what executors hold on a device.
+
+    process_peak_mib is of this process, which has opened both bundles.
+    """
+    bundle: Bundle = pipeline.bundle
+    files = pipeline.manifest["files"].items()
+    weights = sum(row["size"] for name, row in files if name.endswith(".safetensors"))
+    peaks = [row["peak_mib"] for row in colds if row["peak_mib"] is not None]
+    held = [device_bytes(pipeline.executor(name)) for name in bundle.manifest["components"]]
+    on_device = [size for size in held if size is not None]
+    here = peak()
+    return {
+        "weights_mib": round(weights / (1 << 20), 1),
+        "peak_mib": round(statistics.median(peaks), 1) if peaks else None,
+        "device_mib": round(sum(on_device) / (1 << 20), 1) if on_device else None,
+        "process_peak_mib": round(here, 1) if here is not None else None,
+    }
+
+
+def device_bytes(executor: Any) -> int | None:
+    """What an executor of plans holds on its device; None for one that has no device memory."""
+    from runtime.arena import SIZES, aligned
+
+    held = getattr(executor, "memory", None)
+    if held is None:
+        return None
+    weights = (aligned(held.tensors.find(name).size * SIZES[dtype]) for name, dtype in held.weights)
+    return sum(weights) + sum(size for _, size in held.regions.values())
+
+
+def facts(pipeline: Pipeline) -> dict[str, Any]:
+    """What a bundle is, and what it ran on."""
+    names = ("name", "kind", "compute_dtype", "storage_dtype", "top_k", "kappa", "parameters")
+    return {
+        "path": str(pipeline.bundle.path),
+        "digest": pipeline.bundle.digest,
+        "backend": pipeline.backend,
+        **{name: pipeline.manifest.get(name) for name in names},
+    }
+
+
+def differences(opened: dict[str, Pipeline]) -> list[str]:
+    """What else than the method differs: a ratio says less about it then."""
+    ours, other = (opened[name] for name in NAMES)
+    found = [
+        f"{name}: {ours.manifest[name]} against {other.manifest[name]}"
+        for name in SAME
+        if ours.manifest[name] != other.manifest[name]
+    ]
+    if ours.backend != other.backend:
+        found.append(f"backend: {ours.backend} against {other.backend}")
+    if other.manifest["kind"] != "dense":
+        found.append(f"kind: the baseline is {other.manifest['kind']}, expected dense")
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import numpy
+
+    from runtime.executor import gpu_count
+    from runtime.threads import physical_cores
+
+    return {
+        "cores": physical_cores(),
+        "gpus": gpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        **libraries(),
+    }
+
+
+def libraries() -> dict[str, str]:
+    """Releases of the backends' libraries that are installed."""
+    import importlib.metadata
+
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
