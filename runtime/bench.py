@@ -8,24 +8,22 @@ bundle's seconds by this one's: above 1 this one is faster.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from runtime.benchfacts import differences, facts, machine, memory
 from runtime.blocktimes import BlockTimer
 from runtime.blocktimes import table as block_table
-from runtime.bundle import Bundle
-from runtime.coldstart import cold, peak
+from runtime.coldstart import cold
 from runtime.pipeline import Pipeline, default_bundle
 
 Progress = Callable[[str, int, int], None]
 Rows = dict[str, list[dict[str, float | None]]]
 PROMPT = "a red circle above a blue square"
 NAMES = ("bundle", "vs")
-SAME = ("compute_dtype", "storage_dtype")  # in a fair comparison
 
 
 @dataclass(frozen=True)
@@ -237,91 +235,3 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
         "median": round(statistics.median(found), 3),
         "range": [round(found[0], 3), round(found[-1], 3)],
     }
-
-
-def memory(pipeline: Pipeline, colds: list[dict[str, float | None]]) -> dict[str, Any]:
-    """MiB: weights on disk, the most a fresh process held, what executors hold on a device.
-
-    process_peak_mib is of this process, which has opened both bundles.
-    """
-    bundle: Bundle = pipeline.bundle
-    files = pipeline.manifest["files"].items()
-    weights = sum(row["size"] for name, row in files if name.endswith(".safetensors"))
-    peaks = [row["peak_mib"] for row in colds if row["peak_mib"] is not None]
-    held = [device_bytes(pipeline.executor(name)) for name in bundle.manifest["components"]]
-    on_device = [size for size in held if size is not None]
-    here = peak()
-    return {
-        "weights_mib": round(weights / (1 << 20), 1),
-        "peak_mib": round(statistics.median(peaks), 1) if peaks else None,
-        "device_mib": round(sum(on_device) / (1 << 20), 1) if on_device else None,
-        "process_peak_mib": round(here, 1) if here is not None else None,
-    }
-
-
-def device_bytes(executor: Any) -> int | None:
-    """What an executor of plans holds on its device; None for one that has no device memory."""
-    from runtime.arena import SIZES, aligned
-
-    held = getattr(executor, "memory", None)
-    if held is None:
-        return None
-    weights = (aligned(held.tensors.find(name).size * SIZES[dtype]) for name, dtype in held.weights)
-    return sum(weights) + sum(size for _, size in held.regions.values())
-
-
-def facts(pipeline: Pipeline) -> dict[str, Any]:
-    """What a bundle is, and what it ran on."""
-    names = ("name", "kind", "compute_dtype", "storage_dtype", "top_k", "kappa", "parameters")
-    return {
-        "path": str(pipeline.bundle.path),
-        "digest": pipeline.bundle.digest,
-        "backend": pipeline.backend,
-        **{name: pipeline.manifest.get(name) for name in names},
-    }
-
-
-def differences(opened: dict[str, Pipeline]) -> list[str]:
-    """What else than the method differs: a ratio says less about it then."""
-    ours, other = (opened[name] for name in NAMES)
-    found = [
-        f"{name}: {ours.manifest[name]} against {other.manifest[name]}"
-        for name in SAME
-        if ours.manifest[name] != other.manifest[name]
-    ]
-    if ours.backend != other.backend:
-        found.append(f"backend: {ours.backend} against {other.backend}")
-    if other.manifest["kind"] != "dense":
-        found.append(f"kind: the baseline is {other.manifest['kind']}, expected dense")
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import numpy
-
-    from runtime.executor import gpu_count
-    from runtime.threads import physical_cores
-
-    return {
-        "cores": physical_cores(),
-        "gpus": gpu_count(),
-        "load": [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else [],
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        **libraries(),
-    }
-
-
-def libraries() -> dict[str, str]:
-    """Releases of the backends' libraries that are installed."""
-    import importlib.metadata
-
-    found = {}
-    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

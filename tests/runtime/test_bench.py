@@ -10,7 +10,7 @@ import pytest
 from hostdevice import TARGET, HostContext, HostDevice, bundle_with_plans
 
 from d2m.cli import main
-from runtime import bench, coldstart
+from runtime import bench, benchfacts, coldstart
 from runtime.blocktimes import BlockTimer, table
 from runtime.pipeline import Pipeline
 from runtime.trt import Plans
@@ -76,7 +76,7 @@ def test_turns_alternate_and_the_first_only_warms_up() -> None:
 def test_differences_are_told(tiny_bundle: Path) -> None:
     ours, other = Pipeline(tiny_bundle), Pipeline(tiny_bundle)
     other.manifest = other.manifest | {"storage_dtype": "bfloat16"}
-    assert bench.differences({"bundle": ours, "vs": other}) == [
+    assert benchfacts.differences({"bundle": ours, "vs": other}) == [
         "storage_dtype: float32 against bfloat16",
         "kind: the baseline is sparse, expected dense",
     ]
@@ -122,12 +122,12 @@ def test_plans_are_timed_too_and_their_memory_counted(tiny_bundle: Path, tmp_pat
     pipeline = Pipeline(bundle, "ort")
     feed = bench.step_inputs(pipeline, KNOBS)
     pipeline._executors["transformer"] = plans
-    assert bench.device_bytes(plans) == 0
+    assert benchfacts.device_bytes(plans) == 0
     turn = BlockTimer(pipeline, feed, 1).turn()
     assert {kind: len(times) for kind, times in turn.items()} == {
         "embed": 1, "double": 2, "single": 2, "final": 1,
     }  # fmt: skip
-    held = bench.device_bytes(plans)
+    held = benchfacts.device_bytes(plans)
     allocated = sum(len(array) - 256 for array in device.memory.values())
     assert held == allocated > 0
 
