@@ -242,7 +242,7 @@ def doctor(
 @app.command()
 def export(
     sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
-    out: options.BundleOut,
+    out: options.BundleOut = None,
     trt: options.Trt = False,
     trt_rtx: options.TrtRtx = False,
     plugin: options.Plugin = False,
@@ -253,10 +253,36 @@ def export(
     plan_dtype: options.PlanDtype = None,
     storage: options.Storage = None,
     link: options.Link = False,
+    triton_repo: options.TritonRepo = None,
+    triton_instances: options.TritonInstances = 1,
+    triton_batch: options.TritonBatch = 8,
+    triton_bundle: options.TritonBundle = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest."""
+    """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest.
+
+    With --triton-repo DIR also a model repository around it; SPARSE may be a bundle then.
+    """
+    ready = (sparse / "manifest.json").is_file()
+    if out is None and not (ready and triton_repo is not None):
+        raise ValueError("the bundle's directory is not given; add -o BUNDLE")
+    if out is not None and ready:
+        raise ValueError(f"{str(sparse)!r} is a bundle already; leave -o {out} out")
+    repository: dict[str, Any] = {
+        "instances": triton_instances,
+        "max_batch": triton_batch,
+        "at": triton_bundle,
+    }
+    if triton_repo is not None:
+        from export.nvtriton import check_options, write_repository
+
+        check_options(**repository)
+        if out is None:
+            answer = write_repository(sparse, triton_repo, **repository)
+            print_json(answer) if json_ else print_tree(answer)
+            return
+    assert out is not None
     capabilities, portable = options.capabilities(sm)
     choices = options.numbers("--top-k", top_k)
     from d2m.early import check_export
@@ -282,6 +308,8 @@ def export(
             storage=storage,
             progress=progress,
         )
+    if triton_repo is not None:
+        answer["triton"] = write_repository(out, triton_repo, **repository)
     print_json(answer) if json_ else print_tree(answer)
 
 

@@ -156,7 +156,19 @@ Blocks = Annotated[
 ]
 TextTokens = Annotated[int | None, typer.Option("--text-tokens", help="Length of the text.")]
 # Exporting
-BundleOut = Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to write.")]
+BundleOut = Annotated[Path | None, typer.Option("-o", "--out", help="Bundle directory to write.")]
+TritonRepo = Annotated[
+    Path | None,
+    typer.Option("--triton-repo", help="Model repository of NVIDIA Triton Inference Server."),
+]
+TritonInstances = Annotated[
+    int, typer.Option("--triton-instances", help="Processes that draw, of every GPU or the CPU.")
+]
+TritonBatch = Annotated[int, typer.Option("--triton-batch", help="Images drawn together.")]
+TritonBundle = Annotated[
+    str | None,
+    typer.Option("--triton-bundle", help="Where the server finds the bundle; else put beside it."),
+]
 Trt = Annotated[
     bool, typer.Option("--trt", help="Plans by TensorRT, or TensorRT-RTX where that is missing.")
 ]
