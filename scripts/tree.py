@@ -23,6 +23,7 @@ REMARKS = {
     "runtime/": "numpy: a bundle becomes an image; no torch, no diffusers",
     "runtime/default/": "the bundle that ships with the package",
     "models/shapes-dense/": "the embedded dense teacher, a diffusers FluxPipeline",
+    "docs/": "guide, tutorial, specifications, troubleshooting; its commands run in a test",
     "results/": "figures of the benchmarks, as JSON",
     "scripts/": "what is run by hand",
     "scripts/demo": "the whole way in one command",
