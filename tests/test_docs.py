@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -114,7 +115,7 @@ def run_document(document: Path, folder: Path, *, slow: bool) -> int:
             elif box.language == "bash" and not (document == README and box.line == 1):
                 for command in box.commands():
                     if can_run(command):
-                        run(command, names, short=True)
+                        run(command, names, short="slow" in box.marks)
                         count += 1
     return count
 
@@ -146,6 +147,65 @@ def test_whole_documents_run(
 ) -> None:
     """Every box that needs nothing from elsewhere, with fewer steps and pictures."""
     assert run_document(document, tmp_path, slow=True) > 0
+
+
+def sentences() -> list[str]:
+    """Every string in our sources, `…` in place of what an f-string fills in."""
+    found = []
+    for package in ("d2m", "calib", "export", "runtime"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def quoted() -> list[str]:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    return re.findall(r"^\| `([^`]+)` \|", text, re.M)
+
+
+def test_every_quoted_sentence_stands_in_the_code() -> None:
+    """Pieces between `…` in order, in one string of the code."""
+    everything = sentences()
+    assert len(quoted()) > 30
+    for sentence in quoted():
+        pieces = [piece.strip() for piece in sentence.split("…") if len(piece.strip()) > 1]
+        assert sum(map(len, pieces)) > 20, f"too little of a sentence: {sentence}"
+        pattern = re.compile(".*".join(map(re.escape, pieces)), re.S)
+        assert any(pattern.search(text) for text in everything), f"nowhere in the code: {sentence}"
+
+
+def test_the_bundles_specification_names_every_field() -> None:
+    text = (ROOT / "docs" / "bundle.md").read_text()
+    manifest = json.loads((ROOT / "runtime/default/manifest.json").read_text())
+    component = manifest["components"]["transformer"]
+    named = {*manifest, *component, *component["types"]["double"], *component["program"][0]}
+    for section in ("defaults", "latents", "parameters"):
+        named |= {*manifest[section]}
+    named |= {*manifest["tokenizers"]["tokenizer"]}
+    assert not [name for name in named if f"`{name}`" not in text]
+    assert f"version {manifest['format']}" in text
+
+
+def test_the_ops_specification_is_its_schema() -> None:
+    from export.schema import INPUTS, OP, OPSET, TYPES, VERSION
+
+    text = (ROOT / "docs" / "op.md").read_text()
+    assert f"d2m::{OP}, version {VERSION}" in text and OPSET
+    names = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16", "double": "float64"}
+    shown = set()
+    for name, kind, what in INPUTS:
+        shape = re.search(r"\[.*\]", what)
+        assert shape
+        listed = ", ".join(names[t.removeprefix("tensor(").rstrip(")")] for t in TYPES[kind])
+        cell = kind if kind in shown else f"{kind}: {listed}"
+        shown.add(kind)
+        assert f"| input | `{name}` | {shape[0]} | {cell} |" in text
 
 
 def test_marks_without_reason_are_found(tmp_path: Path) -> None:
