@@ -97,7 +97,7 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
 
 
 def encode_images(pipe: FluxPipeline, images: Tensor) -> Tensor:
-    """Images uint8 [B, S, S, 3] -> packed latents [B, T, C], as FluxPipeline decodes them.
+    """Images uint8 [B, H, W, 3] -> packed latents [B, T, C], as FluxPipeline decodes them.
 
     The posterior's mean, minus shift_factor, times scaling_factor, in 2 x 2 patches.
     """

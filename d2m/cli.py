@@ -55,32 +55,44 @@ def convert(
     resume: options.Resume = False,
     report: options.Report = True,
     data: options.Data = "shapes",
-    score: options.Score = 120,
+    cache: options.Cache = None,
+    size: options.Size = None,
+    shuffle: options.Shuffle = 1000,
+    skip: options.Skip = 100,
+    columns: options.Columns = None,
+    score: options.Score = None,
     compare: options.Compare = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Turn the dense pipeline DENSE into a sparse one and distil it."""
-    if data != "shapes":
-        raise ValueError(f"--data is {data!r}, expected shapes, the only training data so far")
     if init_only and steps is not None:
         raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
-    if score < 0:
+    if score is not None and score < 0:
         raise ValueError(f"--score is {score}, expected a number of pictures, 0 for none")
     from d2m.pareto import known_rows
 
     known = known_rows(compare) if compare else ()
-    from calib.batches import shapes_batches
+    from calib.data import chosen as chosen_data
     from calib.importance import chosen
     from calib.statistics import routing_table
     from calib.suite import evaluate as judge
-    from calib.world import CATEGORIES, World, eval_scenes
     from d2m.convert import convert as function
+    from d2m.dense import locate
+    from d2m.draw import drawing_defaults
     from d2m.recipe import Recipe
 
-    def batches(pipe: Any, seed: int) -> Any:
-        return shapes_batches(pipe, seed=seed)
-
+    taught = chosen_data(
+        data,
+        lambda: drawing_defaults(locate(dense)),
+        cache=cache,
+        size=size,
+        buffer=shuffle,
+        skip=skip,
+        columns=columns,
+        log=say,
+    )
+    judged = (120 if data == "shapes" else 0) if score is None else score
     neurons, scores, label = chosen(importance)
     made: Any = recipe or preset
     facts: dict[str, Any] = {}
@@ -93,7 +105,7 @@ def convert(
                 out,
                 budget,
                 made,
-                batches,
+                taught.batches,
                 neurons,
                 seed=seed,
                 resume=resume,
@@ -130,7 +142,7 @@ def convert(
             dense,
             out,
             made,
-            batches,
+            taught.batches,
             neurons,
             steps=steps,
             stages=[name.strip() for name in stages.split(",") if name.strip()],
@@ -138,15 +150,17 @@ def convert(
             init_only=init_only,
             seed=seed,
             resume=resume,
-            statistics=partial(routing_table, categories=tuple(CATEGORIES)),
-            score=(lambda draw: judge(draw, score, 0)[0]) if score else None,
-            prompts=[scene.caption for scene in eval_scenes(World(), 6, 0)],
+            statistics=partial(routing_table, categories=taught.categories),
+            score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
+            prompts=taught.prompts(6) if report else (),
+            data=taught.label,
             known=known,
             report=report,
             progress=progress,
             log=say,
         )
     answer |= {"budget": facts} if facts else {}
+    answer |= {"data": found} if (found := taught.facts()) else {}
     print_json(answer) if json_ else print_tree(brief(answer))
 
 

@@ -35,6 +35,7 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "datasets": "data",
 }
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

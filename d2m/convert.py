@@ -60,6 +60,7 @@ def convert(
     prompts: Sequence[str] = (),
     known: Sequence[Mapping[str, Any]] = (),
     report: bool = True,
+    data: str | None = None,
     device: str = "auto",
     save_seconds: float = 60.0,
     progress: Progress | None = None,
@@ -85,6 +86,7 @@ def convert(
             e.g. `calib.statistics.routing_table`.
         score: (draw) -> score, run on the dense and the sparse pipeline for the report.
         prompts: what the report draws with both.
+        data: tells the data of `batches` from others, for a resume; None for shapes.
         known: other models, as `d2m.pareto.known_rows` reads them, for the report's plot.
         save_seconds: time between training checkpoints.
 
@@ -108,7 +110,10 @@ def convert(
     dense_path = locate(dense_dir)
     family = dense_family(dense_path, recipe)
     _need_torch()
-    identity = identity_of(work, dense_path, recipe, Path(start) if start else None)
+    facts_of_data = {} if data is None else {"data": data}
+    identity = identity_of(
+        work, dense_path, recipe, Path(start) if start else None, **facts_of_data
+    )
     from d2m.start import first_student, kept_importance, start_importance
 
     seconds: dict[str, float] = {}

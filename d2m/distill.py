@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2m import checkpoint, learner, trainlog
 from d2m.features import block_features, feature_errors, feature_names, group_feature_names
-from d2m.flow import generator_at, noisy
+from d2m.flow import generator_at, training_point
 from d2m.grouping import dense_name
 from d2m.groups import block_groups
 from d2m.inputs import transformer_inputs
@@ -52,7 +52,8 @@ def distill(
         student: a sparse FLUX transformer.
         teacher: the dense one, only run.
         batches: (step, batch size) -> dict of latents [B, T, C] (clean, packed), the transformer's
-            encoder_hidden_states, pooled_projections, img_ids, txt_ids, and maybe guidance [B]. A
+            encoder_hidden_states, pooled_projections, img_ids, txt_ids, and maybe guidance [B], or
+            noisy [B, T, C] and time [B] where no noise is to be drawn (`flow.training_point`). A
             pure function of its arguments; `step` counts through all stages.
         workdir: gets `checkpoints/` (d2m.checkpoint) and `log.jsonl` (d2m.trainlog).
         resume: go on from the last whole checkpoint instead of starting from the beginning.
@@ -132,7 +133,7 @@ def distill(
                 while step < stage.steps:
                     draw = generator_at(seed, index, step)
                     batch = batches(past + step, stage.batch_size)
-                    x, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
+                    x, t = training_point(batch, draw, recipe.t_mean, recipe.t_std)
                     inputs = transformer_inputs(teacher, batch, x, t)
                     with amp:
                         with torch.no_grad():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,3 +36,17 @@ def noisy(
     t, noise = t.to(latents.device), noise.to(latents.device, latents.dtype)
     at = t[:, None, None].to(latents.dtype)
     return torch.lerp(latents, noise, at), t, noise - latents
+
+
+def training_point(
+    batch: Mapping[str, Tensor], generator: torch.Generator, mean: float, std: float
+) -> tuple[Tensor, Tensor]:
+    """Where teacher and student are compared: (x_t [B, T, C], t [B]).
+
+    The batch's own `noisy` and `time` where it has them, points of the teacher's own way; else
+    `noisy(latents)`.
+    """
+    if "noisy" in batch:
+        return batch["noisy"], batch["time"]
+    x, t, _ = noisy(batch["latents"], generator, mean, std)
+    return x, t

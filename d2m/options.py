@@ -140,8 +140,27 @@ Importance = Annotated[
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="Seed, in place of the recipe's.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")]
 Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")]
-Data = Annotated[str, typer.Option("--data", help="Training data; only shapes so far.")]
-Score = Annotated[int, typer.Option("--score", help="Pictures judged for the report, 0 for none.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="shapes, prompts.txt, a folder, .tar shards, or a Hugging Face dataset."
+    ),
+]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder that keeps encodings of --data.")
+]
+Size = Annotated[
+    int | None, typer.Option("--size", help="Pixels of --data's pictures; the pipeline's own.")
+]
+Shuffle = Annotated[int, typer.Option("--shuffle", help="Samples of --data mixed in a buffer.")]
+Skip = Annotated[int, typer.Option("--skip", help="Unreadable samples left out before it stops.")]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="PICTURE,CAPTION: columns or endings of --data.")
+]
+Score = Annotated[
+    int | None,
+    typer.Option("--score", help="Shapes judged for the report; 120 with --data shapes, else 0."),
+]
 Compare = Annotated[
     Path | None,
     typer.Option("--compare", help="summary.json of other models for the report's plot."),

@@ -19,6 +19,7 @@ KNOWN = {
     "dense": "another dense model",
     "start": "another start",
     "importance": "another importance",
+    "data": "other training data",
 }
 
 

@@ -1,0 +1,142 @@
+"""Data-free training data: latents that the dense model makes itself, on its way from noise.
+
+For every prompt the teacher draws once, through FluxPipeline itself and as the pipeline directory
+says; what a student learns from are points of that way, with the times that the scheduler put them
+at. The data are thus what both models meet when they draw. Letters: B batch, T image tokens, C
+packed channels, S denoising steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.cache import digest_of, kept, key_of
+from calib.encodings import Encoding, check_size, collate, text_encoder
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+    from torch import Tensor
+
+POINTS = 4  # ours: of one way, in neighbouring places of a batch: a way costs S runs of the teacher
+ROUNDS = 8  # ours: epochs in which a prompt begins with other noise; then the cache has all of them
+HELD = 2  # ways in memory: batches may end in the middle of one
+
+
+def trajectory(
+    pipe: FluxPipeline,
+    text: Encoding,
+    noise: Tensor,
+    settings: Mapping[str, Any],
+) -> Encoding:
+    """The teacher's way from `noise` [T, C]: `states` [S + 1, T, C], the last one the latents of
+    the picture, and `times` [S + 1] from about 1, pure noise, to 0.
+
+    text: of one prompt, as `calib.encodings.text_encoder` makes it; settings: the fields of
+    `d2m.draw.drawing_defaults`.
+    """
+    import torch
+
+    device = pipe.transformer.device
+    states = [noise[None].to(device)]
+
+    def keep(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        states.append(tensors["latents"].clone())
+        return {}
+
+    pipe(
+        prompt_embeds=text["encoder_hidden_states"][None].to(device),
+        pooled_prompt_embeds=text["pooled_projections"][None].to(device),
+        latents=states[0],
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["num_inference_steps"],
+        guidance_scale=settings["guidance_scale"],
+        output_type="latent",
+        callback_on_step_end=keep,
+    )
+    times = pipe.scheduler.sigmas.float().cpu()
+    return {"states": torch.cat(states).cpu(), "times": times}
+
+
+def trajectory_decoder(
+    pipe: FluxPipeline,
+    seed: int,
+    settings: Mapping[str, Any],
+    cache: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> Callable[[int, bytes, str], list[Encoding]]:
+    """A function: (epoch, no bytes, prompt) -> POINTS samples of one trajectory, a pure one.
+
+    A sample holds a prompt's text, `latents` [T, C] (where the way ends), `noisy` [T, C] and `time`
+    (a point of the way), `guidance`. ValueError for a size that the pipeline cannot draw.
+    """
+    import torch
+
+    from d2m.flow import generator_at
+
+    height, width = settings["height"], settings["width"]
+    check_size(pipe, height, width)
+    encode = text_encoder(pipe, settings["max_sequence_length"], cache, log)
+    teacher = digest_of(pipe.transformer) if cache else ""
+    scheduler = repr(sorted(pipe.scheduler.config.items(), key=lambda item: item[0]))
+    scale = pipe.vae_scale_factor
+    shape = (1, pipe.transformer.config.in_channels // 4, height // scale, width // scale)
+
+    @torch.no_grad()
+    def decode(epoch: int, nothing: bytes, prompt: str) -> list[Encoding]:
+        text = encode(prompt)
+        place = f"{seed}/{epoch % ROUNDS}"
+
+        def compute() -> Encoding:
+            drawn = torch.randn(shape, generator=generator_at(seed, "way", place, prompt))
+            noise = pipe._pack_latents(drawn, *shape)[0].to(pipe.transformer.dtype)
+            return trajectory(pipe, text, noise, settings)
+
+        def key() -> str:
+            return key_of(
+                "way", teacher, scheduler, repr(sorted(settings.items())), place, prompt,
+                *(text[name].float().numpy().tobytes() for name in sorted(text)),
+            )  # fmt: skip
+
+        way = kept(cache, "trajectories", key, compute, log)
+        states, times = way["states"], way["times"]
+        steps = len(states) - 1
+        picks = random.Random(f"{seed}/{epoch}/{prompt}")
+        chosen = picks.sample(range(steps), min(POINTS, steps))
+        chosen += [picks.randrange(steps) for _ in range(POINTS - len(chosen))]
+        guidance = torch.tensor(float(settings["guidance_scale"]))
+        return [
+            text
+            | {"latents": states[-1], "noisy": states[i], "time": times[i], "guidance": guidance}
+            for i in chosen
+        ]
+
+    return decode
+
+
+def trajectory_batches(
+    pipe: FluxPipeline,
+    prompts: Callable[[int, int], list[list[Encoding]]],
+    settings: Mapping[str, Any],
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """A function (step, batch size) -> batch, of `calib.feed.feed` over a trajectory decoder.
+
+    The batch is that of `calib.stream` with `noisy` [B, T, C], `time` [B] and `guidance` [B].
+    """
+    ways: dict[int, list[Encoding]] = {}
+
+    def batch(step: int, size: int) -> dict[str, Tensor]:
+        first, last = step * size // POINTS, ((step + 1) * size - 1) // POINTS
+        missing = [number for number in range(first, last + 1) if number not in ways]
+        for number in missing:
+            ways[number] = prompts(number, 1)[0]
+        slots = range(step * size, (step + 1) * size)
+        samples = [ways[slot // POINTS][slot % POINTS] for slot in slots]
+        for number in sorted(ways)[:-HELD]:
+            del ways[number]
+        return collate(pipe, samples, settings["height"], settings["width"])
+
+    return batch
