@@ -178,6 +178,24 @@ def brief(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
+def lora(
+    file: Annotated[Path, typer.Argument(metavar="LORA", help="LoRA as .safetensors.")],
+    onto: options.Onto,
+    out: options.LoraOut = None,
+    scale: options.Scale = 1.0,
+    lossy: options.Lossy = False,
+    steps: options.LoraSteps = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fuse a dense model's LoRA into a sparse pipeline, or a dense one; tell where it lies."""
+    from d2m.lora import lora as function
+
+    answer = function(file, onto, out, scale=scale, lossy=lossy, steps=steps)
+    print_json(answer) if json_ else print_tree(answer)
+
+
+@app.command()
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model directory, dense or sparse, or flux-dev.")

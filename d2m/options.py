@@ -166,6 +166,16 @@ Compare = Annotated[
     typer.Option("--compare", help="summary.json of other models for the report's plot."),
 ]
 SparseOut = Annotated[Path, typer.Option("-o", "--out", help="Sparse pipeline directory to write.")]
+# LoRA
+Onto = Annotated[str, typer.Option("--onto", help="Sparse or dense pipeline directory.")]
+LoraOut = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Pipeline directory to write; none: shares only.")
+]
+Scale = Annotated[float, typer.Option("--scale", help="Strength, times the LoRA's own.")]
+Lossy = Annotated[bool, typer.Option("--lossy", help="Leave out what the model has no place for.")]
+LoraSteps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps that OUT is drawn with by default.")
+]
 # Planning
 PlanPreset = Annotated[
     str | None, typer.Option("--preset", help="Recipe that comes with d2m for such a model.")

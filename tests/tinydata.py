@@ -56,7 +56,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def shards(path: Path, count: int = 12, each: int = 5) -> str:
-    """Tar shards of at most EACH samples, captions in .txt and .json by turns; their brace pattern."""
+    """Tar shards of EACH samples, captions in .txt and .json by turns; their brace pattern."""
     last = (count - 1) // each
     for shard in range(last + 1):
         files = {}

@@ -4,9 +4,9 @@ import os
 import signal
 
 import pytest
-import tinydata
 import torch
 
+import tinydata
 from calib.cache import digest_of, kept, key_of, read_lengths, write_lengths
 from calib.data import chosen
 from tiny import build_pipeline, tiny_transformer

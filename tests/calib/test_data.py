@@ -5,10 +5,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import tinydata
 import torch
 from PIL import Image
 
+import tinydata
 from calib.batches import encode_images
 from calib.data import chosen, source_of
 from calib.feed import Unreadable, feed
@@ -112,7 +112,7 @@ def test_pipeline_draws_from_the_same_conditions(pipe, place):
 
 
 def damaged(path: Path) -> Path:
-    """12 samples, of which a picture is cut off, one is none, a caption is missing, one is empty."""
+    """12 samples: a picture is cut off, one is none, a caption is missing, one is empty."""
     tinydata.folder(path)
     (path / "001.png").write_bytes(tinydata.png(1)[:200])
     (path / "004.png").write_bytes(b"this is no picture")
@@ -165,9 +165,7 @@ def test_an_error_of_ours_is_no_damaged_sample(tmp_path):
     assert not unreadable.reasons
 
 
-@pytest.mark.parametrize(
-    ("cut", "whole"), [(300, 0), (700, 0), (3000, 0), (10_000, 2), (12_288, 3)]
-)
+@pytest.mark.parametrize(("cut", "whole"), [(300, 0), (700, 0), (9999, 2), (12_288, 3)])
 def test_a_shard_that_ends_too_early(tmp_path, cut, whole):
     """What stands before the end is read; what is lost is at least one sample that is counted."""
     path = Path(tinydata.shards(tmp_path / "set", 12, 12).replace("{000..000}", "000"))
@@ -201,9 +199,8 @@ def test_rows_of_metadata_that_are_none(tmp_path):
 def test_tars_give_no_file_but_plain_ones(tmp_path):
     """Links are passed over, pickles are bytes that nothing opens."""
     path = tmp_path / "a.tar"
-    tinydata.tar(
-        path, {"a.png": tinydata.png(0), "a.txt": b"x", "b.pkl": b"\x80\x04.", "b.txt": b"y"}
-    )
+    pickled = {"b.pkl": b"\x80\x04.", "b.txt": b"y"}
+    tinydata.tar(path, {"a.png": tinydata.png(0), "a.txt": b"x"} | pickled)
     with tarfile.open(path, "a") as archive:
         for name, kind in (("c.png", tarfile.SYMTYPE), ("c.txt", tarfile.LNKTYPE)):
             member = tarfile.TarInfo(name)
@@ -291,7 +288,7 @@ def test_no_pictures():
 @pytest.mark.parametrize(
     ("how", "options", "words"),
     [
-        ("nothing/here", {}, "not there|cannot be opened"),
+        ("nothing/here", {}, "nothing/here cannot be opened as a dataset"),
         ("./nothing", {}, "'./nothing', which is not there"),
         ("empty", {}, "holds no picture"),
         ("empty.txt", {}, "holds no prompt"),
@@ -310,7 +307,10 @@ def test_no_pictures():
 )
 def test_refusals(how, options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if how == "nothing/here":  # no such folder: a name on the hub, which nobody shall ask
+        pytest.importorskip("datasets", reason="the extra data is not installed")
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     Path("empty").mkdir()
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes("gr\u00fcn".encode("latin-1"))

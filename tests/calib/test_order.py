@@ -12,7 +12,7 @@ from calib.source import Sample, Source
 
 
 def source_of(sizes, log=None, counted=None):
-    """Shards of these sizes; `log` gets every row that is read, `counted` every length asked for."""
+    """Shards of these sizes; `log` gets every row read, `counted` every length asked for."""
     names = tuple(f"shard {i}" for i in range(len(sizes)))
 
     def rows(shard, first):

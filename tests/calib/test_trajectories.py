@@ -1,10 +1,10 @@
 """Data-free mode: points of the teacher's own way, the ones that FluxPipeline goes through."""
 
 import pytest
-import tinydata
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+import tinydata
 from calib.data import chosen
 from calib.encodings import text_encoder
 from calib.trajectories import POINTS, trajectory
@@ -34,7 +34,7 @@ def batches(pipe, path, seed=0, **options):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_trajectory_is_the_pipelines_own(pipe, shift, monkeypatch):
-    """Its end is what FluxPipeline draws, and each step is an Euler step of the teacher's answer."""
+    """Its end is what FluxPipeline draws, each step an Euler step of the teacher's answer."""
     monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=shift))
     text = text_encoder(pipe, 16)("a photo of one red circle")
     noise = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))

@@ -18,7 +18,7 @@ from d2m.options import numbers, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("convert", "plan", "export", "run", "eval", "parity", "inspect", "doctor", "serve"),
+    *("convert", "lora", "plan", "export", "run", "eval", "parity", "inspect", "doctor", "serve"),
     *("keygen", "sign", "verify", "bench"),
 )
 
@@ -69,6 +69,9 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "nothing", "-o", "y", "--budget", "2"], "--budget is 2; expected a share of"),
         (["convert", "nothing", "-o", "y", "--init-only", "--steps", "3"], "--init-only"),
         (["convert", "nothing", "-o", "y", "--compare", "s.json"], "s.json is no file"),
+        (["convert", "nothing", "-o", "y", "--data", "./none"], "'./none', which is not there"),
+        (["convert", "nothing", "-o", "y", "--skip", "-1", "--data", "none.tar"], "none.tar"),
+        (["lora", "none.safetensors", "--onto", "nothing"], "nothing is no directory"),
         (["plan", "nothing"], "'nothing' is no directory"),
         (["plan", "flux-dev", "--preset", "XXL"], "preset 'XXL' is not known"),
         (["plan", "flux-dev", "--height", "1000"], "--height is 1000"),
