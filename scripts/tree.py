@@ -22,7 +22,6 @@ REMARKS = {
     "export/": "onnx: a sparse checkpoint becomes a bundle; parity",
     "runtime/": "numpy: a bundle becomes an image; no torch, no diffusers",
     "runtime/default/": "the bundle that ships with the package",
-    "docs/": "pages about training data and LoRAs; a test runs their commands",
     "models/shapes-dense/": "the embedded dense teacher, a diffusers FluxPipeline",
     "docs/": "guide, tutorial, specifications, troubleshooting; its commands run in a test",
     "results/": "figures of the benchmarks, as JSON",
