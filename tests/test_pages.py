@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from documents import ROOT, boxes, run
+from documents import ROOT, SMALLER, boxes, run
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_the_page_about_data(place: Path) -> None:
 
 def test_the_page_about_loras(place: Path) -> None:
     run_all("lora.md")
+    steps = int(SMALLER["--steps"])  # of `d2m lora` too
     for name in ("dense-8", "sparse-8", "sparse-8-free"):
         defaults = json.loads(Path(f"out/{name}/defaults.json").read_text())
-        assert defaults["num_inference_steps"] == 8 and defaults["height"] == 16
+        assert defaults["num_inference_steps"] == steps and defaults["height"] == 16
     assert "style.safetensors" in Path("out/styled/README.md").read_text()
