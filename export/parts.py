@@ -17,7 +17,7 @@ from export.comparison import Row, compare, measure, psnr
 from export.reference import Recording, to_unit
 from export.taps import tapped_bundle, tapped_plans
 from runtime.bundle import Bundle
-from runtime.executor import GPU_BACKENDS, open_component
+from runtime.executor import PLAN_BACKENDS, open_component
 from runtime.groups import choosing, groups_of, windows
 from runtime.pipeline import Pipeline
 from runtime.text import TextTokenizer
@@ -41,14 +41,14 @@ class Recorder(Pipeline):
 
 def plans_in_use(pipeline: Pipeline) -> str | None:
     """The target whose plans the pipeline runs; None with ONNX Runtime."""
-    if pipeline.backend not in GPU_BACKENDS:
+    if pipeline.backend not in PLAN_BACKENDS:
         return None
     return str(pipeline.executor("transformer").target)  # type: ignore[attr-defined]
 
 
 def open_blocks(bundle: Bundle, backend: str) -> Any:
     """The transformer's executor that can run one block alone: `executor.block(...)`."""
-    options: dict[str, Any] = {} if backend in GPU_BACKENDS else {"mode": "blocks"}
+    options: dict[str, Any] = {} if backend in PLAN_BACKENDS else {"mode": "blocks"}
     return open_component(bundle, "transformer", backend, **options)
 
 

@@ -31,20 +31,30 @@ def load(
     experts: str = "auto",
     verify: str = "cached",
     key: str | os.PathLike[str] | None = None,
+    offload: str | None = None,
 ) -> Pipeline:
     """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
 
-    `backend` is "auto", "ort", "trt-rtx" or "trt"; `threads` defaults to the D2M_THREADS
+    `backend` is "auto" or one of runtime.executor.BACKENDS; `threads` defaults to the D2M_THREADS
     environment variable, then to the physical cores this process may use; `experts` is "auto",
     "plans" or "cubins": how plans run the routed experts (see runtime.experts).
     `verify` "full" computes every file's hash anew rather than once for as long as the file
     stays; `key` is a public key's file by which the bundle must be signed (None: that of the
-    environment variable D2M_PUBLIC_KEY, if it is set).
+    environment variable D2M_PUBLIC_KEY, if it is set). `offload` "block" streams the
+    transformer's weights block by block, so that a model larger than memory draws (ort, ort-cuda).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     from runtime.pipeline import Pipeline
 
-    return Pipeline(bundle, backend, threads=threads, experts=experts, verify=verify, key=key)
+    return Pipeline(
+        bundle,
+        backend,
+        threads=threads,
+        experts=experts,
+        verify=verify,
+        key=key,
+        offload=offload,
+    )
 
 
 def run(

@@ -39,6 +39,16 @@ class Device:
         self.synchronize()
         self.check("freeing memory", *self.cuda.cudaFree(address))
 
+    def pinned(self, size: int) -> np.ndarray:
+        """`size` bytes of host memory that stay where they are, so that copies need no detour."""
+        pointer = self.check("pinning memory", *self.cuda.cudaHostAlloc(max(size, 1), 0))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(pointer)))
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Give back memory from `pinned`, after everything queued has run."""
+        self.synchronize()
+        self.check("freeing memory", *self.cuda.cudaFreeHost(array.ctypes.data))
+
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy a C-contiguous array to the device; it may be changed once this returns."""
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -134,7 +144,7 @@ def bindings() -> Any:
         from cuda.bindings import runtime
     except ImportError:
         raise ImportError(
-            "running plans needs cuda-bindings; install it with: pip install 'd2m[trt-rtx]'"
+            "running on a GPU needs cuda-bindings; install it with: pip install cuda-bindings"
         ) from None
     return runtime
 
@@ -152,7 +162,7 @@ def capability(cuda: Any) -> int:
     if int(error) or not count:
         reason = text(cuda, error) if int(error) else "the driver shows no device"
         raise OSError(
-            "running TensorRT plans needs an NVIDIA GPU with its driver, which this machine does"
+            "running on a GPU needs an NVIDIA one with its driver, which this machine does"
             f" not have ({reason}); use --backend ort."
         )
     error, device = cuda.cudaGetDevice()

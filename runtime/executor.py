@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.groups import per_sample
@@ -28,16 +29,27 @@ Value = TypeVar("Value")
 # name -> "module:factory"; factory(bundle, component, *, threads) -> Executor.
 BACKENDS = {
     "ort": "runtime.ort:open_component",
+    "ort-cuda": "runtime.ort:open_component_cuda",
     "trt-rtx": "runtime.trt:open_component_rtx",
     "trt": "runtime.trt:open_component",
 }
-# The Python module that a backend's plans were built with, and what installs it.
+# The Python module that a backend runs on, and its plans were built with, and what installs it.
 MODULES = {
     "ort": ("onnxruntime", "pip install onnxruntime"),
+    "ort-cuda": ("onnxruntime", "pip install 'd2m[gpu]'"),
     "trt-rtx": ("tensorrt_rtx", "pip install 'd2m[trt-rtx]'"),
     "trt": ("tensorrt", "pip install 'd2m[trt]'"),
 }
-GPU_BACKENDS = ("trt-rtx", "trt")  # in the order in which "auto" asks
+PLAN_BACKENDS = ("trt-rtx", "trt")
+GPU_BACKENDS = (*PLAN_BACKENDS, "ort-cuda")  # in the order in which "auto" asks
+# What a backend was run on so far. A backend that is not here has run nowhere.
+TRIED = {
+    "ort": "x86 CPUs: all tests, and every figure of the README",
+    "ort-cuda": "no GPU: tested on a CPU up to the provider itself, copies by a stand-in",
+    "trt-rtx": "no GPU: plans are built and read, launches go to a stand-in",
+    "trt": "nothing: TensorRT proper has not been at hand",
+}
+CUDA_LIBRARIES = ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")
 
 
 class Rows(Protocol[Value]):
@@ -70,27 +82,29 @@ class Executor(Protocol):
         ...
 
 
-def choose(bundle: Bundle, backend: str = "auto") -> tuple[str, str]:
+def choose(bundle: Bundle, backend: str = "auto", offload: str | None = None) -> tuple[str, str]:
     """The backend to use and why. Cheap: no GPU library is imported for it.
 
     Raises ValueError for a backend that does not exist, ImportError where its library is
-    missing. "auto" takes a GPU backend only where the bundle has plans for it, its library is
-    installed and the driver shows a device.
+    missing. "auto" takes a GPU backend only where its library is installed, the driver shows a
+    device and, for TensorRT, the bundle has plans for it and no block is to be streamed.
     """
     if backend == "auto":
-        reasons = []
+        reasons: list[str] = []
         for name in GPU_BACKENDS:
             reason = obstacle(bundle, name)
+            if offload == "block" and name in PLAN_BACKENDS:
+                reason = "it streams no blocks"
             if reason is None:
-                return name, f"{name}: plans, library and a GPU are there"
+                return name, "; ".join([*reasons, f"{name}: what it needs is there"])
             reasons.append(f"not {name}: {reason}")
         return "ort", "; ".join(reasons)
     if backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"the backend is {backend!r}, expected one of {known}.")
     module, cure = MODULES[backend]
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"backend {backend!r} needs {module}; install it with: {cure}")
+    if missing := not_installed(backend):
+        raise ImportError(f"backend {backend!r} needs {module}; {missing}; install it with: {cure}")
     return backend, "asked for"
 
 
@@ -98,12 +112,25 @@ def obstacle(bundle: Bundle, backend: str) -> str | None:
     """Why a GPU backend cannot be used here, as far as that is known without importing it."""
     module, _ = MODULES[backend]
     plans = bundle.manifest.get("plans", {})
-    if not any(plan["api"] == module for plan in plans.values()):
+    if backend in PLAN_BACKENDS and not any(plan["api"] == module for plan in plans.values()):
         return "the bundle has no plans for it"
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
+    if missing := not_installed(backend):
+        return missing
     if not gpu_count():
         return "no GPU is visible"
+    return None
+
+
+def not_installed(backend: str) -> str | None:
+    """What is missing of a backend's library, looked for without importing it."""
+    module, _ = MODULES[backend]
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        return f"{module} is not installed"
+    if backend == "ort-cuda":
+        folders = [Path(folder, "capi") for folder in spec.submodule_search_locations or ()]
+        if not any((folder / name).is_file() for folder in folders for name in CUDA_LIBRARIES):
+            return "this onnxruntime has no CUDA provider"
     return None
 
 

@@ -61,9 +61,9 @@ def check_experts(asked: str, backend: str | None = None) -> None:
     """ValueError for a choice that does not exist, or that a `backend` without plans has not."""
     if asked not in CHOICES:
         raise ValueError(f"the experts are {asked!r}, expected one of {', '.join(CHOICES)}.")
-    if asked != "auto" and backend == "ort":
+    if asked != "auto" and backend in ("ort", "ort-cuda"):
         raise ValueError(
-            f"the experts are {asked!r} but the backend is ort, which has no plans, expected"
+            f"the experts are {asked!r} but the backend is {backend}, which has no plans, expected"
             " trt-rtx or trt; leave --experts out."
         )
 

@@ -14,11 +14,19 @@ import numpy as np
 from runtime import flux
 from runtime.arguments import Request, check_request, read_latents
 from runtime.bundle import Bundle, open_bundle, required_key
-from runtime.executor import GPU_BACKENDS, Executor, batch_limit, choose, open_component
+from runtime.executor import (
+    GPU_BACKENDS,
+    PLAN_BACKENDS,
+    Executor,
+    batch_limit,
+    choose,
+    open_component,
+)
 from runtime.experts import check_experts
 from runtime.forecast import forecast
 from runtime.groups import known_beforehand
 from runtime.manifest import COMPONENTS
+from runtime.offload import check_offload
 from runtime.text import TextTokenizer
 from runtime.weights import to_dtype, to_float32
 
@@ -57,7 +65,9 @@ class Pipeline:
     by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The same
     seed, bundle, backend and batch give the same bytes; another batch size may round sums
     differently, and so change an image's last bits. A batch of fewer rows than
-    `min_batch` is filled up with copies of its last one, which are thrown away.
+    `min_batch` is filled up with copies of its last one, which are thrown away. With `offload`
+    "block" the transformer's weights are streamed block by block (see runtime.offload), and the
+    other components are open only while they run.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Pipeline:
         min_batch: int = 1,
         verify: str = "cached",
         key: str | os.PathLike[str] | None = None,
+        offload: str | None = None,
     ) -> None:
         if isinstance(bundle, Bundle):
             opened = bundle
@@ -82,9 +93,11 @@ class Pipeline:
         self.manifest: dict[str, Any] = opened.manifest
         flux.check_scheduler(self.manifest["scheduler"])
         self.asked = backend
-        self.backend, reason = choose(opened, backend)
+        self.offload = check_offload(offload)
+        self.backend, reason = choose(opened, backend, self.offload)
         log.info("backend %s (%s)", self.backend, reason)
         check_experts(experts, self.backend)
+        check_offload(self.offload, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
         self.max_batch = min(max_batch, batch_limit(opened, self.backend))
         self.min_batch = min(min_batch, self.max_batch)
@@ -294,6 +307,8 @@ class Pipeline:
             (name,) = row["inputs"]
             inputs = {name: inputs}
         outputs = self.executor(component)(self.cast(inputs, component), top_k, kappa, starts)
+        if self.offload == "block" and len(row["program"]) == 1:
+            self._executors.pop(component, None)  # its memory is the next one's
         return {name: to_float32(value) for name, value in outputs.items()}
 
     def cast(
@@ -309,9 +324,9 @@ class Pipeline:
         "auto" that chose a GPU goes over to ONNX Runtime, with a warning, where it cannot open.
         """
         if component not in self._executors:
-            options = {"mode": self.mode} if self.mode and self.backend == "ort" else {}
-            if self.backend in GPU_BACKENDS:
-                options["experts"] = self.experts
+            options: dict[str, Any] = {"mode": self.mode, "offload": self.offload}
+            if self.backend in PLAN_BACKENDS:
+                options = {"experts": self.experts}
             try:
                 opened = open_component(
                     self.bundle, component, self.backend, threads=self.threads, **options
@@ -327,6 +342,7 @@ class Pipeline:
         return self._executors[component]
 
     def warm(self) -> None:
-        """Open every component now rather than when the first image needs it."""
+        """Open what stays open now rather than when the first image needs it."""
         for component in COMPONENTS:
-            self.executor(component)
+            if self.offload != "block" or len(self.bundle.component(component)["program"]) > 1:
+                self.executor(component)

@@ -127,9 +127,10 @@ class SafeTensors:
 
     def __init__(self, path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files = (self.path, *map(Path, more))
         self.tensors: dict[str, Tensor] = {}
         self._bytes: dict[str, np.ndarray] = {}  # tensor -> its file
-        for file in (self.path, *map(Path, more)):
+        for file in self.files:
             header = read_header(file)
             if twice := header.keys() & self.tensors.keys():
                 raise broken(file, f"tensor {min(twice)[:80]!r} is in two files of the model")

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from executorinputs import inputs
 
 from runtime import ort
 from runtime.bundle import Bundle, open_bundle
 from runtime.ort import Blocks, Graph, open_component
+from runtime.places import Host
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +27,6 @@ def graph(bundle: Bundle) -> Any:
 @pytest.fixture(scope="module")
 def blocks(bundle: Bundle) -> Any:
     return open_component(bundle, "transformer", threads=1, mode="blocks")
-
-
-def inputs(bundle: Bundle, component: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
-    """Random inputs of a component; named dimensions from `sizes`."""
-    sizes = {"batch": 2, "image_tokens": 16, "text_tokens": 16, "tokens": 32, **sizes}
-    rng, made = np.random.default_rng(seed), {}
-    for name, row in bundle.component(component)["inputs"].items():
-        shape = [sizes.get(dim, 8) if isinstance(dim, str) else dim for dim in row["shape"]]
-        if row["dtype"] == "int64":
-            made[name] = rng.integers(0, 40, shape)
-        else:
-            made[name] = rng.standard_normal(shape).astype(row["dtype"])
-    return made
 
 
 def close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
@@ -82,10 +71,21 @@ def test_weights_are_shared_by_all_top_k(bundle: Bundle) -> None:
     blocks = Blocks(bundle, "transformer", 1)
     given = inputs(bundle, "transformer")
     blocks(given, 2)
-    before = dict(blocks._weights)
+    assert isinstance(blocks.place, Host)
+    before = dict(blocks.place.kept)
     blocks(given, 4)
-    assert blocks._weights.keys() == before.keys()
-    assert all(blocks._weights[name] is value for name, value in before.items())
+    assert before and blocks.place.kept.keys() == before.keys()
+    assert all(blocks.place.kept[name] is value for name, value in before.items())
+
+
+def test_weights_stored_as_they_are_computed_with_are_not_copied(bundle: Bundle) -> None:
+    """They lie in the mapped file, where all sessions read them."""
+    blocks = Blocks(bundle, "transformer", 1)
+    blocks(inputs(bundle, "transformer"))
+    assert isinstance(blocks.place, Host)
+    mapped = bundle.weights("transformer")
+    for (name, dtype), array in blocks.place.kept.items():
+        assert dtype == "float32" and np.shares_memory(array, mapped.raw(name))
 
 
 def test_one_block_alone(bundle: Bundle, blocks: Blocks) -> None:

@@ -1,0 +1,76 @@
+"""Tensors read from safetensors files into memory that is there already, piece by piece.
+
+What a mapping shows counts as the process's own memory for as long as the mapping lasts; what is
+read this way takes no more than the place it is put.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from runtime.weights import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow, read_header
+
+PIECE = 1 << 20  # elements that are converted at a time
+
+
+class TensorFiles:
+    """The files of a SafeTensors, opened to be read; `tensors` is its checked header.
+
+    Raises ValueError where a file is no longer the one whose header was read.
+    """
+
+    def __init__(self, opened: SafeTensors) -> None:
+        self.tensors, self.path = opened.tensors, opened.path
+        self._files: dict[str, Any] = {}  # tensor -> its file, unbuffered
+        for path in opened.files:
+            header = read_header(path)
+            if any(self.tensors.get(name) != tensor for name, tensor in header.items()):
+                raise broken(path, "it was replaced since it was opened")
+            # Closed with the last reference.
+            self._files |= dict.fromkeys(header, open(path, "rb", buffering=0))  # noqa: SIM115
+
+    def read(self, name: str, dtype: str, out: np.ndarray) -> None:
+        """Fill `out`, uint8 of the tensor's bytes as `dtype`, with the tensor's values.
+
+        As SafeTensors.array: bfloat16 is its bits. ValueError where the file has become shorter.
+        """
+        tensor, file = self.tensors[name], self._files[name]
+        source = np.dtype(RAW_DTYPES[tensor.dtype])
+        target = np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype)
+        assert out.nbytes == tensor.size * target.itemsize, name
+        if DTYPE_NAMES.get(dtype) == tensor.dtype:
+            self.fill(file, tensor.start, out)
+            return
+        values = out.view(target)
+        scratch = np.empty(min(PIECE, tensor.size), source)
+        for begin in range(0, tensor.size, PIECE):
+            piece = scratch[: min(PIECE, tensor.size - begin)]
+            self.fill(file, tensor.start + begin * source.itemsize, piece.view(np.uint8))
+            convert(piece, tensor.dtype, dtype, values[begin : begin + len(piece)])
+
+    def fill(self, file: Any, position: int, out: Any) -> None:
+        """Bytes of a file from `position` on."""
+        view, done = memoryview(out), 0
+        while done < len(view):
+            if hasattr(os, "preadv"):
+                count = os.preadv(file.fileno(), [view[done:]], position + done)
+            else:  # Windows; one thread reads
+                file.seek(position + done)
+                count = file.readinto(view[done:])
+            if not count:
+                raise broken(self.path, "it shrank while it was being read")
+            done += count
+
+
+def convert(piece: np.ndarray, stored: str, dtype: str, out: np.ndarray) -> None:
+    """Raw values of a stored type into `out` of `dtype`: the bits of SafeTensors.array."""
+    if stored == "BF16" and dtype == "float32":
+        bits = out.view(np.uint32)
+        bits[:] = piece
+        bits <<= 16
+        return
+    wide = (piece.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else piece
+    out[:] = narrow(wide.astype(np.float32, copy=False)) if dtype == "bfloat16" else wide
