@@ -361,8 +361,11 @@ def run(
     n: options.Count = 1,
     top_k: options.TopKSteps = None,
     kappa: options.KappaSteps = None,
+    sigmas: options.Sigmas = None,
+    budget: options.Seconds = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
+    offload: options.Offload = "none",
     again: options.Again = None,
     verify: options.Verify = "cached",
     key: options.PublicKey = None,
@@ -384,7 +387,12 @@ def run(
             raise ValueError("--again takes the prompt from the image; name the bundle alone")
         with progress_bars() as progress:
             image, told = draw_again(
-                again, first or bundle, backend, experts=experts, progress=progress
+                again,
+                first or bundle,
+                backend,
+                experts=experts,
+                offload=offload,
+                progress=progress,
             )
         told |= {"file": str(save(image, out))}
         print_json(told) if json_ else print_tree(told)
@@ -400,7 +408,8 @@ def run(
         raise ValueError(f"the picture's file is {str(out)!r}, expected a name ending in .png")
     knobs: dict[str, Any] = {"top_k": options.knob("--top-k", top_k)}
     knobs["kappa"] = options.knob("--kappa", kappa)
-    pipeline = runtime.load(path, backend, experts=experts, verify=verify, key=key)
+    knobs |= {"sigmas": options.levels("--sigmas", sigmas), "budget": budget}
+    pipeline = runtime.load(path, backend, experts=experts, verify=verify, key=key, offload=offload)
     with progress_bars() as progress:
         answer = pipeline(
             prompt,
@@ -421,6 +430,43 @@ def run(
         print_json({"files": files, "backend": pipeline.backend, "seconds": seconds})
     else:
         print(f"{', '.join(files)} ({pipeline.backend}, {seconds} s)")
+
+
+@app.command()
+def measure(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle; the embedded one by default.")
+    ] = None,
+    steps: options.StepsList = None,
+    top_k: options.TopKList = None,
+    kappa: options.KappaList = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    n: options.Count = 1,
+    repeats: options.Repeats = 3,
+    backend: options.Backend = "auto",
+    experts: options.Experts = "auto",
+    offload: options.Offload = "none",
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Time BUNDLE at fewer steps, experts and blocks, for d2m run --budget; kept for this user."""
+    import runtime
+    from runtime.budget import columns
+    from runtime.budget import measure as function
+
+    lists = {"steps": steps, "top_k": top_k, "kappa": kappa}
+    knobs = {
+        name: options.numbers(f"--{name.replace('_', '-')}", text)
+        for name, text in lists.items()
+        if text is not None
+    }
+    pipeline = runtime.load(path, backend, experts=experts, offload=offload)
+    size: dict[str, Any] = {"height": height, "width": width, "images": n}
+    with progress_bars() as progress:
+        answer = function(pipeline, **size, **knobs, repeats=repeats, progress=progress)
+    title = f"{pipeline.bundle.path}: {n} of {answer['for']['width']} x {answer['for']['height']}"
+    print_json(answer) if json_ else print_table(f"{title}, {pipeline.backend}", *columns(answer))
 
 
 @app.command()

@@ -27,6 +27,16 @@ def knob(name: str, text: str | None) -> int | list[int] | None:
     return list(values) if len(values) > 1 else next(iter(values), None)
 
 
+def levels(name: str, text: str | None) -> list[float] | None:
+    """'1,0.7,0.3' -> [1.0, 0.7, 0.3]; None for None, ValueError otherwise."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}, expected numbers such as 1,0.7,0.3") from error
+
+
 def capabilities(text: str) -> tuple[tuple[int, ...], bool]:
     """'portable,86,89' -> ((86, 89), True): compute capabilities, and whether portable is named."""
     parts = [part.strip() for part in text.split(",")]
@@ -51,7 +61,7 @@ def pairs(name: str, text: str, keys: Iterable[str]) -> dict[str, int]:
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Backend = Annotated[str, typer.Option("--backend", help="auto, ort, trt or trt-rtx.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, ort, ort-cuda, trt or trt-rtx.")]
 # Drawing
 Experts = Annotated[
     str, typer.Option("--experts", help="With plans: auto, plans (portable) or cubins (kernels).")
@@ -75,6 +85,20 @@ KappaSteps = Annotated[
     str | None, typer.Option("--kappa", help="Blocks that a group keeps; or one number a step.")
 ]
 Kappa = Annotated[int | None, typer.Option("--kappa", help="Blocks that a group keeps.")]
+Sigmas = Annotated[
+    str | None, typer.Option("--sigmas", help="Noise levels before the shift, falling: 1,0.7,0.3.")
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option("--budget", help="Seconds: picks steps, top-k, kappa that fit (d2m measure)."),
+]
+Offload = Annotated[
+    str, typer.Option("--offload", help="none, or block: weights streamed through two blocks.")
+]
+Repeats = Annotated[int, typer.Option("--repeats", help="Drawings of every setting and prompt.")]
+StepsList = Annotated[str | None, typer.Option("--steps", help="Numbers of steps: 2,4,8.")]
+TopKList = Annotated[str | None, typer.Option("--top-k", help="Numbers of experts: 1,2.")]
+KappaList = Annotated[str | None, typer.Option("--kappa", help="Numbers of blocks: 1,2.")]
 Schedule = Annotated[
     str | None,
     typer.Option("--schedule", metavar="PROMPT", help="Blocks chosen per group and step for it."),

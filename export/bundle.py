@@ -95,7 +95,7 @@ def export_bundle(
         parts = components(source, sparse, choices, progress)
         manifest = first_facts(source, parts, sparse, choices, dtype, storage)
         for part in parts:
-            program = part.trace(torch_dtype(dtype))
+            program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
             shards, digest = write_weights(folder, part, program, storage, link, progress)
             hashes[f"{part.name}.safetensors"] = digest
             manifest["components"][part.name] = write_graphs(
@@ -227,6 +227,15 @@ def plan_apis(trt: bool, trt_rtx: bool) -> list[str]:
     if trt_rtx:
         apis.append(load_api("tensorrt_rtx").__name__)
     return sorted(set(apis))
+
+
+def graph_dtype(component: str, dtype: str) -> str:
+    """What a component's ONNX graphs compute in: `dtype`, but a bf16 bundle's VAE float32.
+
+    Of Conv (below opset 22), InstanceNormalization and Resize, ONNX Runtime's CUDA provider has
+    no bfloat16 kernels (read: its docs/OperatorKernels.md); all else that we export it has.
+    """
+    return "fp32" if component == "vae_decoder" and dtype == "bf16" else dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:

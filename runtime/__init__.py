@@ -69,9 +69,12 @@ def run(
     n: int = 1,
     top_k: int | Sequence[int] | None = None,
     kappa: int | Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+    budget: float | None = None,
     backend: str = "auto",
     latents: np.ndarray | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    callback: Callable[[int, int, np.ndarray], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Image | list[Image]:
     """Draw `n` images of `prompt`; one image, or a list of them where n > 1 or prompts are a list.
@@ -101,7 +104,10 @@ def run(
         n=n,
         top_k=top_k,
         kappa=kappa,
+        sigmas=sigmas,
+        budget=budget,
         latents=latents,
         progress=progress,
+        callback=callback,
         cancel=cancel,
     )

@@ -15,7 +15,7 @@ from runtime.pipeline import Pipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KNOBS = ("prompt", "seed", "steps", "guidance", "height", "width", "top_k", "kappa")
+KNOBS = ("prompt", "seed", "steps", "guidance", "height", "width", "top_k", "kappa", "sigmas")
 
 
 def draw_again(
@@ -25,6 +25,7 @@ def draw_again(
     *,
     threads: int | None = None,
     experts: str = "auto",
+    offload: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Image, dict[str, Any]]:
     """(the image, how it compares): draws what the PNG at `path` says that it is.
@@ -43,7 +44,13 @@ def draw_again(
     if backend == "auto":
         backend = str(said.get("backend"))
     pipeline = Pipeline(
-        bundle, backend, threads=threads, experts=experts, max_batch=rows, min_batch=rows
+        bundle,
+        backend,
+        threads=threads,
+        experts=experts,
+        offload=offload,
+        max_batch=rows,
+        min_batch=rows,
     )
     digest = pipeline.bundle.digest
     if said["bundle"] != digest:

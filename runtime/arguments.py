@@ -30,6 +30,7 @@ class Request:
     width: int
     latent_size: tuple[int, int]
     many: bool  # whether the answer is a list
+    sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
 
     def settings(self, index: int) -> dict[str, Any]:
         """What the text chunk of image `index` says, with the model's name: enough to redraw it."""
@@ -42,6 +43,7 @@ class Request:
             "width": self.width,
             "top_k": one_or_all(self.top_k),
             **({} if self.kappa[0] is None else {"kappa": one_or_all(self.kappa)}),
+            **({} if self.sigmas is None else {"sigmas": list(self.sigmas)}),
         }
 
 
@@ -57,13 +59,21 @@ def check_request(
     n: int = 1,
     top_k: int | Sequence[int] | None = None,
     kappa: int | Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Request:
     """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
     defaults = manifest["defaults"]
     one = isinstance(prompt, str)
     prompts = check_prompts(prompt)
     n = whole(n, "n", 1, MAX_IMAGES // len(prompts))
-    steps = whole(defaults["steps"] if steps is None else steps, "steps", 1, MAX_STEPS)
+    levels = check_sigmas(manifest, sigmas)
+    usual = defaults["steps"] if levels is None else len(levels)
+    steps = whole(usual if steps is None else steps, "steps", 1, MAX_STEPS)
+    if levels is not None and len(levels) != steps:
+        raise ValueError(
+            f"sigmas lists {len(levels)} noise levels but steps is {steps}, expected as many;"
+            " leave steps out."
+        )
     factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
     height = side(defaults["height"] if height is None else height, "height", factor)
     width = side(defaults["width"] if width is None else width, "width", factor)
@@ -84,6 +94,7 @@ def check_request(
         width=width,
         latent_size=(height // scale, width // scale),
         many=not one or n > 1,
+        sigmas=levels,
     )
 
 
@@ -145,6 +156,28 @@ def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | 
                 f" with; export again with --top-k to have others."
             )
     return [int(k) for k in values]
+
+
+def check_sigmas(manifest: dict[str, Any], sigmas: Any) -> tuple[float, ...] | None:
+    """Noise levels that fall from at most 1 and stay above 0, before the scheduler's shift."""
+    if sigmas is None:
+        return None
+    values = sigmas.tolist() if isinstance(sigmas, np.ndarray) else sigmas
+    what = "falling numbers, at most 1 and above 0, such as [1, 0.7, 0.3]"
+    if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_STEPS:
+        raise ValueError(f"sigmas is {show(sigmas)}, expected a list of 1 to {MAX_STEPS} {what}.")
+    for value, before in zip(values, (None, *values)):
+        number = isinstance(value, int | float | np.integer | np.floating)
+        if isinstance(value, bool) or not number or not 0 < value <= 1:
+            raise ValueError(f"sigmas holds {show(value)}, expected {what}.")
+        if before is not None and not value < before:
+            raise ValueError(f"sigmas holds {value} after {before}, expected {what}.")
+    if manifest["scheduler"].get("use_flow_sigmas"):
+        raise ValueError(
+            "sigmas are given but the scheduler has use_flow_sigmas set, which makes its own,"
+            " expected none; leave them out."
+        )
+    return tuple(map(float, values))
 
 
 def check_kappa(manifest: dict[str, Any], kappa: Any, steps: int) -> list[int | None]:

@@ -44,10 +44,10 @@ PLAN_BACKENDS = ("trt-rtx", "trt")
 GPU_BACKENDS = (*PLAN_BACKENDS, "ort-cuda")  # in the order in which "auto" asks
 # What a backend was run on so far. A backend that is not here has run nowhere.
 TRIED = {
-    "ort": "x86 CPUs: all tests, and every figure of the README",
-    "ort-cuda": "no GPU: tested on a CPU up to the provider itself, copies by a stand-in",
-    "trt-rtx": "no GPU: plans are built and read, launches go to a stand-in",
-    "trt": "nothing: TensorRT proper has not been at hand",
+    "ort": "x86 CPUs, all tests and figures",
+    "ort-cuda": "no GPU so far (on a CPU up to CUDA's provider, with a stand-in for its copies)",
+    "trt-rtx": "no GPU so far (plans built and read, launches with a stand-in for the driver)",
+    "trt": "nothing so far (TensorRT proper was not at hand)",
 }
 CUDA_LIBRARIES = ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")
 

@@ -113,15 +113,24 @@ def shift_mu(config: dict[str, Any], image_tokens: int) -> float:
     return image_tokens * slope + (low - slope * short)
 
 
-def sigmas(config: dict[str, Any], steps: int, image_tokens: int) -> np.ndarray:
+def sigmas(
+    config: dict[str, Any],
+    steps: int,
+    image_tokens: int,
+    given: Sequence[float] | None = None,
+) -> np.ndarray:
     """The noise levels [steps + 1], float32, falling from (about) 1 to 0.
 
-    `config` is FlowMatchEulerDiscreteScheduler's; fields left out have its defaults. Rounded
-    where diffusers rounds, so that values agree to the last bit but for exp and pow.
+    `config` is FlowMatchEulerDiscreteScheduler's; fields left out have its defaults. `given` are
+    `steps` levels before the scheduler's shift, in place of even ones from 1 to 1 / steps (as
+    diffusers' argument of this name). Rounded where diffusers rounds, so that values agree to the
+    last bit but for exp and pow.
     """
     shift = config.get("shift", 1.0)
     dynamic = config.get("use_dynamic_shifting", False)
-    if config.get("use_flow_sigmas"):
+    if given is not None:
+        values = np.array(given, np.float32)
+    elif config.get("use_flow_sigmas"):
         count = config.get("num_train_timesteps", TRAIN_STEPS)
         ends = np.array([count, 1], np.float32) / np.float32(count)
         if not dynamic:

@@ -90,17 +90,22 @@ def remember(root: Path, seen: dict[str, Any]) -> None:
     place = place_of(root)
     if place is None:
         return
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            temporary.write_text(json.dumps(seen))
-            os.replace(temporary, place)  # not synced: what is lost is computed again
-        finally:
-            temporary.unlink(missing_ok=True)
-        tidy(place.parent)
+        write_cached(place, json.dumps(seen))
     except OSError as error:
         log.info("hashes of %s are not remembered (%s)", root, error)
+
+
+def write_cached(place: Path, text: str) -> None:
+    """Write a file of the cache, at once, and tidy its folder up; OSError."""
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, place)  # not synced: what is lost is computed again
+    finally:
+        temporary.unlink(missing_ok=True)
+    tidy(place.parent)
 
 
 def tidy(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
-from runtime.executor import choose
+from runtime.executor import BACKENDS, GPU_BACKENDS, TRIED, choose, not_installed, obstacle
 from runtime.fields import parse_json, printable
 from runtime.forecast import group_rows
 from runtime.manifest import inside
@@ -22,6 +22,14 @@ from runtime.weights import Tensor, read_header
 
 MAX_JSON = 16 << 20
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+# Why ONNX graphs have the body of d2m::RoutedExperts that they have (export.body).
+BODIES = {
+    "sorted": "pairs of token and expert sorted, two matmuls an expert",
+    "every": "every expert on every token",
+    "either": "every expert on few tokens of a narrow model, else sorted by expert",
+    "portable": "experts padded to whole tiles, two batched matmuls",
+}
+MEASURED = "the fastest on CPUs of those that pass the op's test: results/cpu/bench_bodies.json"
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -130,8 +138,30 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             for name, row in sorted(manifest.get("plans", {}).items())
         ],
         "backend_here": {"name": backend, "reason": reason},
+        "backends": backends(bundle),
         "files": files,
         "bytes": sum(files.values()),
+    }
+
+
+def backends(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """Every backend: what it lacks here (None: nothing), how it runs experts, where it was run."""
+    body = onnx_body(bundle.manifest)
+    what = BODIES.get(body, "unknown here")
+    sparse = bundle.manifest["kind"] == "sparse"
+    onnx, plans = f"body {body} ({what})", "the portable body, or cubins where they fit the GPU"
+    experts = {
+        "ort": f"{onnx}, {MEASURED}",
+        "ort-cuda": f"{onnx}, not measured on a GPU",
+        **dict.fromkeys(("trt-rtx", "trt"), f"{plans}; not measured on a GPU"),
+    }
+    return {
+        name: {
+            "lacks": obstacle(bundle, name) if name in GPU_BACKENDS else not_installed(name),
+            "experts": experts[name] if sparse else None,
+            "tried": TRIED[name],
+        }
+        for name in BACKENDS
     }
 
 
@@ -222,6 +252,11 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     if "backend_here" in info:
         here = info["backend_here"]
         out.append(f"backend here: {here['name']} ({here['reason']})")
+        for name, row in info["backends"].items():
+            lacks = f"; not here: {row['lacks']}" if row["lacks"] else ""
+            out.append(f"backend {name}: run on {row['tried']}{lacks}")
+            if row["experts"]:
+                out.append(f"  experts: {row['experts']}")
     out.append(f"files: {len(info['files'])}, {info['bytes'] / 1e6:.1f} MB")
     out += [f"  {size:>12,}  {name}" for name, size in info["files"].items()]
     return [printable(line) for line in out]

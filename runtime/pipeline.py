@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
+AfterStep = Callable[[int, int, np.ndarray], None]
 VERIFY = ("cached", "full")
 
 
@@ -120,8 +121,11 @@ class Pipeline:
         n: int = 1,
         top_k: int | Sequence[int] | None = None,
         kappa: int | Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        budget: float | None = None,
         latents: np.ndarray | None = None,
         progress: Progress | None = None,
+        callback: AfterStep | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Image | list[Image]:
         """Draw: one image, or a list of them where n > 1 or `prompt` is a list.
@@ -132,25 +136,27 @@ class Pipeline:
         steps    1 to 1000; guidance: a number from 0; height, width: pixels
         top_k    experts per token: a number the bundle was exported with, or one per step
         kappa    blocks that every group keeps: 1 to the smallest group's size, or one per step
+        sigmas   noise levels of the steps before the scheduler's shift, falling from at most 1
+        budget   seconds that the call may take: those of steps, top_k and kappa that are left out
+                 are picked from what was measured here (runtime.budget; d2m measure)
         latents  initial noise instead of a seed's: [images, tokens, channels] packed, or
                  [images, C, h, w]
         progress called as progress(phase, done, total)
+        callback called after every step of a batch as callback(done, steps, latents), latents
+                 being packed, [images of the batch, tokens, channels], not to be changed
         cancel   asked before every step (an Event's is_set, say); True raises Cancelled
 
         Arguments left out come from the bundle. Raises ValueError with one sentence.
         """
-        request = check_request(
-            self.manifest,
-            prompt,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            n=n,
-            top_k=top_k,
-            kappa=kappa,
-        )
+        knobs: dict[str, Any] = {"steps": steps, "top_k": top_k, "kappa": kappa}
+        rest: dict[str, Any] = {"seed": seed, "guidance": guidance, "n": n, "sigmas": sigmas}
+        rest |= {"height": height, "width": width}
+        request = check_request(self.manifest, prompt, **knobs, **rest)
+        if budget is not None:
+            from runtime.budget import within
+
+            knobs = within(self, request, budget, knobs)
+            request = check_request(self.manifest, prompt, **knobs, **rest)
         noise = None
         if latents is not None:
             noise = read_latents(latents, request, self.manifest)
@@ -159,7 +165,7 @@ class Pipeline:
         for start in range(0, len(request.prompts), self.max_batch):
             part = slice(start, start + self.max_batch)
             given = None if noise is None else noise[part]
-            images += self.draw(request, part, given, progress, cancel)
+            images += self.draw(request, part, given, progress, cancel, callback)
         return images if request.many else images[0]
 
     def draw(
@@ -169,6 +175,7 @@ class Pipeline:
         noise: np.ndarray | None,
         progress: Progress | None = None,
         cancel: Callable[[], bool] | None = None,
+        callback: AfterStep | None = None,
     ) -> list[Image]:
         """One batch of a checked request."""
         from runtime.picture import to_image
@@ -197,6 +204,10 @@ class Pipeline:
         def step(index: int, steps: int) -> None:
             tell("denoise", start * steps + index * len(prompts), total * steps)
 
+        def after(index: int, steps: int, latents: np.ndarray) -> None:
+            if callback:
+                callback(index, steps, latents[: len(prompts)])
+
         packed = self.denoise(
             noise,
             states,
@@ -205,7 +216,9 @@ class Pipeline:
             top_k=request.top_k,
             kappa=request.kappa,
             guidance=request.guidance,
+            sigmas=request.sigmas,
             step=step,
+            after=after,
         )
         tell("decode", start, total)
         pixels = self.decode(packed, request.latent_size)[: len(prompts)]
@@ -239,17 +252,20 @@ class Pipeline:
         top_k: Sequence[int | None],
         guidance: float,
         kappa: Sequence[int | None] | None = None,
+        sigmas: Sequence[float] | None = None,
         step: Callable[[int, int], None] | None = None,
+        after: AfterStep | None = None,
     ) -> np.ndarray:
         """Packed noise [n, T, 4C] -> packed latents, one Euler step per entry of `top_k`.
 
         `latent_size` is (h, w) in latent pixels; `kappa` has an entry per step, None throughout
-        means the bundle's; `step(done, steps)` is called before the first step and after each.
+        means the bundle's; `sigmas` see `__call__`; `step(done, steps)` is called before the first
+        step and after each, `after(done, steps, latents)` after each.
         """
         steps = len(top_k)
         kept = [self.manifest.get("kappa")] * steps if kappa is None else kappa
-        sigmas = flux.sigmas(self.manifest["scheduler"], steps, noise.shape[1])
-        feeds = self.feeds(noise, states, pooled, sigmas[:-1], latent_size, guidance)
+        levels = flux.sigmas(self.manifest["scheduler"], steps, noise.shape[1], sigmas)
+        feeds = self.feeds(noise, states, pooled, levels[:-1], latent_size, guidance)
         executor, component = self.executor("transformer"), self.bundle.component("transformer")
         starts: list[Any] = [None] * steps
         if known_beforehand(component) and hasattr(executor, "block"):
@@ -263,7 +279,9 @@ class Pipeline:
             (velocity,) = self.execute(
                 "transformer", inputs, top_k[index], kept[index], starts[index]
             ).values()
-            latents = flux.euler(latents, velocity, sigmas[index], sigmas[index + 1])
+            latents = flux.euler(latents, velocity, levels[index], levels[index + 1])
+            if after:
+                after(index + 1, steps, latents)
         if step:
             step(steps, steps)
         return latents

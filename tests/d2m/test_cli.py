@@ -19,7 +19,7 @@ from d2m.options import numbers, pairs
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("convert", "lora", "plan", "export", "run", "eval", "parity", "inspect", "doctor", "serve"),
-    *("keygen", "sign", "verify", "bench"),
+    *("keygen", "sign", "verify", "bench", "measure"),
 )
 
 

@@ -36,6 +36,38 @@ def test_an_image_is_drawn_again_to_the_last_bit(
     assert to_png(again) == path.read_bytes()
 
 
+def test_sigmas_are_said_and_drawn_again(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Those that the scheduler would take itself change nothing; others do."""
+    plain = pipeline(PROMPT, seed=5, steps=4)
+    even = pipeline(PROMPT, seed=5, sigmas=[1, 0.75, 0.5, 0.25])
+    assert plain.tobytes() == even.tobytes()
+    other = pipeline(PROMPT, seed=5, sigmas=[1, 0.9, 0.5, 0.25])
+    assert other.tobytes() != plain.tobytes()
+    path = save(other, tmp_path / "a.png")
+    assert settings_of(path)["sigmas"] == [1, 0.9, 0.5, 0.25]
+    again, told = draw_again(path, threads=1, offload="block")
+    assert told["same"] and to_png(again) == path.read_bytes()
+
+
+def test_a_callback_sees_every_step(pipeline: Pipeline) -> None:
+    """Latents of every batch, the filling rows left out; the last ones are what is decoded."""
+    seen: list[tuple[int, int, np.ndarray]] = []
+    filled = Pipeline(pipeline.bundle, "ort", threads=1, max_batch=2, min_batch=2)
+    images = filled(
+        [PROMPT] * 3, seed=[1, 2, 3], steps=2, callback=lambda *state: seen.append(state)
+    )
+    assert [(done, steps, len(latents)) for done, steps, latents in seen] == [
+        (1, 2, 2), (2, 2, 2), (1, 2, 1), (2, 2, 1),
+    ]  # fmt: skip
+    size = (8, 8)
+    tokens = filled.manifest["latents"]["channels"] * 4
+    assert seen[0][2].shape == (2, 16, tokens) and not np.array_equal(seen[0][2], seen[1][2])
+    decoded = filled.decode(seen[1][2], size)
+    from runtime.picture import to_image
+
+    assert [to_image(p).tobytes() for p in decoded] == [i.tobytes() for i in images[:2]]
+
+
 def test_rows_that_fill_a_batch_up_are_thrown_away(pipeline: Pipeline, tmp_path: Path) -> None:
     filled = Pipeline(pipeline.bundle, "ort", threads=1, min_batch=2)
     image: Any = filled(PROMPT, seed=5, steps=3)

@@ -25,6 +25,32 @@ def test_defaults_come_from_the_bundle() -> None:
     assert check_request(DENSE, "a").top_k == [None] * 16
 
 
+def test_sigmas_set_the_steps() -> None:
+    manifest = {**MANIFEST, "scheduler": {}}
+    request = check_request(manifest, "a", sigmas=np.array([1, 0.5, 0.25]))
+    assert request.sigmas == (1.0, 0.5, 0.25) and request.top_k == [2] * 3
+    assert request.settings(0)["sigmas"] == [1.0, 0.5, 0.25] and request.settings(0)["steps"] == 3
+    assert check_request(manifest, "a", sigmas=[1], steps=1).sigmas == (1.0,)
+    assert "sigmas" not in check_request(manifest, "a").settings(0)
+    for sigmas, words in (
+        ([], "expected a list of 1 to 1000 falling numbers"),
+        (3, "sigmas is 3, expected a list"),
+        ([1, 0.5, 0.5], "sigmas holds 0.5 after 0.5, expected falling numbers"),
+        ([0.5, 0.7], "sigmas holds 0.7 after 0.5"),
+        ([1.5, 1], "sigmas holds 1.5, expected"),
+        ([1, 0], "sigmas holds 0, expected"),
+        ([1, float("nan")], "sigmas holds nan"),
+        ([True], "sigmas holds True"),
+        (["1"], "sigmas holds '1'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_request(manifest, "a", sigmas=sigmas)
+    with pytest.raises(ValueError, match="lists 2 noise levels but steps is 3"):
+        check_request(manifest, "a", sigmas=[1, 0.5], steps=3)
+    with pytest.raises(ValueError, match="scheduler has use_flow_sigmas set"):
+        check_request({**MANIFEST, "scheduler": {"use_flow_sigmas": True}}, "a", sigmas=[1])
+
+
 def test_prompts_and_seeds() -> None:
     request = check_request(MANIFEST, ["a", "b"], seed=[5, 90], n=2)
     assert request.prompts == ["a", "a", "b", "b"] and request.seeds == [5, 6, 90, 91]

@@ -71,6 +71,21 @@ def test_sigmas_of_the_schedulers_own_spacing(dynamic: bool) -> None:
         np.testing.assert_allclose(found, scheduler.sigmas.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_given_sigmas_are_shifted_as_the_scheduler_shifts_them(name: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+    given = [1.0, 0.83, 0.5, 0.12]
+    config = {**CONFIGS[name], "use_flow_sigmas": False}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(576, *(getattr(scheduler.config, field) for field in names))
+    retrieve_timesteps(scheduler, 4, "cpu", sigmas=np.array(given), mu=mu)
+    found = flux.sigmas(config, 4, 576, given)
+    np.testing.assert_allclose(found, scheduler.sigmas.numpy(), atol=1e-6)
+
+
 def test_one_step_starts_at_one() -> None:
     for name in ("dev", "schnell", "plain", "linear"):
         assert flux.sigmas(CONFIGS[name], 1, 256).tolist() == [1.0, 0.0]

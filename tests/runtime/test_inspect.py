@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.executor import BACKENDS
 from runtime.inspect import inspect, lines
 
 
@@ -74,11 +75,17 @@ def test_a_bundle(tiny_bundle: Path, tiny_sparse_dir: Path) -> None:
         "onnx_body": "either",
     }
     assert info["parameters"]["transformer"] == source["parameters"]["transformer"]
-    assert info["backend_here"]["name"] in ("ort", "trt-rtx", "trt")
+    assert info["backend_here"]["name"] in ("ort", "ort-cuda", "trt-rtx", "trt")
+    assert info["backends"].keys() == BACKENDS.keys()
+    assert info["backends"]["ort"]["lacks"] is None
+    assert info["backends"]["trt-rtx"]["lacks"] == "the bundle has no plans for it"
+    assert "either (every expert on few tokens" in info["backends"]["ort"]["experts"]
     assert info["bytes"] == sum(info["files"].values())
     assert json.loads(json.dumps(info)) == info
     text = "\n".join(lines(info))
     assert "sparse bundle" in text and "transformer.onnx" in text
+    assert "backend ort: run on x86 CPUs" in text and "backend ort-cuda: run on no GPU" in text
+    assert "experts: body either" in text and "bench_bodies.json" in text
 
 
 def test_plans_and_the_machine_they_need(tiny_bundle: Path, tmp_path: Path) -> None:
