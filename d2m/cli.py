@@ -456,15 +456,13 @@ def measure(
     from runtime.budget import measure as function
 
     lists = {"steps": steps, "top_k": top_k, "kappa": kappa}
-    knobs = {
-        name: options.numbers(f"--{name.replace('_', '-')}", text)
-        for name, text in lists.items()
-        if text is not None
-    }
-    pipeline = runtime.load(path, backend, experts=experts, offload=offload)
     size: dict[str, Any] = {"height": height, "width": width, "images": n}
+    for name, text in lists.items():
+        if text is not None:
+            size[name] = options.numbers(f"--{name.replace('_', '-')}", text)
+    pipeline = runtime.load(path, backend, experts=experts, offload=offload)
     with progress_bars() as progress:
-        answer = function(pipeline, **size, **knobs, repeats=repeats, progress=progress)
+        answer = function(pipeline, **size, repeats=repeats, progress=progress)
     title = f"{pipeline.bundle.path}: {n} of {answer['for']['width']} x {answer['for']['height']}"
     print_json(answer) if json_ else print_table(f"{title}, {pipeline.backend}", *columns(answer))
 

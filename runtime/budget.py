@@ -125,7 +125,7 @@ def measure(
     settings = list(dict.fromkeys([first, *itertools.product(*settled(lists, first))]))
     for each in settings:  # all are checked before the first is drawn
         check_request(manifest, prompts[0], **named(each))
-    size = {"height": own.height, "width": own.width, "n": images}
+    size: dict[str, Any] = {"height": own.height, "width": own.width, "n": images}
     for count in dict.fromkeys(setting[1] for setting in settings):  # sessions open here
         pipeline(prompts[0], **named((1, count, first[2])), **size)
     seconds: dict[Setting, list[float]] = {each: [] for each in settings}
@@ -145,7 +145,7 @@ def measure(
             done += 1
     if progress:
         progress("measure", done, total)
-    table = {
+    table: dict[str, Any] = {
         "for": key_of(pipeline, own.height, own.width, images),
         "date": time.strftime("%Y-%m-%d"),
         "repeats": repeats,

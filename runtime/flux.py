@@ -129,7 +129,7 @@ def sigmas(
     shift = config.get("shift", 1.0)
     dynamic = config.get("use_dynamic_shifting", False)
     if given is not None:
-        values = np.array(given, np.float32)
+        values: np.ndarray = np.array(given, np.float32)
     elif config.get("use_flow_sigmas"):
         count = config.get("num_train_timesteps", TRAIN_STEPS)
         ends = np.array([count, 1], np.float32) / np.float32(count)
