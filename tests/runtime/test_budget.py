@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime import budget
+from runtime import budgettable
 from runtime.budget import columns, measure, pick
 from runtime.picture import settings_of, to_png
 from runtime.pipeline import Pipeline
@@ -122,7 +122,7 @@ def test_it_counts_only_for_what_was_measured(
     other = Pipeline(pipeline.bundle, "ort", threads=1, offload="block")
     with pytest.raises(ValueError, match="no budget was measured"):
         other(PROMPT, budget=100)
-    monkeypatch.setattr(budget, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(budgettable, "machine", lambda: {"processor": "another"})
     with pytest.raises(ValueError, match="no budget was measured"):
         pipeline(PROMPT, budget=100)
 
