@@ -54,6 +54,7 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
     `encoder_hidden_states` [B, L, width of T5], `pooled_projections` [B, width of CLIP];
     `img_ids` [T, 3], `txt_ids` [L, 3]: float, as FluxPipeline makes them;
     `category` [B]: int64, the scenes' places in `calib.world.CATEGORIES`.
+    Its attribute `rows(step, batch size, first, end)` makes those rows of the batch alone.
 
     Raises ValueError if the VAE cannot encode the world's images into whole 2 x 2 patches.
     """
@@ -70,12 +71,16 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
     names = list(SHARES)
     assert names == list(CATEGORIES)
 
-    @torch.no_grad()
     def batch(step: int, batch_size: int) -> dict[str, Tensor]:
+        return batch_rows(step, batch_size, 0, batch_size)
+
+    @torch.no_grad()
+    def batch_rows(step: int, batch_size: int, first: int, end: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([seed, step])
         kinds = rng.choice(len(names), batch_size, p=list(SHARES.values()))
         scenes = [sample_scene(world, rng, "train", names[kind]) for kind in kinds]
-        images = torch.from_numpy(render_batch(scenes, world, rng, "train"))
+        images = torch.from_numpy(render_batch(scenes, world, rng, "train"))[first:end]
+        scenes, kinds, batch_size = scenes[first:end], kinds[first:end], end - first
         states, pooled, txt_ids = pipe.encode_prompt(
             [scene.caption for scene in scenes], prompt_2=None, max_sequence_length=length
         )
@@ -93,6 +98,7 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
             "category": torch.from_numpy(kinds).long(),
         }
 
+    batch.rows = batch_rows  # type: ignore[attr-defined]
     return batch
 
 

@@ -17,21 +17,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2m.files import replace_dir, sha256, temporary_sibling, write_json
+from d2m.recipe import Recipe, to_dict
+from d2m.shards import write_one_by_one
 
 KEPT = 2
 _NAME = re.compile(r"\d{2}-\d{7}")
 
 
 def save(
-    folder: Path, stage: int, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    stage: int,
+    step: int,
+    tensors: Mapping[str, Tensor] | tuple[Mapping[str, Any], Callable[[str], Tensor]],
+    facts: Mapping[str, Any],
 ) -> Path:
     """Write the state after `step` steps of stage number `stage`, then drop all but the last two.
 
     Args:
-        tensors: contiguous tensors on any device; names may hold slashes.
+        tensors: contiguous tensors on any device; names may hold slashes. Or (name -> (dtype,
+            shape), a function name -> tensor) for those that are made one by one, on the CPU.
         facts: anything JSON can hold.
 
     Raises:
@@ -45,7 +52,10 @@ def save(
     try:
         temporary.mkdir()
         state = temporary / "state.safetensors"
-        save_file(dict(tensors), state)
+        if isinstance(tensors, tuple):
+            write_one_by_one(state, *tensors)
+        else:
+            save_file(dict(tensors), state)
         record = {"stage": stage, "step": step, "facts": dict(facts), "tensors": sha256(state)}
         write_json(temporary / "state.json", record | {"sha256": _digest(record)})
         replace_dir(temporary, final)
@@ -86,6 +96,24 @@ def clear(folder: Path) -> None:
     """Remove every checkpoint of `folder`, for a run that starts from the beginning."""
     for path in [*_checkpoints(folder), *folder.glob(".*.tmp")]:
         shutil.rmtree(path)
+
+
+def identity(student: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What must be the same for a resume to mean anything, as JSON holds it."""
+    shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    facts = {"recipe": to_dict(recipe), "seed": seed, "parameters": digest}
+    return json.loads(json.dumps(facts))
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
+    """Raise ValueError, naming what differs, unless two identities are equal."""
+    for name in new:
+        if old.get(name) != new[name]:
+            raise ValueError(
+                f"{workdir} holds a run with {name} {json.dumps(old.get(name))}, not "
+                f"{json.dumps(new[name])}; resume with the same one, or start again without resume."
+            )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

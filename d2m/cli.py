@@ -62,10 +62,33 @@ def convert(
     columns: options.Columns = None,
     score: options.Score = None,
     compare: options.Compare = None,
+    precision: options.Precision = None,
+    ema: options.Ema = None,
+    accumulate: options.Accumulate = 1,
+    gradient_checkpointing: options.Checkpointing = False,
+    offload_activations: options.Offload = False,
+    save_seconds: options.SaveSeconds = 60.0,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Turn the dense pipeline DENSE into a sparse one and distil it."""
+    """Turn the dense pipeline DENSE into a sparse one and distil it.
+
+    Started by torchrun or accelerate launch, the processes distil together (docs/many-gpus.md).
+    """
+    from d2m.processes import ALONE, join, launched
+
+    if launched().size > 1 and budget is not None:
+        raise ValueError(
+            "--budget is for one process; run it there with --init-only, and give the recipe.json "
+            "that it writes as --recipe"
+        )
+    if launched().size > 1 and data.endswith(".txt"):
+        raise ValueError(
+            f"--data is {data!r}: prompts alone are for one process, where the teacher is whole; "
+            "give pictures and captions to several"
+        )
+    if launched().size > 1 and init_only and not launched().leads:
+        return  # one process is enough
     if init_only and steps is not None:
         raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
     if score is not None and score < 0:
@@ -117,7 +140,10 @@ def convert(
         from d2m.early import check_convert
 
         streamed = init_only and scores is not None
-        check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
+        if launched().leads:
+            check_convert(
+                dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume
+            )
     if init_only and scores is not None:
         from d2m.stream import convert_stream
 
@@ -137,6 +163,7 @@ def convert(
             )
         print_json(answer) if json_ else print_tree(brief(answer))
         return
+    crew = ALONE if init_only else join()
     with progress_bars() as progress:
         answer = function(
             dense,
@@ -156,9 +183,18 @@ def convert(
             data=taught.label,
             known=known,
             report=report,
+            precision=precision,
+            ema=ema,
+            crew=crew,
+            parts=accumulate,
+            checkpointing=gradient_checkpointing,
+            offload=offload_activations,
+            save_seconds=save_seconds,
             progress=progress,
             log=say,
         )
+    if not crew.leads:
+        return
     answer |= {"budget": facts} if facts else {}
     answer |= {"data": found} if (found := taught.facts()) else {}
     print_json(answer) if json_ else print_tree(brief(answer))
@@ -207,10 +243,42 @@ def plan(
     width: options.Width = None,
     text_tokens: options.TextTokens = None,
     top_k: options.TopK = None,
+    gpus: options.Gpus = None,
+    gpu_memory: options.GpuMemory = 80.0,
+    rows_: options.Rows = 1,
+    precision: options.Precision = None,
+    gradient_checkpointing: options.PlanCheckpointing = True,
+    offload_activations: options.Offload = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Count MODEL before it is made: parameters, FLOPs, memory; and what this machine needs."""
+    """Count MODEL before it is made: parameters, FLOPs, memory; and what this machine needs.
+
+    With --gpus, what distilling it by --preset or --recipe takes of each of so many GPUs.
+    """
+    if gpus is not None:
+        from d2m.fits import fits, fits_table, formula
+
+        found = fits(
+            model,
+            options.numbers("--gpus", gpus),
+            gpu_memory,
+            preset=preset,
+            recipe=recipe,
+            precision=precision or "bfloat16",
+            rows=rows_,
+            checkpointing=gradient_checkpointing,
+            offload=offload_activations,
+            height=height,
+            width=width,
+            text_tokens=text_tokens,
+        )
+        if json_:
+            print_json({"gpus": found, "formula": formula()})
+            return
+        print_table(*fits_table(found))
+        print("\n" + formula())
+        return
     from d2m.machine import machine
     from d2m.needs import needs, needs_table
     from d2m.plan import plan as function
@@ -788,8 +856,12 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
-        sentence, code = explain(error)
-        say(f"error: {sentence}")
+        from d2m.processes import settled
+
+        ending, speaks = settled(error)
+        sentence, code = explain(ending)
+        if speaks:
+            say(f"error: {sentence}")
         return code
 
 

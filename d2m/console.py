@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from d2m.processes import Lost
 from d2m.timings import expected, remember
 
 Progress = Callable[[str, int, int], None]
@@ -251,6 +252,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """(one sentence, exit code) for an error: 2 for the user's, 130 for Ctrl-C, 1 for ours."""
     if isinstance(error, KeyboardInterrupt):
         return one_line(str(error)) or "interrupted; a conversion goes on with --resume", 130
+    if isinstance(error, Lost):
+        return one_line(str(error)), 1
     if hasattr(error, "format_message"):  # a click usage error, click's own or the one in typer
         return f"{one_line(error.format_message())}; see d2m COMMAND --help", 2
     if isinstance(error, ModuleNotFoundError) and error.name:

@@ -20,6 +20,7 @@ from d2m.draw import load_pipeline
 from d2m.files import replace_dir
 from d2m.pareto import beside, own_rows
 from d2m.preset import preset_of
+from d2m.processes import ALONE, Crew
 from d2m.recipe import Recipe
 from d2m.result import (
     compare,
@@ -63,6 +64,12 @@ def convert(
     data: str | None = None,
     device: str = "auto",
     save_seconds: float = 60.0,
+    precision: str | None = None,
+    ema: float | None = None,
+    crew: Crew = ALONE,
+    parts: int = 1,
+    checkpointing: bool = False,
+    offload: bool = False,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -89,6 +96,10 @@ def convert(
         data: tells the data of `batches` from others, for a resume; None for shapes.
         known: other models, as `d2m.pareto.known_rows` reads them, for the report's plot.
         save_seconds: time between training checkpoints.
+        precision, ema: in place of the recipe's, and of its stages'.
+        crew: the processes that distil together. The first one does everything else and returns the
+            answer; the others return {}.
+        parts, checkpointing, offload: as in `d2m.distill.distill`.
 
     Returns what was done, in JSON types: out, base_model, recipe (its name), steps, parameters,
     identity_error, losses, scores, seconds (by phase).
@@ -100,6 +111,12 @@ def convert(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM after saving; its text says how to go on.
     """
     recipe = _settings(recipe, dense_dir, steps, stages, init_only, seed)
+    recipe = _trained_as(recipe, precision, ema)
+    spread: dict[str, Any] = {"crew": crew, "parts": parts, "save_seconds": save_seconds}
+    spread |= {"checkpointing": checkpointing, "offload": offload, "resume": resume}
+    if not crew.leads:
+        _follow(locate(dense_dir), recipe, batches, work_of(Path(out_dir)), spread)
+        return {}
     out = Path(out_dir)
     work = work_of(out)
     if resume and finished(out, recipe):
@@ -118,7 +135,8 @@ def convert(
 
     seconds: dict[str, float] = {}
     with timed(seconds, "loading"):
-        pipe = load_pipeline(dense_path, device=device, dtype="fp32")
+        device = device if crew.size == 1 else crew.device
+        pipe = load_pipeline(dense_path, device=device, dtype=_loaded_as(recipe, crew))
         dense = pipe.transformer
         calibration = batches(pipe, recipe.seed + CALIBRATION)
     with timed(seconds, "importance"):
@@ -132,14 +150,27 @@ def convert(
     if recipe.steps:
         from d2m.distill import distill
 
-        options: dict[str, Any] = {"seed": recipe.seed, "workdir": work, "resume": resume}
-        options |= {"save_seconds": save_seconds, "progress": progress, "log": log}
+        if crew.size > 1:  # the GPU is for shards; what it held so far waits beside
+            from d2m.gather import to_cpu
+
+            to_cpu(student, dense)
+        options: dict[str, Any] = {"seed": recipe.seed, "workdir": work, **spread}
+        options |= {"progress": progress, "log": log}
         history = distill(student, dense, recipe, batches(pipe, recipe.seed), **options)
     seconds |= stage_seconds(history)
 
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)  # half of one, of a kill
     write_sparse(result, student, dense_path, recipe, neurons)
+    if crew.size > 1:
+        student = (
+            type(student)
+            .from_pretrained(  # type: ignore[attr-defined]
+                result / "transformer", torch_dtype=dense.dtype
+            )
+            .eval()
+        )
+        student.to(pipe.to(device).device)
     with timed(seconds, "pictures and scores"):
         shown = prompts if report else ()
         images, scores = compare(pipe, student, dense_path, shown, score, recipe.seed, progress)
@@ -199,6 +230,48 @@ def _settings(
         return dataclasses.replace(recipe, stages=())
     recipe = recipe if steps is None else recipes.with_steps(recipe, steps)
     return recipes.with_stages(recipe, stages) if stages else recipe
+
+
+def _trained_as(recipe: Recipe, precision: str | None, ema: float | None) -> Recipe:
+    """The recipe with another precision, and another average in every stage."""
+    if precision is not None:
+        if precision not in recipes.PRECISIONS:
+            raise ValueError(
+                f"precision is {precision!r}, expected one of {', '.join(recipes.PRECISIONS)}."
+            )
+        recipe = dataclasses.replace(recipe, precision=precision)
+    if ema is None:
+        return recipe
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema is {ema}, expected 0 (none) or a decay under 1, such as 0.999.")
+    stages = tuple(dataclasses.replace(stage, ema=ema) for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=stages)
+
+
+def _loaded_as(recipe: Recipe, crew: Crew) -> str:
+    """What the dense pipeline is loaded in: a GPU of many holds it in what is computed in."""
+    return "bf16" if crew.size > 1 and recipe.precision == "bfloat16" else "fp32"
+
+
+def _follow(
+    dense: Path,
+    recipe: Recipe,
+    batches: Callable[[FluxPipeline, int], Batches],
+    work: Path,
+    options: dict[str, Any],
+) -> None:
+    """The part of a process that does not lead: to encode its rows, and to train its shards."""
+    crew = options["crew"]
+    if not recipe.steps:
+        return
+    from d2m.distill import distill
+
+    pipe = load_pipeline(
+        dense, device=crew.device, dtype=_loaded_as(recipe, crew), transformer=False
+    )
+    distill(
+        None, None, recipe, batches(pipe, recipe.seed), workdir=work, seed=recipe.seed, **options
+    )
 
 
 def _need_torch() -> None:

@@ -104,8 +104,12 @@ def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
     return values | given
 
 
-def load_pipeline(directory: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(
+    directory: str | Path, *, device: str = "auto", dtype: str = "auto", transformer: bool = True
+) -> Any:
     """The pipeline on `device` ("auto": CUDA where there is one), in eval mode, quiet.
+
+    transformer: False leaves it out, for a process that only encodes.
 
     dtype: "auto" is bfloat16 on CUDA and float32 elsewhere, or "fp32", "bf16", "fp16".
     Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
@@ -129,7 +133,10 @@ def load_pipeline(directory: str | Path, *, device: str = "auto", dtype: str = "
         raise ValueError(f"dtype {dtype!r} is not known, expected one of auto, {', '.join(dtypes)}")
     diffusers_logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(
-        str(directory), torch_dtype=dtypes[dtype], local_files_only=True
+        str(directory),
+        torch_dtype=dtypes[dtype],
+        local_files_only=True,
+        **({} if transformer else {"transformer": None}),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -24,29 +24,41 @@ def generator_at(seed: int, *place: int | str) -> torch.Generator:
 
 
 def noisy(
-    latents: Tensor, generator: torch.Generator, mean: float = 1.2, std: float = 1.2
+    latents: Tensor,
+    generator: torch.Generator,
+    mean: float = 1.2,
+    std: float = 1.2,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw times and noise: (x_t [B, T, C], t [B], velocity [B, T, C]), all on `latents`' device.
+
+    rows (first, N): `latents` are the B rows from `first` on of a batch of N, whose draws they get.
 
     t = sigmoid(N(mean, std)). A mean of log(s) is what shifting a sampler's schedule by s does to
     the logit-normal density (derived); 1.2 and 1.2 served best for the shapes teacher (ours).
     """
-    t = torch.sigmoid(torch.randn(latents.shape[0], generator=generator) * std + mean)
-    noise = torch.randn(latents.shape, generator=generator)
+    first, whole = rows or (0, latents.shape[0])
+    part = slice(first, first + latents.shape[0])
+    t = torch.sigmoid(torch.randn(whole, generator=generator) * std + mean)[part]
+    noise = torch.randn((whole, *latents.shape[1:]), generator=generator)[part]
     t, noise = t.to(latents.device), noise.to(latents.device, latents.dtype)
     at = t[:, None, None].to(latents.dtype)
     return torch.lerp(latents, noise, at), t, noise - latents
 
 
 def training_point(
-    batch: Mapping[str, Tensor], generator: torch.Generator, mean: float, std: float
+    batch: Mapping[str, Tensor],
+    generator: torch.Generator,
+    mean: float,
+    std: float,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where teacher and student are compared: (x_t [B, T, C], t [B]).
 
     The batch's own `noisy` and `time` where it has them, points of the teacher's own way; else
-    `noisy(latents)`.
+    `noisy(latents)`, of `rows` as there.
     """
     if "noisy" in batch:
         return batch["noisy"], batch["time"]
-    x, t, _ = noisy(batch["latents"], generator, mean, std)
+    x, t, _ = noisy(batch["latents"], generator, mean, std, rows)
     return x, t

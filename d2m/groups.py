@@ -8,7 +8,7 @@ the places of its other blocks hold `Passed`, so that indices stay the dense mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class BlockGroup(nn.Module):
 
     `blocks` by dense index, in order. Attributes: `kappa`, 1..m, may be changed at any time, m runs
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
-    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
+    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m). `anyone`:
+    set where processes share the blocks' weights; tells which of the flags any of them raises.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
@@ -67,6 +68,7 @@ class BlockGroup(nn.Module):
         self.kappa = kappa
         self.record = False
         self.last_logits: Tensor | None = None
+        self.anyone: Callable[[list[bool]], list[bool]] | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -92,6 +94,8 @@ class BlockGroup(nn.Module):
 
         Each block is called at most once, with the samples that chose it. Tensors of
         `joint_attention_kwargs` whose first dimension is B are taken to hold a row per sample.
+        A block that only another process has samples for runs here with one sample and no effect:
+        gathering its weights and reducing their gradients takes all processes.
         """
         streams = (encoder_hidden_states, hidden_states)
         self.last_logits = None
@@ -103,9 +107,13 @@ class BlockGroup(nn.Module):
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
+        wanted = [bool(rows) for rows in chosen]
+        if self.anyone is not None and self.kappa < len(self.blocks):
+            wanted = self.anyone(wanted)
         for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
-            if not rows:
+            if not wanted[offset]:
                 continue
+            idle, rows = not rows, rows or [0]
             part = len(rows) < batch
             index = torch.tensor(rows, device=temb.device) if part else slice(None)
             text, image = (stream[index] for stream in streams)
@@ -116,7 +124,12 @@ class BlockGroup(nn.Module):
                 image_rotary_emb=image_rotary_emb,
                 joint_attention_kwargs=_rows(joint_attention_kwargs, index, batch),
             )
-            if shares is not None:
+            if idle:
+                after = [old + 0 * new for old, new in zip((text, image), after)]
+                for module in block.modules():
+                    if hasattr(module, "last_logits"):
+                        module.last_logits = None  # nobody chose these experts
+            elif shares is not None:
                 windows = slice(max(0, offset - self.kappa + 1), offset + 1)  # those with the block
                 share = shares[index, windows].sum(-1)
                 after = [straight_through(*pair, share) for pair in zip((text, image), after)]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from d2m.adaln import norms
 from d2m.families import family_of_model
 from d2m.groups import block_groups, set_kappa
-from d2m.recipe import PARTS, Stage
+from d2m.processes import ALONE, Crew
+from d2m.recipe import PARTS, Recipe, Stage
 from d2m.surgery import set_top_k, sparse_ffns
 
 BETAS = (0.9, 0.98)  # ours: short runs, so the second moment forgets sooner than at .999
@@ -23,12 +24,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them
 
 @dataclass
 class Learner:
-    """A stage under way. `average` is empty unless the stage asks for one."""
+    """A stage under way. `average` is empty unless the stage asks for one.
+
+    parameters: the student's; own: what of them this process moves, in the same memory, and has
+    moments and an average of: themselves, or the parts of sharded ones.
+    """
 
     stage: Stage
     parameters: dict[str, nn.Parameter]
+    own: dict[str, Tensor]
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
+    crew: Crew = ALONE
 
 
 def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
@@ -74,6 +81,12 @@ def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     return chosen
 
 
+def learnt(student: nn.Module, recipe: Recipe) -> list[str]:
+    """Full names of what the stages that are run train, sorted."""
+    stages = [stage for stage in recipe.stages if not stage.skip]
+    return sorted({name for stage in stages for name in trainable(student, stage)})
+
+
 def _words(student: nn.Module) -> dict[str, set[str]]:
     """Which of `recipe.PARTS` every parameter belongs to."""
     words: dict[str, set[str]] = {name: set() for name, _ in student.named_parameters()}
@@ -104,7 +117,9 @@ def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> Non
             parameter.data = parameter.data.clone()
 
 
-def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter]) -> Learner:
+def start(
+    student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter], crew: Crew = ALONE
+) -> Learner:
     """Freeze the student but for `parameters`, set its knobs, and make a fresh optimizer."""
     student.requires_grad_(False)
     for parameter in parameters.values():
@@ -112,15 +127,25 @@ def start(student: nn.Module, stage: Stage, parameters: dict[str, nn.Parameter])
     set_top_k(student, stage.top_k)
     set_kappa(student, stage.kappa)
     _record(student, True)
+    own = parts(parameters, crew)
     # fused: one pass over weights and moments; 3 ms a step instead of 8 (2.4 M weights, one core).
     optimizer = torch.optim.AdamW(
-        _by_rate(student, parameters), betas=BETAS, weight_decay=stage.weight_decay, fused=True
+        _by_rate(student, own), betas=BETAS, weight_decay=stage.weight_decay, fused=True
     )
-    average = {n: p.detach().clone() for n, p in parameters.items()} if stage.ema else {}
-    return Learner(stage, parameters, optimizer, average)
+    average = {n: p.detach().clone() for n, p in own.items()} if stage.ema else {}
+    return Learner(stage, parameters, own, optimizer, average, crew)
 
 
-def _by_rate(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+def parts(parameters: Mapping[str, Tensor], crew: Crew) -> dict[str, Tensor]:
+    """What of every parameter this process holds, in the same memory."""
+    if crew.size == 1:
+        return dict(parameters)
+    from d2m.gather import local
+
+    return {name: local(parameter) for name, parameter in parameters.items()}
+
+
+def _by_rate(student: nn.Module, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """AdamW's parameter groups; `factor` is what a group's rate is multiplied with (ours).
 
     AdamW's steps do not grow with the weights. The experts' second matrix is stored times E, so
@@ -135,7 +160,7 @@ def _by_rate(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list
     for name, group in block_groups(student).items():
         for part, weight in group.router.named_parameters():
             factors[f"{name}.router.{part}"] = weight.shape[1] ** -0.5
-    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    groups: dict[float, list[Tensor]] = {1.0: []}
     for name, parameter in parameters.items():
         groups.setdefault(factors.get(name, 1.0), []).append(parameter)
     return [{"params": each, "factor": factor} for factor, each in groups.items() if each]
@@ -162,26 +187,33 @@ def update(learner: Learner, step: int) -> Tensor:
 
     The norm is that before clipping; gradients are dropped afterwards.
     """
-    stage, parameters = learner.stage, list(learner.parameters.values())
-    for parameter in parameters:
+    stage, own = learner.stage, list(learner.own.values())
+    for name, parameter in learner.parameters.items():
         if parameter.grad is None:  # of a block that no sample chose: a step like any other,
             parameter.grad = torch.zeros_like(parameter)  # so that all count the same steps
+        if (mine := learner.own[name]) is not parameter:
+            mine.grad, parameter.grad = parameter.grad.to_local(), None  # type: ignore[attr-defined]
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(stage, step) * group["factor"]
-    norm = nn.utils.clip_grad_norm_(parameters, stage.clip or math.inf)
+    if learner.crew.size == 1:
+        norm = nn.utils.clip_grad_norm_(own, stage.clip or math.inf)
+    else:
+        from d2m.gather import clip_shared
+
+        norm = clip_shared(learner.parameters, learner.own, stage.clip or math.inf, learner.crew)
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     if learner.average:
         # A young average forgets faster, or it would keep its first value.
         decay = min(stage.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(learner.average.values()), parameters, 1 - decay)
+            torch._foreach_lerp_(list(learner.average.values()), own, 1 - decay)
     return norm
 
 
 def finish(student: nn.Module, learner: Learner) -> None:
     """Put the average, if there is one, in the weights' place and stop recording logits."""
-    copy_into(learner.average, learner.parameters)
+    copy_into(learner.average, learner.own)
     _record(student, False)
 
 
@@ -191,7 +223,7 @@ def state(learner: Learner) -> dict[str, Tensor]:
     AdamW's step count is not among them: it is the stage's.
     """
     tensors = {f"average/{name}": tensor for name, tensor in learner.average.items()}
-    for name, parameter in learner.parameters.items():
+    for name, parameter in learner.own.items():
         for moment in MOMENTS:
             if parameter in learner.optimizer.state:
                 tensors[f"{moment}/{name}"] = learner.optimizer.state[parameter][moment]
@@ -203,7 +235,7 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], step: int) -> None:
     copy_into(part(tensors, "average"), learner.average)
     first, second = (part(tensors, moment) for moment in MOMENTS)
     for name in first:
-        parameter = learner.parameters[name]
+        parameter = learner.own[name]
         learner.optimizer.state[parameter] = {
             "step": torch.tensor(float(step), device=parameter.device),
             MOMENTS[0]: first[name].to(parameter.device),

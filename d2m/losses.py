@@ -5,7 +5,7 @@ Pure functions of tensors. B batch, T tokens, D width, E experts, K chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,13 +40,18 @@ def feature_weights(output: Tensor, features: Tensor, norms: Tensor) -> Tensor:
     return torch.where(features > 0, weights, torch.zeros_like(weights))
 
 
-def feature_loss(output: Tensor, features: Tensor, norms: Tensor) -> Tensor:
+def feature_loss(
+    output: Tensor, features: Tensor, norms: Tensor, own: Tensor | None = None
+) -> Tensor:
     """`mean_l w_l L_feature_l` with the paper's weights; arguments as in `feature_weights`.
+
+    own [L]: where the batch is spread over processes, the feature losses of this one's samples:
+    weighed as the whole batch's, which the other arguments are of.
 
     The weights are read; the mean over layers is ours (the sum differs by the factor L, which the
     recipe's weight of the term can restore): one unit of it weighs about as much as the output.
     """
-    return (feature_weights(output, features, norms) * features).mean()
+    return (feature_weights(output, features, norms) * (features if own is None else own)).mean()
 
 
 def choices(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -76,17 +81,20 @@ def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
     return probabilities.shape[-1] * (share * probabilities.mean(dim=-2)).sum(dim=-1)
 
 
-def group_balance_loss(logits: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def group_balance_loss(
+    logits: Sequence[Tensor], over: Callable[[list[Tensor]], list[Tensor]] = list
+) -> tuple[Tensor, list[Tensor]]:
     """Balance of the groups of blocks: (mean over groups of `balance_loss`, each group's choices).
 
     `logits`: per group [B, W], a logit for every sample and window of blocks, of which a sample
     takes the largest. The loss is 1 when windows are used alike, W when one takes everything (the
     experts' loss with a window for an expert and a sample for a token: ours). Choices are [W],
-    detached.
+    detached. over: this process's choices -> all processes'.
     """
     pairs = [choices(each, 1) for each in logits]
-    losses = [balance_loss(probabilities, counts) for probabilities, counts in pairs]
-    return torch.stack(losses).mean(), [counts for _, counts in pairs]
+    counted = over([counts for _, counts in pairs])
+    losses = [balance_loss(pair[0], counts) for pair, counts in zip(pairs, counted)]
+    return torch.stack(losses).mean(), counted
 
 
 def load_figures(counts: Sequence[float]) -> dict[str, float]:

@@ -189,6 +189,23 @@ Compare = Annotated[
     Path | None,
     typer.Option("--compare", help="summary.json of other models for the report's plot."),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="float32 or bfloat16, in place of the recipe's."),
+]
+Ema = Annotated[
+    float | None, typer.Option("--ema", help="Decay of the weights' average, 0 for none.")
+]
+Accumulate = Annotated[
+    int, typer.Option("--accumulate", help="Parts of a process's batch, run one after another.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Keep blocks' inputs alone for backward.")
+]
+Offload = Annotated[bool, typer.Option("--offload-activations", help="Keep those in main memory.")]
+SaveSeconds = Annotated[
+    float, typer.Option("--save-seconds", help="Time between two checkpoints of training.")
+]
 SparseOut = Annotated[Path, typer.Option("-o", "--out", help="Sparse pipeline directory to write.")]
 # LoRA
 Onto = Annotated[str, typer.Option("--onto", help="Sparse or dense pipeline directory.")]
@@ -208,6 +225,14 @@ Blocks = Annotated[
     str | None, typer.Option("--blocks", help="Keep so many of the blocks, e.g. 8D+38S.")
 ]
 TextTokens = Annotated[int | None, typer.Option("--text-tokens", help="Length of the text.")]
+Gpus = Annotated[
+    str | None, typer.Option("--gpus", help="Numbers of GPUs to distil on, e.g. 1,8,32.")
+]
+GpuMemory = Annotated[float, typer.Option("--gpu-memory", help="GB of each of --gpus.")]
+PlanCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="With --gpus.")
+]
+Rows = Annotated[int, typer.Option("--rows", help="Of a batch, run at once on each of --gpus.")]
 # Exporting
 BundleOut = Annotated[Path | None, typer.Option("-o", "--out", help="Bundle directory to write.")]
 TritonRepo = Annotated[

@@ -7,8 +7,9 @@ tensors does. Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING
 from d2m.files import write_json, write_pieces
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Size, Tensor, dtype
+
+    Kinds = Mapping[str, tuple[dtype, Size]]
 
 STEM = "diffusion_pytorch_model"  # diffusers' names
 INDEX = f"{STEM}.safetensors.index.json"
@@ -112,6 +115,15 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one file at once; tensors go to disk from where they are, without another copy."""
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_one_by_one(path, kinds, lambda name: tensors[name])
+
+
+def write_one_by_one(path: Path, kinds: Kinds, tensor: Callable[[str], Tensor]) -> None:
+    """The same of tensors that `tensor(name)` makes when their turn comes, as `order` has it.
+
+    kinds: name -> (dtype, shape); they are on the CPU.
+    """
     import torch
 
     names = {
@@ -123,22 +135,25 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     rows: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}  # transformers asks
     position = 0
-    # Largest elements first: with the header padded, every tensor is aligned to its own.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
+    for name in order(kinds):
+        dtype, shape = kinds[name]
+        end = position + math.prod(shape) * dtype.itemsize
         rows[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": names[dtype],
+            "shape": list(shape),
             "data_offsets": [position, end],
         }
         position = end
     text = json.dumps(rows, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    flat = (tensors[name].detach().contiguous().reshape(-1) for name in order)
-    data = (tensor.view(torch.uint8).numpy().data for tensor in flat)
+    flat = (tensor(name).detach().contiguous().reshape(-1) for name in order(kinds))
+    data = (each.view(torch.uint8).numpy().data for each in flat)
     write_pieces(path, chain([len(text).to_bytes(8, "little") + text], data))
+
+
+def order(kinds: Kinds) -> list[str]:
+    """Largest elements first: with the header padded, every tensor is aligned to its own."""
+    return sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
 
 
 def shard_name(number: int, count: int) -> str:

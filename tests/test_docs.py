@@ -27,7 +27,7 @@ from documents import (
 # What a box with a mark must contain: a mark is a reason, not a way out.
 REASONS = {
     "docker": r"\bdocker\b",
-    "cluster": r"\b(kubectl|ray|serve run)\b",
+    "cluster": r"\b(kubectl|ray|serve run|torchrun|accelerate launch)\b",
     "network": r"\b(pip install|hf download|curl|git clone)\b",
     "gpu": r"--backend (trt|trt-rtx|ort-cuda)\b|nvidia-smi|gpu\.sh|tritonserver",
 }
