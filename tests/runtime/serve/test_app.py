@@ -64,7 +64,7 @@ def test_openais_client(server: Server) -> None:
         pipeline = service.pipeline
         again = type(pipeline)(pipeline.bundle, "ort", threads=1, min_batch=said["batch"])
         assert to_png(again(**knobs)) == png
-    assert [model.id for model in client.models.list()] == ["shapes-l"]
+    assert [model.id for model in client.models.list()] == ["shapes-s"]
 
 
 def test_openais_client_gets_its_errors(server: Server) -> None:
