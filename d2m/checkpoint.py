@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from d2m.files import replace_dir, sha256, temporary_sibling, write_json
+from d2m.files import library_errors, replace_dir, sha256, write_json
 from d2m.recipe import Recipe, to_dict
 from d2m.shards import write_one_by_one
+from d2m.siblings import temporary_sibling
 
 KEPT = 2
 _NAME = re.compile(r"\d{2}-\d{7}")
@@ -55,7 +56,8 @@ def save(
         if isinstance(tensors, tuple):
             write_one_by_one(state, *tensors)
         else:
-            save_file(dict(tensors), state)
+            with library_errors():
+                save_file(dict(tensors), state)
         record = {"stage": stage, "step": step, "facts": dict(facts), "tensors": sha256(state)}
         write_json(temporary / "state.json", record | {"sha256": _digest(record)})
         replace_dir(temporary, final)

@@ -28,6 +28,7 @@ from d2m.console import (
     quiet_libraries,
     say,
 )
+from d2m.stopping import terminated_on_signal
 
 app = typer.Typer(
     name="d2m",
@@ -834,7 +835,7 @@ def verify(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (0, 2 bad input, 130 Ctrl-C, 1 a fault of ours).
+    """Run one command; returns its exit code: 0, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 our fault.
 
     The command is invoked without typer's own `main`, which would swallow what a KeyboardInterrupt
     has to say (where a conversion stopped and how it goes on).
@@ -844,7 +845,7 @@ def main(argv: list[str] | None = None) -> int:
         quiet_libraries()
     try:
         command = typer.main.get_command(app)
-        with command.make_context("d2m", arguments.copy()) as context:
+        with command.make_context("d2m", arguments.copy()) as context, terminated_on_signal():
             command.invoke(context)
         sys.stdout.flush()
         return 0

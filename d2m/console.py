@@ -5,6 +5,7 @@ Progress and errors go to stderr, so that stdout holds the answer alone and `--j
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from d2m.processes import Lost
+from d2m.stopping import Terminated
 from d2m.timings import expected, remember
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +45,7 @@ QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the largest file allowed
 # Seconds between two progress lines where stderr is a file or a pipe.
 LINE_EVERY = 10.0
 
@@ -249,7 +252,9 @@ def _plain(value: Any) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """(one sentence, exit code) for an error: 2 for the user's, 130 for Ctrl-C, 1 for ours."""
+    """(one sentence, exit code) for an error: 2 the user's, 130 Ctrl-C, 143 SIGTERM, 1 ours."""
+    if isinstance(error, Terminated):
+        return one_line(str(error)), 143
     if isinstance(error, KeyboardInterrupt):
         return one_line(str(error)) or "interrupted; a conversion goes on with --resume", 130
     if isinstance(error, Lost):
@@ -268,6 +273,13 @@ def explain(error: BaseException) -> tuple[str, int]:
             return _fault(error), 1
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f" {str(error.filename)!r}" if error.filename is not None else ""
+        if error.errno in FULL:
+            if "disk" in error.strerror:  # one of our own sentences
+                return one_line(error.strerror), 2
+            return (
+                f"cannot write{where}: {error.strerror.lower()}; free some space and run again,"
+                " a conversion with --resume"
+            ), 2
         return f"cannot use{where}: {error.strerror.lower()}; check the path and its rights", 2
     if isinstance(error, (ValueError, FileNotFoundError, ImportError, OSError)) and str(error):
         return one_line(str(error)), 2

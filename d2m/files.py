@@ -1,24 +1,29 @@
 """Writing files and directories so that a crash leaves the old one or the new one, never half.
 
-Every write goes to a temporary sibling in the same directory, is synced to disk, then renamed.
+Every write goes to a temporary sibling in the same directory (d2m.siblings), is synced to disk,
+then renamed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import uuid
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2m.siblings import ASIDE, temporary_file, temporary_sibling
 
-def temporary_sibling(path: str | os.PathLike[str]) -> Path:
-    """A fresh hidden name beside `path` (same file system, so that a rename is atomic)."""
-    path = Path(path)
-    return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# What renameat2 says where kernel or file system cannot exchange.
+NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -30,16 +35,12 @@ def write_pieces(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryvi
     """The same of pieces that are made while the file is written, one in memory at a time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
-    try:
-        with open(temporary, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+    with temporary_file(path) as (file, temporary):
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(path.parent)
     return path
 
@@ -67,8 +68,10 @@ def sync(path: str | os.PathLike[str]) -> None:
 def replace_dir(tmp_dir: str | os.PathLike[str], final_dir: str | os.PathLike[str]) -> Path:
     """Make the finished `tmp_dir` appear as `final_dir` at once.
 
-    Every file is synced first. An old `final_dir` is moved aside, then removed: a crash between
-    the two renames leaves both directories whole under their hidden names beside `final_dir`.
+    Every file is synced first. On Linux an old `final_dir` and the new one change names in one
+    system call, so that at every moment one of them has it. Elsewhere, or where the file system
+    cannot, the old one is moved aside before, and a crash between the two renames leaves it as a
+    hidden sibling, which `d2m.siblings.sweep` brings back. Of two processes the later wins.
     """
     tmp_dir, final_dir = Path(tmp_dir), Path(final_dir)
     for folder, _, names in os.walk(tmp_dir):
@@ -76,18 +79,60 @@ def replace_dir(tmp_dir: str | os.PathLike[str], final_dir: str | os.PathLike[st
             sync(Path(folder) / name)
         sync(folder)
     final_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = None
-    if os.path.lexists(final_dir):
-        aside = temporary_sibling(final_dir)
-        os.rename(final_dir, aside)
-    os.rename(tmp_dir, final_dir)
+    old = _put(tmp_dir, final_dir)
     sync(final_dir.parent)
-    if aside is not None:
-        if aside.is_dir() and not aside.is_symlink():
-            shutil.rmtree(aside)
+    if old is not None:
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)  # what is left is swept by the next one
         else:
-            aside.unlink()
+            old.unlink(missing_ok=True)
     return final_dir
+
+
+def _put(new: Path, final: Path) -> Path | None:
+    """Give `new` the name `final`; where what had it before is now, None where nothing had."""
+    while True:
+        if not os.path.lexists(final):
+            try:
+                os.rename(new, final)
+                return None
+            except OSError as error:  # another process has just put its own there
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+        try:
+            if exchange(new, final):
+                return new
+            aside = temporary_sibling(final, ASIDE)
+            os.rename(final, aside)
+        except FileNotFoundError:
+            if os.path.lexists(new):
+                continue  # the final name was taken away meanwhile
+            raise
+        try:
+            os.rename(new, final)
+        except OSError:
+            if os.path.lexists(final):  # by another process: ours comes after it
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            os.rename(aside, final)
+            raise
+        return aside
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once; False where this system cannot."""
+    if sys.platform != "linux":
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:  # an old C library
+        return False
+    sys.audit("os.rename", os.fspath(one), os.fspath(other), -1, -1)  # as os.rename does
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(other))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -97,3 +142,17 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Within: a disk that the safetensors library cannot write to is an OSError, as elsewhere."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number)) from error
+        raise

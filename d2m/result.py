@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import licence_of
 from d2m.draw import DEFAULTS_FILE, drawing_defaults, pipeline_draw
-from d2m.files import write_json, write_text
+from d2m.files import library_errors, write_json, write_text
 from d2m.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def write_sparse(
     folder.mkdir(parents=True)
     set_top_k(student, recipe.top_k)
     set_kappa(student, recipe.blocks.kappa)
-    student.save_pretrained(folder / "transformer")
+    with library_errors():
+        student.save_pretrained(folder / "transformer")
     write_around(folder, type(student).__name__, dense, recipe, scores)
 
 
@@ -57,7 +58,8 @@ def write_around(
         if path.is_file() and (path.name == DEFAULTS_FILE or path.name.startswith("LICENSE")):
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "recipe.json", recipes.to_dict(recipe))
-    save_file({k: v.contiguous() for k, v in scores.items()}, folder / "importance.safetensors")
+    with library_errors():
+        save_file({k: v.contiguous() for k, v in scores.items()}, folder / "importance.safetensors")
     for path in folder.rglob("*.safetensors"):
         # safetensors 0.8 makes them readable by their owner alone, whatever the umask.
         shutil.copymode(folder / "model_index.json", path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
-from d2m.files import temporary_sibling, write_json
+from d2m.files import write_json
 from d2m.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -159,11 +158,10 @@ def _moments(
 
 def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in `path`, computed and put there at once where it is missing."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+
+    from d2m.shards import write_shard
 
     if not path.is_file():
-        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-        temporary = temporary_sibling(path)
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        write_shard(path, compute())
     return load_file(path)

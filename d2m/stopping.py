@@ -9,6 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing waits for it: what is half made is cleared away as after Ctrl-C."""
+
+
+@contextmanager
+def terminated_on_signal() -> Iterator[None]:
+    """Within: SIGTERM raises Terminated; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated("stopped by SIGTERM; a conversion goes on with --resume, all else anew")
+
+    try:
+        signal.signal(signal.SIGTERM, end)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether Ctrl-C or SIGTERM came; a second one interrupts at once."""

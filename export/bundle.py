@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import errno
 import itertools
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
-from d2m.files import replace_dir, sha256, temporary_sibling, write_bytes, write_json, write_text
+from d2m.files import replace_dir, sha256, write_bytes, write_json, write_text
+from d2m.siblings import temporary_dir
 
 if TYPE_CHECKING:
     import torch
@@ -88,37 +88,34 @@ def export_bundle(
     choices = check_top_k(source, top_k) if sparse else []
     apis = plan_apis(trt, trt_rtx)
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_sibling(final)
     hashes: dict[str, str] = {}  # of files hashed while they were written
     try:
-        folder.mkdir()
-        parts = components(source, sparse, choices, progress)
-        manifest = first_facts(source, parts, sparse, choices, dtype, storage)
-        for part in parts:
-            program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
-            shards, digest = write_weights(folder, part, program, storage, link, progress)
-            hashes[f"{part.name}.safetensors"] = digest
-            manifest["components"][part.name] = write_graphs(
-                folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
-            )
-        write_tokenizers(folder, source, manifest)
-        if apis:
-            kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
-            again = None if kind == dtype else parts
-            targets = [(), sm] if portable and sm else [sm]
-            write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
-        write_manifest(folder, manifest, hashes, progress)
-        replace_dir(folder, final)
+        with temporary_dir(final) as folder:
+            parts = components(source, sparse, choices, progress)
+            manifest = first_facts(source, parts, sparse, choices, dtype, storage)
+            for part in parts:
+                program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
+                shards, digest = write_weights(folder, part, program, storage, link, progress)
+                hashes[f"{part.name}.safetensors"] = digest
+                manifest["components"][part.name] = write_graphs(
+                    folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
+                )
+            write_tokenizers(folder, source, manifest)
+            if apis:
+                kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
+                again = None if kind == dtype else parts
+                targets = [(), sm] if portable and sm else [sm]
+                write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
+            write_manifest(folder, manifest, hashes, progress)
+            replace_dir(folder, final)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            errno.ENOSPC,
+            error.errno,
             f"the disk of {final.parent} is full, expected room for the bundle {final.name};"
             " nothing was left behind, free some space and export again.",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     sizes = [row["size"] for row in manifest["files"].values()]
     linked = [name for row in manifest["components"].values() for name in row.get("shards", ())]
     return {

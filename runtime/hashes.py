@@ -14,11 +14,11 @@ import json
 import logging
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 from runtime.fields import parse_json
+from runtime.siblings import write_bytes
 
 log = logging.getLogger("runtime")
 SETTLED = 2.0  # seconds since the last change; some file systems keep times to two seconds
@@ -98,18 +98,13 @@ def remember(root: Path, seen: dict[str, Any]) -> None:
 
 def write_cached(place: Path, text: str) -> None:
     """Write a file of the cache, at once, and tidy its folder up; OSError."""
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, place)  # not synced: what is lost is computed again
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(place, text.encode("utf-8"), sync=False)  # what is lost is computed again
     tidy(place.parent)
 
 
 def tidy(folder: Path) -> None:
-    """Keep the newest files; drop what a killed process left."""
+    """Keep the newest files, and no temporary ones of bundles that nobody opens any more."""
     files = []
     for path in folder.iterdir():
         try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from runtime.siblings import write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,15 +59,7 @@ def save(image: Image, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{path} is a directory, expected the name of an image file.")
     data = to_png(image)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, data)
     return path
 
 

@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import broken, open_bundle, read_small
 from runtime.fields import parse_json
+from runtime.siblings import write_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -65,12 +65,8 @@ def sign(bundle: str | os.PathLike[str], key: str | os.PathLike[str]) -> dict[st
         "key": public.hex(),
         "signature": private.sign(CONTEXT + data).hex(),
     }
-    temporary = opened.path / f".{FILE}.{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        write_new(temporary, (json.dumps(row, indent=2, sort_keys=True) + "\n").encode(), 0o644)
-        os.replace(temporary, opened.path / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(row, indent=2, sort_keys=True) + "\n"
+    write_bytes(opened.path / FILE, text.encode(), 0o644)
     return {
         "bundle": str(opened.path),
         "digest": opened.digest,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from d2m import __version__
-from d2m.files import replace_dir, temporary_sibling, write_json
+from d2m.files import replace_dir, write_json
 from d2m.kernels.compile import Compiled, compile_launch
 from d2m.kernels.configs import BYTES, IMAGE_TOKENS, shared_limit, tiles_for
 from d2m.kernels.extents import Extent, counts, fit
 from d2m.kernels.plan import Launch, Plan, Sizes, forward_plan
 from d2m.kernels.ptx import VERSION, reorder
+from d2m.siblings import temporary_dir
 
 FORMAT = 1
 MANIFEST = "kernels.json"
@@ -75,9 +75,7 @@ def build(
         "plans": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_sibling(out)
-    try:
-        folder.mkdir()
+    with temporary_dir(out) as folder:
         for done, (arch, stream, k) in enumerate(cases):
             if progress is not None:
                 progress(f"sm_{arch} {stream} k={k}", done, len(cases))
@@ -87,8 +85,6 @@ def build(
             manifest["plans"].append(plan)
         write_json(folder / MANIFEST, manifest)
         replace_dir(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if progress is not None:
         progress("kernels", len(cases), len(cases))
     return manifest

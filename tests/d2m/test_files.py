@@ -7,6 +7,7 @@ import os
 import pytest
 
 from d2m import files
+from d2m.siblings import temporary_sibling
 
 
 def test_write_and_replace(tmp_path):
@@ -41,7 +42,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_replace_dir(tmp_path):
     final = tmp_path / "out"
     for text in ("first", "second"):
-        temporary = files.temporary_sibling(final)
+        temporary = temporary_sibling(final)
         (temporary / "sub").mkdir(parents=True)
         (temporary / "sub" / "file").write_text(text)
         files.replace_dir(temporary, final)
@@ -50,7 +51,7 @@ def test_replace_dir(tmp_path):
 
 
 def test_temporary_siblings_are_fresh_hidden_neighbours(tmp_path):
-    names = {files.temporary_sibling(tmp_path / "out") for _ in range(10)}
+    names = {temporary_sibling(tmp_path / "out") for _ in range(10)}
     assert len(names) == 10
     assert all(n.parent == tmp_path and n.name.startswith(".out.") for n in names)
 
