@@ -19,6 +19,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def main() -> int:
         done = subprocess.run(command, capture_output=True, text=True)
         row = json.loads(work.read_text()) if work.is_file() else {"executions": 0}
         work.unlink(missing_ok=True)
+        shutil.rmtree(work.with_suffix(".corpus"), ignore_errors=True)  # atheris's own
         row["exit_code"] = done.returncode
         if done.returncode:
             row["last_words"] = done.stderr[-600:]
