@@ -1,0 +1,175 @@
+"""convert, export and run on a tiny model, ready to be done again and again by forked children.
+
+Two results of each export and run, "a" and "b", so that a mixture of both would be found out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS = 2  # of every stage
+TOP_K = (2,)
+STORAGE = {"a": "fp32", "b": "bf16"}  # what the two exports differ in
+SEEDS = {"a": 1, "b": 2}
+SIZE = 16  # pixels
+Work = Callable[[], Any]
+
+
+class Tools:
+    """A dense pipeline, its conversion, two bundles; and the functions that make them again."""
+
+    def __init__(self, root: Path, programs: Path | None = None) -> None:
+        """Make what the tries begin with below `root`; traced graphs are kept in `programs`."""
+        import torch
+
+        import d2m.model  # noqa: F401 - diffusers finds our class in a module that is imported
+        from calib.batches import shapes_batches
+        from calib.importance import neuron_importance
+        from calib.world import World
+        from d2m import recipe as recipes
+        from tiny import tiny_pipeline
+
+        torch.set_num_threads(1)
+        self.root = root
+        self.dense = tiny_pipeline(root / "dense")
+        sizes = {"num_inference_steps": STEPS, "height": SIZE, "width": SIZE}
+        (self.dense / "defaults.json").write_text(json.dumps(sizes))
+        preset = recipes.preset("L")
+        stages = [dataclasses.replace(s, steps=STEPS, batch_size=2) for s in preset.stages]
+        few = recipes.Calibration(batches=2, batch_size=2)
+        self.recipe = dataclasses.replace(preset, calibration=few, stages=tuple(stages))
+        self.importance = neuron_importance
+        self.batches = lambda pipe, seed: shapes_batches(pipe, World(size=32), seed)
+        self.sparse = root / "sparse"
+        self.convert(self.sparse)()
+        self.trace(programs)
+        self.bundles = {which: root / f"bundle-{which}" for which in STORAGE}
+        import onnxruntime  # noqa: F401 - imported once, by the parent
+
+    def make_bundles(self) -> None:
+        """In a child, as sessions of ONNX Runtime do not survive a fork."""
+        for which, path in self.bundles.items():
+            self.export(path, which)()
+
+    def convert(self, out: Path, _: str = "a") -> Work:
+        """Importance, surgery, distillation; a checkpoint after every step."""
+
+        def work() -> Any:
+            from d2m.convert import convert
+
+            options: dict[str, Any] = {"report": False, "save_seconds": 0, "resume": True}
+            args = (self.dense, out, self.recipe, self.batches, self.importance)
+            answer = convert(*args, **options, log=lambda text: None)
+            return answer["out"]
+
+        return work
+
+    def stream(self, out: Path, _: str = "a") -> Work:
+        """The conversion that goes block by block from file to file."""
+
+        def work() -> Any:
+            from calib.importance import chosen
+            from d2m.stream import convert_stream
+
+            _, scores, label = chosen("magnitude")
+            assert scores is not None
+            args = (self.dense, out, self.recipe, scores, label)
+            return convert_stream(*args, resume=True, log=lambda text: None)["out"]
+
+        return work
+
+    def export(self, out: Path, which: str = "a") -> Work:
+        """Everything but the tracing, which the parent has done."""
+
+        def work() -> Any:
+            from export.bundle import export_bundle
+
+            return export_bundle(self.sparse, out, top_k=TOP_K, storage=STORAGE[which])["out"]
+
+        return work
+
+    def export_traced(self, out: Path, which: str = "a") -> Work:
+        """The whole export, tracing too, in the child."""
+
+        def work() -> Any:
+            import export.source
+
+            export.source.components = self.components  # type: ignore[assignment]
+            return self.export(out, which)()
+
+        return work
+
+    def run(self, out: Path, which: str = "a") -> Work:
+        """Open the bundle, draw one picture, save it."""
+
+        def work() -> Any:
+            import runtime
+            from runtime.picture import save
+
+            pipeline = runtime.load(self.bundles["a"], "ort")
+            return str(save(pipeline("a red circle", seed=SEEDS[which], steps=1), out))
+
+        return work
+
+    def trace(self, kept: Path | None) -> None:
+        """Trace every component once; from now on exports of this process take these graphs."""
+        import torch
+
+        import export.source
+
+        self.components = export.source.components
+        programs: dict[str, Any] = {}
+        if kept is not None and kept.is_file():
+            programs = pickle.loads(kept.read_bytes())  # what this script has written itself
+        if not programs:
+            for part in self.components(self.sparse, True, list(TOP_K), None):
+                programs[part.name] = part.trace(torch.float32)
+            if kept is not None:
+                temporary = kept.with_suffix(".part")
+                temporary.write_bytes(pickle.dumps(programs))
+                os.replace(temporary, kept)
+
+        def traced(*args: Any) -> Any:
+            parts = self.components(*args)
+            for part in parts:
+                part.trace = lambda dtype, name=part.name: programs[name]
+            return parts
+
+        export.source.components = traced
+
+
+def state_of(path: Path) -> str | None:
+    """A file's or a directory's content as one hash: names and bytes; None where it is not."""
+    if not os.path.lexists(path):
+        return None
+    digest = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for each in files:
+        if each.is_file():
+            digest.update(f"{each.relative_to(path)}\0{each.stat().st_size}\0".encode())
+            digest.update(each.read_bytes())
+    return digest.hexdigest()
+
+
+def leftovers(place: Path) -> list[str]:
+    """Temporary names of ours below a directory."""
+    return sorted(
+        str(path.relative_to(place))
+        for path in place.rglob(".*")
+        if path.suffix in (".tmp", ".old")
+    )
+
+
+def emptied(place: Path) -> Path:
+    """The directory, with nothing in it."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return place
