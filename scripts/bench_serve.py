@@ -1,13 +1,14 @@
 """Load on `d2m serve` from a second process: every request answered, and memory over a soak.
 
-    python scripts/bench_serve.py [BUNDLE] [--requests 1000] [--soak 1800] [--json FILE]
+    python scripts/bench_serve.py [BUNDLE] [--requests 1000] [--soak 1800 --rate 2] [--json FILE]
 
 The server is a process of its own; this one keeps more requests open than its queue holds, so that
 the queue stays full and some are refused with 429 and come again after Retry-After. A request is
-lost where no HTTP answer came. During the load and the soak (seconds of the same load after it) the
-server's resident memory is read each second; the slope is that of a line through the means of
-blocks of samples, the first fifth left out, with a 95 % interval by Student's t: means of blocks,
-because neighbouring samples are not independent.
+lost where no HTTP answer came. The soak goes on for so many seconds, with the same load or, where a
+rate is given, so many requests a second, whose number of images goes from 1 to the batch and round
+again. The server's resident memory is read each second; the slope is that of a line through the
+means of blocks of the soak's samples, the first fifth left out, with a 95 % interval by Student's
+t: means of blocks, because neighbouring samples are not independent.
 """
 
 from __future__ import annotations
@@ -86,9 +87,24 @@ class Load:
                 if code == "200":
                     self.seconds.append(time.monotonic() - began)
 
-    def once(self, seed: int) -> str:
+    def pace(self, rate: float, until: float, most: int) -> None:
+        """`rate` requests a second until then, of 1 to `most` images in turn, never two at once."""
+        began = time.monotonic()
+        while (now := time.monotonic()) < until:
+            due = began + self.sent / rate
+            if now < due:
+                time.sleep(min(due, until) - now)
+                continue
+            self.sent += 1
+            began += max(0.0, now - due - 5.0)  # a busy machine: no burst to make up for it
+            code = self.once(self.sent, 1 + self.sent % most)
+            self.drawn += code == "200"
+            self.lost += not code.isdigit()
+
+    def once(self, seed: int, n: int = 1) -> str:
         """One HTTP request's status, or the name of the error where no answer came."""
-        body = json.dumps({"prompt": f"a photo of {seed} circles", "steps": self.steps})
+        fields = {"prompt": f"a photo of {seed} circles", "steps": self.steps, "n": n}
+        body = json.dumps(fields)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
         wait = 0.0
         try:
@@ -119,6 +135,12 @@ def watch(pid: int, samples: list[tuple[float, float]], stop: threading.Event) -
         except OSError:
             return
         samples.append((time.monotonic(), pages * page))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def slope(samples: list[tuple[float, float]]) -> dict[str, Any]:
@@ -156,6 +178,7 @@ def main() -> int:
     parser.add_argument("bundle", nargs="?")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load after them")
+    parser.add_argument("--rate", type=float, help="requests a second of the soak; as many as go")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max-queue", type=int, default=16)
@@ -173,8 +196,13 @@ def main() -> int:
     began = time.monotonic()
     load.run(clients, asked.requests, math.inf)
     spent = time.monotonic() - began
-    if asked.soak:
-        soak.run(clients, math.inf, time.monotonic() + asked.soak)
+    start_of_soak, used = len(samples), cpu_seconds(server.pid)
+    until = time.monotonic() + asked.soak
+    if asked.rate:
+        soak.pace(asked.rate, until, asked.max_batch)
+    elif asked.soak:
+        soak.run(clients, math.inf, until)
+    used = cpu_seconds(server.pid) - used
     stop.set()
     server.terminate()
     code = server.wait(120)
@@ -186,8 +214,15 @@ def main() -> int:
         "seconds": round(spent, 1),
         "images_per_second": round(load.drawn / spent, 3),
         "latency_median_s": round(statistics.median(load.seconds), 3) if load.seconds else None,
-        "soak": {"seconds": asked.soak, "drawn": soak.drawn, "answers": dict(soak.codes)},
-        "memory": slope(samples),
+        "soak": {
+            "seconds": asked.soak,
+            "rate": asked.rate,
+            "requests": soak.sent,
+            "answers": dict(soak.codes),
+            "server_cpu_seconds": round(used, 1),
+        },
+        "memory": slope(samples[start_of_soak:] if asked.soak else samples),
+        "mib_by_minute": [round(value, 2) for _, value in samples[::60]],
         "peak_mib": round(max((value for _, value in samples), default=0.0), 1),
         "server_exit_code": code,
         "options": {"clients": clients, "steps": asked.steps}
