@@ -1,11 +1,11 @@
 """What kill -9, full disks, read-only directories, rivals and clocks do to convert, export, run.
 
-    python scripts/faults.py [--kills 300] [--json results/cpu/faults.json] [--programs FILE]
+    python scripts/faults.py [--kills 300] [--json results/cpu/faults.json]
 
 Every tool works on a tiny model in children forked from a warmed parent, hundreds of times. After
 each fault: what lies under the final name is the old result or the new one, byte for byte; going on
 gives the same bytes as an undisturbed run; no temporary files pile up. Exit code 1 where that is
-not so; the JSON says where.
+not so; the JSON says where. A run that was stopped goes on with the cases that are missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+SHORT = ("convert", "export", "run")
+NAMES = {"export_traced": "export with tracing"}
 TOOLS = ("convert", "stream", "export", "run")
-# Case -> tries in a full run of 300 kills and in a short one.
+# Case -> tries in a full run of 300 kills, and in a short one.
 TRIES = {"kill": (300, 3), "term": (40, 1), "full": (40, 1), "two": (30, 1), "clock": (30, 1),
          "times": (30, 2), "traced": (10, 0)}  # fmt: skip
 
@@ -41,7 +44,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a few tries of everything")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--programs", type=Path, help="where traced graphs are kept between runs")
+    parser.add_argument("--like", nargs=2, type=Path, metavar=("SPARSE", "BUNDLE"),
+                        help="a bundle whose graphs spare the tracing")  # fmt: skip
     asked = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="d2m-faults-"))
     os.environ["D2M_CACHE"] = str(root / "cache")
@@ -50,64 +54,88 @@ def main() -> int:
         answer = faults(root, asked)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    if asked.json:
-        from d2m.files import write_json
-
-        write_json(asked.json, answer)
     print(json.dumps(answer, indent=2, sort_keys=True))
     return int(answer["failures"] > 0)
 
 
 def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    """All cases, one after the other."""
+    """All cases, one after the other; the JSON is written after each, and those in it are kept."""
     from faulting import kills, places
     from faulting.tools import Tools
     from faulting.tries import attempt
 
-    began = time.monotonic()
-    share = (asked.kills or 300) / 300
+    from d2m.files import write_json
+
+    rows = kept(asked)
+    kills_asked = asked.kills or TRIES["kill"][0]
 
     def tries(case: str) -> int:
         long, short = TRIES[case]
-        return short if asked.short else max(1, round(long * share))
+        return short if asked.short else max(1, round(long * kills_asked / TRIES["kill"][0]))
 
-    tools = Tools(root, asked.programs)
+    tools = Tools(root, tuple(asked.like) if asked.like else None)
     made = attempt(tools.make_bundles, root)
     assert made.code == 0, made.told
-    mounts = places.can_mount(root / "mount")
-    rows: dict[str, Any] = {}
+    mounts, seed = places.can_mount(root / "mount"), asked.seed
+    known: dict[str, kills.Reference] = {}
 
-    def case(name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    def undisturbed(tool: str) -> kills.Reference:
+        if tool not in known:
+            known[tool] = kills.reference(tools, tool)
+        return known[tool]
+
+    def case(name: str, work: Callable[[], dict[str, Any]]) -> None:
+        if name in rows:
+            return
         start = time.monotonic()
-        rows[name] = work(*arguments) | {"seconds": round(time.monotonic() - start, 1)}
+        rows[name] = work() | {"seconds": round(time.monotonic() - start, 1)}
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
+        if asked.json:
+            write_json(asked.json, summary(rows, asked))
 
-    told_by = {}
-    for tool in TOOLS:
-        if asked.short and tool == "stream":
-            continue
-        told_by[tool] = known = kills.reference(tools, tool)
-        for name, number in (("kill", signal.SIGKILL), ("term", signal.SIGTERM)):
-            case(f"{number.name}, {tool}", kills.struck, tools, tool, known, tries(name), number,
-                 asked.seed)  # fmt: skip
-        case(f"full disk, {tool}", places.full, tools, tool, known, tries("full"), asked.seed,
-             mounts)  # fmt: skip
+    def struck(tool: str, kind: str, number: int) -> None:
+        name = f"{signal.Signals(number).name}, {NAMES.get(tool, tool)}"
+        case(name, lambda: kills.struck(tools, tool, undisturbed(tool), tries(kind), number, seed))
+
+    def full(tool: str) -> dict[str, Any]:
+        return places.full(tools, tool, undisturbed(tool), tries("full"), seed, mounts)
+
+    def jumping() -> dict[str, Any]:
+        return places.jumping(tools, undisturbed("convert"), tries("clock"), seed)
+
+    for tool in TOOLS if not asked.short else SHORT:
+        struck(tool, "kill", signal.SIGKILL)
+        struck(tool, "term", signal.SIGTERM)
+        case(f"full disk, {tool}", partial(full, tool))
         if mounts or os.geteuid():
-            case(f"read-only, {tool}", places.read_only, tools, tool, mounts)
-    if tries("traced"):
-        known = kills.reference(tools, "export_traced")
-        case("SIGKILL, export with tracing", kills.struck, tools, "export_traced", known,
-             tries("traced"), signal.SIGKILL, asked.seed)  # fmt: skip
-    case("two exports at once", kills.two_at_once, tools, tries("two"), asked.seed)
-    case("clock jumps", places.jumping, tools, told_by["convert"], tries("clock"), asked.seed)
-    case("times of files", places.remembered, tools, tries("times"), asked.seed)
+            case(f"read-only, {tool}", partial(places.read_only, tools, tool, mounts))
+    case("two exports at once", lambda: kills.two_at_once(tools, tries("two"), seed))
+    case("clock jumps", jumping)
+    case("times of files", lambda: places.remembered(tools, tries("times"), seed))
+    if not asked.short:
+        struck("export_traced", "traced", signal.SIGKILL)
+    return summary(rows, asked)
+
+
+def kept(asked: argparse.Namespace) -> dict[str, Any]:
+    """Cases that an earlier run of the same size and seed has written."""
+    if asked.json is None or not asked.json.is_file():
+        return {}
+    before = json.loads(asked.json.read_text())
+    same = before["seed"] == asked.seed and before["kills_asked"] == asked.kills
+    rows: dict[str, Any] = before["cases"] if same else {}
+    return rows
+
+
+def summary(rows: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """What is recorded."""
     return {
         "what": "scripts/faults.py",
         "cases": rows,
         "kills": sum(row["struck"] for name, row in rows.items() if name.startswith("SIGKILL")),
+        "kills_asked": asked.kills,
         "failures": sum(len(row["failures"]) for row in rows.values()),
         "seed": asked.seed,
-        "seconds": round(time.monotonic() - began, 1),
         "platform": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "clock": "Python's clock and the files' times jump; the kernel's clock stays",
     }

@@ -13,6 +13,7 @@ from faulting.tools import Tools, Work, emptied, leftovers, state_of
 from faulting.tries import Blow, Outcome, attempt, draw_blow
 
 Ready = Callable[[Path, str], Work]
+LEFT = 3  # temporary names of one killed try: a directory, and files under way in it
 RESUMED = ("convert", "stream")
 NAMES = {"convert": "out", "stream": "out", "export": "out", "export_traced": "out",
          "run": "out.png"}  # fmt: skip
@@ -80,7 +81,10 @@ def struck(
             fail(told + "what was there before is gone")
         if after is not None and after not in whole.values():
             fail(told + "half of a result lies there")
-        row["most_leftovers"] = max(row["most_leftovers"], len(leftovers(place)))
+        left = leftovers(place)
+        row["most_leftovers"] = max(row["most_leftovers"], len(left))
+        if len(left) > LEFT:
+            fail(f"{told}they pile up: {left}")
         before = after
         if resumed and after is not None:
             # Between the result and the clean-up: a resume says so, and clears the rest away.

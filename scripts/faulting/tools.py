@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,11 @@ Work = Callable[[], Any]
 class Tools:
     """A dense pipeline, its conversion, two bundles; and the functions that make them again."""
 
-    def __init__(self, root: Path, programs: Path | None = None) -> None:
-        """Make what the tries begin with below `root`; traced graphs are kept in `programs`."""
+    def __init__(self, root: Path, like: tuple[Path, Path] | None = None) -> None:
+        """Make what the tries begin with below `root`.
+
+        `like`: a sparse pipeline and its bundle, whose graphs spare the tracing.
+        """
         import torch
 
         import d2m.model  # noqa: F401 - diffusers finds our class in a module that is imported
@@ -48,9 +50,10 @@ class Tools:
         self.recipe = dataclasses.replace(preset, calibration=few, stages=tuple(stages))
         self.importance = neuron_importance
         self.batches = lambda pipe, seed: shapes_batches(pipe, World(size=32), seed)
-        self.sparse = root / "sparse"
-        self.convert(self.sparse)()
-        self.trace(programs)
+        self.sparse = like[0] if like else root / "sparse"
+        if not like:
+            self.convert(self.sparse)()
+        self.trace(like)
         self.bundles = {which: root / f"bundle-{which}" for which in STORAGE}
         import onnxruntime  # noqa: F401 - imported once, by the parent
 
@@ -119,23 +122,18 @@ class Tools:
 
         return work
 
-    def trace(self, kept: Path | None) -> None:
+    def trace(self, like: tuple[Path, Path] | None) -> None:
         """Trace every component once; from now on exports of this process take these graphs."""
         import torch
 
         import export.source
 
         self.components = export.source.components
-        programs: dict[str, Any] = {}
-        if kept is not None and kept.is_file():
-            programs = pickle.loads(kept.read_bytes())  # what this script has written itself
-        if not programs:
-            for part in self.components(self.sparse, True, list(TOP_K), None):
-                programs[part.name] = part.trace(torch.float32)
-            if kept is not None:
-                temporary = kept.with_suffix(".part")
-                temporary.write_bytes(pickle.dumps(programs))
-                os.replace(temporary, kept)
+        parts = self.components(self.sparse, True, list(TOP_K), None)
+        programs = {
+            part.name: stored(part, like[1]) if like else part.trace(torch.float32)
+            for part in parts
+        }
 
         def traced(*args: Any) -> Any:
             parts = self.components(*args)
@@ -144,6 +142,53 @@ class Tools:
             return parts
 
         export.source.components = traced
+
+
+def stored(part: Any, folder: Path) -> Any:
+    """A component's program, its graphs read from a bundle that was exported from it."""
+    import onnx
+    import torch
+
+    from export.blocks import BlockType, Program
+    from export.trace import Spec
+    from runtime.bundle import open_bundle
+
+    bundle = open_bundle(folder)
+    row, arrays = bundle.component(part.name), bundle.weights(part.name)
+
+    def specs(told: dict[str, Any]) -> dict[str, Spec]:
+        return {
+            name: Spec(getattr(torch, each["dtype"]), tuple(each["shape"]))
+            for name, each in told.items()
+        }
+
+    types = {}
+    for name, kind in row["types"].items():
+        prefix = next(call["prefix"] for call in row["program"] if call["type"] == name)
+        linears = {
+            local
+            for local, weight in kind["weights"].items()
+            if turned(part, prefix + local, arrays.array(prefix + local, weight["dtype"]))
+        }
+        none: Any = dict.fromkeys(kind["inputs"]), dict.fromkeys(kind["outputs"])
+        graphs = {
+            key: onnx.load(str(bundle.file(path)))
+            for key, path in kind["graphs"].items()
+            if key in ("", *map(str, TOP_K))
+        }
+        types[name] = BlockType(name, *none, specs(kind["weights"]), frozenset(linears), graphs)
+    calls = [(call["type"], call["prefix"]) for call in row["program"]]
+    return Program(types, calls, specs(row["inputs"]), specs(row["outputs"]))
+
+
+def turned(part: Any, name: str, array: Any) -> bool:
+    """Whether a bundle holds a checkpoint's weight transposed."""
+    import torch
+
+    from export.weights import sources_of
+
+    whole = torch.cat([part.get(source).detach() for source in sources_of(name)])
+    return array.ndim == 2 and (array.shape != whole.shape or not (array == whole.numpy()).all())
 
 
 def state_of(path: Path) -> str | None:

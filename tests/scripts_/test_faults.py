@@ -1,0 +1,26 @@
+"""scripts/faults.py, a few tries of everything; `--kills 300` is what one runs by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
+def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "faults.json"
+    like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
+    command = [sys.executable, str(ROOT / "scripts/faults.py"), "--short", "--json", str(report)]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([*command, *like], env=environment, capture_output=True, text=True)
+    assert report.is_file(), done.stderr[-3000:]
+    answer = json.loads(report.read_text())
+    failures = {name: row["failures"] for name, row in answer["cases"].items() if row["failures"]}
+    assert not failures and done.returncode == 0
+    assert answer["kills"] >= 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faults.json"]
