@@ -16,7 +16,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from d2m.files import replace_dir, temporary_sibling, write_text
+from d2m.files import replace_dir, write_text
+from d2m.siblings import temporary_dir
 from export.links import REFUSALS
 from runtime.bundle import Bundle, open_bundle
 from runtime.signature import FILE as SIGNATURE
@@ -92,17 +93,14 @@ def write_repository(
         raise ValueError(f"{final} lies inside the bundle, expected another directory.")
     repository.mkdir(parents=True, exist_ok=True)
     # Beside the repository, not in it: a server that polls would take it for a model.
-    folder = temporary_sibling(repository)
     linked = copied = 0
-    try:
+    with temporary_dir(repository) as folder:
         write_text(folder / "config.pbtxt", config(opened, name, instances, max_batch, at))
         write_text(folder / "1" / "model.py", MODEL)
         if at is None:
             linked, copied = place(opened, folder / "1" / "bundle")
         files = sum(path.is_file() for path in folder.rglob("*"))
         replace_dir(folder, final)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {
         "repository": str(repository),
         "model": name,
