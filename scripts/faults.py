@@ -33,7 +33,7 @@ SHORT = ("convert", "export", "run")
 NAMES = {"export_traced": "export with tracing"}
 TOOLS = ("convert", "stream", "export", "run")
 # Case -> tries in a full run of 300 kills, and in a short one.
-TRIES = {"kill": (300, 3), "term": (40, 1), "full": (40, 1), "two": (30, 1), "clock": (30, 1),
+TRIES = {"kill": (300, 2), "term": (40, 1), "full": (40, 1), "two": (30, 1), "clock": (30, 1),
          "times": (30, 2), "traced": (10, 0)}  # fmt: skip
 
 

@@ -22,5 +22,5 @@ def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path
     answer = json.loads(report.read_text())
     failures = {name: row["failures"] for name, row in answer["cases"].items() if row["failures"]}
     assert not failures and done.returncode == 0
-    assert answer["kills"] >= 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["faults.json"]
+    assert answer["kills"] >= 2
+    assert not list(tmp_path.glob("d2m-faults-*"))
