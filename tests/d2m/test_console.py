@@ -2,11 +2,17 @@
 
 import errno
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
 from d2m import console
 from d2m.console import clock, explain, one_line, print_json, print_table, print_tree
+from d2m.siblings import temporary_dir
+from d2m.stopping import Terminated, terminated_on_signal
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,17 @@ class Usage(Exception):
             "cannot use 'x': no such file or directory; check the path and its rights",
             2,
         ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            "cannot write 'x': no space left on device; free some space and run again, a conversion"
+            " with --resume",
+            2,
+        ),
+        (
+            OSError(errno.ENOSPC, "the disk of x is full, free some."),
+            "the disk of x is full, free some",
+            2,
+        ),
         (FileNotFoundError("'x' has no manifest.json"), "'x' has no manifest.json", 2),
         (
             ImportError("exporting needs onnx; install it with: pip install 'd2m[export]'"),
@@ -73,6 +90,17 @@ class Usage(Exception):
 )
 def test_explain(error: BaseException, sentence: str, code: int) -> None:
     assert explain(error) == (sentence, code)
+
+
+def test_sigterm_clears_away_and_is_143(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as caught, terminated_on_signal(), temporary_dir(tmp_path / "x"):
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
+    sentence, code = explain(caught.value)
+    assert code == 143 and sentence.startswith("stopped by SIGTERM")
 
 
 @pytest.mark.parametrize(("module", "extra"), sorted(console.EXTRAS.items()))
