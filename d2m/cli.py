@@ -67,7 +67,7 @@ def convert(
     ema: options.Ema = None,
     accumulate: options.Accumulate = 1,
     gradient_checkpointing: options.Checkpointing = False,
-    offload_activations: options.Offload = False,
+    offload_activations: options.OffloadActivations = False,
     save_seconds: options.SaveSeconds = 60.0,
     json_: options.Json = False,
     debug: options.Debug = False,
@@ -249,7 +249,7 @@ def plan(
     rows_: options.Rows = 1,
     precision: options.Precision = None,
     gradient_checkpointing: options.PlanCheckpointing = True,
-    offload_activations: options.Offload = False,
+    offload_activations: options.OffloadActivations = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

@@ -202,7 +202,9 @@ Accumulate = Annotated[
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Keep blocks' inputs alone for backward.")
 ]
-Offload = Annotated[bool, typer.Option("--offload-activations", help="Keep those in main memory.")]
+OffloadActivations = Annotated[
+    bool, typer.Option("--offload-activations", help="Keep those in main memory.")
+]
 SaveSeconds = Annotated[
     float, typer.Option("--save-seconds", help="Time between two checkpoints of training.")
 ]
