@@ -181,7 +181,7 @@ def test_without_a_driver_one_sentence_says_so(bundle: Bundle) -> None:
         pytest.skip("this machine has a driver")
     plans = targets(bundle, portable={"version": rtx.__version__})
     for run in (Device, lambda: trt.open_component_rtx(plans, "transformer")):
-        with pytest.raises(OSError, match="needs an NVIDIA GPU .*; use --backend ort") as caught:
+        with pytest.raises(OSError, match="needs an NVIDIA one .*; use --backend ort") as caught:
             run()
         assert str(caught.value).count(". ") == 0
 
