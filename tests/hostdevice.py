@@ -14,12 +14,13 @@ from typing import Any
 
 import hostkernels
 import numpy as np
+from executorinputs import SIZES as SIZES
+from executorinputs import inputs as inputs
 
 from runtime.bundle import Bundle, open_bundle
 from runtime.schedule import plan_key
 
 TARGET = "trt-rtx-portable"
-SIZES = {"batch": 2, "image_tokens": 16, "text_tokens": 16, "tokens": 32}
 PROFILES = {"batch": [1, 1, 4], "image_tokens": [4, 16, 64], "text_tokens": [4, 16, 16]}
 
 
@@ -169,14 +170,3 @@ def bundle_with_plans(source: Path, root: Path) -> Bundle:
     manifest["plans"] = {TARGET: row}
     manifest["files"] |= {path: {} for path in row["files"].values()}
     return Bundle(root, manifest, opened.digest)
-
-
-def inputs(bundle: Bundle, component: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray]:
-    known, rng, made = SIZES | sizes, np.random.default_rng(seed), {}
-    for name, row in bundle.component(component)["inputs"].items():
-        shape = [known.get(dim, 8) if isinstance(dim, str) else dim for dim in row["shape"]]
-        if row["dtype"] == "int64":
-            made[name] = rng.integers(0, 40, shape)
-        else:
-            made[name] = rng.standard_normal(shape).astype(row["dtype"])
-    return made
