@@ -25,14 +25,16 @@ class Row:
     """One model, or one setting of a model's knobs.
 
     recipe: from the dense model's directory; None: nothing is trained. start: the row whose model
-    training begins with. of: the row whose model is drawn with, with `knobs`. once: the first seed
-    alone. says: what the row is, for the table.
+    training begins with. times: its training steps, as a multiple of the others'. of: the row whose
+    model is drawn with, with `knobs`. once: the first seed alone. says: what the row is, for the
+    table.
     """
 
     name: str
     says: str
     recipe: Callable[[str], Recipe] | None = None
     start: str | None = None
+    times: float = 1.0
     of: str | None = None
     knobs: dict[str, int] = field(default_factory=dict, hash=False)
     once: bool = False
@@ -51,11 +53,17 @@ def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str
     return lambda dense: change(_preset(name)(dense), *more)
 
 
+def _long(name: str, says: str, of: str, times: float, start: str | None = None) -> Row:
+    """A row's recipe again, trained longer: whether the others' differences are those of haste."""
+    found = next(row for row in _TRAINED if row.name == of)
+    return Row(name, says, found.recipe, start=start, times=times, once=True)
+
+
 def _knob(name: str, of: str, says: str, **knobs: int) -> Row:
     return Row(name, says, of=of, knobs=knobs, once=True)
 
 
-ROWS = (
+_TRAINED = (
     Row("dense", "the teacher"),
     Row("L", "MoE: 1S12E2A in every FFN", _preset("L")),
     Row("S", "and MoB: 11 + 24 of FLUX's blocks, here 4 + 8", _preset("S"), start="L"),
@@ -89,6 +97,17 @@ ROWS = (
         start="L",
     ),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
+)
+
+LONG, LONG_BLOCKS = 2.5, 13 / 3  # 1,500 steps of stages 1 and 2, 2,600 of stage 3
+
+ROWS = (
+    *_TRAINED,
+    _long("L-long", "L, 2.5 times the steps", "L", LONG),
+    _long("depth-first-long", "depth-first, 4.3 times", "depth-first", LONG_BLOCKS, "L-long"),
+    _long("S-long", "S, 4.3 times the steps of stage 3", "S", LONG_BLOCKS, "L-long"),
+    _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
+    _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),
     _knob("L k=1", "L", "one expert a token", top_k=1),
     _knob("L k=4", "L", "four experts a token", top_k=4),
@@ -115,10 +134,10 @@ def chain(row: Row) -> list[Row]:
 
 
 def recipe_of(row: Row, dense: str, steps: int, seed: int) -> Recipe:
-    """The row's recipe with its steps and seed: the same for every row but for stage 3."""
+    """The row's recipe and seed; its steps are `steps` and the presets', `times` as many."""
     assert row.recipe is not None, row
     found = row.recipe(dense)
     presets = sum(stage.steps for stage in _preset("L")(dense).stages)
-    total = round(found.steps * steps / presets)
+    total = round(found.steps * steps * row.times / presets)
     found = replace(recipes.with_steps(found, total), seed=seed)
     return recipes.with_stages(found, [len(found.stages)]) if row.start else found

@@ -98,6 +98,11 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("clearly over", "S", "depth-middle"),
     ("over", "L", "random"),
     ("over", "S", "joint"),
+    ("keeps", "L-long", 0.95),
+    ("keeps", "S-long", 0.85),
+    ("keeps", "XS-long", 0.75),
+    ("clearly over", "L-long", "width-1.5-long"),
+    ("clearly over", "S-long", "depth-first-long"),
 )
 TESTS = {
     "keeps": "the score over the dense one's",

@@ -132,7 +132,9 @@ def test_expectations(settings) -> None:
         "S clearly over depth-middle": "met",
         "L over random": "not met",
         "S over joint": "not yet measured",
+        **{name: "not yet measured" for name in states if "-long" in name},
     }
+    assert sum("-long" in name for name in states) == 5
     assert found["L keeps 95 % of dense"]["figure"]["value"] == pytest.approx(82 / 85, abs=1e-4)
     assert not found["L keeps 95 % of dense"]["certain"]
     assert found["L clearly over width-1.5"]["certain"] and found["L over random"]["certain"]
@@ -140,6 +142,28 @@ def test_expectations(settings) -> None:
     difference = found["L not worse than width-2"]["figure"]
     assert difference["value"] == pytest.approx(-0.03) and difference["high"] > 0
     assert found["S over joint"]["figure"] is None and found["S over joint"]["seeds"] == []
+
+
+def test_longer_rows_are_the_others_recipes_with_more_steps() -> None:
+    """Longer stages and nothing else; a stage 3 from the model that trained longer too."""
+    from d2m import recipe as recipes
+    from reproduction.rows import ROWS, named, recipe_of
+
+    dense = str(ROOT / "models" / "shapes-dense")
+    steps = {}
+    for row in ROWS:
+        if row.recipe:
+            made = recipes.to_dict(recipe_of(row, dense, 600, 0))
+            steps[row.name] = [stage.pop("steps") for stage in made["stages"] if not stage["skip"]]
+            if row.times != 1:
+                base = recipes.to_dict(recipe_of(named(row.name[: -len("-long")]), dense, 600, 0))
+                for stage in base["stages"]:
+                    stage.pop("steps")
+                for stage in made["stages"]:
+                    stage.pop("steps", None)
+                assert made == base, row.name
+    assert steps["L-long"] == [1000, 500] and steps["width-1.5-long"] == [1500]
+    assert steps["S-long"] == steps["depth-first-long"] == steps["XS-long"] == [2600]
 
 
 def test_worse_is_worse_and_level_is_not_over(settings) -> None:
