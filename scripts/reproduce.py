@@ -80,7 +80,8 @@ def missing(found: list[Task], settings: Settings) -> list[Task]:
 
 def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
     """Run tasks, `jobs` at a time, each in its own process; those that failed."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    own = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or own
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     plain = {
