@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime import flux
+from runtime.ort import Graph
 
 if TYPE_CHECKING:
     from runtime.arguments import Request
@@ -66,7 +67,7 @@ def told(request: Request, top_k: int, floor: int | None) -> str:
 
 def find_floor(pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None) -> int | None:
     """1, 2, or None: the fewest rows from which on one image's bits are always the same."""
-    if pipeline.bundle.component("transformer").get("groups"):
+    if pipeline.bundle.component("transformer").get("groups") and not whole(pipeline, top_k):
         return None  # which samples run a block together depends on what they are
     most = pipeline.max_batch
     reference = sample(pipeline, latent_size, top_k, most, 0)
@@ -76,6 +77,15 @@ def find_floor(pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | No
             return None
     alone = sample(pipeline, latent_size, top_k, 1, 0)
     return 1 if np.array_equal(alone, reference) else 2
+
+
+def whole(pipeline: Pipeline, top_k: int | None) -> bool:
+    """Whether ONNX Runtime's whole graph draws this, where a block runs for all rows or for none.
+
+    Block sessions and plans run a block of a group with the rows alone that chose it.
+    """
+    executor = pipeline.executor("transformer")
+    return isinstance(executor, Graph) and top_k in (None, executor.default)
 
 
 def sample(

@@ -59,24 +59,23 @@ def one_block(s: Setting, kind: str, size: Size, compiled: bool) -> Record:
         one = replace(size, double=int(kind == "double"), single=int(kind == "single"))
         model = build(one, s.device, s.dtype, seed)
         block = next(m for m in model.modules() if isinstance(m, (Double, Single)))
-        image, text, rest = block_inputs(s)
+        given = block_inputs(s)
         if compiled:
             block.compile(fullgraph=True, backend=backend(s.device))
-        given = (image, text, *rest) if kind == "double" else (torch.cat([text, image], 1), *rest)
         works.append(partial(block, *given))
     return measure(works, s.device, seconds=s.seconds)
 
 
 def block_inputs(s: Setting) -> tuple[Any, ...]:
-    """Random image and text streams, temb and rotary tables of one sample."""
+    """Random image and text streams, temb and rotary tables: one sample, as a block takes it."""
     width, dim, tokens = s.size.width, s.size.head_dim, s.image + s.text
 
     def noise(*shape: int) -> Any:
         return torch.randn(shape, device=s.device, dtype=s.dtype)
 
     angles = torch.rand(tokens, dim, device=s.device)
-    rest = (noise(1, width), angles.cos(), angles.sin())
-    return noise(1, s.image, width), noise(1, s.text, width), rest
+    streams = noise(1, s.image, width), noise(1, s.text, width)
+    return *streams, noise(1, width), (angles.cos(), angles.sin())
 
 
 def step(s: Setting) -> Cells:

@@ -128,7 +128,7 @@ def ffn(size: Size) -> nn.Module:
 
 
 class Double(nn.Module):
-    """image [B, T, D], text [B, L, D] -> the same."""
+    """image [B, T, D], text [B, L, D] -> text, image: called as diffusers calls its blocks."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -136,17 +136,26 @@ class Double(nn.Module):
         self.attn = Attention(size, added=True)
         self.ff, self.ff_context = ffn(size), ffn(size)
 
-    def forward(self, image: Tensor, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        image, text = hidden_states, encoder_hidden_states
         shift, scale, gate, shift2, scale2, gate2 = self.norm1(temb)
         tshift, tscale, tgate, tshift2, tscale2, tgate2 = self.norm1_context(temb)
-        one, two = self.attn(norm(image, scale, shift), norm(text, tscale, tshift), cos, sin)
+        inside = norm(image, scale, shift), norm(text, tscale, tshift)
+        one, two = self.attn(*inside, *image_rotary_emb)
         image, text = image + gate * one, text + tgate * two
         image = image + gate2 * self.ff(norm(image, scale2, shift2))
-        return image, text + tgate2 * self.ff_context(norm(text, tscale2, tshift2))
+        return text + tgate2 * self.ff_context(norm(text, tscale2, tshift2)), image
 
 
 class Single(nn.Module):
-    """Joined stream x [B, L + T, D] -> the same; attention and FFN side by side."""
+    """image [B, T, D], text [B, L, D] -> text, image; attention and FFN side by side."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -157,14 +166,24 @@ class Single(nn.Module):
         self.proj_mlp = ffn(size) if self.sparse else nn.Linear(width, 4 * width)
         self.proj_out = AttentionPlusFFN(width) if self.sparse else nn.Linear(5 * width, width)
 
-    def forward(self, x: Tensor, temb: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        length = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self.norm(temb)
         inside = norm(x, scale, shift)
         wide = self.proj_mlp(inside)
         if not self.sparse:
             wide = F.gelu(wide, approximate="tanh")
-        y = torch.cat([self.attn(inside, None, cos, sin), wide], dim=-1)
-        return x + gate * self.proj_out(y)
+        y = torch.cat([self.attn(inside, None, *image_rotary_emb), wide], dim=-1)
+        x = x + gate * self.proj_out(y)
+        return x[:, :length], x[:, length:]
 
 
 class TwoLayers(nn.Module):
@@ -200,7 +219,7 @@ class Flux(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.inner_dim = size, size.width
         self.active: tuple[int, int] = (size.double, size.single)
         self.x_embedder = nn.Linear(size.channels, size.width)
         self.context_embedder = nn.Linear(size.text_width, size.width)
@@ -225,13 +244,17 @@ class Flux(nn.Module):
         times = (timestep.to(image.dtype) * 1000, guidance.to(image.dtype) * 1000)
         temb = self.time_text_embed(*times, pooled_projections)
         double, single = self.active
-        for block in self.transformer_blocks[:double]:
-            image, text = block(image, text, temb, rope_cos, rope_sin)
-        x = torch.cat([text, image], dim=1)
-        for block in self.single_transformer_blocks[:single]:
-            x = block(x, temb, rope_cos, rope_sin)
+        blocks = (*self.transformer_blocks[:double], *self.single_transformer_blocks[:single])
+        for block in blocks:
+            text, image = block(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                temb=temb,
+                image_rotary_emb=(rope_cos, rope_sin),
+                joint_attention_kwargs=None,
+            )
         scale, shift = self.norm_out(temb)
-        return self.proj_out(norm(x[:, text.shape[1] :], scale, shift))
+        return self.proj_out(norm(image, scale, shift))
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Flux:

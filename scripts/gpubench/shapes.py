@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2m.families import FLUX
+from d2m.grouping import group_blocks
+from d2m.structure import Blocks
 from gpubench.flux import Flux, Size
 from gpubench.timing import backend
 
 
 def size_of(bundle: Any, top_k: int) -> Size:
-    """The size, read off the weights' shapes."""
+    """The size, read off the program and the weights' shapes."""
+    program = bundle.component("transformer")["program"]
     tensors = {name: spec.shape for name, spec in bundle.weights("transformer").tensors.items()}
     width, text = tensors["x_embedder.weight"][1], tensors["context_embedder.weight"][0]
     head_dim = tensors["transformer_blocks.0.attn.norm_q.weight"][0]
-    counts = [
-        1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{group}."))
-        for group in ("transformer_blocks", "single_transformer_blocks")
-    ]
+    counts = [sum(row["type"] == kind for row in program) for kind in ("double", "single")]
     experts = tensors["transformer_blocks.0.ff.experts.w1"][0]
     pooled = tensors["time_text_embed.text_embedder.linear_1.weight"][0]
     channels = tensors["x_embedder.weight"][0]
@@ -31,9 +32,28 @@ def size_of(bundle: Any, top_k: int) -> Size:
     return Size(heads, head_dim, *counts, channels, text, pooled, experts, top_k)
 
 
+def groups_of(bundle: Any) -> Blocks | None:
+    """The bundle's groups of blocks, None where it has none."""
+    found: dict[str, list[tuple[int, ...]]] = {"double": [], "single": []}
+    row = bundle.component("transformer")
+    for group in row.get("groups", {}).values():
+        calls = [row["program"][place] for place in group["calls"]]
+        members = tuple(int(call["prefix"].strip(".").rsplit(".", 1)[1]) for call in calls)
+        found[calls[0]["type"]].append(members)
+    if not any(found.values()):
+        return None
+    alphas = {group["alpha"] for group in row["groups"].values()}
+    assert len(alphas) == 1, alphas
+    single = tuple(sorted(found["single"]))
+    return Blocks(tuple(sorted(found["double"])), single, bundle.manifest["kappa"], alphas.pop())
+
+
 def load_bundle(bundle: Any, top_k: int, device: torch.device, dtype: torch.dtype) -> Flux:
     """A Flux with the bundle's weights; a bundle holds Linear weights as [in, out]."""
-    model = Flux(size_of(bundle, top_k)).eval().requires_grad_(False)
+    model = Flux(size_of(bundle, top_k))
+    if blocks := groups_of(bundle):
+        group_blocks(model, blocks, FLUX)
+    model.eval().requires_grad_(False)
     tensors = bundle.weights("transformer")
     linears = {
         f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
@@ -41,8 +61,13 @@ def load_bundle(bundle: Any, top_k: int, device: torch.device, dtype: torch.dtyp
     for name, parameter in model.named_parameters():
         array = torch.from_numpy(np.array(tensors.array(name, "float32")))
         parameter.data = (array.t() if name in linears else array).contiguous()
-        parameter.data = parameter.data.to(device, torch.float32 if ".gate." in name else dtype)
+        parameter.data = parameter.data.to(device, torch.float32 if routes(name) else dtype)
     return model.to(device)
+
+
+def routes(name: str) -> bool:
+    """Whether a parameter chooses experts or blocks: those stay in float32."""
+    return ".gate." in name or ".router." in name
 
 
 class Transformer:

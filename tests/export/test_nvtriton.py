@@ -41,7 +41,7 @@ def test_the_structure_is_that_of_a_python_model(repository: Path) -> None:
     assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt"]
     assert sorted(path.name for path in (model / "1").iterdir()) == ["bundle", "model.py"]
     config = pbtxt.parse((model / "config.pbtxt").read_text())
-    pbtxt.check(config, "shapes-l")
+    pbtxt.check(config, "shapes-s")
     assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]  # it has no plans
     assert config["max_batch_size"] == 8
     assert config["dynamic_batching"]["default_queue_policy"]["max_queue_size"] == 64
@@ -60,7 +60,7 @@ def test_the_servers_own_protobuf_reads_it(repository: Path) -> None:
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    text = (repository / "shapes-l" / "config.pbtxt").read_text()
+    text = (repository / "shapes-s" / "config.pbtxt").read_text()
     parsed, ours = text_format.Parse(text, module.ModelConfig()), pbtxt.parse(text)
     assert parsed.name == ours["name"] and parsed.max_batch_size == ours["max_batch_size"]
     assert [row.name for row in parsed.input] == [row["name"] for row in ours["input"]]
@@ -71,7 +71,7 @@ def test_the_servers_own_protobuf_reads_it(repository: Path) -> None:
 
 
 def test_the_checker_refuses_what_is_wrong(repository: Path) -> None:
-    text = (repository / "shapes-l" / "config.pbtxt").read_text()
+    text = (repository / "shapes-s" / "config.pbtxt").read_text()
     for old, new in (
         ("max_batch_size", "max_batch"),
         ("TYPE_STRING", "TYPE_TEXT"),
@@ -91,7 +91,7 @@ def test_the_bundle_is_linked_and_writing_again_gives_the_same(tmp_path: Path) -
     (bundle / "manifest.sig").write_text("{}")
     told = write_repository(bundle, tmp_path / "a")
     assert told["copied_bytes"] == 0 and told["linked_bytes"] > 10_000_000
-    placed = tmp_path / "a" / "shapes-l" / "1" / "bundle"
+    placed = tmp_path / "a" / "shapes-s" / "1" / "bundle"
     for name in ("manifest.json", "manifest.sig", "transformer.safetensors"):
         assert os.path.samefile(placed / name, bundle / name)
     first = tree(tmp_path / "a")
@@ -113,7 +113,7 @@ def test_a_file_system_without_links_gets_copies(
         told = write_repository(DEFAULT, tmp_path / "models")
     assert told["linked_bytes"] == 0 and told["copied_bytes"] > 10_000_000
     assert caplog.text.count("cannot be linked") == 1
-    open_bundle(tmp_path / "models" / "shapes-l" / "1" / "bundle", "full")
+    open_bundle(tmp_path / "models" / "shapes-s" / "1" / "bundle", "full")
 
 
 def test_a_bundle_elsewhere_is_only_named(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_other_models_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.pbtxt").write_text('name: "other"')
     write_repository(DEFAULT, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["other", "shapes-l"]
-    (tmp_path / "shapes-l" / "config.pbtxt").write_text('name: "shapes-l"')
+    assert sorted(os.listdir(tmp_path)) == ["other", "shapes-s"]
+    (tmp_path / "shapes-s" / "config.pbtxt").write_text('name: "shapes-s"')
     with pytest.raises(ValueError, match="exists and is no model of d2m"):
         write_repository(DEFAULT, tmp_path)
 
@@ -177,4 +177,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     repository = tmp_path / "models"
     assert main(["export", str(DEFAULT), "--triton-repo", str(repository), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["model"] == "shapes-l" and (repository / "shapes-l" / "config.pbtxt").is_file()
+    assert told["model"] == "shapes-s" and (repository / "shapes-s" / "config.pbtxt").is_file()

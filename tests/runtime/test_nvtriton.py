@@ -114,7 +114,7 @@ def test_a_batch_holds_as_many_images_as_it_may(server: Server, drawn: list[int]
         ({"prompt": [["a"]], "height": [[33]]}, "height is 33"),
         ({"prompt": [["a"]], "height": [[512]], "width": [[512]]}, "expected at most 4096 pixels"),
         ({"prompt": [["a"]], "top_k": [[3]]}, "top_k is 3"),
-        ({"prompt": [["a"]], "kappa": [[1]]}, "kappa is 1"),
+        ({"prompt": [["a"]], "kappa": [[4]]}, "kappa is 4"),
         ({"prompt": [["a"]], "seed": [[-1]]}, "seed"),
         ({"prompt": [["a"]], "guidance": [[float("nan")]]}, "guidance is nan, expected finite"),
         ({"prompt": [["a"], ["b"]], "steps": [[1], [2]]}, r"steps is [1, 2] in one request"),

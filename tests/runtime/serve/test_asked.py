@@ -39,22 +39,24 @@ def test_every_knob_arrives() -> None:
         steps=2,
         guidance=1,
         top_k=[0, 4],
+        kappa=[3, 1],
         seed=1,
         user="someone",
         quality="auto",
         style=None,
         response_format="b64_json",
-        model="shapes-l",
+        model=MANIFEST["name"],
         deadline=2,
     )
     request = found.request
     assert (request.width, request.height, request.top_k) == (48, 16, [0, 4])
+    assert request.kappa == [3, 1]
     assert request.guidance == 1.0 and found.deadline == 2.0 and len(request.prompts) == 2
 
 
 def test_equal_keys_are_equal_shapes_and_knobs() -> None:
     assert asked(prompt="b", seed=3, n=2).key == asked(top_k=2, steps=16, size="32x32").key
-    for other in ({"steps": 3}, {"guidance": 2}, {"size": "16x16"}, {"top_k": 1}):
+    for other in ({"steps": 3}, {"guidance": 2}, {"size": "16x16"}, {"top_k": 1}, {"kappa": 2}):
         assert asked(**other).key != asked().key
 
 
@@ -77,7 +79,7 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"guidance": -1}, "guidance", "from 0 to 1000"),
         ({"top_k": 3}, "top_k", "expected one of 0, 1, 2, 4"),
         ({"top_k": [1, 2]}, "top_k", "for 16 steps"),
-        ({"kappa": 1}, "kappa", "expected none"),
+        ({"kappa": 4}, "kappa", "from 1 to 3"),
         ({"seed": -1}, "seed", "seed is -1"),
         ({"deadline": 10}, "deadline", "at most 9"),
         ({"response_format": "url"}, "response_format", "keeps no images"),
@@ -129,9 +131,10 @@ def test_anything_is_drawable_or_refused(fields: dict[str, Any]) -> None:
 
 
 def test_usage_counts_blocks_of_all_steps() -> None:
-    request = asked(steps=3, top_k=[0, 1, 1]).request
+    """Three groups of three: two, one and three blocks of each run in the three steps."""
+    request = asked(steps=3, top_k=[0, 1, 1], kappa=[2, 1, 3]).request
     assert usage(MANIFEST, request) == {
-        "blocks": 54,
+        "blocks": 54 - 3 - 6,
         "blocks_of": 54,
         "experts_per_token": [0, 1, 1],
         "experts_of": 12,

@@ -12,7 +12,7 @@ pytest.importorskip("prometheus_client")
 from runtime.pipeline import Cancelled, Pipeline
 from runtime.serve.asked import Limits, read_asked
 from runtime.serve.drawing import Drawing
-from runtime.serve.floor import Floors, find_floor, sample
+from runtime.serve.floor import Floors, find_floor, sample, whole
 from runtime.serve.jobs import Full, Job, Jobs
 from runtime.serve.metrics import Metrics
 
@@ -72,7 +72,7 @@ def test_no_byte_depends_on_the_batch(pipeline: Pipeline) -> None:
     assert value(metrics, "d2m_batch_images_count") == 1  # six images, one batch
     assert value(metrics, "d2m_batch_images_sum") == 6 == value(metrics, "d2m_images_total")
     assert value(metrics, "d2m_steps_total") == 3
-    assert value(metrics, "d2m_blocks_run_total") == 6 * 3 * 18
+    assert value(metrics, "d2m_blocks_run_total") == 6 * 3 * 12  # groups leave six of 18 out
     for row, before in zip(ROWS, together, strict=True):
         alone = job(pipeline, **row)
         drawn(pipeline, [alone])
@@ -113,6 +113,13 @@ def test_block_sessions_share_no_batch_where_their_bits_depend_on_it(pipeline: P
     samples = [sample(pipeline, (8, 8), 4, 8, turn) for turn in range(5)]
     same = all(np.array_equal(samples[0], other) for other in samples)
     assert same or find_floor(pipeline, (8, 8), 4) is None
+
+
+def test_groups_share_batches_in_the_whole_graph_alone(pipeline: Pipeline) -> None:
+    """There a block runs for all rows or none; block sessions run it with those that chose it."""
+    assert pipeline.bundle.component("transformer")["groups"]
+    assert whole(pipeline, None) and whole(pipeline, 2) and not whole(pipeline, 4)
+    assert find_floor(pipeline, (8, 8), 4) is None
 
 
 class Fragile(Pipeline):

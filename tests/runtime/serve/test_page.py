@@ -77,7 +77,7 @@ def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
         until(lambda: page.evaluate(loaded) == 2, 120)
         facts = facts_of(page)
         assert re.match(r"[\d.]+ s, of it [\d.]+ s drawing", facts["time"])
-        assert facts["blocks run"] == "72 of 72 in 4 steps"
+        assert facts["blocks run"] == "48 of 72 in 4 steps"
         assert facts["experts used"] == "2 of 12 per token, beside the shared one"
         assert facts["seed"] == "7, 8" and "32x32" in facts["model"]
         assert page.evaluate("document.images[0].naturalWidth") == 32
