@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Blocks:
-    """See runtime.executor.Executor. `place` is where it computes, None for the CPU."""
+    """See runtime.executor.Executor. `place` is where it computes, None for the CPU.
+
+    `share`: another executor of the component, whose place, weights and lock are taken.
+    """
 
     def __init__(
         self,
@@ -37,18 +40,23 @@ class Blocks:
         threads: int,
         place: Place | None = None,
         offload: str | None = None,
+        share: Blocks | None = None,
     ) -> None:
         self.bundle, self.threads = bundle, threads
         self.component = bundle.component(component)
-        self.place: Place = place or Host()
         self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
-        self.streamed = check_offload(offload) == "block"
-        tensors = bundle.weights(component)
-        source = Streamed if self.streamed else Held
-        self.weights: Source = source(self.component, tensors, self.place)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._bound: dict[tuple[str, str, Any], Bound] = {}
-        self._lock = threading.Lock()  # a binding holds one call's tensors
+        self.place: Place = share.place if share else place or Host()
+        self.streamed: bool = share.streamed if share else check_offload(offload) == "block"
+        source = Streamed if self.streamed else Held
+        self.weights: Source = (
+            share.weights
+            if share
+            else source(self.component, bundle.weights(component), self.place)
+        )
+        # A binding holds one call's tensors, and streamed weights come for one call at a time.
+        self._lock: threading.Lock = share._lock if share else threading.Lock()
 
     def __call__(
         self,
@@ -160,14 +168,25 @@ class Blocks:
                 fully=single,
                 place=self.place,
                 arena=not self.streamed,
+                tail=self.tail(graph),
             )
         return self._sessions[graph]
+
+    def tail(self, graph: str) -> bytes:
+        """What is put behind a graph's file when it is opened: nothing (runtime.expertload)."""
+        return b""
+
+    def promised(self, kind: str, graph: str) -> Mapping[str, Any]:
+        """The inputs and outputs that a type's graph must have."""
+        row: Mapping[str, Any] = self.component["types"][kind]
+        return row
 
     def bind(self, kind: str, key: str, addresses: list[int]) -> Bound:
         """Bind weights to a block's graph; they stay bound from step to step."""
         row = self.component["types"][kind]
-        session = self.session(row["graphs"][key])
-        check_session(self.bundle, row["graphs"][key], session, row, row["weights"])
+        graph = row["graphs"][key]
+        session = self.session(graph)
+        check_session(self.bundle, graph, session, self.promised(kind, graph), row["weights"])
         binding = session.io_binding()
         for (local, weight), address in zip(row["weights"].items(), addresses, strict=True):
             element, shape = ELEMENTS[weight["dtype"]], weight["shape"]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("runtime")
 Progress = Callable[[str, int, int], None]
 AfterStep = Callable[[int, int, np.ndarray], None]
+Witness = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
 VERIFY = ("cached", "full")
 
 
@@ -102,6 +103,7 @@ class Pipeline:
         self.threads, self.mode, self.experts = threads, mode, experts
         self.max_batch = min(max_batch, batch_limit(opened, self.backend))
         self.min_batch = min(min_batch, self.max_batch)
+        self.witness: Witness | None = None  # told of every step's inputs, top_k and kappa
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self._tokenizers = [
@@ -276,6 +278,8 @@ class Pipeline:
             if step:
                 step(index, steps)
             inputs = feed | {"hidden_states": latents}
+            if self.witness:
+                self.witness(inputs, top_k[index], kept[index])
             (velocity,) = self.execute(
                 "transformer", inputs, top_k[index], kept[index], starts[index]
             ).values()

@@ -29,11 +29,13 @@ def open_session(
     fully: bool = True,
     place: Place | None = None,
     arena: bool = True,
+    tail: bytes = b"",
 ) -> onnxruntime.InferenceSession:
     """A deterministic session on one of the bundle's graphs; `fully`: with all optimisations.
 
     `place`: where it computes, None for the CPU. Without an `arena` memory on the CPU goes back
-    after every call instead of staying with the session.
+    after every call instead of staying with the session. `tail` is put behind the file's bytes
+    (runtime.taps); a graph with one names no tensors of other files.
     """
     try:
         import onnxruntime
@@ -55,7 +57,10 @@ def open_session(
     wanted = place.providers if place is not None else [CPU]
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=wanted, disabled_optimizers=disabled
+            path.read_bytes() + tail if tail else str(path),
+            options,
+            providers=wanted,
+            disabled_optimizers=disabled,
         )
     except Exception as error:  # its exceptions share no base class but Exception
         text = " ".join(str(error).split())[:300]

@@ -49,6 +49,11 @@ class TextTokenizer:
         tokenizer.enable_padding(
             direction="right", pad_id=spec["pad_id"], pad_token=pad_token, length=self.max_length
         )
+        # The library keeps every word that it has met, up to 10,000 of them, 170 bytes for a short
+        # one: a server's memory grows for hours. Without them a prompt of 3,400 characters takes
+        # 13.7 ms in place of 12.1. (A release without this call goes on keeping them.)
+        if hasattr(tokenizer.model, "_resize_cache"):
+            tokenizer.model._resize_cache(0)
         self.tokenizer = tokenizer
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:

@@ -8,7 +8,8 @@ lost where no HTTP answer came. The soak goes on for so many seconds, with the s
 rate is given, so many requests a second, whose number of images goes from 1 to the batch and round
 again. The server's resident memory is read each second; the slope is that of a line through the
 means of blocks of the soak's samples, the first fifth left out, with a 95 % interval by Student's
-t: means of blocks, because neighbouring samples are not independent.
+t: means of blocks, because neighbouring samples are not independent. What the server says of
+its own counting of experts (/metrics) is kept too.
 """
 
 from __future__ import annotations
@@ -126,6 +127,27 @@ class Load:
         return code
 
 
+def told(port: int) -> dict[str, Any]:
+    """The server's own figures: what counting experts took of the time spent in steps."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    found = {name: float(v) for name, v in re.findall(r"^(\w+)(?:\{\})? (\S+)$", text, re.M)}
+    ratios = [float(v) for v in re.findall(r"^d2m_expert_load_ratio\{.*\} (\S+)$", text, re.M)]
+    counting, drawing = found["d2m_expert_load_seconds_total"], found["d2m_step_seconds_sum"]
+    return {
+        "steps": found["d2m_expert_load_steps_total"],
+        "seconds": round(counting, 2),
+        "step_seconds": round(drawing, 2),
+        "share": round(counting / drawing, 5) if drawing else None,
+        "busiest_over_mean": {
+            "median": round(statistics.median(ratios), 2) if ratios else None,
+            "largest": round(max(ratios), 2) if ratios else None,
+        },
+    }
+
+
 def watch(pid: int, samples: list[tuple[float, float]], stop: threading.Event) -> None:
     """(seconds, resident MiB) of a process each second, from /proc."""
     page = os.sysconf("SC_PAGE_SIZE") / (1 << 20)
@@ -203,6 +225,7 @@ def main() -> int:
     elif asked.soak:
         soak.run(clients, math.inf, until)
     used = cpu_seconds(server.pid) - used
+    experts = told(port)
     stop.set()
     server.terminate()
     code = server.wait(120)
@@ -221,6 +244,7 @@ def main() -> int:
             "answers": dict(soak.codes),
             "server_cpu_seconds": round(used, 1),
         },
+        "expert_load": experts,
         "memory": slope(samples[start_of_soak:] if asked.soak else samples),
         "mib_by_minute": [round(value, 2) for _, value in samples[::60]],
         "peak_mib": round(max((value for _, value in samples), default=0.0), 1),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from runtime.picture import to_png
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.pipeline import Cancelled
 from runtime.serve.jobs import Drawn, Job, Jobs
 from runtime.serve.usage import usage
 
 if TYPE_CHECKING:
+    from runtime.expertload import Meter, Step
     from runtime.serve.floor import Floors
     from runtime.serve.metrics import Metrics
 
@@ -28,9 +28,10 @@ class Drawing:
     """
 
     def __init__(
-        self, pipeline: Pipeline, jobs: Jobs, floors: Floors, metrics: Metrics, workers: int
+        self, meter: Meter, jobs: Jobs, floors: Floors, metrics: Metrics, workers: int
     ) -> None:
-        self.pipeline, self.jobs, self.floors, self.metrics = pipeline, jobs, floors, metrics
+        self.meter, self.pipeline = meter, meter.pipeline
+        self.jobs, self.floors, self.metrics = jobs, floors, metrics
         self.workers = workers
         self.seconds_per_image = 1.0  # a running mean, for Retry-After
         self.active: list[Job] = []
@@ -78,8 +79,9 @@ class Drawing:
         if not batch:
             return
         self.begin(batch)
+        drawn = None
         try:
-            pngs, began = self.pictures(batch, floor)
+            pngs, began, step = self.pictures(batch, floor)
         except Cancelled as error:
             for job in batch:
                 job.answer.set_exception(error)
@@ -94,16 +96,19 @@ class Drawing:
             for job in batch:
                 mine, pngs = pngs[: job.images], pngs[job.images :]
                 job.answer.set_result(Drawn(mine, began, ended, self.pipeline.backend))
-            return
+            drawn = step, ended - began
         finally:
             self.end(batch)
+        if drawn is not None:
+            self.meter.after(*drawn)  # the answers are out
+            return
         for job in batch:  # one request's failure is not another's
             self.draw([job], floor)
 
-    def pictures(self, batch: list[Job], floor: int) -> tuple[list[bytes], float]:
-        """A batch's PNGs in order, and when drawing began."""
+    def pictures(self, batch: list[Job], floor: int) -> tuple[list[bytes], float, Step | None]:
+        """A batch's PNGs in order, when drawing began, and one of its steps."""
         request = batch[0].asked.request
-        pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
+        pipeline, sampler = self.meter.watched()
         pipeline.min_batch = floor
         knobs: dict[str, Any] = {
             name: each
@@ -139,7 +144,7 @@ class Drawing:
         self.metrics.batch.observe(len(images))
         spent = (time.monotonic() - began) / len(images)
         self.seconds_per_image += 0.2 * (spent - self.seconds_per_image)
-        return [to_png(image) for image in images], began
+        return [to_png(image) for image in images], began, sampler.step
 
     def begin(self, batch: list[Job]) -> None:
         """Count jobs that are drawn from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -13,8 +14,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from runtime.expertload import load_ratio
 
 if TYPE_CHECKING:
+    from runtime.expertload import Meter
     from runtime.serve.jobs import Jobs
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
@@ -52,11 +57,48 @@ class Metrics:
         self.step_seconds = histogram("d2m_step_seconds", "One step of a batch.")
         self.batch = histogram("d2m_batch_images", "Images in a batch.", (1, 2, 4, 8, 16, 32))
 
-    def watch(self, jobs: Jobs) -> None:
-        """Read the queue's length when scraped."""
+    def watch(self, jobs: Jobs, meter: Meter) -> None:
+        """Read the queue's length and the experts' load when scraped."""
         self.waiting.set_function(lambda: float(len(jobs)))
+        self.registry.register(ExpertLoad(meter))
 
     def text(self) -> bytes:
         """The exposition format."""
         found: bytes = generate_latest(self.registry)
         return found
+
+
+class ExpertLoad:
+    """A collector of what a meter has counted: tokens by FFN and expert, and each FFN's ratio."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        meter = self.meter
+        known = GaugeMetricFamily(
+            "d2m_expert_load_known", "Whether experts are counted; why not.", labels=["reason"]
+        )
+        known.add_metric([meter.reason or ""], float(meter.reason is None))
+        yield known
+        yield CounterMetricFamily(
+            "d2m_expert_load_steps", "Steps of one image counted again.", value=meter.steps
+        )
+        yield CounterMetricFamily(
+            "d2m_expert_load_seconds", "Time spent on counting.", value=meter.seconds
+        )
+        ratio = GaugeMetricFamily(
+            "d2m_expert_load_ratio",
+            "Tokens of an FFN's busiest expert over its experts' mean: 1 where they are even.",
+            labels=["ffn"],
+        )
+        tokens = CounterMetricFamily(
+            "d2m_expert_tokens", "Tokens that chose an expert, sampled.", labels=["ffn", "expert"]
+        )
+        for site, counts in sorted(dict(meter.counts).items()):
+            ratio.add_metric([site], load_ratio(counts))
+            for expert, count in enumerate(counts.tolist()):
+                tokens.add_metric([site, str(expert)], count)
+        yield ratio
+        yield tokens

@@ -11,6 +11,7 @@ from typing import Any
 from runtime.arguments import check_request, whole
 from runtime.bundle import open_bundle, required_key
 from runtime.executor import GPU_BACKENDS
+from runtime.expertload import Meter
 from runtime.pipeline import Cancelled, Pipeline, default_bundle
 from runtime.serve.asked import Asked, Limits, Refused
 from runtime.serve.drawing import Drawing
@@ -71,9 +72,10 @@ class Service:
         )
         self.metrics = Metrics()
         self.jobs = Jobs(whole(max_queue, "max-queue", 1, 100_000))
-        self.metrics.watch(self.jobs)
+        self.meter = Meter(self.pipeline)
+        self.metrics.watch(self.jobs, self.meter)
         self.floors = Floors(self.pipeline)
-        self.drawing = Drawing(self.pipeline, self.jobs, self.floors, self.metrics, workers)
+        self.drawing = Drawing(self.meter, self.jobs, self.floors, self.metrics, workers)
         self.ready = self.draining = False
         self.pending = 0  # requests accepted and not yet answered
 
@@ -81,7 +83,7 @@ class Service:
         """Open every component, draw once, find out about batches; then take requests."""
         self.pipeline.warm()
         self.floors.of(check_request(self.pipeline.manifest, "", steps=1))
-        self.pipeline("", steps=1)
+        self.meter.start()
         bundle = self.pipeline.bundle
         self.metrics.info.labels(bundle.name, bundle.digest[:12], self.pipeline.backend).set(1)
         self.drawing.start()

@@ -1,5 +1,6 @@
 """Token ids against transformers' tokenizers, called as FluxPipeline calls them."""
 
+import ctypes
 import json
 import logging
 from collections.abc import Callable
@@ -122,3 +123,28 @@ def test_a_pad_id_that_does_not_exist(pair: Any, tmp_path: Path) -> None:
     path.write_text(make(16).tokenizer.to_str())
     with pytest.raises(ValueError, match="no token 99999 to pad with"):
         TextTokenizer("tokenizer", path, {"max_length": 16, "pad_id": 99999})
+
+
+class Heap(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        )
+    ]
+
+
+def test_words_are_not_kept(pair: Any) -> None:
+    """The library's own cache would take 170 bytes for each new word, up to 10,000 of them."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("not glibc, or one before 2.33")
+    library.mallinfo2.restype = Heap
+    ours = pair[1](16)
+    ours([f"a photo of {word}" for word in range(1000)])
+    before = library.mallinfo2().uordblks
+    for word in range(1000, 4000):
+        ours([f"a photo of {word}"])
+    assert library.mallinfo2().uordblks - before < 100_000

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -160,6 +161,18 @@ def test_health_and_metrics(server: Server) -> None:
     names = httpx.get(url + "/metrics").text
     for name in ("requests_total", "queue_seconds", "blocks_run_total", "batch_images"):
         assert f"d2m_{name}" in names
+    assert 'd2m_expert_load_known{reason=""} 1.0' in names
+    service.meter._due = 0.0  # in place of a hundred steps' time
+    post(url, steps=2)
+    until(lambda: metric(url, "d2m_expert_load_steps_total") > 0)
+    component = service.pipeline.bundle.component("transformer")
+    routed = [row for row in component["program"] if row["type"] in ("double", "single")]
+    text = httpx.get(url + "/metrics").text
+    most = 2 * 32 * len(routed) * metric(url, "d2m_expert_load_steps_total")
+    assert 0 < metric(url, "d2m_expert_tokens_total") <= most
+    ratios = re.findall(r'd2m_expert_load_ratio\{ffn="\S+"\} (\S+)', text)
+    assert ratios and all(1 <= float(ratio) <= 12 for ratio in ratios)
+    assert text.count("d2m_expert_tokens_total{") == 12 * len(ratios)
     service.draining = True
     try:
         refused = post(url)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client")
+from runtime.expertload import Meter
 from runtime.pipeline import Cancelled, Pipeline
 from runtime.serve.asked import Limits, read_asked
 from runtime.serve.drawing import Drawing
@@ -39,7 +40,7 @@ def drawn(pipeline: Pipeline, jobs: Sequence[Job], workers: int = 1) -> Metrics:
     metrics, queue = Metrics(), Jobs(100)
     for each in jobs:
         queue.put(each)
-    drawing = Drawing(pipeline, queue, floors(pipeline), metrics, workers)
+    drawing = Drawing(Meter(pipeline), queue, floors(pipeline), metrics, workers)
     drawing.start()
     for each in jobs:
         if not each.cancelled.is_set():
@@ -155,7 +156,7 @@ def test_a_drawing_stops_once_nobody_wants_it(pipeline: Pipeline) -> None:
     metrics, queue = Metrics(), Jobs(4)
     each = job(pipeline, "a", steps=100)
     queue.put(each)
-    drawing = Drawing(pipeline, queue, floors(pipeline), metrics, 1)
+    drawing = Drawing(Meter(pipeline), queue, floors(pipeline), metrics, 1)
     drawing.start()
     done = threading.Event()
     each.answer.add_done_callback(lambda _: done.set())
