@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from d2m import ablations
@@ -51,6 +52,12 @@ def _preset(name: str) -> Callable[[str], Recipe]:
 
 def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str], Recipe]:
     return lambda dense: change(_preset(name)(dense), *more)
+
+
+def _budget(dense: str) -> Recipe:
+    """What `d2m convert --budget 0.411 --init-only --seed 0` chose, with S's stages."""
+    found = recipes.load(Path(__file__).with_name("budget-0.411.json"))
+    return replace(found, stages=_preset("S")(dense).stages)
 
 
 def _long(name: str, says: str, of: str, times: float, start: str | None = None) -> Row:
@@ -96,6 +103,7 @@ _TRAINED = (
         _from("S", ablations.frozen),
         start="L",
     ),
+    Row("budget", "S's FLOPs, groups and experts' sizes by `--budget`", _budget),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
 )
 

@@ -98,6 +98,7 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("clearly over", "S", "depth-middle"),
     ("over", "L", "random"),
     ("over", "S", "joint"),
+    ("over", "budget", "S"),
     ("keeps", "L-long", 0.95),
     ("keeps", "S-long", 0.85),
     ("keeps", "XS-long", 0.75),
