@@ -1,7 +1,7 @@
-"""Training and calibration batches for shapes pipelines: captioned scenes as FLUX sees them.
+"""Training and calibration batches for shapes pipelines: captioned scenes as models see them.
 
 Every batch is a pure function of (seed, step), so a run that was killed goes on with the same data.
-Letters: B batch, T image tokens, C packed channels (4 x latent channels).
+Letters: B batch, T image tokens, L text tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 
 from calib.render import render_batch
 from calib.world import CATEGORIES, World, sample_scene
+from d2m.families import family_of_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 Batches = Callable[[int, int], dict[str, "Tensor"]]
@@ -31,7 +32,7 @@ SHARES: Mapping[str, float] = {
 }
 
 
-def world_of(pipe: FluxPipeline) -> World:
+def world_of(pipe: DiffusionPipeline) -> World:
     """The default world at the pipeline's image size (its VAE's sample_size, in pixels).
 
     ValueError if that is no size a world can have: the pipeline does not draw shapes.
@@ -46,13 +47,14 @@ def world_of(pipe: FluxPipeline) -> World:
         ) from error
 
 
-def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0) -> Batches:
+def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: int = 0) -> Batches:
     """A function (step, batch size) -> one batch of training scenes, encoded by `pipe`.
 
     The dict holds, in the dtypes and on the devices of the pipeline's encoders:
-    `latents` [B, T, C]: VAE means, shifted, scaled and packed, without noise;
-    `encoder_hidden_states` [B, L, width of T5], `pooled_projections` [B, width of CLIP];
-    `img_ids` [T, 3], `txt_ids` [L, 3]: float, as FluxPipeline makes them;
+    `latents` [B, ...]: VAE means, shifted and scaled as the family's transformer takes them;
+    the family's conditions (FLUX: `encoder_hidden_states` [B, L, width of T5],
+    `pooled_projections` [B, width of CLIP], `txt_ids` [L, 3]), a share of them of empty captions
+    where it is drawn with classifier-free guidance; `img_ids` [T, 3], places of image tokens;
     `category` [B]: int64, the scenes' places in `calib.world.CATEGORIES`.
     Its attribute `rows(step, batch size, first, end)` makes those rows of the batch alone.
 
@@ -67,7 +69,8 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
             f"images of {world.size} pixels do not divide into the pipeline's patches of {patch} "
             "pixels; expected a multiple of that as the world's size."
         )
-    length = min(pipe.tokenizer_2.model_max_length, 512)
+    family = family_of_pipeline(pipe)
+    length = family.text_length(pipe)
     names = list(SHARES)
     assert names == list(CATEGORIES)
 
@@ -80,35 +83,16 @@ def shapes_batches(pipe: FluxPipeline, world: World | None = None, seed: int = 0
         kinds = rng.choice(len(names), batch_size, p=list(SHARES.values()))
         scenes = [sample_scene(world, rng, "train", names[kind]) for kind in kinds]
         images = torch.from_numpy(render_batch(scenes, world, rng, "train"))[first:end]
-        scenes, kinds, batch_size = scenes[first:end], kinds[first:end], end - first
-        states, pooled, txt_ids = pipe.encode_prompt(
-            [scene.caption for scene in scenes], prompt_2=None, max_sequence_length=length
-        )
-        latents = encode_images(pipe, images)
-        rows = world.size // patch
-        img_ids = pipe._prepare_latent_image_ids(
-            batch_size, rows, rows, latents.device, latents.dtype
-        )
-        return {
-            "latents": latents,
-            "encoder_hidden_states": states,
-            "pooled_projections": pooled,
-            "img_ids": img_ids,
-            "txt_ids": txt_ids,
-            "category": torch.from_numpy(kinds).long(),
-        }
+        whole, scenes, kinds = scenes, scenes[first:end], kinds[first:end]
+        captions = [scene.caption for scene in scenes]
+        if family.unconditional:
+            emptied = np.random.default_rng([seed, step, 1]).random(len(whole))
+            empty = emptied[first:end] < family.unconditional
+            captions = ["" if none else text for none, text in zip(empty, captions)]
+        found = family.encode_text(pipe, captions, length)
+        found["latents"] = family.encode_images(pipe, images)
+        found |= family.places(pipe, found, world.size, world.size)
+        return found | {"category": torch.from_numpy(kinds).long()}
 
     batch.rows = batch_rows  # type: ignore[attr-defined]
     return batch
-
-
-def encode_images(pipe: FluxPipeline, images: Tensor) -> Tensor:
-    """Images uint8 [B, H, W, 3] -> packed latents [B, T, C], as FluxPipeline decodes them.
-
-    The posterior's mean, minus shift_factor, times scaling_factor, in 2 x 2 patches.
-    """
-    vae = pipe.vae
-    pixels = images.permute(0, 3, 1, 2).to(vae.device).to(vae.dtype) / 127.5 - 1
-    latents = vae.encode(pixels).latent_dist.mode()
-    latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    return pipe._pack_latents(latents, *latents.shape)

@@ -68,6 +68,11 @@ def recipe_for(
 
     check_budget(budget)
     subject = subject_of(dense)
+    if not subject.family.alike:
+        raise ValueError(
+            f"--budget is {budget:g}, but it weighs the blocks of a kind as equals, which those of "
+            f"{subject.family.title} are not; give a preset or a recipe in its place."
+        )
     options = shares_of(base, dim_of(subject.config), steps)
     plain = without_groups(base)
     costs = costs_of(subject, plain, options)

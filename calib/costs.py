@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from calib.choice import Piece, smallest
-from d2m.anatomy import LISTS, Stack, Structure, anatomy
+from d2m.anatomy import LISTS, Stack, Structure
 from d2m.recipe import Recipe
 from d2m.structure import KINDS, Blocks
 from d2m.subject import Subject
@@ -79,7 +79,7 @@ def costs_of(subject: Subject, base: Recipe, options: Sequence[float]) -> Costs:
             rows = _stacks(subject, dataclasses.replace(base, blocks=blocks))
             inside = [stack for stack in rows if ".router." in stack.prefix]
             router[size] = float(sum(w.flops for stack in inside for w in stack.weights))
-    whole = anatomy(subject.config, Structure(), *_tokens(subject))
+    whole = subject.family.anatomy(subject.config, Structure(), *_tokens(subject))
     return Costs(float(_sum(whole)), float(fixed), block, router)
 
 
@@ -109,7 +109,7 @@ def check_reach(depth: Mapping[str, int], costs: Costs, budget: float) -> float:
 
 def _stacks(subject: Subject, recipe: Recipe) -> list[Stack]:
     structure = Structure(recipe.spec, recipe.blocks, recipe.adaln)
-    return anatomy(subject.config, structure, *_tokens(subject))
+    return subject.family.anatomy(subject.config, structure, *_tokens(subject))
 
 
 def _tokens(subject: Subject) -> tuple[int, int]:

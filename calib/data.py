@@ -7,6 +7,7 @@ batch depends on nothing but its arguments. So a run that was killed goes on wit
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -20,9 +21,11 @@ from calib.folder import folder_source, prompts_source
 from calib.order import order
 from calib.source import UNREADABLE, Source
 from calib.world import CATEGORIES, World, eval_scenes
+from d2m.draw import drawing_defaults
+from d2m.families import family_of, family_of_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 SHAPES = "shapes"
@@ -34,14 +37,15 @@ class Data:
 
     batches: (pipeline, seed) -> batches; label: tells it from other data on a resume, None for
     shapes; prompts(count): captions for the report; categories: what a batch's `category` counts;
-    facts(): what was met on the way, in JSON types.
+    facts(): what was met on the way, in JSON types; kind: one of d2m.family.SOURCES.
     """
 
-    batches: Callable[[FluxPipeline, int], Batches]
+    batches: Callable[[DiffusionPipeline, int], Batches]
     label: str | None
     prompts: Callable[[int], list[str]]
     categories: tuple[str, ...]
     facts: Callable[[], dict[str, Any]]
+    kind: str = SHAPES
 
 
 def chosen(
@@ -93,7 +97,7 @@ def chosen(
     source = source_of(how, _pair(columns))
     unreadable = Unreadable(source.name, skip, log)
 
-    def batches(pipe: FluxPipeline, seed: int) -> Batches:
+    def batches(pipe: DiffusionPipeline, seed: int) -> Batches:
         values = {**settings()} | ({"height": size, "width": size} if size else {})
         return source_batches(
             pipe, source, seed, values, unreadable, cache=folder, buffer=buffer, log=log
@@ -112,7 +116,47 @@ def chosen(
         return {"source": source.name, "left_out": len(unreadable.reasons)}
 
     label = f"{source.digest}, {size or 'own'} pixels, mixed in {buffer}"
-    return Data(batches, label, prompts, (), facts)
+    kind = "pictures" if source.pictures else "prompts"
+    return Data(batches, label, prompts, (), facts, kind)
+
+
+CURES = {
+    "shapes": "shapes, for a pipeline that draws 32 to 256 pixels",
+    "pictures": "pictures and captions (a folder, .tar shards or a dataset)",
+    "prompts": "a .txt file of prompts",
+}
+
+
+def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
+    """ValueError, with the cure, where the pipeline's family cannot learn from such data.
+
+    Reads JSON alone; a hub id that is not fetched yet, and what is no pipeline, are left to the
+    conversion to judge.
+    """
+    root = Path(dense)
+    if not (root / "model_index.json").is_file():
+        return
+    try:
+        family = family_of(root)
+    except ValueError:
+        return
+    words = {kind: CURES[kind] for kind in family.sources}
+    if data.kind not in words:
+        raise ValueError(
+            f"--data names {data.kind}, which {family.title} cannot learn from; expected "
+            f"{' or '.join(words.values())} as --data"
+        )
+    if data.kind != SHAPES:
+        return
+    size = drawing_defaults(root)["height"]
+    try:
+        World(size=size)
+    except ValueError as error:
+        more = [text for kind, text in words.items() if kind != SHAPES]
+        raise ValueError(
+            f"--data is shapes, but {root} draws {size} pixels, which no world of shapes has "
+            f"({error}); expected {' or '.join(more)} as --data"
+        ) from error
 
 
 def source_of(how: str, columns: tuple[str, str] | None = None) -> Source:
@@ -154,7 +198,7 @@ def _pair(columns: str | None) -> tuple[str, str] | None:
 
 
 def source_batches(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     source: Source,
     seed: int,
     settings: Mapping[str, Any],
@@ -180,9 +224,10 @@ def source_batches(
 
         picture = picture_encoder(pipe, height, width, cache, log)
         text = text_encoder(pipe, settings["max_sequence_length"], cache, log)
+        emptied = emptier(pipe, seed)
 
         def decode(epoch: int, data: bytes, caption: str) -> dict[str, Tensor]:
-            return picture(data) | text(caption)
+            return picture(data) | text("" if emptied(epoch, caption) else caption)
 
         samples = feed(source, seed, buffer, lengths, unreadable, decode)
 
@@ -206,3 +251,16 @@ def source_batches(
         return answer
 
     return batch
+
+
+def emptier(pipe: DiffusionPipeline, seed: int) -> Callable[[int, str], bool]:
+    """A function (epoch, caption) -> whether the model is to learn it as an empty one, a pure one.
+
+    A share of `Family.unconditional` is: classifier-free guidance asks a model for both.
+    """
+    share = family_of_pipeline(pipe).unconditional
+
+    def emptied(epoch: int, caption: str) -> bool:
+        return random.Random(f"{seed}/empty/{epoch}/{caption}").random() < share
+
+    return emptied

@@ -1,4 +1,4 @@
-"""Pictures and captions as a FLUX transformer takes them, made by the pipeline's own encoders.
+"""Pictures and captions as a transformer takes them, made by the pipeline's own encoders.
 
 One sample at a time, so that its encoding depends on nothing else: batches of other sizes would
 round differently, and a run with a cache could not repeat one without. Letters: T image tokens,
@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.batches import encode_images
 from calib.cache import digest_of, kept, key_of
 from calib.pictures import pixels
+from d2m.families import family_of_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 Encoding = dict[str, "Tensor"]
 HOW = "covered, centred, mode 1"  # in the keys: another way to cut or encode is another key
 
 
-def check_size(pipe: FluxPipeline, height: int, width: int) -> None:
+def check_size(pipe: DiffusionPipeline, height: int, width: int) -> None:
     """ValueError unless the VAE encodes pictures of this size into whole 2 x 2 patches."""
     patch = 2 * pipe.vae_scale_factor
     if height % patch or width % patch or min(height, width) < patch:
@@ -34,13 +34,13 @@ def check_size(pipe: FluxPipeline, height: int, width: int) -> None:
 
 
 def picture_encoder(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     height: int,
     width: int,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Callable[[bytes], Encoding]:
-    """A function: file of a picture -> `latents` [T, C], shifted, scaled and packed, on the CPU.
+    """A function: file of a picture -> `latents` of one sample, shifted and scaled, on the CPU.
 
     calib.source.Damaged if the bytes are no picture.
     """
@@ -48,6 +48,7 @@ def picture_encoder(
 
     check_size(pipe, height, width)
     encoder = digest_of(pipe.vae) if cache else ""
+    encode_images = family_of_pipeline(pipe).encode_images
 
     @torch.no_grad()
     def encode(data: bytes) -> Encoding:
@@ -64,31 +65,29 @@ def picture_encoder(
 
 
 def text_encoder(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     length: int,
     cache: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Callable[[str], Encoding]:
-    """A function: caption -> `encoder_hidden_states` [L, width], `pooled_projections` [width].
+    """A function: caption -> the family's conditions of one sample, on the CPU.
 
-    length: L, to which T5's tokens are cut and filled up. On the CPU.
+    length: to which T5's tokens are cut and filled up.
     """
     import torch
 
-    both: list[Any] = [pipe.text_encoder, pipe.text_encoder_2]
-    encoders = [digest_of(each) for each in both] if cache else []
+    encode_text = family_of_pipeline(pipe).encode_text
+    encoders = [digest_of(each) for each in parts_of(pipe, "text_encoder")] if cache else []
 
     @torch.no_grad()
     def encode(caption: str) -> Encoding:
         def compute() -> Encoding:
-            states, pooled, _ = pipe.encode_prompt(
-                [caption], prompt_2=None, max_sequence_length=length
-            )
-            return {"encoder_hidden_states": states[0], "pooled_projections": pooled[0]}
+            found = encode_text(pipe, [caption], length)
+            return {name: tensor[0] for name, tensor in found.items()}
 
         def key() -> str:
             # The tokens stand for the tokenizers: another vocabulary is another key.
-            ids = [str(each(caption).input_ids) for each in (pipe.tokenizer, pipe.tokenizer_2)]
+            ids = [str(each(caption).input_ids) for each in parts_of(pipe, "tokenizer")]
             return key_of("text", *encoders, *ids, caption, length)
 
         return kept(cache, "text", key, compute, log)
@@ -97,19 +96,19 @@ def text_encoder(
 
 
 def collate(
-    pipe: FluxPipeline, samples: Sequence[Encoding], height: int, width: int
+    pipe: DiffusionPipeline, samples: Sequence[Encoding], height: int, width: int
 ) -> dict[str, Tensor]:
-    """Encodings -> a batch on the transformer's device, with `img_ids` [T, 3], `txt_ids` [L, 3]."""
+    """Encodings -> a batch on the transformer's device, with what `Family.places` adds."""
     import torch
 
     device = pipe.transformer.device
     batch = {
         name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]
     }
-    latents, states = batch["latents"], batch["encoder_hidden_states"]
-    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
-    ids = pipe._prepare_latent_image_ids(len(samples), rows, columns, device, latents.dtype)
-    return batch | {
-        "img_ids": ids,
-        "txt_ids": torch.zeros(states.shape[1], 3, device=device, dtype=states.dtype),
-    }
+    return batch | family_of_pipeline(pipe).places(pipe, batch, height, width)
+
+
+def parts_of(pipe: DiffusionPipeline, name: str) -> list[Any]:
+    """The pipeline's components called `name`, `name_2`, ..., those that are there."""
+    found = sorted(each for each in pipe.components if each == name or each.startswith(f"{name}_"))
+    return [pipe.components[each] for each in found if pipe.components[each] is not None]

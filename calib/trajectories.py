@@ -1,6 +1,6 @@
 """Data-free training data: latents that the dense model makes itself, on its way from noise.
 
-For every prompt the teacher draws once, through FluxPipeline itself and as the pipeline directory
+For every prompt the teacher draws once, through its pipeline itself and as the pipeline directory
 says; what a student learns from are points of that way, with the times that the scheduler put them
 at. The data are thus what both models meet when they draw. Letters: B batch, T image tokens, C
 packed channels, S denoising steps.
@@ -17,7 +17,7 @@ from calib.cache import digest_of, kept, key_of
 from calib.encodings import Encoding, check_size, collate, text_encoder
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 POINTS = 4  # ours: of one way, in neighbouring places of a batch: a way costs S runs of the teacher
@@ -26,7 +26,7 @@ HELD = 2  # ways in memory: batches may end in the middle of one
 
 
 def trajectory(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     text: Encoding,
     noise: Tensor,
     settings: Mapping[str, Any],
@@ -39,6 +39,8 @@ def trajectory(
     """
     import torch
 
+    from d2m.families import family_of_pipeline
+
     device = pipe.transformer.device
     states = [noise[None].to(device)]
 
@@ -46,23 +48,13 @@ def trajectory(
         states.append(tensors["latents"].clone())
         return {}
 
-    pipe(
-        prompt_embeds=text["encoder_hidden_states"][None].to(device),
-        pooled_prompt_embeds=text["pooled_projections"][None].to(device),
-        latents=states[0],
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        guidance_scale=settings["guidance_scale"],
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
+    family_of_pipeline(pipe).trajectory(pipe, text, states[0], settings, keep)
     times = pipe.scheduler.sigmas.float().cpu()
     return {"states": torch.cat(states).cpu(), "times": times}
 
 
 def trajectory_decoder(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     seed: int,
     settings: Mapping[str, Any],
     cache: Path | None = None,
@@ -75,6 +67,7 @@ def trajectory_decoder(
     """
     import torch
 
+    from d2m.families import family_of_pipeline
     from d2m.flow import generator_at
 
     height, width = settings["height"], settings["width"]
@@ -82,8 +75,7 @@ def trajectory_decoder(
     encode = text_encoder(pipe, settings["max_sequence_length"], cache, log)
     teacher = digest_of(pipe.transformer) if cache else ""
     scheduler = repr(sorted(pipe.scheduler.config.items(), key=lambda item: item[0]))
-    scale = pipe.vae_scale_factor
-    shape = (1, pipe.transformer.config.in_channels // 4, height // scale, width // scale)
+    family = family_of_pipeline(pipe)
 
     @torch.no_grad()
     def decode(epoch: int, nothing: bytes, prompt: str) -> list[Encoding]:
@@ -91,8 +83,8 @@ def trajectory_decoder(
         place = f"{seed}/{epoch % ROUNDS}"
 
         def compute() -> Encoding:
-            drawn = torch.randn(shape, generator=generator_at(seed, "way", place, prompt))
-            noise = pipe._pack_latents(drawn, *shape)[0].to(pipe.transformer.dtype)
+            draw = generator_at(seed, "way", place, prompt)
+            noise = family.noise(pipe, height, width, draw).to(pipe.transformer.dtype)
             return trajectory(pipe, text, noise, settings)
 
         def key() -> str:
@@ -108,17 +100,19 @@ def trajectory_decoder(
         chosen = picks.sample(range(steps), min(POINTS, steps))
         chosen += [picks.randrange(steps) for _ in range(POINTS - len(chosen))]
         guidance = torch.tensor(float(settings["guidance_scale"]))
+        none = encode("") if family.unconditional else text
+        texts = [none if picks.random() < family.unconditional else text for _ in chosen]
         return [
-            text
+            words
             | {"latents": states[-1], "noisy": states[i], "time": times[i], "guidance": guidance}
-            for i in chosen
+            for words, i in zip(texts, chosen, strict=True)
         ]
 
     return decode
 
 
 def trajectory_batches(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     prompts: Callable[[int, int], list[list[Encoding]]],
     settings: Mapping[str, Any],
 ) -> Callable[[int, int], dict[str, Tensor]]:

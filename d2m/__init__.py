@@ -12,24 +12,33 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from d2m.model import SparseFluxTransformer2DModel
 
-# Public name -> module that defines it. diffusers resolves the class that model_index.json names
-# as ["d2m", "SparseFluxTransformer2DModel"] by getattr on this package.
-# It also looks here for the base class that tells it how to load the component.
-_LAZY = {"SparseFluxTransformer2DModel": "d2m.model", "ModelMixin": "diffusers"}
-
+# diffusers resolves the class that model_index.json names as ["d2m", "SparseFlux..."] by getattr on
+# this package, and looks here for the base class that tells it how to load the component.
 __all__ = ["SparseFluxTransformer2DModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `name` from its module at first use (PEP 562)."""
-    if name in _LAZY:
-        import importlib
+    """A family's sparse transformer class, or diffusers' ModelMixin, at first use (PEP 562)."""
+    if name == "ModelMixin":
+        from diffusers import ModelMixin
 
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'd2m' has no attribute {name!r}")
+        value: Any = ModelMixin
+    elif family := _classes().get(name):
+        from d2m.model import sparse_class
+
+        value = sparse_class(family)
+    else:
+        raise AttributeError(f"module 'd2m' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _classes() -> dict[str, Any]:
+    """Name of a sparse class -> its family."""
+    from d2m.families import FAMILIES
+
+    return {family.sparse_class: family for family in FAMILIES}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_classes(), "ModelMixin"})

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from d2m.families import Family, family_of_model
 from d2m.structure import AdaLN, lowrank_default
 
-CHUNKS = {"AdaLayerNormZero": 6, "AdaLayerNormZeroSingle": 3}  # of width D: what a norm modulates
+# Of width D: what a norm modulates. The last modulates for two attentions.
+CHUNKS = {"AdaLayerNormZero": 6, "AdaLayerNormZeroSingle": 3, "SD35AdaLayerNormZeroX": 9}
 
 
 class SharedModulation(nn.Module):
-    """What all norms read: `linear(silu(temb))`, [B, D] -> [B, 6D] (single) or [B, r] (lowrank).
+    """What all norms read: `linear(silu(temb))`, [B, D] -> [B, n D] (single) or [B, r] (lowrank).
+
+    n is 6, or 9 where a norm has as many chunks.
+
 
     Without gradients the last answer is kept with the tensor it belongs to, since every norm asks
     with the same one: FLUX.1 has 76 norms, and the matrix would be read from memory 76 times.
@@ -43,10 +47,11 @@ class SharedModulation(nn.Module):
 
 
 class SharedAdaLN(nn.Module):
-    """AdaLayerNormZero (chunks 6) or AdaLayerNormZeroSingle (chunks 3) on shared modulation.
+    """A norm of CHUNKS on shared modulation.
 
-    Takes and returns what they do: (x [B, T, D], emb [B, D]) -> the modulated x and, with 6 chunks,
-    gate_msa, shift_mlp, scale_mlp, gate_mlp, with 3 the gate, each [B, D].
+    Takes and returns what they do: (x [B, T, D], emb [B, D]) -> the modulated x and, with 3 chunks,
+    the gate, with 6 gate_msa, shift_mlp, scale_mlp, gate_mlp, each [B, D], with 9 these, x
+    modulated for the second attention, and its gate.
     Parameters: `table` [chunks * D] (single) or `up`, Linear(r, chunks * D) (lowrank). The shared
     module is the model's `modulation`; here it is only referred to, so a checkpoint holds it once.
     """
@@ -64,7 +69,7 @@ class SharedAdaLN(nn.Module):
         self._shared = (shared,)  # in a tuple, or it would be a submodule of every norm
 
     def modulation(self, emb: Tensor) -> Tensor:
-        """[B, D] -> [B, chunks * D]; with 3 chunks the first half of the shared 6 D."""
+        """[B, D] -> [B, chunks * D]; in mode single the first so many of the shared."""
         shared = self._shared[0](emb)
         if hasattr(self, "up"):
             return self.up(shared)
@@ -81,7 +86,12 @@ class SharedAdaLN(nn.Module):
         if emb is None:
             raise ValueError("SharedAdaLN got no emb; expected the model's temb [B, D].")
         shift, scale, *rest = self.modulation(emb).chunk(self.chunks, dim=1)
-        return self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest
+        x = self.norm(x)
+        first = x * (1 + scale[:, None]) + shift[:, None]
+        if self.chunks < 9:
+            return first, *rest
+        *gates, shift, scale, gate = rest
+        return first, *gates, x * (1 + scale[:, None]) + shift[:, None], gate
 
     def extra_repr(self) -> str:
         return f"chunks={self.chunks}"
@@ -118,11 +128,16 @@ def share_adaln(model: nn.Module, adaln: AdaLN, family: Family | None = None) ->
         return model
     lists = [name for _, name in (family or family_of_model(model)).kinds]
     found = {n: c for n, c in norms(model).items() if n.split(".")[0] in lists}
+    if not found:
+        raise ValueError(
+            f"adaln.mode is {adaln.mode}, but this model's blocks have no modulation of their own; "
+            "expected full: take `adaln` out of the recipe."
+        )
     dim = int(model.inner_dim)  # type: ignore[arg-type]
     rank = rank_of(adaln, dim, sum(found.values()))
     weight = next(model.get_submodule(next(iter(found))).parameters())
     kind: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-    shared = SharedModulation(dim, rank or 6 * dim, rank is None, **kind)
+    shared = SharedModulation(dim, rank or max(found.values()) * dim, rank is None, **kind)
     model.modulation = shared  # not `adaln`: diffusers finds fields of the config before modules
     for name, chunks in found.items():
         parent, _, child = name.rpartition(".")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2m.adaln import norms, rank_of, share_adaln
 from d2m.flow import generator_at, noisy
-from d2m.inputs import transformer_inputs
+from d2m.inputs import global_embedding
 from d2m.recipe import Recipe
 from d2m.structure import AdaLN
 
@@ -37,22 +37,11 @@ def modulation_moments(
     for i in range(recipe.calibration.batches):
         batch = batches(i, recipe.calibration.batch_size)
         draw = generator_at(seed, "adaln", i)
-        x, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
-        inputs = transformer_inputs(model, batch, x, t)
-        rows.append(F.silu(embedding(model, inputs)).double().cpu())
+        _, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
+        rows.append(F.silu(global_embedding(model, batch, t)).double().cpu())
     s = torch.cat(rows)
     mean = s.mean(0)
     return {"mean": mean, "covariance": (s - mean).T @ (s - mean) / s.shape[0]}
-
-
-def embedding(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """temb [B, D], the global embedding that feeds AdaLN, as the model's forward computes it.
-
-    `inputs`: timestep [B] in [0, 1], pooled_projections, and guidance [B] where the model has one.
-    """
-    dtype = model.x_embedder.weight.dtype  # type: ignore[union-attr]
-    times = [inputs[n].to(dtype) * 1000 for n in ("timestep", "guidance") if n in inputs]
-    return model.time_text_embed(*times, inputs["pooled_projections"])  # type: ignore[operator]
 
 
 def fit_single(

@@ -3,7 +3,7 @@
 Torch-free: a config's numbers are enough, no weight is read. Names are diffusers' and d2m's own, so
 that the list can be held against a real model weight by weight. Shape letters: D width, N image and
 text tokens together, E experts, H expert hidden (D/4), S shared hidden (D), K chosen, m blocks of a
-group. Another family of models is another file like this one.
+group. Another family is another file like d2m/anatomy_sd3.py.
 
 FLOPs follow torch's FlopCounterMode for a batch of one: 2 per multiply-add of matrix products and
 of attention's two products (4 N^2 D a block); biases, norms, activations and softmax are not
@@ -12,11 +12,11 @@ counted. A matrix of `used` weights that T rows pass through costs 2 T used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2m.families import FLUX, hidden_sizes
+from d2m.families import FLUX, Family, hidden_sizes
 from d2m.recipe import SparseSpec
 from d2m.structure import AdaLN, Blocks, lowrank_default
 
@@ -85,18 +85,18 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
     tokens = {"double": (image, text), "single": (image + text,)}
     inside = {"double": _double, "single": _single}
     rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
-    first = (*_embedders(config, dim, image, text), *_shared(structure.adaln, dim, rank))
+    first = (*_embedders(config, dim, image, text), *shared_modulation(structure.adaln, dim, rank))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
         for own, count, running in _alike(blocks, spec, kind, depth[kind]):
             weights = (
                 *inside[kind](config, own, dim, *tokens[kind]),  # type: ignore[operator]
-                *_modulation(structure.adaln, kind, dim, rank),
+                *modulated(structure.adaln, norms_of(kind), dim, rank),
             )
             stacks.append(Stack(f"{name}.*.", count, running, weights))
         for group in blocks.groups(kind):
-            router = tuple(_router(dim, len(group), blocks))
-            stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, router))
+            weights = tuple(router(dim, len(group), blocks))
+            stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, weights))
     return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
 
 
@@ -105,17 +105,22 @@ def dim_of(config: Mapping[str, Any]) -> int:
     return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 
-def used_share(dim: int, spec: SparseSpec | None) -> float:
+def norms_of(kind: str) -> list[tuple[str, int]]:
+    """(name, chunks of width D) of a block's modulated norms."""
+    return [(name, MODULATIONS[kind] // len(NORMS[kind])) for name in NORMS[kind]]
+
+
+def used_share(dim: int, spec: SparseSpec | None, family: Family = FLUX) -> float:
     """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A.
 
     The mean over all FFNs where they differ: two in a double block, one in a single.
     """
     if spec is None:
         return 1.0
-    hidden = FLUX.ratio * dim
+    hidden = family.ratio * dim
     used = []
-    for kind, name in LISTS.items():
-        sites = sum(site.blocks == name for site in FLUX.sites)
+    for kind, name in family.kinds:
+        sites = sum(site.blocks == name for site in family.sites)
         for i in range(len(spec.shares.of(kind)) or 1):
             shared, expert = hidden_sizes(dim, hidden, spec.at(kind, i))
             used += [(shared + spec.top_k * expert) / hidden] * sites
@@ -137,7 +142,7 @@ def _alike(
 # ---------------------------------------------------------------- weights
 
 
-def _linear(
+def linear(
     part: str, name: str, inputs: int, outputs: int, rows: int, bias: bool = True
 ) -> Iterator[Weight]:
     """A Linear that `rows` tokens pass through."""
@@ -147,7 +152,7 @@ def _linear(
         yield Weight(part, f"{name}.bias", outputs, outputs)
 
 
-def _vector(part: str, name: str, size: int) -> Weight:
+def vector(part: str, name: str, size: int) -> Weight:
     return Weight(part, name, size, size)
 
 
@@ -157,15 +162,15 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
         embeds["guidance_embedder"] = TIME_CHANNELS
     for name, inputs in embeds.items():
         for last, width in (("linear_1", inputs), ("linear_2", dim)):
-            yield from _linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
-    yield from _linear("embedders", "context_embedder", config["joint_attention_dim"], dim, text)
-    yield from _linear("embedders", "x_embedder", config["in_channels"], dim, image)
+            yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
+    yield from linear("embedders", "context_embedder", config["joint_attention_dim"], dim, text)
+    yield from linear("embedders", "x_embedder", config["in_channels"], dim, image)
 
 
 def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
     channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
-    yield from _linear("output", "norm_out.linear", dim, 2 * dim, 1)
-    yield from _linear("output", "proj_out", dim, channels, image)
+    yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
+    yield from linear("output", "proj_out", dim, channels, image)
 
 
 def _double(
@@ -183,14 +188,14 @@ def _double(
     )
     for ffn, rows, linears, norms in streams:
         for name in linears:
-            yield from _linear(part, f"attn.{name}", dim, dim, rows)
+            yield from linear(part, f"attn.{name}", dim, dim, rows)
         for name in norms:
-            yield _vector(part, f"attn.{name}.weight", head)
+            yield vector(part, f"attn.{name}.weight", head)
         if spec is None:
-            yield from _linear("double_ffn", f"{ffn}.net.0.proj", dim, FLUX.ratio * dim, rows)
-            yield from _linear("double_ffn", f"{ffn}.net.2", FLUX.ratio * dim, dim, rows)
+            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, FLUX.ratio * dim, rows)
+            yield from linear("double_ffn", f"{ffn}.net.2", FLUX.ratio * dim, dim, rows)
         else:
-            yield from _sparse_ffn("double_ffn", ffn, dim, spec, rows)
+            yield from sparse_ffn("double_ffn", ffn, dim, spec, rows)
     yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
 
 
@@ -199,25 +204,25 @@ def _single(
 ) -> Iterator[Weight]:
     part = "single_attention"
     for name in ("to_q", "to_k", "to_v"):
-        yield from _linear(part, f"attn.{name}", dim, dim, rows)
+        yield from linear(part, f"attn.{name}", dim, dim, rows)
     for name in ("norm_q", "norm_k"):
-        yield _vector(part, f"attn.{name}.weight", config["attention_head_dim"])
+        yield vector(part, f"attn.{name}.weight", config["attention_head_dim"])
     yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
     if spec is None:  # proj_out maps attention and FFN together: its weight is counted in two parts
-        yield from _linear("single_ffn", "proj_mlp", dim, FLUX.ratio * dim, rows)
-        yield from _linear(part, "proj_out", dim, dim, rows, bias=False)
-        yield from _linear("single_ffn", "proj_out", FLUX.ratio * dim, dim, rows)
+        yield from linear("single_ffn", "proj_mlp", dim, FLUX.ratio * dim, rows)
+        yield from linear(part, "proj_out", dim, dim, rows, bias=False)
+        yield from linear("single_ffn", "proj_out", FLUX.ratio * dim, dim, rows)
     else:
-        yield from _linear(part, "proj_out.linear", dim, dim, rows, bias=False)
-        yield from _sparse_ffn("single_ffn", "proj_mlp", dim, spec, rows)
+        yield from linear(part, "proj_out.linear", dim, dim, rows, bias=False)
+        yield from sparse_ffn("single_ffn", "proj_mlp", dim, spec, rows)
 
 
-def _sparse_ffn(part: str, name: str, dim: int, spec: SparseSpec, rows: int) -> Iterator[Weight]:
+def sparse_ffn(part: str, name: str, dim: int, spec: SparseSpec, rows: int) -> Iterator[Weight]:
     """A SparseFFN: of the experts' weights K of E work. With K = 0 the gate is not evaluated."""
     shared, hidden = hidden_sizes(dim, FLUX.ratio * dim, spec)
     experts, k = spec.num_experts, spec.top_k
-    yield from _linear(part, f"{name}.shared.fc1", dim, shared, rows)
-    yield from _linear(part, f"{name}.shared.fc2", shared, dim, rows)
+    yield from linear(part, f"{name}.shared.fc1", dim, shared, rows)
+    yield from linear(part, f"{name}.shared.fc2", shared, dim, rows)
     gate = experts * dim
     yield Weight(part, f"{name}.gate.weight", gate, gate, 2 * rows * gate if k else 0, kept=True)
     for weight in ("w1", "w2"):
@@ -228,27 +233,32 @@ def _sparse_ffn(part: str, name: str, dim: int, spec: SparseSpec, rows: int) -> 
     yield Weight(part, f"{name}.neurons", 0, 0, buffer=8 * (shared + experts * hidden))
 
 
-def _modulation(adaln: AdaLN, kind: str, dim: int, rank: int) -> Iterator[Weight]:
-    """A block's own part of AdaLN."""
-    for name in NORMS[kind]:
-        outputs = MODULATIONS[kind] // len(NORMS[kind]) * dim
+def modulated(
+    adaln: AdaLN, norms: Iterable[tuple[str, int]], dim: int, rank: int
+) -> Iterator[Weight]:
+    """A block's own part of AdaLN; norms: (name, chunks of width D)."""
+    for name, chunks in norms:
+        outputs = chunks * dim
         if adaln.mode == "single":
-            yield _vector("adaln", f"{name}.table", outputs)
+            yield vector("adaln", f"{name}.table", outputs)
         elif adaln.mode == "lowrank":
-            yield from _linear("adaln", f"{name}.up", rank, outputs, 1)
+            yield from linear("adaln", f"{name}.up", rank, outputs, 1)
         else:
-            yield from _linear("adaln", f"{name}.linear", dim, outputs, 1)
+            yield from linear("adaln", f"{name}.linear", dim, outputs, 1)
 
 
-def _shared(adaln: AdaLN, dim: int, rank: int) -> Iterator[Weight]:
-    """What all blocks share of AdaLN: PixArt's Linear(D, 6 D), or a Linear(D, rank) (ours)."""
+def shared_modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Iterator[Weight]:
+    """What all blocks share of AdaLN: PixArt's Linear(D, 6 D), or a Linear(D, rank) (ours).
+
+    chunks: those of the norm that has most.
+    """
     if adaln.mode == "single":
-        yield from _linear("adaln", "modulation.linear", dim, 6 * dim, 1)
+        yield from linear("adaln", "modulation.linear", dim, chunks * dim, 1)
     if adaln.mode == "lowrank":
-        yield from _linear("adaln", "modulation.linear", dim, rank, 1, bias=False)
+        yield from linear("adaln", "modulation.linear", dim, rank, 1, bias=False)
 
 
-def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
+def router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
     """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, D] (read).
 
     It is not asked where all m blocks run, and looks at no token with alpha = 0.

@@ -9,7 +9,7 @@ from typing import Any
 from d2m.markup import percent
 from d2m.parameters import human
 
-TAGS = ("d2m", "dense2moe", "mixture-of-experts", "flux", "text-to-image")
+TAGS = ("d2m", "dense2moe", "mixture-of-experts", "text-to-image")
 
 
 def model_card(
@@ -21,6 +21,8 @@ def model_card(
     scores: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     licence: str | None = None,
+    family: str | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     """README.md of a sparse pipeline directory.
 
@@ -30,11 +32,12 @@ def model_card(
         scores: {"dense", "sparse"} -> result of `calib.suite.evaluate`; either may be missing.
         defaults: keywords a pipeline call should get (`drawing_defaults`).
         licence: the base model's, as the hub names it; None leaves it to the reader to look up.
+        family: what the base model is, such as FLUX.1 [dev]; tags: the hub's words for it.
     """
     parts = [
-        _front_matter(base_model, licence),
+        _front_matter(base_model, licence, tags),
         f"# {_plain(name)}",
-        _about(base_model, recipe, parameters),
+        _about(base_model, family, recipe, parameters),
         "## Use",
         _use(name, recipe, defaults or {}),
         "## Parameters",
@@ -47,17 +50,20 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base_model: str, licence: str | None) -> str:
+def _front_matter(base_model: str, licence: str | None, tags: Sequence[str]) -> str:
     """YAML between dashes; a JSON string is a YAML string."""
     lines = [f"base_model: {json.dumps(base_model)}", "base_model_relation: finetune"]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
     lines += [f"license: {json.dumps(licence)}"] if licence else []
-    lines += ["tags:", *(f"- {tag}" for tag in TAGS)]
+    lines += ["tags:", *(f"- {tag}" for tag in (*TAGS, *tags))]
     return "\n".join(["---", *lines, "---"])
 
 
 def _about(
-    base_model: str, recipe: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]
+    base_model: str,
+    family: str | None,
+    recipe: Mapping[str, Any],
+    parameters: Mapping[str, Mapping[str, Any]],
 ) -> str:
     sparse, dense = parameters["sparse"], parameters["dense"]
     blocks = recipe.get("blocks", {})
@@ -68,9 +74,11 @@ def _about(
         if groups
         else ""
     )
+    kind = f" ({_plain(family)})" if family else ""
     return (
-        f"`{_plain(base_model)}` with every feed-forward network split into one shared expert and "
-        f"{recipe['num_experts']} routed experts (Dense2MoE, arXiv 2510.09094). A token uses the "
+        f"`{_plain(base_model)}`{kind} with every feed-forward network split into one shared "
+        f"expert and {recipe['num_experts']} routed experts (Dense2MoE, arXiv 2510.09094). A token "
+        "uses the "
         f"shared expert and {recipe['top_k']} others: {human(sparse['activated'])} of the dense "
         f"transformer's {human(dense['total'])} parameters work, {100 * sparse['ffn_share']:g} % "
         "of the feed-forward weights." + mixture

@@ -32,7 +32,7 @@ from d2m.stopping import terminated_on_signal
 
 app = typer.Typer(
     name="d2m",
-    help="Dense2MoE: a dense FLUX becomes a compiled sparse one that draws without torch.",
+    help="Dense2MoE: a dense diffusion transformer becomes a sparse one that draws without torch.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -97,6 +97,7 @@ def convert(
     from d2m.pareto import known_rows
 
     known = known_rows(compare) if compare else ()
+    from calib.data import check_taught
     from calib.data import chosen as chosen_data
     from calib.importance import chosen
     from calib.statistics import routing_table
@@ -116,6 +117,7 @@ def convert(
         columns=columns,
         log=say,
     )
+    check_taught(dense, taught)
     judged = (120 if data == "shapes" else 0) if score is None else score
     neurons, scores, label = chosen(importance)
     made: Any = recipe or preset
@@ -235,7 +237,11 @@ def lora(
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model directory, dense or sparse, or flux-dev.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model directory, dense or sparse, or a shipped config: flux-dev, flux-schnell.",
+        ),
     ],
     preset: options.PlanPreset = None,
     recipe: options.RecipeFile = None,
@@ -425,6 +431,7 @@ def run(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
+    negative: options.Negative = None,
     height: options.Height = None,
     width: options.Width = None,
     n: options.Count = 1,
@@ -478,6 +485,7 @@ def run(
     knobs: dict[str, Any] = {"top_k": options.knob("--top-k", top_k)}
     knobs["kappa"] = options.knob("--kappa", kappa)
     knobs |= {"sigmas": options.levels("--sigmas", sigmas), "budget": budget}
+    knobs |= {"negative": negative}
     pipeline = runtime.load(path, backend, experts=experts, verify=verify, key=key, offload=offload)
     with progress_bars() as progress:
         answer = pipeline(

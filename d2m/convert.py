@@ -34,7 +34,7 @@ from d2m.result import (
 from d2m.workdir import check_free, finished, identity_of, work_of
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 Batches = Callable[[int, int], Mapping[str, "Tensor"]]
@@ -47,7 +47,7 @@ def convert(
     dense_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     recipe: Recipe | str | Path,
-    batches: Callable[[FluxPipeline, int], Batches],
+    batches: Callable[[DiffusionPipeline, int], Batches],
     importance: Callable[..., dict[str, Tensor]],
     *,
     steps: int | None = None,
@@ -256,7 +256,7 @@ def _loaded_as(recipe: Recipe, crew: Crew) -> str:
 def _follow(
     dense: Path,
     recipe: Recipe,
-    batches: Callable[[FluxPipeline, int], Batches],
+    batches: Callable[[DiffusionPipeline, int], Batches],
     work: Path,
     options: dict[str, Any],
 ) -> None:

@@ -71,8 +71,10 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             "copy the pipeline again."
         ) from error
     if len(depth) == len(family.depths):  # a config may leave defaults out; the model checks too
+        depth = dict.fromkeys(KINDS, 0) | depth
         check_depth(recipe.blocks, depth)
         check_shares(recipe.shares, depth)
+        family.check_blocks(recipe.blocks, depth)
     places = [(kind, i) for kind in KINDS for i in range(max(1, len(recipe.shares.of(kind))))]
     for spec in dict.fromkeys(recipe.spec.at(*place) for place in places):
         hidden_sizes(width, family.ratio * width, spec)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2m.families import family_of
+
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
 DEFAULTS_FILE = "defaults.json"
@@ -31,9 +33,9 @@ def drawing_defaults(directory: str | Path) -> dict[str, Any]:
     """How to draw from the pipeline in `directory` (reads JSON files only, no torch).
 
     Returns height and width (pixels), num_inference_steps, guidance_scale, max_sequence_length.
-    `defaults.json` in the directory wins; fallbacks (derived): the VAE's `sample_size`, 28 steps
-    at guidance 3.5 for a model with guidance embedding (FLUX.1 dev) and 4 steps at 0.0 without
-    (schnell), and the T5 tokenizer's length up to 512.
+    `defaults.json` in the directory wins; the rest is what the family's `drawing` reads from the
+    component configs: for FLUX.1 the VAE's `sample_size`, and for a model with guidance embedding
+    ([dev]) 28 steps at 3.5 and T5 texts of up to 512 tokens, without ([schnell]) 4, 0.0 and 256.
 
     Raises FileNotFoundError if the directory is no pipeline, ValueError for a bad `defaults.json`.
     """
@@ -43,19 +45,7 @@ def drawing_defaults(directory: str | Path) -> dict[str, Any]:
             f"{str(directory)!r} has no model_index.json, so it is not a diffusers pipeline "
             "directory; give one that save_pretrained or d2m convert has written"
         )
-    guided = bool(_config(directory / "transformer/config.json").get("guidance_embeds", False))
-    size = _config(directory / "vae/config.json").get("sample_size", 1024)
-    size = size if isinstance(size, int) else 1024
-    length = _config(directory / "tokenizer_2/tokenizer_config.json").get("model_max_length", 512)
-    length = length if isinstance(length, int) else 512
-    values: dict[str, Any] = {
-        "height": size,
-        "width": size,
-        "num_inference_steps": 28 if guided else 4,
-        "guidance_scale": 3.5 if guided else 0.0,
-        # transformers writes 1e30 for a tokenizer without a limit
-        "max_sequence_length": min(length, 512),
-    }
+    values = family_of(directory).drawing(lambda file: _config(directory / file))
     path = directory / DEFAULTS_FILE
     if path.is_file():
         values.update(_checked(_config(path), path))
@@ -143,7 +133,7 @@ def load_pipeline(
 
 
 def pipeline_draw(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     *,
     batch_size: int = 16,
     top_k: Knob = None,

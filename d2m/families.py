@@ -1,6 +1,7 @@
-"""Families of diffusion transformers: where the blocks of a diffusers model keep their FFNs.
+"""Families of diffusion transformers: which there are, and where a model's blocks keep their FFNs.
 
-A family is a row of names; supporting another model is another row, not another branch.
+A family is a row (d2m/family.py) in a file of its own; supporting another model is another row,
+not another branch.
 """
 
 from __future__ import annotations
@@ -8,85 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2m.family import Family, Site
+from d2m.family_flux import FLUX
+from d2m.family_sd3 import SD3
 from d2m.recipe import SparseSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+__all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Site"]
 
-@dataclass(frozen=True)
-class Site:
-    """One FFN of a block type. Paths are relative to the block.
-
-    blocks: the model's list of such blocks; module: where the SparseFFN goes; fc1, fc2: the dense
-    Linears; stream: whose tokens pass, "image", "text" or "both".
-    rest: set where fc2 also maps something else: its columns before the FFN's go to this Linear
-    (without bias) and fc2 is replaced by AttentionPlusFFN; identity: an activation that SparseFFN
-    contains already.
-    """
-
-    blocks: str
-    module: str
-    fc1: str
-    fc2: str
-    stream: str
-    rest: str | None = None
-    identity: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """What conversion needs to know of a model: class names, FFN sites, and its kinds of blocks.
-
-    kinds: (kind as recipes name it, the model's list of such blocks), in the order they run;
-    depths: (kind, the config's field with the number of them).
-    """
-
-    name: str
-    title: str
-    pipelines: tuple[str, ...]
-    dense_class: str
-    sparse_class: str
-    ratio: int  # hidden neurons of a dense FFN over its width
-    sites: tuple[Site, ...]
-    kinds: tuple[tuple[str, str], ...]
-    depths: tuple[tuple[str, str], ...]
-
-
-FLUX = Family(
-    name="flux",
-    title="FLUX.1",
-    pipelines=("FluxPipeline",),
-    dense_class="FluxTransformer2DModel",
-    sparse_class="SparseFluxTransformer2DModel",
-    ratio=4,
-    sites=(
-        Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
-        Site(
-            "transformer_blocks",
-            "ff_context",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-            "text",
-        ),
-        Site(
-            "single_transformer_blocks",
-            "proj_mlp",
-            "proj_mlp",
-            "proj_out",
-            "both",
-            rest="proj_out.linear",
-            identity="act_mlp",
-        ),
-    ),
-    kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
-    depths=(("double", "num_layers"), ("single", "num_single_layers")),
-)
-FAMILIES = (FLUX,)
+FAMILIES = (FLUX, SD3)
 
 
 def _known() -> str:
@@ -134,21 +70,33 @@ def family_of_model(model: nn.Module) -> Family:
     return _by_class(type(model).__name__, "this model")
 
 
+def family_of_pipeline(pipe: Any) -> Family:
+    """The family of a pipeline in memory, by its class or a base class of it."""
+    for cls in type(pipe).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.pipelines:
+                return family
+    return _by_class(type(pipe).__name__, "this pipeline")
+
+
 def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]]:
     """(site name, block name, site) of every FFN, in the model's order.
 
     `names` are parameter names of the model, dense or sparse (a checkpoint's keys will do), but
     without groups of blocks. A site's name is that of its SparseFFN:
-    `transformer_blocks.0.ff_context`.
+    `transformer_blocks.0.ff_context`. Blocks without the module of a site have none there.
     """
     names = list(names)
+    modules = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
     found = []
     for blocks in dict.fromkeys(site.blocks for site in family.sites):
         depth = blocks.count(".") + 1
         inside = (name.split(".") for name in names if name.startswith(blocks + "."))
         for index in sorted({int(parts[depth]) for parts in inside}):
             block = f"{blocks}.{index}"
-            found += [(f"{block}.{s.module}", block, s) for s in family.sites if s.blocks == blocks]
+            mine = [site for site in family.sites if site.blocks == blocks]
+            placed = [(f"{block}.{site.module}", block, site) for site in mine]
+            found += [each for each in placed if each[0] in modules]
     return found
 
 

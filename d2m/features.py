@@ -1,6 +1,6 @@
-"""What the blocks of a FLUX transformer put out, caught by forward hooks.
+"""What a transformer's blocks put out, caught by forward hooks.
 
-No forward of diffusers is overridden: both block types return (text stream, image stream).
+No forward of diffusers is overridden: blocks return the streams that their family names.
 A feature is named by the dense model's block, so that a student's and a teacher's find each other:
 a group that skips blocks has one feature per stream, named after its last block.
 """
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from d2m.families import family_of_model
 from d2m.groups import BlockGroup, Passed
 from d2m.losses import output_loss
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
-STREAMS = ("text", "image")
+PICTURE = "image"  # the stream that the output is made from
 
 
 def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose outputs are features: dense block name -> block, or group that skips."""
     found: dict[str, nn.Module] = {}
-    for name in BLOCK_LISTS:
+    for _, name in family_of_model(model).kinds:
         for index, block in enumerate(getattr(model, name)):
             if isinstance(block, BlockGroup) and block.kappa < len(block.blocks):
                 found[f"{name}.{block.indices[-1]}"] = block
@@ -38,10 +38,11 @@ def feature_names(model: nn.Module) -> list[str]:
     """The features of `model` in order: `transformer_blocks.0.text`, `transformer_blocks.0.image`.
 
     Each stream of a block is a layer of its own (ours): their magnitudes differ by far. The last
-    block's text stream is left out, since nothing reads it.
+    block's other streams are left out, since nothing reads them.
     """
-    names = [f"{block}.{stream}" for block in feature_blocks(model) for stream in STREAMS]
-    return names[:-2] + names[-1:]
+    blocks, streams = list(feature_blocks(model)), family_of_model(model).streams
+    names = [f"{block}.{stream}" for block in blocks[:-1] for stream in streams]
+    return [*names, f"{blocks[-1]}.{PICTURE}"]
 
 
 def group_feature_names(model: nn.Module) -> list[str]:
@@ -63,11 +64,12 @@ def block_features(
     """
     features: dict[str, Tensor] = {}
     wanted = set(feature_names(model) if names is None else names)
+    streams = family_of_model(model).streams
     handles = []
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            for stream, tensor in zip(STREAMS, output):
+        def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...] | Tensor) -> None:
+            for stream, tensor in zip(streams, (output,) if isinstance(output, Tensor) else output):
                 if f"{block_name}.{stream}" in wanted:
                     features[f"{block_name}.{stream}"] = tensor
 
@@ -75,7 +77,7 @@ def block_features(
 
     try:
         for block_name, block in feature_blocks(model).items():
-            if any(f"{block_name}.{stream}" in wanted for stream in STREAMS):
+            if any(f"{block_name}.{stream}" in wanted for stream in streams):
                 handles.append(block.register_forward_hook(keep(block_name)))
         yield features
     finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2m import recipe as recipes
-from d2m.anatomy import Stack, Structure, Weight, anatomy, dim_of
+from d2m.anatomy import Stack, Structure, Weight, dim_of
 from d2m.plan import plan, structure_of
 from d2m.preset import preset_file
 from d2m.resources import FLUX_AROUND, around_bytes, shown
@@ -141,6 +141,7 @@ def counted(
     made = recipes.load(recipe or preset_file(str(preset), subject.family, subject.depth))
     structure = structure_of(recipes.to_dict(made), made.name)
     config, image, text = subject.config, answer["image_tokens"], answer["text_tokens"]
+    anatomy = subject.family.anatomy
     sparse = anatomy(config, structure, image, text)
     dense = anatomy(config, Structure(), image, text)
     stages = [stage for stage in made.stages if not stage.skip]

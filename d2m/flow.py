@@ -1,6 +1,7 @@
 """Flow matching: the noisy latents a teacher and its student are compared on.
 
-`x_t = (1 - t) x_0 + t noise`, velocity `noise - x_0`, t in [0, 1] with 1 pure noise, as in FLUX.
+`x_t = (1 - t) x_0 + t noise`, velocity `noise - x_0`, t in [0, 1] with 1 pure noise, as in FLUX
+and SD3. Latents are [B, T, C] where tokens are packed, else [B, C, h, w].
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def noisy(
     std: float = 1.2,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw times and noise: (x_t [B, T, C], t [B], velocity [B, T, C]), all on `latents`' device.
+    """Draw times and noise: (x_t, t [B], velocity), all on `latents`' device and of its shape.
 
     rows (first, N): `latents` are the B rows from `first` on of a batch of N, whose draws they get.
 
@@ -42,7 +43,7 @@ def noisy(
     t = torch.sigmoid(torch.randn(whole, generator=generator) * std + mean)[part]
     noise = torch.randn((whole, *latents.shape[1:]), generator=generator)[part]
     t, noise = t.to(latents.device), noise.to(latents.device, latents.dtype)
-    at = t[:, None, None].to(latents.dtype)
+    at = t.to(latents.dtype).view(-1, *[1] * (latents.ndim - 1))
     return torch.lerp(latents, noise, at), t, noise - latents
 
 
@@ -53,7 +54,7 @@ def training_point(
     std: float,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where teacher and student are compared: (x_t [B, T, C], t [B]).
+    """Where teacher and student are compared: (x_t [B, ...], t [B]).
 
     The batch's own `noisy` and `time` where it has them, points of the teacher's own way; else
     `noisy(latents)`, of `rows` as there.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from d2m.families import Family, family_of_model
 from d2m.groups import ROUTER_STD, BlockGroup, Passed
 from d2m.routing import routing_dtype
-from d2m.structure import Blocks, check_depth
+from d2m.structure import KINDS, Blocks, check_depth
 
 
 def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None) -> nn.Module:
@@ -23,8 +23,11 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
 
     Only structure: the routers are random. ValueError if an index is none of the model's.
     """
-    lists = {kind: getattr(model, name) for kind, name in (family or family_of_model(model)).kinds}
-    check_depth(blocks, {kind: len(each) for kind, each in lists.items()})
+    family = family or family_of_model(model)
+    lists = {kind: getattr(model, name) for kind, name in family.kinds}
+    depth = dict.fromkeys(KINDS, 0) | {kind: len(each) for kind, each in lists.items()}
+    check_depth(blocks, depth)
+    family.check_blocks(blocks, depth)
     for kind, each in lists.items():
         for group in blocks.groups(kind):
             members = {index: each[index] for index in group}

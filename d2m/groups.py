@@ -87,13 +87,14 @@ class BlockGroup(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        **others: Any,
     ) -> Streams:
         """As a block: [B, T, D], [B, L, D], [B, D] -> (text [B, L, D], image [B, T, D]).
 
         Each block is called at most once, with the samples that chose it. Tensors of
-        `joint_attention_kwargs` whose first dimension is B are taken to hold a row per sample.
+        `joint_attention_kwargs` whose first dimension is B are taken to hold a row per sample;
+        `others` (rotary tables) are of all samples, and go to every block as they are.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
@@ -121,8 +122,8 @@ class BlockGroup(nn.Module):
                 hidden_states=image,
                 encoder_hidden_states=text,
                 temb=temb[index] if part else temb,  # itself: shared modulation knows it again
-                image_rotary_emb=image_rotary_emb,
                 joint_attention_kwargs=_rows(joint_attention_kwargs, index, batch),
+                **others,
             )
             if idle:
                 after = [old + 0 * new for old, new in zip((text, image), after)]

@@ -1,6 +1,6 @@
-"""From a batch of data to the keyword inputs of a FLUX transformer.
+"""From a batch of data to a transformer's keyword inputs, by its family.
 
-B batch, T image tokens, C packed channels, L text tokens.
+B batch, D width; latents are as the family's transformer takes them.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from d2m.families import family_of_model
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CONDITIONS = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
-GUIDANCE = 3.5  # ours, where a batch brings none: what FLUX.1 [dev] is drawn with
 
 
 def transformer_inputs(
@@ -21,16 +20,20 @@ def transformer_inputs(
     """What `model(**inputs)` takes, on the model's device.
 
     Args:
-        batch: CONDITIONS, and `guidance` [B] where it should not be GUIDANCE (it is left out for a
-            model without guidance embedding).
-        x [B, T, C]: noisy latents.
-        t [B]: their times in [0, 1], 1 pure noise; the model multiplies by 1000 itself.
+        batch: the family's conditions (`Family.inputs`).
+        x [B, ...]: noisy latents.
+        t [B]: their times in [0, 1], 1 pure noise.
     """
-    import torch
-
-    inputs = {name: batch[name] for name in CONDITIONS}
-    inputs |= {"hidden_states": x, "timestep": t}
-    if model.config.guidance_embeds:  # type: ignore[union-attr]
-        inputs["guidance"] = batch.get("guidance", torch.full_like(t, GUIDANCE))
+    inputs = family_of_model(model).inputs(model, batch, x, t)
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
+    """temb [B, D], what feeds AdaLN and the groups' routers, as the model's forward computes it.
+
+    batch: what `Family.embedding` reads; t [B]: times in [0, 1].
+    """
+    device = next(model.time_text_embed.parameters()).device  # type: ignore[union-attr]
+    there = {name: each.to(device) for name, each in batch.items()}
+    return family_of_model(model).embedding(model, there, t.to(device))

@@ -1,4 +1,4 @@
-"""The sparse FLUX transformer as a diffusers model: loads and saves like any other.
+"""The sparse transformers as diffusers models: they load and save like any other.
 
 diffusers 0.42 imports no library that a checkpoint names, so a program says `import d2m` before
 `DiffusionPipeline.from_pretrained(SPARSE)`.
@@ -7,91 +7,113 @@ diffusers 0.42 imports no library that a checkpoint names, so a program says `im
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from d2m.adaln import share_adaln
-from d2m.families import Family, hidden_sizes, spec_at
+from d2m.families import FLUX, Family, hidden_sizes, spec_at
 from d2m.grouping import group_blocks, grouped_state_dict
 from d2m.recipe import Recipe, SparseSpec
-from d2m.structure import adaln_from, blocks_from, check_shares, shares_from
+from d2m.structure import KINDS, adaln_from, blocks_from, check_shares, shares_from
 from d2m.surgery import convert_state_dict, set_top_k, sparsify, split_neurons
 
-__all__ = ["SparseFluxTransformer2DModel", "set_top_k", "sparse_model_of"]
+__all__ = ["SparseFluxTransformer2DModel", "set_top_k", "sparse_class", "sparse_model_of"]
 
 
-class SparseFluxTransformer2DModel(FluxTransformer2DModel):
-    """FluxTransformer2DModel whose FFNs are SparseFFNs; forward() is diffusers' own.
+def sparse_class(family: Family) -> Any:
+    """The family's sparse transformer: diffusers' dense class whose FFNs are SparseFFNs.
 
-    Config: the dense model's fields and num_experts, shared_ratio, expert_ratio, top_k, renormalise
-    (see SparseFFN); groups, kappa, alpha, drop: Mixture of Blocks, `groups` and `drop` as the
-    recipe's `blocks` has them; adaln, adaln_rank: the recipe's mode and rank; shares: the recipe's.
-    What a checkpoint does not name is as in the dense model. `set_top_k(model, k)` and
-    `d2m.groups.set_kappa` change what runs. Gates and routers stay float32 under
-    `from_pretrained(..., torch_dtype=bfloat16)`.
+    forward() is diffusers' own. Config: the dense model's fields and SPARSE_FIELDS: num_experts,
+    shared_ratio, expert_ratio, top_k, renormalise (see SparseFFN); groups, kappa, alpha, drop:
+    Mixture of Blocks, `groups` and `drop` as the recipe's `blocks` has them; adaln, adaln_rank: the
+    recipe's mode and rank; shares: the recipe's. What a checkpoint does not name is as in the dense
+    model. `set_top_k(model, k)` and `d2m.groups.set_kappa` change what runs. Gates and routers stay
+    float32 under `from_pretrained(..., torch_dtype=bfloat16)`.
     """
+    if family.name not in _classes:
+        _classes[family.name] = _make(family)
+    return _classes[family.name]
 
-    # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
-    __module__ = "d2m"
 
-    _keep_in_fp32_modules = ["gate", "router"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate", "router"]
-    _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "BlockGroup"]
-    _tp_plan = None  # the dense plan names Linears that are no longer there
+_classes: dict[str, Any] = {}  # one class a family, or isinstance and pickles would not agree
+# Fields of a sparse config beside the dense model's, with what a config without them means.
+SPARSE_FIELDS: dict[str, Any] = {
+    "num_experts": 12,
+    "shared_ratio": 1.0,
+    "expert_ratio": 0.25,
+    "top_k": 2,
+    "renormalise": False,
+    "groups": None,
+    "kappa": 1,
+    "alpha": 0.5,
+    "drop": None,
+    "adaln": "full",
+    "adaln_rank": None,
+    "shares": None,
+}
 
-    @register_to_config
-    def __init__(
-        self,
-        patch_size: int = 1,
-        in_channels: int = 64,
-        out_channels: int | None = None,
-        num_layers: int = 19,
-        num_single_layers: int = 38,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 4096,
-        pooled_projection_dim: int = 768,
-        guidance_embeds: bool = False,
-        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
-        num_experts: int = 12,
-        shared_ratio: float = 1.0,
-        expert_ratio: float = 0.25,
-        top_k: int = 2,
-        renormalise: bool = False,
-        groups: dict[str, Any] | None = None,
-        kappa: int = 1,
-        alpha: float = 0.5,
-        drop: dict[str, Any] | None = None,
-        adaln: str = "full",
-        adaln_rank: int | None = None,
-        shares: dict[str, Any] | None = None,
-    ):
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
-        blocks = {"groups": groups or {}, "kappa": kappa, "alpha": alpha, "drop": drop or {}}
-        made = blocks_from(blocks, "the config's blocks")
-        sizes = shares_from(shares or {}, made, "the config's shares")
-        check_shares(sizes, {"double": num_layers, "single": num_single_layers})
-        spec = SparseSpec(num_experts, shared_ratio, expert_ratio, top_k, renormalise, sizes)
-        sparsify(self, spec)
-        share_adaln(self, adaln_from({"mode": adaln, "rank": adaln_rank}, "the config's adaln"))
-        group_blocks(self, made)
+
+def _make(family: Family) -> Any:
+    dense: Any = getattr(diffusers, family.dense_class)
+
+    def init(self: Any, *args: Any, **fields: Any) -> None:
+        given = signature.bind(self, *args, **fields)
+        given.apply_defaults()
+        own = {name: given.arguments.pop(name) for name in SPARSE_FIELDS}
+        dense.__init__(*given.args, **given.kwargs)
+        _sparsify(self, family, own)
+
+    # diffusers reads a config's fields, their order and defaults from the signature.
+    shown = inspect.signature(dense.__init__)
+    both = [*shown.parameters.values()]
+    both += [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in SPARSE_FIELDS.items()
+    ]
+    signature = shown.replace(parameters=both)
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    init.__name__ = init.__qualname__ = "__init__"
+    kept = getattr(dense, "_keep_in_fp32_modules", None) or []
+    patterns = getattr(dense, "_skip_layerwise_casting_patterns", None) or []
+    return type(
+        family.sparse_class,
+        (dense,),
+        {
+            # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
+            "__module__": "d2m",
+            "__doc__": f"{family.dense_class} with SparseFFNs; see d2m.model.sparse_class.",
+            "__init__": register_to_config(init),
+            "_keep_in_fp32_modules": [*kept, "gate", "router"],
+            "_skip_layerwise_casting_patterns": [*patterns, "gate", "router"],
+            "_no_split_modules": [*dense._no_split_modules, "BlockGroup"],
+            "_tp_plan": None,  # the dense plan names Linears that are no longer there
+        },
+    )
+
+
+def _sparsify(model: Any, family: Family, fields: Mapping[str, Any]) -> None:
+    """The structure that SPARSE_FIELDS ask for, in place of the dense one."""
+    blocks = {name: fields[name] for name in ("kappa", "alpha")}
+    blocks |= {name: fields[name] or {} for name in ("groups", "drop")}
+    made = blocks_from(blocks, "the config's blocks")
+    sizes = shares_from(fields["shares"] or {}, made, "the config's shares")
+    depth = {kind: len(getattr(model, name)) for kind, name in family.kinds}
+    check_shares(sizes, dict.fromkeys(KINDS, 0) | depth)
+    numbers = ("num_experts", "shared_ratio", "expert_ratio", "top_k", "renormalise")
+    spec = SparseSpec(**{name: fields[name] for name in numbers}, shares=sizes)
+    sparsify(model, spec, family)
+    adaln = {"mode": fields["adaln"], "rank": fields["adaln_rank"]}
+    share_adaln(model, adaln_from(adaln, "the config's adaln"), family)
+    group_blocks(model, made, family)
+
+
+SparseFluxTransformer2DModel: Any = sparse_class(FLUX)
 
 
 def structure(recipe: Recipe) -> dict[str, Any]:
@@ -108,7 +130,7 @@ def structure(recipe: Recipe) -> dict[str, Any]:
 
 def sparse_model_of(
     dense: nn.Module, scores: Mapping[str, Tensor], recipe: Recipe, family: Family
-) -> SparseFluxTransformer2DModel:
+) -> nn.Module:
     """The sparse model of a dense transformer, on its device, before any training.
 
     Its modulation is the dense model's whatever the recipe says: `adalnfit.compress_adaln` is next.
@@ -124,7 +146,7 @@ def sparse_model_of(
     spec = recipe.spec
     config = {key: value for key, value in dense.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        model = SparseFluxTransformer2DModel(**config, **structure(recipe))
+        model: nn.Module = sparse_class(family)(**config, **structure(recipe))
     permutations = {}
     for name, score in scores.items():
         own = spec_at(spec, name, family)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 
 from d2m.adaln import SharedAdaLN
 from d2m.adalnfit import fit_lowrank, fit_single
+from d2m.families import family_of_model
 from d2m.flow import generator_at
 from d2m.grouping import dense_name
+from d2m.inputs import global_embedding
 from d2m.recipe import Recipe
 from d2m.shards import Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-GUIDANCE = 3.5  # read: FLUX.1 [dev]'s default
 
 
 class NormWeights(Mapping[str, "Tensor"]):
@@ -65,7 +65,7 @@ def fit_from_shards(source: Shards, sparse: Any, recipe: Recipe) -> dict[str, Te
 
 
 def _embeddings(source: Shards, sparse: Any, recipe: Recipe) -> Tensor:
-    """silu(temb) [n, D] in float32: times as in training, guidance 3.5, random pooled text.
+    """silu(temb) [n, D] in float32: times as in training, random pooled text.
 
     n is the recipe's calibration batches x batch size.
     """
@@ -76,7 +76,6 @@ def _embeddings(source: Shards, sparse: Any, recipe: Recipe) -> Tensor:
     module.float()
     n = recipe.calibration.batches * recipe.calibration.batch_size
     draw = generator_at(recipe.seed, "modulation")
-    t = torch.sigmoid(torch.randn(n, generator=draw) * recipe.t_std + recipe.t_mean) * 1000
-    pooled = torch.randn(n, int(sparse.config.pooled_projection_dim), generator=draw)
-    guided = [torch.full((n,), GUIDANCE * 1000)] if sparse.config.guidance_embeds else []
-    return F.silu(module(t, *guided, pooled))
+    t = torch.sigmoid(torch.randn(n, generator=draw) * recipe.t_std + recipe.t_mean)
+    text = family_of_model(sparse).random_text(sparse.config, n, draw)
+    return F.silu(global_embedding(sparse, text, t))

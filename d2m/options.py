@@ -75,6 +75,10 @@ PublicKey = Annotated[
 PrivateKey = Annotated[Path, typer.Option("--key", help="Private key, made with d2m keygen.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+Negative = Annotated[
+    str | None,
+    typer.Option("--negative", help="What not to draw, with classifier-free guidance (SD3)."),
+]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Experts per token.")]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-BUFFERS = ("neurons",)  # last parts of names that are buffers, not parameters
+BUFFERS = ("neurons", "pos_embed")  # last parts of names that are buffers, not parameters
 MEMBER = re.compile(r"(\w+\.\d+)\.blocks\.(\d+)\.")  # of a group of blocks
 SITE = ".experts.w1"  # what every sparse FFN has, and nothing else
 SHARED_MATRICES = ("shared.fc1.weight", "shared.fc2.weight")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2m import recipe as recipes
-from d2m.anatomy import PARTS, Stack, Structure, anatomy, dim_of, used_share
+from d2m.anatomy import PARTS, Stack, Structure, dim_of, used_share
 from d2m.preset import preset_file
 from d2m.structure import KINDS, active_blocks, check_depth, check_shares
 from d2m.subject import Subject, subject_of
@@ -55,11 +55,12 @@ def plan(
     """
     subject = subject_of(model)
     depth = _kept(blocks, subject)
-    config = {**subject.config, "num_layers": depth["double"], "num_single_layers": depth["single"]}
+    config = {**subject.config, **{field: depth[kind] for kind, field in subject.family.depths}}
     structure, name = _structure(subject, depth, preset, recipe, top_k)
     asked = {"height": height, "width": width, "text_tokens": text_tokens}
     size = {k: int(getattr(subject, k)) if v is None else v for k, v in asked.items()}
     image, text = _tokens(size, subject.pixels)
+    anatomy = subject.family.anatomy
     stacks = anatomy(config, structure, image, text)
     whole = anatomy(subject.config, Structure(), image, text)
     components = _components(stacks, whole)
@@ -67,6 +68,7 @@ def plan(
     spec = structure.spec
     return {
         "model": subject.title,
+        "family": subject.family.titled(subject.config),
         "recipe": name,
         "blocks": _blocks(subject, depth, structure),
         "adaln": dataclasses.asdict(structure.adaln),
@@ -78,7 +80,7 @@ def plan(
         "activated_params": total["activated"],
         "flops": total["flops"],
         "flops_vs_dense": total["flops"] / total["dense_flops"],
-        "ffn_activated_share": used_share(dim_of(config), spec),
+        "ffn_activated_share": used_share(dim_of(config), spec, subject.family),
         "dense": {"params": total["dense_params"], "flops": total["dense_flops"]},
         "components": components,
         "memory": {dtype: _memory(stacks, bytes_) for dtype, bytes_ in BYTES.items()},
@@ -134,6 +136,7 @@ def _structure(
         return Structure(), None
     structure = _structure_in(made)
     check_depth(structure.blocks, depth)
+    subject.family.check_blocks(structure.blocks, depth)
     check_shares(made.shares, depth)
     dim = dim_of(subject.config)
     if (structure.adaln.rank or 1) > dim:

@@ -11,7 +11,9 @@ from d2m.plan import FIELDS
 def table(answer: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, rows) of a plan, for `print_table`."""
     size = f"{answer['height']} x {answer['width']} pixels, {answer['text_tokens']} text tokens"
-    title = f"{answer['model']}, {_named(answer)}: {_depth(answer['blocks'])}, {size}"
+    known = answer["family"]  # of a directory, whose title is its path
+    model = answer["model"] if answer["model"] == known else f"{answer['model']} ({known})"
+    title = f"{model}, {_named(answer)}: {_depth(answer['blocks'])}, {size}"
     header = ["component", "parameters", "activated", "of dense", "FLOPs", "of dense"]
     rows = [
         _row(part.replace("ffn", "FFN").replace("adaln", "AdaLN").replace("_", " "), row)

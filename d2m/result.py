@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import licence_of
 from d2m.draw import DEFAULTS_FILE, drawing_defaults, pipeline_draw
+from d2m.families import family_of
 from d2m.files import library_errors, write_json, write_text
 from d2m.recipe import Recipe
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 Score = Callable[[Any], dict[str, Any]]
@@ -66,7 +67,7 @@ def write_around(
 
 
 def compare(
-    pipe: FluxPipeline,
+    pipe: DiffusionPipeline,
     student: nn.Module,
     dense: Path,
     prompts: Sequence[str],
@@ -119,6 +120,9 @@ def write_papers(
     shown |= {"parameters": facts["parameters"], "recipe": recipes.to_dict(recipe)}
     scores = facts["scores"] or None
     about: dict[str, Any] = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
+    family = family_of(dense)
+    config = json.loads((dense / "transformer" / "config.json").read_text("utf-8"))
+    about |= {"family": family.titled(config), "tags": family.tags}
     write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
     if report is not None:
         write_report(folder, build_report(**shown, scores=facts["scores"], **report))
@@ -140,7 +144,7 @@ def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return losses
 
 
-def parameters_of(pipe: FluxPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
+def parameters_of(pipe: DiffusionPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """`d2m.parameters.count` of the dense and of the sparse transformer."""
     from d2m.parameters import count, shapes_of
 

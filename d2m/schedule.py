@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from d2m.adalnfit import embedding
 from d2m.groups import block_groups
+from d2m.inputs import global_embedding
 
 
 @torch.no_grad()
@@ -45,17 +45,17 @@ def block_schedule(
                 f"the router of {name} has alpha {group.router.alpha:g}, so its choice depends on "
                 "the image; expected 0: convert with blocks.alpha 0 to know it beforehand."
             )
-    weight = model.x_embedder.weight  # type: ignore[union-attr]
+    weight = next(model.parameters())
     pooled = pooled_projections.to(weight.device)
     batch, nothing = len(pooled), torch.empty(0)
     inputs = {"pooled_projections": pooled}
-    if model.config.guidance_embeds:  # type: ignore[union-attr]
+    if model.config.get("guidance_embeds"):  # type: ignore[union-attr]
         if guidance is None:
             raise ValueError("guidance is None; this model embeds it: give the scale, such as 3.5.")
         inputs["guidance"] = torch.as_tensor(guidance, device=weight.device).float().expand(batch)
     chosen: dict[str, list[Tensor]] = {name: [] for name in groups}
     for time in torch.as_tensor(timesteps).reshape(-1).to(weight.device):
-        temb = embedding(model, inputs | {"timestep": time.expand(batch)})
+        temb = global_embedding(model, inputs, time.expand(batch))
         for name, group in groups.items():
             start = group.window_logits(nothing, nothing, temb).argmax(-1).cpu()
             chosen[name].append(start + group.indices[0])

@@ -113,9 +113,9 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     import torch
 
     from d2m.grouping import renamed
-    from d2m.model import SparseFluxTransformer2DModel
+    from d2m.model import sparse_class
 
-    found: Any = SparseFluxTransformer2DModel.from_pretrained(
+    found: Any = sparse_class(family).from_pretrained(
         start / "transformer", torch_dtype=torch.float32, local_files_only=True
     )
     configs: list[Any] = [found.config, student.config]

@@ -83,7 +83,7 @@ def convert_stream(
     family = dense_family(path, recipe)
     identity = identity_of(work, path, recipe, None, importance=importance)
     source = open_shards(path / "transformer")
-    sparse = _structure(path / "transformer", recipe)
+    sparse = _structure(path / "transformer", recipe, family)
     write_json(work / RECORD, identity)
 
     seconds: dict[str, float] = {}
@@ -159,20 +159,20 @@ def sampled(blocks: list[str], seed: int) -> list[str]:
 # ---------------------------------------------------------------- what is written
 
 
-def _structure(folder: Path, recipe: Recipe) -> Any:
+def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     """The sparse model on the meta device: names, shapes and config of the result."""
     import torch
 
     from d2m.adaln import norms, rank_of
-    from d2m.model import SparseFluxTransformer2DModel, structure
+    from d2m.model import sparse_class, structure
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        whole = SparseFluxTransformer2DModel(**config)
+        whole = sparse_class(family)(**config)
         rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))
         mode: dict[str, Any] = {"adaln": recipe.adaln.mode, "adaln_rank": rank}
-        return SparseFluxTransformer2DModel(**{**config, **structure(recipe), **mode})
+        return sparse_class(family)(**{**config, **structure(recipe), **mode})
 
 
 def _outside(

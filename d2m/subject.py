@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from d2m.draw import drawing_defaults
-from d2m.families import Family, family_of
+from d2m.families import FLUX, Family, family_of
+from d2m.structure import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
-# read: the defaults of diffusers' FluxTransformer2DModel, for fields that a config leaves out.
-SIZES = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-}
-PIXELS = 16  # read: FLUX's VAE is f8 and a token is a patch of 2 x 2 latents
+PIXELS = 16  # read: the VAEs are f8 and a token is a patch of 2 x 2 latents
 EXPERTS = ("num_experts", "shared_ratio", "expert_ratio", "top_k", "shares")
 BLOCKS = ("groups", "kappa", "alpha", "drop")
 
@@ -53,7 +43,8 @@ class Subject:
     @property
     def depth(self) -> dict[str, int]:
         """Blocks by kind."""
-        return {"double": self.config["num_layers"], "single": self.config["num_single_layers"]}
+        found = {kind: self.config[field] for kind, field in self.family.depths}
+        return {kind: found.get(kind, 0) for kind in KINDS}
 
 
 def shipped() -> list[str]:
@@ -100,7 +91,7 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
     if pipeline is not None:
         values = drawing_defaults(pipeline)
         drawing = {key: values[key] for key in ("height", "width")}
-        drawing["text_tokens"] = values["max_sequence_length"]
+        drawing["text_tokens"] = family.text_before + values["max_sequence_length"]
         drawing["pixels"] = _pixels(pipeline / "vae" / "config.json")
     return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **drawing)
 
@@ -120,14 +111,19 @@ def _pixels(vae: Path) -> int:
 
 
 def sizes(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A FLUX config's fields that decide sizes; ValueError names one that is no whole number."""
-    config = {name: raw.get(name, default) for name, default in SIZES.items()}
+    """A config's fields that decide sizes; ValueError names one that is no whole number.
+
+    A config that names no class counts as FLUX's. The family's `others` are kept as they are.
+    """
+    family = family_of(raw) if "_class_name" in raw else FLUX
+    config = {name: raw.get(name, default) for name, default in family.sizes.items()}
     out = raw.get("out_channels")
     for name, value in (*config.items(), ("out_channels", 1 if out is None else out)):
         low = 0 if name.endswith("layers") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{source}: {name} is {value!r:.60}; expected {low} or more.")
-    return config | {"out_channels": out, "guidance_embeds": bool(raw.get("guidance_embeds"))}
+    config |= {name: raw.get(name) for name in family.others}
+    return config | {"out_channels": out}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,10 +33,12 @@ class ExportAttention:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states [B, T, D] (and text [B, Tt, D]) -> outputs of the same shapes."""
-        query, key, value = heads(attn.to_qkv(hidden_states), attn)
+        query, key, value = heads(attn.to_qkv(hidden_states), attn.head_dim)
         query, key = rms_norm(query, attn.norm_q), rms_norm(key, attn.norm_k)
         if encoder_hidden_states is not None:
-            text_query, text_key, text_value = heads(attn.to_added_qkv(encoder_hidden_states), attn)
+            text_query, text_key, text_value = heads(
+                attn.to_added_qkv(encoder_hidden_states), attn.head_dim
+            )
             text_query = rms_norm(text_query, attn.norm_added_q)
             text_key = rms_norm(text_key, attn.norm_added_k)
             query = torch.cat([text_query, query], dim=2)
@@ -54,9 +56,9 @@ class ExportAttention:
         return attn.to_out[0](output[:, length:]), attn.to_add_out(output[:, :length])
 
 
-def heads(qkv: Tensor, attn: Any) -> tuple[Tensor, ...]:
-    """[B, T, 3 H C] -> query, key, value [B, H, T, C]."""
-    stacked = qkv.unflatten(-1, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)
+def heads(qkv: Tensor, size: int) -> tuple[Tensor, ...]:
+    """[B, T, 3 H C] -> query, key, value [B, H, T, C]; size: C."""
+    stacked = qkv.unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4)
     return stacked[0], stacked[1], stacked[2]  # one Gather each; unbind is a Slice and a Squeeze
 
 

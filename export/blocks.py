@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from d2m.families import family_of_model
 from export.body import routings, with_body
+from export.family import Row
 from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
-from export.prepare import Embed, Final
 from export.rewrite import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs
 
@@ -70,37 +71,7 @@ class Program:
         return [*self.calls, *((group.type, group.prefix) for group in self.groups.values())]
 
 
-@dataclass(frozen=True)
-class Row:
-    """How a class of blocks is called: its type's name, and `call(run, tensors) -> outputs`."""
-
-    type: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    call: Callable[[Callable[..., Any], dict[str, Tensor]], Any]
-
-
-def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
-    """diffusers' Flux blocks, double and single, share one signature: -> (text, image).
-
-    temb is what their norms read and nothing else: the shared modulation, where a model has one.
-    """
-    rotary = tensors["rope_cos"], tensors["rope_sin"]
-    return run(
-        hidden_states=tensors["hidden_states"],
-        encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
-        image_rotary_emb=rotary,
-    )
-
-
-STREAMS = ("hidden_states", "encoder_hidden_states")
 MODULATION = "modulation"  # of the norms of all blocks, computed by the embed call
-READ = (*STREAMS, "temb", "rope_cos", "rope_sin")
-ROWS = {
-    "FluxTransformerBlock": Row("double", READ, STREAMS[::-1], call_block),
-    "FluxSingleTransformerBlock": Row("single", READ, STREAMS[::-1], call_block),
-}
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -115,24 +86,29 @@ def transformer_program(
     top_k: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Program:
-    """Trace every block type of a prepared FLUX transformer (dense, or sparse with `top_k`).
+    """Trace every block type of a prepared transformer (dense, or sparse with `top_k`).
 
     A group of blocks becomes calls like any others and a router that says which of them run.
     """
-    inputs, inner, outputs = environment(model, dtype)
-    first = {name: spec for name, spec in inputs.items() if not name.startswith("rope_")}
-    opened = {name: inner[name] for name in inner if not name.startswith("rope_")}
-    last = {name: inner[name] for name in ("hidden_states", "temb")}
-    steps: list[tuple[Any, ...]] = [("", "embed", Embed(model), call_by_name, first, opened)]
+    from export.families import export_family
+
+    family = export_family(model)
+    inputs, inner, outputs = family.environment(model, dtype)
+    passed = {name for name in inputs if inner.get(name) is inputs[name]}  # to the blocks, as is
+    first = {name: spec for name, spec in inputs.items() if name not in passed}
+    opened = {name: inner[name] for name in inner if name not in passed}
+    last = {name: inner[name] for name in family.closes}
+    embed, final = family.embed(model), family.final(model)
+    steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, opened)]
     members: dict[str, list[int]] = {}
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+    for _, blocks in family_of_model(model).kinds:
         for prefix, block, group in placed_blocks(model, blocks):
-            row = ROWS[type(block).__name__]
+            row = family.row(block)
             written = {name: inner[name] for name in row.outputs}
             if group is not None:
                 members.setdefault(group, []).append(len(steps))
             steps.append((prefix, row.type, block, row.call, reads(row, inner), written))
-    steps.append(("", "final", Final(model), call_by_name, last, outputs))
+    steps.append(("", "final", final, call_by_name, last, outputs))
 
     types: dict[str, BlockType] = {}
     found: dict[Any, str] = {}
@@ -198,36 +174,3 @@ def structure(module: nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
     specs = weight_specs(module, dtype)
     shapes = tuple((name, spec.shape) for name, spec in specs.items())
     return type(module).__name__, getattr(module, "alpha", None), shapes
-
-
-def environment(
-    model: Any, dtype: torch.dtype
-) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
-    """The tensors of the program: the component's inputs, those between blocks, its outputs.
-
-    timestep (sigma in [0, 1]), guidance and the rotary tables are float32 in any bundle. A model
-    without guidance_embeds has no guidance, one in AdaLN mode full no shared modulation.
-    """
-    config = model.config
-    width = config.num_attention_heads * config.attention_head_dim
-    image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
-    scalar = Spec(torch.float32, ("batch",))
-    rotary = Spec(torch.float32, ("tokens", config.attention_head_dim))
-    tables = {"rope_cos": rotary, "rope_sin": rotary}
-    inputs = {
-        "hidden_states": Spec(dtype, (*image, config.in_channels)),
-        "encoder_hidden_states": Spec(dtype, (*text, config.joint_attention_dim)),
-        "pooled_projections": Spec(dtype, ("batch", config.pooled_projection_dim)),
-        "timestep": scalar,
-    }
-    if config.guidance_embeds:
-        inputs["guidance"] = scalar
-    inner = {
-        "hidden_states": Spec(dtype, (*image, width)),
-        "encoder_hidden_states": Spec(dtype, (*text, width)),
-        "temb": Spec(dtype, ("batch", width)),
-    }
-    if shared := getattr(model, MODULATION, None):
-        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
-    sample = Spec(dtype, (*image, model.proj_out.out_features))
-    return inputs | tables, inner | tables, {"sample": sample}

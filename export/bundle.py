@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
+from d2m.families import family_of
 from d2m.files import replace_dir, sha256, write_bytes, write_json, write_text
 from d2m.siblings import temporary_dir
 
@@ -70,7 +71,8 @@ def export_bundle(
     tensor and its copy, beside the libraries and the smaller components.
 
     Raises:
-        FileNotFoundError, ValueError: `sparse_dir` is no FLUX pipeline, or a value is out of range.
+        FileNotFoundError, ValueError: `sparse_dir` is no pipeline of a known family, or a value is
+            out of range.
         ImportError: an extra is missing; it is named.
         OSError: the disk is full or not writable. Nothing is left behind.
     """
@@ -259,7 +261,7 @@ def first_facts(
     return {
         "format": 1,
         "d2m": __version__,
-        "family": "flux",
+        "family": family_of(source).name,
         "kind": "sparse" if sparse else "dense",
         "name": source.resolve().name,
         "compute_dtype": DTYPES[dtype],

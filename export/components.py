@@ -2,6 +2,7 @@
 
 text_encoder    input_ids [batch, text_tokens] -> pooled [batch, width]: CLIP's pooler_output
 text_encoder_2  input_ids [batch, text_tokens] -> states [batch, text_tokens, width]: T5
+                (SD3: two CLIPs with pooled and states, then T5)
 vae_decoder     latents [batch, C, h, w] -> image [batch, 3, H, W] in about -1 to 1; the latents
                 are unscaled already (latents / scaling_factor + shift_factor)
 """
@@ -32,6 +33,25 @@ def clip_program(model: Any, dtype: torch.dtype) -> Program:
 
     pooled = Spec(dtype, ("batch", model.config.hidden_size))
     return single("clip", model, call, {"input_ids": IDS}, {"pooled": pooled}, dtype)
+
+
+def clip_projection_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' CLIPTextModelWithProjection: the pooled projection, and the states that the
+    last layer but one writes."""
+    eager(model)
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = tensors["input_ids"]
+        mask = causal_mask(ids.shape[1], dtype)
+        output = run(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return output.text_embeds, output.hidden_states[-2]
+
+    config = model.config
+    outputs = {
+        "pooled": Spec(dtype, ("batch", config.projection_dim)),
+        "states": Spec(dtype, ("batch", "text_tokens", config.hidden_size)),
+    }
+    return single("clip", model, call, {"input_ids": IDS}, outputs, dtype)
 
 
 def t5_program(model: Any, dtype: torch.dtype) -> Program:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export.comparison import Row
+from export.families import FAMILIES
 from export.parts import (
     Recorder,
     compare_blocks,
@@ -24,8 +25,7 @@ from export.parts import (
     compare_trajectory,
     plans_in_use,
 )
-from export.reference import load_reference, record
-from runtime import flux
+from export.reference import load_reference
 from runtime.arguments import check_kappa
 from runtime.bundle import open_bundle
 
@@ -71,10 +71,18 @@ def parity(
     target = plans_in_use(pipeline)
     dtype = manifest["plans"][target]["dtype"] if target else manifest["compute_dtype"]
     limits = LIMITS[dtype]
+    record = FAMILIES[manifest["family"]].record
+    if record is None:
+        raise ValueError(
+            f"the bundle {bundle} holds a model of family {manifest['family']}, which d2m parity"
+            f" does not compare yet, expected one of"
+            f" {', '.join(n for n, row in FAMILIES.items() if row.record)}; compare pictures of"
+            " d2m run and of diffusers by hand."
+        )
     tell("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())
-    noise = flux.noise(range(seed, seed + len(prompts)), manifest["latents"]["channels"], *latent)
+    noise = pipeline.noise(range(seed, seed + len(prompts)), (latent[0], latent[1]))
     recorded = sorted({0, count // 2, count - 1})
     reference = record(
         load_reference(sparse_dir, manifest["kind"], k, kept),
@@ -83,7 +91,7 @@ def parity(
         steps=count,
         guidance=manifest["defaults"]["guidance"],
         **size,
-        text_tokens=manifest["tokenizers"]["tokenizer_2"]["max_length"],
+        text_tokens=manifest["tokenizers"][pipeline.family.tokenizers[-1]]["max_length"],
         recorded=recorded,
     )
     tell("torch", 1, 1)

@@ -83,9 +83,9 @@ def compare_components(
 def compare_ids(pipeline: Pipeline, reference: Recording, prompts: Sequence[str]) -> list[Row]:
     """Token ids, which must be equal."""
     rows = []
-    for index, name in enumerate(("text_encoder", "text_encoder_2")):
+    encoders = [name for name in pipeline.family.components if name.startswith("text_encoder")]
+    for name, tokenizer in zip(encoders, pipeline.family.tokenizers, strict=True):
         (expected,) = reference.components[name][0].values()
-        tokenizer = ("tokenizer", "tokenizer_2")[index]
         spec = pipeline.manifest["tokenizers"][tokenizer]
         found = TextTokenizer(tokenizer, pipeline.bundle.file(spec["file"]), spec)(prompts)
         rows.append(measure(name, "token ids", expected, found, limit=0.0))
@@ -194,13 +194,10 @@ def compare_trajectory(
     kappa: int | None = None,
 ) -> dict[str, Any]:
     """Both draw from the same noise and torch's embeddings; the latents after each step."""
-    states = next(iter(reference.components["text_encoder_2"][1].values()))
-    pooled = next(iter(reference.components["text_encoder"][1].values()))
     pipeline.latents = []
     final = pipeline.denoise(
         noise,
-        states,
-        pooled,
+        reference.conditions,
         latent_size=(latent[0], latent[1]),
         top_k=[top_k] * steps,
         kappa=[kappa] * steps,

@@ -18,9 +18,11 @@ from typing import Any
 
 from d2m.files import write_bytes
 from export.body import with_body
+from export.families import FAMILIES
 from export.fuse import attentions, fuse
 from export.layers import check_plan, host_tensors, layers
 from export.toolchain import build, check_sm, load_api, target_name
+from runtime.families import family_of as runtime_family
 from runtime.schedule import measure, profile, terms
 
 log = logging.getLogger("export")
@@ -210,14 +212,16 @@ def default_profiles(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     """
     side = manifest["latents"]["vae_scale_factor"]
     rows, columns = (manifest["defaults"][name] // side for name in ("height", "width"))
-    image = rows * columns // 4
-    text = manifest["tokenizers"]["tokenizer_2"]["max_length"]
-    clip = manifest["tokenizers"]["tokenizer"]["max_length"]
+    image = rows * columns // manifest["latents"]["patch"] ** 2
+    family = runtime_family(manifest)
+    lengths = {name: row["max_length"] for name, row in manifest["tokenizers"].items()}
+    found = FAMILIES[manifest["family"]].text_tokens(lengths)
+    text, an_image = found.pop(""), 1 + family.guided  # rows an image
     return {
-        "batch": [1, 1, 8],
+        "batch": [1, an_image, 8 * an_image],
         "image_tokens": [max(1, image // 16), image, image * 9 // 4],
         "text_tokens": [min(8, text), text, text],
-        "text_encoder.text_tokens": [clip, clip, clip],
+        **{f"{name}.text_tokens": [length] * 3 for name, length in found.items()},
         "latent_height": [max(2, rows // 4), rows, rows * 3 // 2],
         "latent_width": [max(2, columns // 4), columns, columns * 3 // 2],
     }

@@ -1,4 +1,4 @@
-"""A FLUX transformer made ready for tracing: its ends as modules, its blocks in export's form.
+"""A transformer made ready for tracing: its blocks in export's form.
 
 Parameters keep the model's names, but for q, k and v, which are concatenated. All of it runs on
 the meta device.
@@ -15,55 +15,6 @@ from torch import Tensor, nn
 
 from d2m.adaln import SharedAdaLN
 from d2m.experts import SparseFFN, experts_op
-from export.attention import ExportAttention
-
-
-class Embed(nn.Module):
-    """What FluxTransformer2DModel does before its blocks; parameter names are the model's."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.x_embedder = model.x_embedder
-        self.context_embedder = model.context_embedder
-        self.time_text_embed = model.time_text_embed
-        if shared := getattr(model, "modulation", None):
-            self.modulation = shared
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        guidance: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D].
-
-        With shared modulation that is the fourth: [B, 6 D] (single) or [B, r] (lowrank), once a
-        step for all blocks.
-        """
-        image = self.x_embedder(hidden_states)
-        times = [timestep.to(image.dtype) * 1000]
-        if guidance is not None:
-            times.append(guidance.to(image.dtype) * 1000)
-        temb = self.time_text_embed(*times, pooled_projections)
-        opened = image, self.context_embedder(encoder_hidden_states), temb
-        if not hasattr(self, "modulation"):
-            return opened
-        return *opened, self.modulation.linear(F.silu(temb))
-
-
-class Final(nn.Module):
-    """What FluxTransformer2DModel does after its blocks."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.norm_out = model.norm_out
-        self.proj_out = model.proj_out
-
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
-        return self.proj_out(self.norm_out(hidden_states, temb))
 
 
 class Sinusoid(nn.Module):
@@ -120,6 +71,9 @@ def prepare(model: nn.Module) -> nn.Module:
     Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv. Norms
     with shared modulation take it instead of temb (see Embed): their shared module is none.
     """
+    from export.families import export_family
+
+    processor = export_family(model).processor
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseFFN):
             parent, _, child = name.rpartition(".")
@@ -134,5 +88,5 @@ def prepare(model: nn.Module) -> nn.Module:
             for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
                 if hasattr(module, part):
                     delattr(module, part)
-            module.set_processor(ExportAttention())
+            module.set_processor(processor())
     return model

@@ -25,7 +25,8 @@ class Recording:
     blocks: step -> prefix -> (inputs, outputs), "embed" and "final" being all but the blocks. All
     blocks of a group are run on what enters it, chosen or not; its router has the group's prefix.
     logits: step -> site of routed experts -> [tokens, E]. latents: packed, before each step and
-    after the last. image: [n, 3, H, W], 0 to 1.
+    after the last. image: [n, 3, H, W], 0 to 1. conditions: of the prompts, by the names of the
+    transformer's inputs.
     """
 
     components: dict[str, tuple[Arrays, Arrays]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Recording:
     logits: dict[int, Arrays] = field(default_factory=dict)
     latents: list[np.ndarray] = field(default_factory=list)
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
+    conditions: Arrays = field(default_factory=dict)
 
 
 def load_reference(
@@ -86,6 +88,10 @@ def record(
             states, pooled, _ = pipe.encode_prompt(
                 list(prompts), None, max_sequence_length=text_tokens
             )
+        result.conditions = {
+            "encoder_hidden_states": array(states),
+            "pooled_projections": array(pooled),
+        }
         latents = torch.from_numpy(noise)
         result.latents.append(noise)
 

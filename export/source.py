@@ -1,7 +1,8 @@
 """The pipeline directory that is exported: its models, and the facts a manifest states of it.
 
-Reads a diffusers FLUX pipeline, dense or sparse. The transformer and T5 are built without memory
-(their weights stay in the checkpoint until they are written), the smaller components are loaded.
+Reads a diffusers pipeline of a known family, dense or sparse. The transformer and T5 are built
+without memory (their weights stay in the checkpoint until they are written), the smaller components
+are loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from d2m.draw import drawing_defaults
 from d2m.families import Family, family_of
 from d2m.parameters import count
+from export.families import FAMILIES
 from export.weights import Checkpoint, parameter_getter
 
 if TYPE_CHECKING:
@@ -23,14 +25,6 @@ if TYPE_CHECKING:
     from export.blocks import Program
 
     Progress = Callable[[str, int, int], None]
-
-# Component -> classes that export knows.
-CLASSES = {
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-    "vae": ("AutoencoderKL",),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-}
 
 
 @dataclass
@@ -56,13 +50,16 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     """
     family = family_of(directory)
     index = json.loads((directory / "model_index.json").read_text("utf-8"))
-    known = {"transformer": (family.dense_class, family.sparse_class), **CLASSES}
+    row = FAMILIES[family.name]
+    known: dict[str, tuple[str, ...]] = {"transformer": (family.dense_class, family.sparse_class)}
+    known |= {part.folder: (part.cls,) for part in row.parts if part is not None}
+    known["scheduler"] = (row.scheduler,)
     for name, classes in known.items():
         found = (index.get(name) or [None, None])[1]
         if found not in classes:
             raise ValueError(
                 f"{directory} has a {name} of class {found}, expected {' or '.join(classes)}; give"
-                " a FLUX pipeline as save_pretrained or d2m convert writes it."
+                f" a {family.title} pipeline, whole, as save_pretrained or d2m convert writes it."
             )
         if not (directory / name).is_dir():
             raise FileNotFoundError(
@@ -101,13 +98,12 @@ def config(directory: Path, name: str) -> dict[str, Any]:
 def components(
     directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
 ) -> list[Component]:
-    """The four components in the order in which a picture needs them."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, T5EncoderModel
+    """The components in the order in which a picture needs them."""
+    import importlib
+
     from transformers.utils import logging
 
     from export.blocks import transformer_program
-    from export.components import clip_program, t5_program, vae_program
 
     logging.disable_progress_bar()
 
@@ -119,7 +115,6 @@ def components(
         return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
 
     def empty(name: str, folder: str, cls: Any, trace: Any) -> Component:
-        # T5 of FLUX.1 is 9.5 GB: like the transformer's, its weights are read one by one.
         from accelerate import init_empty_weights
 
         checkpoint = Checkpoint(directory / folder)
@@ -139,25 +134,36 @@ def components(
     def trace(dtype: torch.dtype) -> Program:
         return transformer_program(skeleton, dtype, top_k, progress)
 
-    return [
-        loaded("text_encoder", "text_encoder", CLIPTextModel, "dtype", clip_program),
-        empty("text_encoder_2", "text_encoder_2", T5EncoderModel, t5_program),
-        Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint),
-        loaded("vae_decoder", "vae", AutoencoderKL, "torch_dtype", vae_program),
-    ]
+    found = []
+    for part in FAMILIES[family_of(directory).name].parts:
+        if part is None:
+            found.append(
+                Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
+            )
+            continue
+        cls = getattr(importlib.import_module(part.library), part.cls)
+        keyword = "dtype" if part.library == "transformers" else "torch_dtype"
+        if part.whole:
+            found.append(loaded(part.name, part.folder, cls, keyword, part.program))
+        else:
+            found.append(empty(part.name, part.folder, cls, part.program))
+    return found
 
 
 def empty_transformer(directory: Path, sparse: bool) -> Any:
     """The transformer's structure without weights, prepared for tracing."""
-    from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
+    import diffusers
+    import torch
 
     from export.prepare import prepare
 
-    cls: Any = FluxTransformer2DModel
+    family = family_of(directory)
+    cls: Any = getattr(diffusers, family.dense_class)
     if sparse:
-        from d2m.model import SparseFluxTransformer2DModel as cls
-    with init_empty_weights(include_buffers=False):
+        from d2m.model import sparse_class
+
+        cls = sparse_class(family)
+    with torch.device("meta"):
         model = cls.from_config(config(directory, "transformer"))
     return prepare(model)
 
@@ -166,11 +172,7 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """name -> (the manifest's record, tokenizer.json's text); the file goes to record["file"]."""
     from transformers import AutoTokenizer
 
-    clip = config(directory, "text_encoder")
-    lengths = {
-        "tokenizer": clip["max_position_embeddings"],
-        "tokenizer_2": drawing_defaults(directory)["max_sequence_length"],
-    }
+    lengths = FAMILIES[family_of(directory).name].lengths(directory)
     result = {}
     for name, length in lengths.items():
         tokenizer = AutoTokenizer.from_pretrained(directory / name, local_files_only=True)
@@ -200,13 +202,7 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
     scheduler = config(directory, "scheduler")
     check_scheduler(scheduler)
     defaults = drawing_defaults(directory)
-    channels = vae["latent_channels"]
-    if transformer.get("in_channels") != 4 * channels:
-        raise ValueError(
-            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
-            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
-            " components are of different models."
-        )
+    latents = FAMILIES[family_of(directory).name].latents(transformer, vae, directory)
     top_k = transformer.get("top_k") if sparse else None
     grouped = any((transformer.get("groups") or {}).values())
     kappa = transformer.get("kappa", 1) if grouped else None
@@ -218,15 +214,8 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
             "height": defaults["height"],
             "width": defaults["width"],
         },
-        "latents": {
-            "channels": channels,
-            "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-            "scaling_factor": vae["scaling_factor"],
-            "shift_factor": vae.get("shift_factor"),
-            "patch": 2,
-            "rope_axes": list(transformer["axes_dims_rope"]),
-            "rope_theta": 10000,
-        },
+        "latents": latents,
+        "model": family_of(directory).titled(transformer),
         "scheduler": scheduler,
         "parameters": {key: parameters[key] for key in ("total", "activated")},
         "num_experts": transformer.get("num_experts") if sparse else None,

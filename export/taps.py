@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from d2m.families import FLUX
+from d2m.families import FAMILIES
 from export.schema import DOMAIN, OP
 from export.trace import OUT
 from runtime.bundle import Bundle
@@ -23,7 +23,7 @@ ROWS = {
     "text": "batch*text_tokens",
     "both": "batch*image_tokens + batch*text_tokens",
 }
-STREAMS = {site.module: site.stream for site in FLUX.sites}
+STREAMS = {site.module: site.stream for family in FAMILIES for site in family.sites}
 
 
 def tap(model: Any) -> tuple[Any, list[str]]:

@@ -15,7 +15,10 @@ from runtime.pipeline import Pipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KNOBS = ("prompt", "seed", "steps", "guidance", "height", "width", "top_k", "kappa", "sigmas")
+KNOBS = (
+    *("prompt", "negative", "seed", "steps", "guidance"),
+    *("height", "width", "top_k", "kappa", "sigmas"),
+)
 
 
 def draw_again(

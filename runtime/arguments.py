@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.families import family_of
 from runtime.groups import smallest
 from runtime.manifest import MAX_PIXELS
 
@@ -31,6 +32,7 @@ class Request:
     latent_size: tuple[int, int]
     many: bool  # whether the answer is a list
     sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
+    negative: list[str] | None = None  # a prompt against per image; None: no guidance by one
 
     def settings(self, index: int) -> dict[str, Any]:
         """What the text chunk of image `index` says, with the model's name: enough to redraw it."""
@@ -44,6 +46,9 @@ class Request:
             "top_k": one_or_all(self.top_k),
             **({} if self.kappa[0] is None else {"kappa": one_or_all(self.kappa)}),
             **({} if self.sigmas is None else {"sigmas": list(self.sigmas)}),
+            **(
+                {"negative": self.negative[index]} if self.negative and self.negative[index] else {}
+            ),
         }
 
 
@@ -60,6 +65,7 @@ def check_request(
     top_k: int | Sequence[int] | None = None,
     kappa: int | Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
+    negative: str | Sequence[str] | None = None,
 ) -> Request:
     """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
     defaults = manifest["defaults"]
@@ -75,8 +81,9 @@ def check_request(
             " leave steps out."
         )
     factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
-    height = side(defaults["height"] if height is None else height, "height", factor)
-    width = side(defaults["width"] if width is None else width, "width", factor)
+    largest = family_of(manifest).largest(manifest)
+    height = side(defaults["height"] if height is None else height, "height", factor, largest)
+    width = side(defaults["width"] if width is None else width, "width", factor, largest)
     if guidance is None:
         guidance = defaults["guidance"]
     number = isinstance(guidance, int | float | np.integer | np.floating)
@@ -95,6 +102,7 @@ def check_request(
         latent_size=(height // scale, width // scale),
         many=not one or n > 1,
         sigmas=levels,
+        negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
     )
 
 
@@ -124,6 +132,30 @@ def check_prompts(prompt: Any) -> list[str]:
                 f"the prompt {show(text)} holds half a surrogate pair, expected valid Unicode."
             ) from None
     return list(prompts)
+
+
+def check_negative(
+    manifest: dict[str, Any], negative: Any, prompts: int, n: int, guidance: float
+) -> list[str] | None:
+    """A negative prompt per image; None where nothing is guided by one."""
+    if not family_of(manifest).guided:
+        if negative is None:
+            return None
+        raise ValueError(
+            f"negative is {show(negative)}, expected none: this bundle's family is not drawn with"
+            " classifier-free guidance; leave it out."
+        )
+    texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
+    texts = check_prompts(texts)
+    if len(texts) not in (1, prompts):
+        raise ValueError(
+            f"there are {len(texts)} negative prompts for {prompts} prompts, expected one or as"
+            " many."
+        )
+    if guidance <= 1:
+        return None
+    each = texts * prompts if len(texts) == 1 else texts
+    return [text for text in each for _ in range(n)]
 
 
 def check_seeds(seed: Any, prompts: int, n: int) -> list[int]:
@@ -210,24 +242,22 @@ def one_or_all(values: list[Any]) -> Any:
 
 
 def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np.ndarray:
-    """Initial noise as packed float32 [images, tokens, 4C]; unpacked noise is packed."""
-    from runtime.flux import pack
-
-    images, (h, w) = len(request.prompts), request.latent_size
-    channels = manifest["latents"]["channels"]
-    packed, unpacked = (images, h * w // 4, channels * 4), (images, channels, h, w)
+    """Initial noise as float32 latents of the family's own shape; other layouts are arranged."""
+    images, family = len(request.prompts), family_of(manifest)
+    known = family.layouts(images, manifest["latents"]["channels"], *request.latent_size)
     if not isinstance(latents, np.ndarray) or not np.issubdtype(latents.dtype, np.floating):
         kind = getattr(latents, "dtype", type(latents).__name__)
         raise ValueError(f"latents is {kind}, expected a numpy array of floats.")
-    if latents.shape not in (packed, unpacked):
+    if latents.shape not in known:
         raise ValueError(
-            f"latents has shape {list(latents.shape)}, expected {list(packed)} (packed) or"
-            f" {list(unpacked)} for {images} images of {request.width} x {request.height}."
+            f"latents has shape {list(latents.shape)}, expected"
+            f" {' or '.join(str(list(shape)) for shape in known)} for {images} images of"
+            f" {request.width} x {request.height}."
         )
     if not np.isfinite(latents).all():
         raise ValueError("latents holds NaN or infinity, expected finite numbers.")
     values = latents.astype(np.float32)
-    return values if latents.shape == packed else pack(values)
+    return values if latents.shape == known[0] else family.arrange(values)
 
 
 def whole(value: Any, name: str, low: int, high: int) -> int:
@@ -238,16 +268,16 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
     return int(value)
 
 
-def side(value: Any, name: str, factor: int) -> int:
+def side(value: Any, name: str, factor: int, largest: int = MAX_PIXELS) -> int:
     """A side of the picture in pixels."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or not factor <= value <= MAX_PIXELS or value % factor:
+    if not integer or not factor <= value <= largest or value % factor:
         near = ""
-        if integer and factor <= value <= MAX_PIXELS:
+        if integer and factor <= value <= largest:
             near = f"; {math.floor(value / factor) * factor} is the nearest below"
         raise ValueError(
             f"{name} is {show(value)}, expected a multiple of {factor} from {factor} to"
-            f" {MAX_PIXELS}{near}."
+            f" {largest}{near}."
         )
     return int(value)
 

@@ -176,16 +176,13 @@ def drawn(
 
 def step_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
     """The transformer's inputs in the first step of one image, as its executor takes them."""
-    from runtime import flux
     from runtime.arguments import check_request
 
     request = check_request(pipeline.manifest, PROMPT, **knobs)
-    states, pooled = pipeline.encode([PROMPT])
-    noise = flux.noise([0], pipeline.manifest["latents"]["channels"], *request.latent_size)
-    sigmas = flux.sigmas(pipeline.manifest["scheduler"], len(request.top_k), noise.shape[1])
-    feed = pipeline.feeds(noise, states, pooled, sigmas[:1], request.latent_size, request.guidance)[
-        0
-    ]
+    size = request.latent_size
+    sigmas = pipeline.levels(len(request.top_k), size)[:1]
+    noise, conditions = pipeline.noise([0], size), pipeline.encode([PROMPT])
+    (feed,) = pipeline.feeds(noise, conditions, sigmas, size, request.guidance)
     return pipeline.cast(feed)
 
 

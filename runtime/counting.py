@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from runtime.weights import Tensor
 
-BUFFERS = ("neurons",)  # stored with the weights, but no parameters
+BUFFERS = ("neurons", "pos_embed")  # stored with the weights, but no parameters
 EXPERT_TENSORS = ("experts.w1", "experts.b1", "experts.w2")  # leading dimension: experts
 MEMBER = re.compile(r"(\w+\.\d+)\.blocks\.(\d+)\.")
 

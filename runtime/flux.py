@@ -1,4 +1,4 @@
-"""FLUX.1's arithmetic around the transformer, in numpy: what diffusers' FluxPipeline does in torch.
+"""Arithmetic around FLUX.1's transformer, in numpy: what diffusers' FluxPipeline does in torch.
 
 Read: diffusers 0.42 FluxPipeline, FluxPosEmbed, FlowMatchEulerDiscreteScheduler; the tests hold
 every function here to them. Letters: n images, C latent channels, h x w latent pixels (pixels of
@@ -8,7 +8,7 @@ the image divided by the VAE's scale factor), T tokens = (h / 2)(w / 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -175,35 +175,6 @@ def euler(
 def guidance_vector(guidance: float, batch: int) -> np.ndarray:
     """The guidance input [batch], float32 (the x1000 happens in the transformer)."""
     return np.full(batch, guidance, np.float32)
-
-
-def feeds(
-    manifest: Mapping[str, Any],
-    noise: np.ndarray,
-    states: np.ndarray,
-    pooled: np.ndarray,
-    sigmas: np.ndarray,
-    latent_size: tuple[int, int],
-    guidance: float | None,
-) -> list[dict[str, np.ndarray]]:
-    """The transformer's inputs at each of `sigmas`, by name, all with the noise as hidden_states.
-
-    noise [n, T, 4C], states [n, text tokens, joint width], pooled [n, P], latent_size (h, w).
-    """
-    settings, batch = manifest["latents"], len(noise)
-    positions = position_ids(states.shape[1], *latent_size)
-    cos, sin = rope(positions, settings["rope_axes"], settings["rope_theta"])
-    inputs = {
-        "hidden_states": noise,
-        "encoder_hidden_states": states,
-        "pooled_projections": pooled,
-        "rope_cos": cos,
-        "rope_sin": sin,
-    }
-    if guidance is not None:
-        inputs["guidance"] = guidance_vector(guidance, batch)
-    times = (timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
-    return [inputs | {"timestep": time} for time in times]
 
 
 def unscale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime import flux
 from runtime.groups import choosing, groups_of, known_beforehand, starts_of
 
 if TYPE_CHECKING:
@@ -113,11 +112,11 @@ def schedule(
             " convert with blocks.alpha 0."
         )
     request = check_request(pipeline.manifest, prompt, steps=steps, kappa=kappa)
-    settings, size = pipeline.manifest["latents"], request.latent_size
-    states, pooled = pipeline.encode(request.prompts)
-    noise = flux.noise([0], settings["channels"], *size)
-    sigmas = flux.sigmas(pipeline.manifest["scheduler"], len(request.kappa), noise.shape[1])[:-1]
-    feeds = pipeline.feeds(noise, states, pooled, sigmas, size, request.guidance)
+    size = request.latent_size
+    conditions = pipeline.encode(request.prompts)
+    sigmas = pipeline.levels(len(request.kappa), size)[:-1]
+    noise = pipeline.noise([0], size)
+    feeds = pipeline.feeds(noise, conditions, sigmas, size, request.guidance)
     block: Any = pipeline.executor("transformer").block  # type: ignore[attr-defined]
     chosen = forecast(component, block, map(pipeline.cast, feeds), request.kappa)
     rows = group_rows(component)

@@ -16,6 +16,7 @@ from runtime.backends import backends, onnx_body
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
+from runtime.families import family_of, titled
 from runtime.fields import parse_json, printable
 from runtime.forecast import group_rows
 from runtime.manifest import inside
@@ -43,7 +44,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def inspect_pipeline(root: Path) -> dict[str, Any]:
-    """A diffusers FLUX pipeline directory, sparse or dense."""
+    """A diffusers pipeline directory, sparse or dense."""
     index, config = (
         read_json(root / "model_index.json"),
         read_json(root / "transformer/config.json"),
@@ -75,6 +76,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         "what": "sparse checkpoint" if sites else "dense pipeline",
         "path": str(root),
         "class": str(config.get("_class_name")),
+        "model": titled(config),
         "blocks": {
             "double": block_count(shapes, "transformer_blocks"),
             "single": block_count(shapes, "single_transformer_blocks"),
@@ -101,6 +103,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         "name": manifest["name"],
         "family": manifest["family"],
+        "model": manifest.get("model", family_of(manifest).title),
         "format": manifest["format"],
         "made_by": f"d2m {manifest['d2m']}",
         "digest": bundle.digest,
@@ -201,7 +204,16 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     for name, row in info["parameters"].items():
         if name != "transformer":
             out.append(f"{name}: {row['total']:,} parameters")
-    for field in ("class", "recipe", "made_by", "compute_dtype", "storage_dtype", "digest"):
+    for field in (
+        "model",
+        "family",
+        "class",
+        "recipe",
+        "made_by",
+        "compute_dtype",
+        "storage_dtype",
+        "digest",
+    ):
         if info.get(field):
             out.append(f"{field.replace('_', ' ')}: {info[field]}")
     if info.get("defaults"):

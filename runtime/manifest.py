@@ -10,13 +10,12 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from runtime.families import FAMILIES
 from runtime.fields import integer, listed, mapping, number, one_of, show, text, wrong
 from runtime.groups import check_groups, check_kappa
 from runtime.weights import naturals
 
 FORMAT = 1
-FAMILY = "flux"
-COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
 KINDS = ("sparse", "dense")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool")
 FLOATS = ("float32", "bfloat16", "float16")
@@ -39,26 +38,29 @@ def check(manifest: Any) -> None:
             f"its format is {show(version)}, expected {FORMAT}: it was made by another version"
             f" of d2m; use that version"
         )
-    one_of(manifest, "family", (FAMILY,))
+    family = FAMILIES[one_of(manifest, "family", tuple(FAMILIES))]
     one_of(manifest, "kind", KINDS)
     one_of(manifest, "compute_dtype", FLOATS)
     one_of(manifest, "storage_dtype", FLOATS)
     text(manifest, "d2m")
     text(manifest, "name")
+    if "model" in manifest:
+        text(manifest, "model")
     files = check_files(mapping(manifest, "files"))
     components = mapping(manifest, "components")
-    for name in COMPONENTS:
+    for name in family.components:
         mapping(components, name, "components")
     for name in components:
         check_component(mapping(components, name, "components"), f"components.{name}", files)
-    for name, count in (("text_encoder", 1), ("text_encoder_2", 1), ("vae_decoder", 1)):
-        for side in ("inputs", "outputs"):
-            if len(components[name][side]) != count:
-                raise wrong(f"components.{name}.{side}", components[name][side], "one tensor")
+    for name, count in family.components.items():
+        for side, wanted in (("inputs", 1), ("outputs", count)) if count else ():
+            if len(components[name][side]) != wanted:
+                words = "one tensor" if wanted == 1 else f"{wanted} tensors"
+                raise wrong(f"components.{name}.{side}", components[name][side], words)
     check_top_k(manifest)
     check_kappa(manifest)
     check_settings(manifest)
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in family.tokenizers:
         where = f"tokenizers.{name}"
         row = mapping(mapping(manifest, "tokenizers"), name, "tokenizers")
         listed(row, "file", files, where)
@@ -206,23 +208,18 @@ def check_settings(manifest: dict[str, Any]) -> None:
     latents = mapping(manifest, "latents")
     integer(latents, "channels", 1, 4096, "latents")
     factor = integer(latents, "vae_scale_factor", 1, 256, "latents")
-    one_of(latents, "patch", (2,), "latents")
+    patch = integer(latents, "patch", 1, 64, "latents")
     number(latents, "scaling_factor", 1e-6, 1e6, "latents")
     if latents.get("shift_factor") is not None:
         number(latents, "shift_factor", -1e6, 1e6, "latents")
-    number(latents, "rope_theta", 1, 1e9, "latents")
-    axes = latents.get("rope_axes")
-    if not isinstance(axes, list) or len(axes) != 3:
-        raise wrong("latents.rope_axes", axes, "three even numbers")
-    if any(type(dim) is not int or dim % 2 or not 0 < dim <= 4096 for dim in axes):
-        raise wrong("latents.rope_axes", axes, "three even numbers")
+    FAMILIES[manifest["family"]].check(manifest)
     defaults = mapping(manifest, "defaults")
     integer(defaults, "steps", 1, 1000, "defaults")
     number(defaults, "guidance", 0, 1000, "defaults")
     for side in ("height", "width"):
         pixels = integer(defaults, side, 1, MAX_PIXELS, "defaults")
-        if pixels % (factor * 2):
-            raise wrong(f"defaults.{side}", pixels, f"a multiple of {factor * 2}")
+        if pixels % (factor * patch):
+            raise wrong(f"defaults.{side}", pixels, f"a multiple of {factor * patch}")
     mapping(manifest, "scheduler")
 
 

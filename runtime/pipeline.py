@@ -23,9 +23,10 @@ from runtime.executor import (
     open_component,
 )
 from runtime.experts import check_experts
+from runtime.families import family_of
+from runtime.family import Arrays, guide, rows
 from runtime.forecast import forecast
 from runtime.groups import known_beforehand
-from runtime.manifest import COMPONENTS
 from runtime.offload import check_offload
 from runtime.text import TextTokenizer
 from runtime.weights import to_dtype, to_float32
@@ -93,6 +94,7 @@ class Pipeline:
             opened = open_bundle(bundle or default_bundle(), check_of(verify), key)
         self.bundle = opened
         self.manifest: dict[str, Any] = opened.manifest
+        self.family = family_of(self.manifest)
         flux.check_scheduler(self.manifest["scheduler"])
         self.asked = backend
         self.offload = check_offload(offload)
@@ -101,15 +103,16 @@ class Pipeline:
         check_experts(experts, self.backend)
         check_offload(self.offload, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
-        self.max_batch = min(max_batch, batch_limit(opened, self.backend))
+        limit = batch_limit(opened, self.backend) // (1 + self.family.guided)  # rows an image
+        self.max_batch = min(max_batch, max(1, limit))
         self.min_batch = min(min_batch, self.max_batch)
         self.witness: Witness | None = None  # told of every step's inputs, top_k and kappa
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
-        self._tokenizers = [
-            TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
-            for name in ("tokenizer", "tokenizer_2")
-        ]
+        self._tokenizers = {
+            name: TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
+            for name in self.family.tokenizers
+        }
 
     def __call__(
         self,
@@ -126,6 +129,7 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         budget: float | None = None,
         latents: np.ndarray | None = None,
+        negative: str | Sequence[str] | None = None,
         progress: Progress | None = None,
         callback: AfterStep | None = None,
         cancel: Callable[[], bool] | None = None,
@@ -141,18 +145,20 @@ class Pipeline:
         sigmas   noise levels of the steps before the scheduler's shift, falling from at most 1
         budget   seconds that the call may take: those of steps, top_k and kappa that are left out
                  are picked from what was measured here (runtime.budget; d2m measure)
-        latents  initial noise instead of a seed's: [images, tokens, channels] packed, or
-                 [images, C, h, w]
+        latents  initial noise instead of a seed's: [images, C, h, w] or, of families that pack,
+                 [images, tokens, channels]
+        negative what not to draw: a text, or one per prompt; for families that are drawn with
+                 classifier-free guidance
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
-                 being packed, [images of the batch, tokens, channels], not to be changed
+                 [images of the batch, ...] as the family denoises them, not to be changed
         cancel   asked before every step (an Event's is_set, say); True raises Cancelled
 
         Arguments left out come from the bundle. Raises ValueError with one sentence.
         """
         knobs: dict[str, Any] = {"steps": steps, "top_k": top_k, "kappa": kappa}
         rest: dict[str, Any] = {"seed": seed, "guidance": guidance, "n": n, "sigmas": sigmas}
-        rest |= {"height": height, "width": width}
+        rest |= {"height": height, "width": width, "negative": negative}
         request = check_request(self.manifest, prompt, **knobs, **rest)
         if budget is not None:
             from runtime.budget import within
@@ -191,17 +197,21 @@ class Pipeline:
         done, total = min(part.stop, len(request.prompts)), len(request.prompts)
         start, prompts = part.start, request.prompts[part]
         tell("encode", start, total)
-        different = list(dict.fromkeys(prompts))
-        places = [different.index(prompt) for prompt in prompts]
+        against = [] if request.negative is None else request.negative[part]
+        different = list(dict.fromkeys([*prompts, *against]))
         spare = different[-1:] * (self.min_batch - len(different))
-        states, pooled = (array[places] for array in self.encode([*different, *spare]))
+        encoded = self.encode([*different, *spare])
         tell("encode", done, total)
         if noise is None:
             seeds = [seed for seed in request.seeds[part] if seed is not None]
-            noise = flux.noise(seeds, self.manifest["latents"]["channels"], *request.latent_size)
-        rows = max(len(prompts), self.min_batch)
-        fill = np.minimum(np.arange(rows), len(prompts) - 1)
-        noise, states, pooled = noise[fill], states[fill], pooled[fill]
+            noise = self.noise(seeds, request.latent_size)
+        count = max(len(prompts), self.min_batch)
+        fill = np.minimum(np.arange(count), len(prompts) - 1)
+        noise = noise[fill]
+
+        def of(texts: Sequence[str]) -> dict[str, np.ndarray]:
+            places = np.array([different.index(text) for text in texts])[fill]
+            return {name: array[places] for name, array in encoded.items()}
 
         def step(index: int, steps: int) -> None:
             tell("denoise", start * steps + index * len(prompts), total * steps)
@@ -212,8 +222,8 @@ class Pipeline:
 
         packed = self.denoise(
             noise,
-            states,
-            pooled,
+            of(prompts),
+            negative=of(against) if against else None,
             latent_size=request.latent_size,
             top_k=request.top_k,
             kappa=request.kappa,
@@ -232,42 +242,60 @@ class Pipeline:
         }
         # Whoever sets min_batch has found that more rows change nothing, so it is what an image
         # depends on; without it the rows that were there are.
-        model |= {"batch": self.min_batch if self.min_batch > 1 else rows}
+        model |= {"batch": self.min_batch if self.min_batch > 1 else count}
         return [
             to_image(image, request.settings(start + i) | model) for i, image in enumerate(pixels)
         ]
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts -> T5 states [n, T, joint dim] and CLIP's pooled vectors [n, P], float32."""
-        clip, t5 = self._tokenizers
-        (pooled,) = self.execute("text_encoder", clip(prompts)).values()
-        (states,) = self.execute("text_encoder_2", t5(prompts)).values()
-        return states, pooled
+    def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Prompts -> the transformer's conditions [n, ...] by name, float32."""
+
+        def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+            return self.execute(component, self._tokenizers[tokenizer](texts))
+
+        return self.family.encode(run, prompts)
+
+    def noise(self, seeds: Sequence[int], latent_size: tuple[int, int]) -> np.ndarray:
+        """Initial latents of the family's shape, one stream a seed."""
+        return self.family.noise(seeds, self.manifest["latents"]["channels"], *latent_size)
+
+    def levels(
+        self, steps: int, latent_size: tuple[int, int], given: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """The noise levels [steps + 1] of the bundle's scheduler, or those that follow `given`."""
+        tokens = self.family.image_tokens(self.manifest["latents"], latent_size)
+        return self.family.sigmas(self.manifest["scheduler"], steps, tokens, given)
 
     def denoise(
         self,
         noise: np.ndarray,
-        states: np.ndarray,
-        pooled: np.ndarray,
+        conditions: Arrays,
         *,
         latent_size: tuple[int, int],
         top_k: Sequence[int | None],
         guidance: float,
+        negative: Arrays | None = None,
         kappa: Sequence[int | None] | None = None,
         sigmas: Sequence[float] | None = None,
         step: Callable[[int, int], None] | None = None,
         after: AfterStep | None = None,
     ) -> np.ndarray:
-        """Packed noise [n, T, 4C] -> packed latents, one Euler step per entry of `top_k`.
+        """Noise [n, ...] -> latents, one Euler step per entry of `top_k`.
 
-        `latent_size` is (h, w) in latent pixels; `kappa` has an entry per step, None throughout
-        means the bundle's; `sigmas` see `__call__`; `step(done, steps)` is called before the first
-        step and after each, `after(done, steps, latents)` after each.
+        `conditions` as `encode` gives them, [n, ...]; `negative` the same of negative prompts, for
+        classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
+        latent pixels; `kappa` has an entry per step, None throughout means the bundle's; `sigmas`
+        see `__call__`; `step(done, steps)` is called before the first step and after each,
+        `after(done, steps, latents)` after each.
         """
         steps = len(top_k)
         kept = [self.manifest.get("kappa")] * steps if kappa is None else kappa
-        levels = flux.sigmas(self.manifest["scheduler"], steps, noise.shape[1], sigmas)
-        feeds = self.feeds(noise, states, pooled, levels[:-1], latent_size, guidance)
+        levels = self.levels(steps, latent_size, sigmas)
+        if negative is not None:
+            conditions = {
+                name: np.concatenate([negative[name], array]) for name, array in conditions.items()
+            }
+        feeds = self.feeds(noise, conditions, levels[:-1], latent_size, guidance)
         executor, component = self.executor("transformer"), self.bundle.component("transformer")
         starts: list[Any] = [None] * steps
         if known_beforehand(component) and hasattr(executor, "block"):
@@ -277,12 +305,15 @@ class Pipeline:
         for index, feed in enumerate(feeds):
             if step:
                 step(index, steps)
-            inputs = feed | {"hidden_states": latents}
+            inputs = feed | {"hidden_states": self.hidden(latents, rows(conditions))}
             if self.witness:
                 self.witness(inputs, top_k[index], kept[index])
-            (velocity,) = self.execute(
+            (sample,) = self.execute(
                 "transformer", inputs, top_k[index], kept[index], starts[index]
             ).values()
+            if negative is not None:
+                sample = guide(sample, guidance)
+            velocity = self.family.velocity(sample, self.manifest["latents"], latent_size)
             latents = flux.euler(latents, velocity, levels[index], levels[index + 1])
             if after:
                 after(index + 1, steps, latents)
@@ -290,25 +321,27 @@ class Pipeline:
             step(steps, steps)
         return latents
 
+    def hidden(self, latents: np.ndarray, count: int) -> np.ndarray:
+        """hidden_states [count, T, channels] of latents [n, ...], again for every n rows."""
+        tokens = self.family.tokens(latents, self.manifest["latents"])
+        return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
+
     def feeds(
         self,
         noise: np.ndarray,
-        states: np.ndarray,
-        pooled: np.ndarray,
+        conditions: Arrays,
         sigmas: np.ndarray,
         latent_size: tuple[int, int],
         guidance: float,
     ) -> list[dict[str, np.ndarray]]:
         """The transformer's inputs for every step, all with the noise as hidden_states."""
-        guided = "guidance" in self.bundle.component("transformer")["inputs"]
-        size = latent_size, guidance if guided else None
-        return flux.feeds(self.manifest, noise, states, pooled, sigmas, *size)
+        hidden = self.hidden(noise, rows(conditions))
+        found = self.family.feeds(self.manifest, conditions, sigmas, latent_size, guidance)
+        return [{"hidden_states": hidden, **feed} for feed in found]
 
-    def decode(self, packed: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
-        """Packed latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
-        settings = self.manifest["latents"]
-        latents = flux.unpack(packed, *latent_size)
-        latents = flux.unscale(latents, settings["scaling_factor"], settings.get("shift_factor"))
+    def decode(self, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+        """Latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
+        latents = self.family.image_latents(latents, self.manifest["latents"], latent_size)
         (pixels,) = self.execute("vae_decoder", latents).values()
         return pixels
 
@@ -365,6 +398,6 @@ class Pipeline:
 
     def warm(self) -> None:
         """Open what stays open now rather than when the first image needs it."""
-        for component in COMPONENTS:
+        for component in self.family.components:
             if self.offload != "block" or len(self.bundle.component(component)["program"]) > 1:
                 self.executor(component)

@@ -33,15 +33,14 @@ PROMPT = "a red circle above a blue square"
 
 def inputs_of(pipeline: Any, batch: int) -> dict[str, np.ndarray]:
     """The transformer's inputs half-way through a generation of the bundle's default picture."""
-    from runtime import flux
     from runtime.arguments import check_request
 
     request = check_request(pipeline.manifest, PROMPT, n=batch)
-    states, pooled = pipeline.encode(request.prompts)
-    noise = flux.noise(range(batch), pipeline.manifest["latents"]["channels"], *request.latent_size)
+    conditions = pipeline.encode(request.prompts)
+    noise = pipeline.noise(range(batch), request.latent_size)
     sigma = np.array([0.5], np.float32)
     size = request.latent_size, request.guidance
-    (feed,) = pipeline.feeds(noise, states, pooled, sigma, *size)
+    (feed,) = pipeline.feeds(noise, conditions, sigma, *size)
     return pipeline.cast(feed)
 
 

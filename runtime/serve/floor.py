@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime import flux
 from runtime.ort import Graph
 
 if TYPE_CHECKING:
@@ -97,11 +96,9 @@ def sample(
     prompts = [PROMPTS[int(i)] for i in random.integers(len(PROMPTS), size=size)]
     seeds = [1000 + int(i) for i in random.integers(1000, size=size)]
     prompts[place], seeds[place] = PROMPTS[0], 0
-    states, pooled = pipeline.encode(prompts)
     packed = pipeline.denoise(
-        flux.noise(seeds, pipeline.manifest["latents"]["channels"], *latent_size),
-        states,
-        pooled,
+        pipeline.noise(seeds, latent_size),
+        pipeline.encode(prompts),
         latent_size=latent_size,
         top_k=[top_k] * STEPS,
         guidance=pipeline.manifest["defaults"]["guidance"],

@@ -87,7 +87,7 @@ def small_manifest() -> dict[str, Any]:
     return {key: found[key] for key in kept} | {
         "num_experts": 12, "top_k": 2, "top_k_choices": [1, 2], "plans": {"p": plan},
         "files": {name: {"sha256": "0" * 64, "size": 8} for name in names},
-        "components": dict.fromkeys(manifest.COMPONENTS, component)
+        "components": dict.fromkeys(manifest.FAMILIES["flux"].components, component)
         | {"transformer": {**component, "types": {"t": routed}}},
         "tokenizers": dict.fromkeys(
             ("tokenizer", "tokenizer_2"), {"file": "t.json", "max_length": 16, "pad_id": 1}

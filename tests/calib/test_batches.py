@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from calib.batches import encode_images, shapes_batches, world_of
+from calib.batches import shapes_batches, world_of
 from calib.world import World
+from d2m.family_flux import encode_images
 from tiny import build_pipeline, tiny_inputs
 
 

@@ -158,7 +158,8 @@ def test_half_precision_keeps_the_router_in_float(sparse: nn.Module) -> None:
 
     from tinybundle import session
 
-    from export.blocks import ROWS, block_type, environment
+    from export.blocks import block_type
+    from export.family_flux import ROWS, environment
 
     model = copy.deepcopy(sparse)
     state = {n: p.detach() for n, p in prepare(model).named_parameters()}

@@ -27,8 +27,9 @@ from d2m.adaln import share_adaln
 from d2m.adalnfit import compress_adaln
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.structure import AdaLN
-from export.blocks import ROWS, block_type, environment, reads, transformer_program
+from export.blocks import block_type, reads, transformer_program
 from export.compose import compose
+from export.family_flux import ROWS, environment
 from export.parity import parity
 from export.plans import build_plans
 from export.prepare import prepare

@@ -160,7 +160,8 @@ def test_a_blocks_plan_in_bfloat16_is_fused(tiny_sparse_dir: Path, tmp_path: Pat
     """The plans that an fp32 bundle gets: attention one kernel, biases in the matmuls' kernels."""
     import torch
 
-    from export.blocks import ROWS, block_type, environment
+    from export.blocks import block_type
+    from export.family_flux import ROWS, environment
     from export.source import empty_transformer
 
     model = empty_transformer(tiny_sparse_dir, True)

@@ -9,6 +9,7 @@ from runtime import flux
 from runtime.arguments import check_request, read_latents
 
 MANIFEST: dict[str, Any] = {
+    "family": "flux",
     "top_k": 2,
     "top_k_choices": [0, 1, 2, 4],
     "defaults": {"steps": 16, "guidance": 3.5, "height": 32, "width": 48},

@@ -1,0 +1,116 @@
+"""The anatomy of a Stable Diffusion 3 transformer: every weight's size, and its use in a step.
+
+As d2m/anatomy.py, whose pieces it is put together from. Blocks differ: those named in
+`dual_attention_layers` have a second attention of the picture alone, the last one writes no text.
+Of a group of unlike blocks those are counted as running that come last in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from d2m.anatomy import (
+    TIME_CHANNELS,
+    Stack,
+    Structure,
+    Weight,
+    dim_of,
+    linear,
+    modulated,
+    router,
+    shared_modulation,
+    sparse_ffn,
+    vector,
+)
+from d2m.recipe import SparseSpec
+from d2m.structure import lowrank_default
+
+LIST = "transformer_blocks"
+RATIO = 4
+Kind = tuple[SparseSpec | None, bool, bool]  # FFNs, second attention, last
+
+
+def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """As `d2m.anatomy.anatomy`; text: tokens of the CLIPs and of T5 together."""
+    dim, depth, blocks = dim_of(config), int(config["num_layers"]), structure.blocks
+    dual = set(config.get("dual_attention_layers") or ())
+    spec = structure.spec
+    kinds: dict[int, Kind] = {
+        i: (spec.at("double", i) if spec else None, i in dual, i == depth - 1)
+        for i in range(depth)
+        if i not in blocks.dropped("double")
+    }
+    chunks = [number for kind in kinds.values() for _, number in norms_of(kind)]
+    rank = structure.adaln.rank or min(dim, lowrank_default(dim, sum(chunks)))
+    shared = shared_modulation(structure.adaln, dim, rank, max(chunks, default=6))
+    stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *shared))]
+    skipped = {i for group in blocks.groups("double") for i in group[: len(group) - blocks.kappa]}
+    for kind in dict.fromkeys(kinds.values()):
+        mine = [i for i in kinds if kinds[i] == kind]
+        weights = (
+            *_block(config, kind, dim, image, text),
+            *modulated(structure.adaln, norms_of(kind), dim, rank),
+        )
+        running = sum(i not in skipped for i in mine)
+        stacks.append(Stack(f"{LIST}.*.", len(mine), running, weights))
+    for group in blocks.groups("double"):
+        stacks.append(
+            Stack(f"{LIST}.{group[0]}.router.", 1, 1, tuple(router(dim, len(group), blocks)))
+        )
+    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+
+
+def norms_of(kind: Kind) -> tuple[tuple[str, int], ...]:
+    """(name, chunks of width D) of a block's modulated norms; the last block's text norm is not."""
+    _, dual, last = kind
+    picture = ("norm1", 9 if dual else 6)
+    return (picture,) if last else (picture, ("norm1_context", 6))
+
+
+def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
+    patch = config["patch_size"] ** 2 * config["in_channels"]
+    yield from linear("embedders", "pos_embed.proj", patch, dim, image)
+    table = 4 * config["pos_embed_max_size"] ** 2 * dim
+    yield Weight("embedders", "pos_embed.pos_embed", 0, 0, buffer=table)
+    embeds = {"timestep_embedder": TIME_CHANNELS, "text_embedder": config["pooled_projection_dim"]}
+    for name, inputs in embeds.items():
+        for last, width in (("linear_1", inputs), ("linear_2", dim)):
+            yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
+    wide = config["caption_projection_dim"]
+    yield from linear("embedders", "context_embedder", config["joint_attention_dim"], wide, text)
+
+
+def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
+    channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+    yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
+    yield from linear("output", "proj_out", dim, channels, image)
+
+
+def _block(
+    config: Mapping[str, Any], kind: Kind, dim: int, image: int, text: int
+) -> Iterator[Weight]:
+    spec, dual, last = kind
+    part, normed = "double_attention", bool(config.get("qk_norm"))
+    own = ("to_q", "to_k", "to_v", "to_out.0")
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", *(() if last else ("to_add_out",)))
+    linears = [("attn", own, image), ("attn", added, text)]
+    norms = [("attn", name) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    if dual:
+        linears.append(("attn2", own, image))
+        norms += [("attn2", name) for name in ("norm_q", "norm_k")]
+        yield Weight(part, "attn2", 0, 0, 4 * image**2 * dim)
+    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
+    for module, names, rows in linears:
+        for name in names:
+            yield from linear(part, f"{module}.{name}", dim, dim, rows)
+    for module, name in norms if normed else ():
+        yield vector(part, f"{module}.{name}.weight", config["attention_head_dim"])
+    if last:  # AdaLayerNormContinuous, which no mode of modulation shares
+        yield from linear("adaln", "norm1_context.linear", dim, 2 * dim, 1)
+    for ffn, rows in (("ff", image), *(() if last else (("ff_context", text),))):
+        if spec is None:
+            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
+            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
+        else:
+            yield from sparse_ffn("double_ffn", ffn, dim, spec, rows)

@@ -1,0 +1,112 @@
+"""What a family of models is to d2m: a row of names and of plain functions.
+
+A row stands in a file of its own, `d2m/family_NAME.py`, with the functions it names; its model is
+not imported before one of them runs. docs/adding-a-family.md shows how one was added.
+Letters: B batch, T image tokens, D width. `latents` [B, ...] are of the shape that the family's
+transformer takes: FLUX's are packed [B, T, C], SD3's are [B, C, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from d2m.anatomy import Stack
+    from d2m.structure import Blocks
+
+Config = Mapping[str, Any]
+Batch = Mapping[str, "Tensor"]
+SOURCES = ("shapes", "pictures", "prompts")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN of a block type. Paths are relative to the block.
+
+    blocks: the model's list of such blocks; module: where the SparseFFN goes; fc1, fc2: the dense
+    Linears; stream: whose tokens pass, "image", "text" or "both".
+    rest: set where fc2 also maps something else: its columns before the FFN's go to this Linear
+    (without bias) and fc2 is replaced by AttentionPlusFFN; identity: an activation that SparseFFN
+    contains already.
+    """
+
+    blocks: str
+    module: str
+    fc1: str
+    fc2: str
+    stream: str
+    rest: str | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of d2m/families.py. What conversion, planning and data need to know of a model.
+
+    Names:
+        name: in manifests and of preset folders; title: for people; pipelines: diffusers' pipeline
+        classes; dense_class, sparse_class: of its transformer; ratio: hidden neurons of a dense FFN
+        over its width; sites: its FFNs; kinds: (kind as recipes name it, the model's list of such
+        blocks), in the order they run; depths: (kind, the config's field with the number of them);
+        streams: what a block returns, in its order, the picture's being "image"; sizes: the
+        config's fields that decide sizes, with diffusers' defaults; others: fields of other types
+        that `anatomy` and `titled` read; tags: of the model card.
+    Functions that read configs alone (torch-free):
+        titled(config): the title of one model of the family.
+        drawing(directory's config reader): what `d2m.draw.drawing_defaults` falls back to.
+        anatomy(config, structure, image tokens, text tokens): its weights, for `d2m plan`.
+        check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
+    Functions of its transformer:
+        inputs(model, batch, x, t): keyword inputs of forward; x noisy latents, t [B] in [0, 1].
+        embedding(model, batch, t): temb [B, D], which AdaLN and routers read.
+        random_text(config, n, generator): the part of a batch that `embedding` reads, made up.
+    Functions of its pipeline:
+        text_length(pipe): tokens of the longest text that it is trained with.
+        encode_text(pipe, captions, length): conditions of a batch, each [B, ...].
+        encode_images(pipe, uint8 [B, H, W, 3]): latents as the transformer takes them.
+        places(pipe, batch, height, width): `img_ids` [T, 3] (row and column of every image token
+            in columns 1 and 2) and whatever else all samples of a batch share.
+        noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
+        trajectory(pipe, text, noise, settings, keep): draw once from noise [1, ...]; `keep` is the
+            callback after every step.
+    sources: which of SOURCES it can learn from. text_before: tokens of the transformer's text that
+    `max_sequence_length` does not count. unconditional: the share of captions that are left
+    empty, for models that are drawn with classifier-free guidance. alike: whether blocks of a kind
+    cost alike, which `--budget` takes for granted. lora: whether d2m/loranames.py knows its layers.
+    """
+
+    name: str
+    title: str
+    pipelines: tuple[str, ...]
+    dense_class: str
+    sparse_class: str
+    ratio: int
+    sites: tuple[Site, ...]
+    kinds: tuple[tuple[str, str], ...]
+    depths: tuple[tuple[str, str], ...]
+    sizes: Mapping[str, int]
+    titled: Callable[[Config], str]
+    drawing: Callable[[Callable[[str], Config]], dict[str, Any]]
+    anatomy: Callable[[Config, Any, int, int], list[Stack]]
+    inputs: Callable[[nn.Module, Batch, Tensor, Tensor], dict[str, Tensor]]
+    embedding: Callable[[nn.Module, Batch, Tensor], Tensor]
+    random_text: Callable[[Config, int, Any], dict[str, Tensor]]
+    text_length: Callable[[Any], int]
+    encode_text: Callable[[Any, list[str], int], dict[str, Tensor]]
+    encode_images: Callable[[Any, Tensor], Tensor]
+    places: Callable[[Any, Batch, int, int], dict[str, Tensor]]
+    noise: Callable[[Any, int, int, Any], Tensor]
+    trajectory: Callable[[Any, Batch, Tensor, Mapping[str, Any], Callable[..., Any]], None]
+    check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
+    streams: tuple[str, ...] = ("text", "image")
+    sources: tuple[str, ...] = SOURCES
+    others: tuple[str, ...] = ()
+    text_before: int = 0
+    unconditional: float = 0.0
+    alike: bool = True
+    lora: bool = False
+    tags: tuple[str, ...] = ()

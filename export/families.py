@@ -1,0 +1,17 @@
+"""The families that export knows, by the name of their row in d2m/families.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from d2m.families import family_of_model
+from export.family import Family
+from export.family_flux import FLUX
+from export.family_sd3 import SD3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+
+
+def export_family(model: Any) -> Family:
+    """The row of a transformer in memory, dense or sparse."""
+    return FAMILIES[family_of_model(model).name]

@@ -1,0 +1,82 @@
+"""What a family of models is to export: how its transformer is cut into blocks, its other parts.
+
+A row stands in a file of its own, `export/family_NAME.py`, with the functions it names
+(docs/adding-a-family.md). Names of tensors are those of a program's environment (export/blocks.py);
+`hidden_states` and `temb` are among them in every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from export.blocks import Program
+    from export.trace import Spec
+
+    Environment = tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a block is called: its type's name, and `call(run, tensors) -> outputs`."""
+
+    type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    call: Callable[[Callable[..., Any], dict[str, Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component beside the transformer.
+
+    name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
+    (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one.
+    """
+
+    name: str
+    folder: str
+    library: str
+    cls: str
+    program: Callable[[Any, torch.dtype], Program]
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of export/families.py.
+
+    name: as d2m.families and manifests have it; parts: in the order in which a picture needs them,
+    None being the transformer's place; scheduler: diffusers' class.
+    environment(model, dtype): the component's inputs, the tensors between blocks, its outputs.
+    embed(model), final(model): modules of what is before and after the blocks, parameters under the
+        model's names. `embed` reads the inputs named in `opens`, or all that are not in `inner`;
+        `final` reads `closes`.
+    row(block): how a block is called.
+    processor(): the attention processor that blocks are traced with.
+    lengths(directory): tokenizer -> tokens that every prompt is padded and cut to.
+    latents(configs of transformer and vae, directory): the manifest's `latents`; ValueError where
+        the components are of different models.
+    text_tokens(lengths): component -> tokens that it reads, for the plans' profiles.
+    record: torch's side of `d2m parity` (export/reference.py); None: it is not there yet.
+    """
+
+    name: str
+    parts: tuple[Part | None, ...]
+    environment: Callable[[Any, torch.dtype], Environment]
+    embed: Callable[[Any], nn.Module]
+    final: Callable[[Any], nn.Module]
+    row: Callable[[nn.Module], Row]
+    processor: Callable[[], Any]
+    lengths: Callable[[Path], dict[str, int]]
+    latents: Callable[[Mapping[str, Any], Mapping[str, Any], Path], dict[str, Any]]
+    text_tokens: Callable[[Mapping[str, int]], dict[str, int]]
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    closes: tuple[str, ...] = ("hidden_states", "temb")
+    record: Callable[..., Any] | None = None

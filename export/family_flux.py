@@ -1,0 +1,193 @@
+"""FLUX.1 for export: its transformer's ends and blocks, its text encoders and VAE.
+
+[schnell] has no guidance embedding, so its program has no input `guidance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.draw import drawing_defaults
+from export.attention import ExportAttention
+from export.blocks import MODULATION
+from export.components import clip_program, t5_program, vae_program
+from export.family import Family, Part, Row
+from export.trace import Spec
+
+STREAMS = ("hidden_states", "encoder_hidden_states")
+READ = (*STREAMS, "temb", "rope_cos", "rope_sin")
+
+
+class Embed(nn.Module):
+    """What FluxTransformer2DModel does before its blocks; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.x_embedder = model.x_embedder
+        self.context_embedder = model.context_embedder
+        self.time_text_embed = model.time_text_embed
+        if shared := getattr(model, "modulation", None):
+            self.modulation = shared
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D].
+
+        With shared modulation that is the fourth: [B, 6 D] (single) or [B, r] (lowrank), once a
+        step for all blocks.
+        """
+        image = self.x_embedder(hidden_states)
+        times = [timestep.to(image.dtype) * 1000]
+        if guidance is not None:
+            times.append(guidance.to(image.dtype) * 1000)
+        temb = self.time_text_embed(*times, pooled_projections)
+        opened = image, self.context_embedder(encoder_hidden_states), temb
+        if not hasattr(self, "modulation"):
+            return opened
+        return *opened, self.modulation.linear(F.silu(temb))
+
+
+class Final(nn.Module):
+    """What FluxTransformer2DModel does after its blocks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """diffusers' Flux blocks, double and single, share one signature: -> (text, image).
+
+    temb is what their norms read and nothing else: the shared modulation, where a model has one.
+    """
+    rotary = tensors["rope_cos"], tensors["rope_sin"]
+    return run(
+        hidden_states=tensors["hidden_states"],
+        encoder_hidden_states=tensors["encoder_hidden_states"],
+        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+        image_rotary_emb=rotary,
+    )
+
+
+ROWS = {
+    "FluxTransformerBlock": Row("double", READ, STREAMS[::-1], call_block),
+    "FluxSingleTransformerBlock": Row("single", READ, STREAMS[::-1], call_block),
+}
+
+
+def environment(
+    model: Any, dtype: torch.dtype
+) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+    """The tensors of the program: the component's inputs, those between blocks, its outputs.
+
+    timestep (sigma in [0, 1]), guidance and the rotary tables are float32 in any bundle. A model
+    without guidance_embeds has no guidance, one in AdaLN mode full no shared modulation.
+    """
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
+    scalar = Spec(torch.float32, ("batch",))
+    rotary = Spec(torch.float32, ("tokens", config.attention_head_dim))
+    tables = {"rope_cos": rotary, "rope_sin": rotary}
+    inputs = {
+        "hidden_states": Spec(dtype, (*image, config.in_channels)),
+        "encoder_hidden_states": Spec(dtype, (*text, config.joint_attention_dim)),
+        "pooled_projections": Spec(dtype, ("batch", config.pooled_projection_dim)),
+        "timestep": scalar,
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = scalar
+    inner = {
+        "hidden_states": Spec(dtype, (*image, width)),
+        "encoder_hidden_states": Spec(dtype, (*text, width)),
+        "temb": Spec(dtype, ("batch", width)),
+    }
+    if shared := getattr(model, MODULATION, None):
+        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
+    sample = Spec(dtype, (*image, model.proj_out.out_features))
+    return inputs | tables, inner | tables, {"sample": sample}
+
+
+def lengths(directory: Path) -> dict[str, int]:
+    """Tokens of CLIP and of T5."""
+    from export.source import config
+
+    clip = config(directory, "text_encoder")
+    return {
+        "tokenizer": clip["max_position_embeddings"],
+        "tokenizer_2": drawing_defaults(directory)["max_sequence_length"],
+    }
+
+
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; ValueError where the transformer packs another VAE's."""
+    channels = vae["latent_channels"]
+    if transformer.get("in_channels") != 4 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
+            " components are of different models."
+        )
+    return {
+        "channels": channels,
+        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+        "scaling_factor": vae["scaling_factor"],
+        "shift_factor": vae.get("shift_factor"),
+        "patch": 2,
+        "rope_axes": list(transformer["axes_dims_rope"]),
+        "rope_theta": 10000,
+    }
+
+
+def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
+    """What reads how many tokens: the transformer and T5 as many."""
+    return {"": lengths["tokenizer_2"], "text_encoder": lengths["tokenizer"]}
+
+
+def record(*args: Any, **options: Any) -> Any:
+    """See export.reference.record."""
+    from export.reference import record as function
+
+    return function(*args, **options)
+
+
+FLUX = Family(
+    name="flux",
+    parts=(
+        Part("text_encoder", "text_encoder", "transformers", "CLIPTextModel", clip_program),
+        # T5 of FLUX.1 is 9.5 GB: like the transformer's, its weights are read one by one.
+        Part(
+            "text_encoder_2", "text_encoder_2", "transformers", "T5EncoderModel", t5_program, False
+        ),
+        None,
+        Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program),
+    ),
+    environment=environment,
+    embed=Embed,
+    final=Final,
+    row=lambda block: ROWS[type(block).__name__],
+    processor=ExportAttention,
+    lengths=lengths,
+    latents=latents,
+    text_tokens=text_tokens,
+    record=record,
+)

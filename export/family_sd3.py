@@ -1,0 +1,226 @@
+"""Stable Diffusion 3 and 3.5 for export: the transformer's ends and blocks, its text encoders, VAE.
+
+The graphs take patches of latents as tokens, as FLUX's do, so that no size of a picture is in them:
+the runtime cuts and joins patches. Where a token is, the input `positions` says: rows of the
+model's own table of embeddings, which is a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.draw import drawing_defaults
+from export.attention import heads, rms_norm
+from export.blocks import MODULATION
+from export.components import clip_projection_program, t5_program, vae_program
+from export.family import Family, Part, Row
+from export.trace import Spec
+
+STREAMS = ("hidden_states", "encoder_hidden_states")
+READ = (*STREAMS, "temb")
+
+
+class Embed(nn.Module):
+    """What SD3Transformer2DModel does before its blocks; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        patches = model.pos_embed
+        if isinstance(patches.pos_embed, Tensor) and "pos_embed" in patches._buffers:
+            table = patches._buffers.pop("pos_embed")
+            patches.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.pos_embed = patches
+        self.context_embedder = model.context_embedder
+        self.time_text_embed = model.time_text_embed
+        if shared := getattr(model, MODULATION, None):
+            self.modulation = shared
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D], maybe modulation.
+
+        hidden_states [B, T, C p p]: patches, a channel after the other; positions [T]: rows of the
+        table; timestep [B]: 0 to 1000.
+        """
+        patches = self.pos_embed
+        image = F.linear(hidden_states, patches.proj.weight.flatten(1), patches.proj.bias)
+        image = (image + patches.pos_embed[0][positions]).to(image.dtype)
+        temb = self.time_text_embed(timestep, pooled_projections)
+        opened = image, self.context_embedder(encoder_hidden_states), temb
+        if not hasattr(self, MODULATION):
+            return opened
+        return *opened, self.modulation.linear(F.silu(temb))
+
+
+class Final(nn.Module):
+    """What SD3Transformer2DModel does after its blocks, before patches are joined."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> velocity [B, T, p p C], all channels of a pixel together."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+class JointAttention:
+    """Processor for SD3's Attention with fused projections: the picture's tokens before the text's.
+
+    The same arithmetic as diffusers' JointAttnProcessor2_0, in the form of export/attention.py.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states [B, T, D] (and text [B, Tt, D]) -> outputs of the same shapes."""
+        size = attn.inner_dim // attn.heads
+        query, key, value = heads(attn.to_qkv(hidden_states), size)
+        query, key = normed(query, attn.norm_q), normed(key, attn.norm_k)
+        if encoder_hidden_states is not None:
+            text = heads(attn.to_added_qkv(encoder_hidden_states), size)
+            query = torch.cat([query, normed(text[0], attn.norm_added_q)], dim=2)
+            key = torch.cat([key, normed(text[1], attn.norm_added_k)], dim=2)
+            value = torch.cat([value, text[2]], dim=2)
+        # Scaled before the product: in float16 q k^T alone could overflow.
+        scores = torch.matmul(query * size**-0.5, key.transpose(-1, -2))
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
+        output = mixed.transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return attn.to_out[0](output)
+        length = hidden_states.shape[1]
+        words = output[:, length:]
+        if not attn.context_pre_only:
+            words = attn.to_add_out(words)
+        return attn.to_out[0](output[:, :length]), words
+
+
+def normed(x: Tensor, norm: Any) -> Tensor:
+    """The norm of queries or keys, where the model has one."""
+    return x if norm is None else rms_norm(x, norm)
+
+
+def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """A block: -> (text, image). temb is what its norms read: shared modulation where it is.
+
+    The text norm of the last block reads temb itself.
+    """
+    return run(
+        hidden_states=tensors["hidden_states"],
+        encoder_hidden_states=tensors["encoder_hidden_states"],
+        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+    )
+
+
+def call_last(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """The last block: -> image."""
+    return call_block(run, tensors)[1]
+
+
+def row(block: nn.Module) -> Row:
+    """Blocks with one attention, with two, and the last."""
+    if block.context_pre_only:
+        return Row("last", READ, STREAMS[:1], call_last)
+    kind = "dual" if block.use_dual_attention else "joint"
+    return Row(kind, READ, STREAMS[::-1], call_block)
+
+
+def environment(
+    model: Any, dtype: torch.dtype
+) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+    """The tensors of the program; timestep is float32 in any bundle, positions int64."""
+    config = model.config
+    width, area = model.inner_dim, config.patch_size**2
+    image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
+    inputs = {
+        "hidden_states": Spec(dtype, (*image, area * config.in_channels)),
+        "encoder_hidden_states": Spec(dtype, (*text, config.joint_attention_dim)),
+        "pooled_projections": Spec(dtype, ("batch", config.pooled_projection_dim)),
+        "timestep": Spec(torch.float32, ("batch",)),
+        "positions": Spec(torch.int64, ("image_tokens",)),
+    }
+    inner = {
+        "hidden_states": Spec(dtype, (*image, width)),
+        "encoder_hidden_states": Spec(dtype, (*text, config.caption_projection_dim)),
+        "temb": Spec(dtype, ("batch", width)),
+    }
+    if shared := getattr(model, MODULATION, None):
+        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
+    sample = Spec(dtype, (*image, model.proj_out.out_features))
+    return inputs, inner, {"sample": sample}
+
+
+def lengths(directory: Path) -> dict[str, int]:
+    """Tokens of both CLIPs, and of T5."""
+    from export.source import config
+
+    clip = config(directory, "text_encoder")["max_position_embeddings"]
+    longest = drawing_defaults(directory)["max_sequence_length"]
+    return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": longest}
+
+
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; `grid` is the side of the table of positions."""
+    channels = vae["latent_channels"]
+    if transformer.get("in_channels") != channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected as many; the components are of different models."
+        )
+    return {
+        "channels": channels,
+        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+        "scaling_factor": vae["scaling_factor"],
+        "shift_factor": vae.get("shift_factor"),
+        "patch": transformer["patch_size"],
+        "grid": transformer["pos_embed_max_size"],
+    }
+
+
+def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
+    """The transformer reads the CLIPs' tokens and T5's, one after the other."""
+    clip, t5 = lengths["tokenizer"], lengths["tokenizer_3"]
+    own = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": t5}
+    return {"": clip + t5, **own}
+
+
+CLIP = "CLIPTextModelWithProjection"
+SD3 = Family(
+    name="sd3",
+    parts=(
+        Part("text_encoder", "text_encoder", "transformers", CLIP, clip_projection_program),
+        Part("text_encoder_2", "text_encoder_2", "transformers", CLIP, clip_projection_program),
+        Part(
+            "text_encoder_3", "text_encoder_3", "transformers", "T5EncoderModel", t5_program, False
+        ),
+        None,
+        Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program),
+    ),
+    environment=environment,
+    embed=Embed,
+    final=Final,
+    row=row,
+    processor=JointAttention,
+    lengths=lengths,
+    latents=latents,
+    text_tokens=text_tokens,
+)

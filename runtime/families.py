@@ -1,0 +1,24 @@
+"""The families of models that bundles may hold, by the name in their manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.family import Family
+from runtime.family_flux import FLUX
+from runtime.family_sd3 import SD3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+
+
+def titled(config: Mapping[str, Any]) -> str | None:
+    """The title of the model that a transformer's config is of; None for a class not known."""
+    name = config.get("_class_name")
+    found = (family for family in FAMILIES.values() if name in family.classes)
+    return next((family.titled(config) for family in found), None)
+
+
+def family_of(manifest: Mapping[str, Any]) -> Family:
+    """The row of a checked manifest's family."""
+    return FAMILIES[manifest["family"]]

@@ -1,0 +1,81 @@
+"""What a family of models is to the runtime: its components, and numpy functions around them.
+
+A row stands in a file of its own, `runtime/family_NAME.py`, with the functions it names
+(docs/adding-a-family.md). Letters: n images, C latent channels, h x w latent pixels, T tokens.
+`latents` [n, ...] are of the shape that the family denoises: FLUX's are packed, SD3's [n, C, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Settings = Mapping[str, Any]  # the manifest's `latents`
+Size = tuple[int, int]
+Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of runtime/families.py.
+
+    name: as manifests have it; components: of a bundle, in the order in which a picture needs them,
+    each with the number of its outputs (0: any); tokenizers: their names; guided: drawn with
+    classifier-free guidance, so that a negative prompt has a meaning and guidance over 1 runs the
+    transformer on two rows an image.
+
+    title: for people; classes: of its transformer, by which a pipeline directory is known.
+    titled(config): the title of one model, by its transformer's config.
+    check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be drawn with.
+    largest(manifest): the longest side in pixels that the model takes.
+    encode(run, prompts): the transformer's conditions [n, ...] by the names of its inputs; `run`
+        (component, tokenizer, prompts) gives a text encoder's outputs.
+    noise(seeds, channels, h, w): initial latents, one stream a seed.
+    layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
+    arrange(latents): one of the others -> its own.
+    image_tokens(settings, (h, w)): T, which the schedule's shift may depend on.
+    sigmas(scheduler, steps, T, given): noise levels [steps + 1].
+    feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
+        hidden_states at each of `sigmas`, for as many rows as `conditions` have.
+    tokens(latents, settings): hidden_states [n, T, channels].
+    velocity(sample, settings, (h, w)): the transformer's output as latents.
+    image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them.
+    """
+
+    name: str
+    components: Mapping[str, int]
+    tokenizers: tuple[str, ...]
+    title: str
+    classes: tuple[str, ...]
+    titled: Callable[[Mapping[str, Any]], str]
+    check: Callable[[Mapping[str, Any]], None]
+    largest: Callable[[Mapping[str, Any]], int]
+    encode: Callable[[Run, Sequence[str]], dict[str, np.ndarray]]
+    noise: Callable[[Sequence[int], int, int, int], np.ndarray]
+    layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]]
+    arrange: Callable[[np.ndarray], np.ndarray]
+    image_tokens: Callable[[Settings, Size], int]
+    sigmas: Callable[[dict[str, Any], int, int, Sequence[float] | None], np.ndarray]
+    feeds: Callable[
+        [Mapping[str, Any], Arrays, np.ndarray, Size, float], list[dict[str, np.ndarray]]
+    ]
+    tokens: Callable[[np.ndarray, Settings], np.ndarray]
+    velocity: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    guided: bool = False
+
+
+def rows(conditions: Arrays) -> int:
+    """How many rows conditions have."""
+    return len(next(iter(conditions.values())))
+
+
+def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
+    """Classifier-free guidance: [2 n, ...], the negative prompts' rows first -> [n, ...]."""
+    without, with_prompt = np.split(sample, 2)
+    guided: np.ndarray = without + np.float32(guidance) * (with_prompt - without)
+    return guided

@@ -1,0 +1,343 @@
+"""Every family from the real classes at a tiny size: converted, distilled, exported, drawn.
+
+A family is a parameter: its row in tests/tinyfamilies.py. Nothing here knows which one it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tinyfamilies import FAMILIES, SIZE, Tiny
+
+from d2m.families import family_of_pipeline, sites_of
+from d2m.flow import generator_at, noisy
+from d2m.inputs import transformer_inputs
+from d2m.model import sparse_model_of
+from d2m.recipe import from_dict
+from d2m.structure import Blocks
+from d2m.surgery import identity_error, set_top_k, sparse_ffns
+
+PROMPTS = ["a red circle", "two blue squares and a green ring"]
+LENGTH = 16
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny: Tiny) -> Any:
+    built = tiny.build()
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def dense_dir(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "dense"
+    pipe.save_pretrained(path)
+    return path
+
+
+def batches(pipe: Any) -> Any:
+    """Random latents and real texts: what the family's transformer takes."""
+    family = family_of_pipeline(pipe)
+
+    @torch.no_grad()
+    def batch(step: int, size: int) -> dict[str, torch.Tensor]:
+        draw = generator_at(0, "data", step)
+        texts = [PROMPTS[i % 2] for i in range(size)]
+        found = family.encode_text(pipe, texts, LENGTH)
+        found["latents"] = torch.stack([family.noise(pipe, SIZE, SIZE, draw) for _ in texts])
+        return found | family.places(pipe, found, SIZE, SIZE)
+
+    return batch
+
+
+def recipe(**blocks: Any) -> Any:
+    stage = {"train": ["shared", "experts", "gate"], "top_k": 2, "steps": 6, "lr": 3e-3}
+    stage |= {"batch_size": 2, "losses": {"output": 1.0, "feature": 1.0}, "name": "all"}
+    calibration = {"batches": 1, "batch_size": 2}
+    facts = {"name": "tiny", "stages": [stage], "calibration": calibration, "split": "magnitude"}
+    return from_dict(facts | ({"blocks": blocks} if blocks else {}), "test")
+
+
+def sparse_of(pipe: Any, made: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(dense, sparse) transformers, gates that leave no doubt."""
+    import copy
+
+    from calib.importance import magnitude
+
+    dense = copy.deepcopy(pipe.transformer).to(dtype)
+    sparse = sparse_model_of(dense, magnitude(dense), made, family_of_pipeline(pipe))
+    generator = torch.Generator().manual_seed(3)
+    for ffn in sparse_ffns(sparse).values():
+        torch.nn.init.normal_(ffn.gate.weight, generator=generator)
+    return dense, sparse
+
+
+def inputs_of(pipe: Any, dense: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    batch = {name: each.to(dtype) for name, each in batches(pipe)(0, 2).items()}
+    x, t, _ = noisy(batch["latents"], generator_at(0, "test"))
+    return transformer_inputs(dense, batch, x, t.to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_all_experts_on_is_the_dense_model(pipe: Any, dtype: torch.dtype, limit: float) -> None:
+    dense, sparse = sparse_of(pipe, recipe(), dtype)
+    names = {name for name, _, _ in sites_of(dense.state_dict(), family_of_pipeline(pipe))}
+    assert names == set(sparse_ffns(sparse))
+    inputs = inputs_of(pipe, dense, dtype)
+    assert identity_error(sparse, dense, inputs) < limit
+    with torch.no_grad():
+        different = sparse(**inputs, return_dict=False)[0] - dense(**inputs, return_dict=False)[0]
+    assert float(different.norm()) > 1e-3  # two experts of twelve are another model
+
+
+def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any) -> None:
+    from d2m.groups import block_groups, set_kappa
+
+    dense, sparse = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
+    inputs = inputs_of(pipe, dense, torch.float64)
+    assert len(block_groups(sparse)) == sum(map(len, tiny.groups.values()))
+    assert identity_error(sparse, dense, inputs) < 1e-12
+    with torch.no_grad():
+        set_kappa(sparse, 1)
+        few = sparse(**inputs, return_dict=False)[0]
+        alone = [
+            sparse(**one(inputs, i), return_dict=False)[0] for i in range(2)
+        ]  # every sample chooses for itself
+    assert torch.allclose(few, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    if tiny.refused:
+        with pytest.raises(ValueError, match=r"the recipe's group .* expected groups of blocks"):
+            sparse_of(pipe, recipe(groups=tiny.refused, kappa=1))
+
+
+def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
+    return {n: t if n.endswith("_ids") else t[i : i + 1] for n, t in inputs.items()}
+
+
+@pytest.mark.parametrize("mode", ["single", "lowrank"])
+def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -> None:
+    """Shared modulation, groups, and losses that are finite and fall."""
+    from d2m.adalnfit import compress_adaln, modulation_moments
+    from d2m.distill import distill
+    from d2m.structure import AdaLN
+
+    made = recipe(groups=tiny.groups, kappa=1)
+    made = dataclasses.replace(made, adaln=AdaLN(mode))
+    made = dataclasses.replace(
+        made, stages=tuple(dataclasses.replace(s, kappa=1) for s in made.stages)
+    )
+    dense, sparse = sparse_of(pipe, made)
+    data = batches(pipe)
+    compress_adaln(sparse, made.adaln, modulation_moments(dense, data, made))
+    same = lambda step, size: data(0, size)  # noqa: E731 (one batch, which it must learn)
+    history = distill(sparse, dense, made, same, workdir=tmp_path, log_every=1, log=lambda _: None)
+    losses = [line["output"] for line in history]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def sparse_dir(pipe: Any, dense_dir: Path) -> Path:
+    """Converted by the command's function without training; gates that leave no doubt."""
+    from safetensors.torch import load_file, save_file
+
+    from calib.importance import chosen
+    from d2m.convert import convert
+
+    out = dense_dir.with_name("sparse")
+    neurons, _, _ = chosen("magnitude")
+    options: dict[str, Any] = {"init_only": True, "report": False, "device": "cpu"}
+    answer = convert(
+        dense_dir, out, recipe(), lambda p, seed: batches(p), neurons, log=lambda _: None, **options
+    )
+    assert answer["identity_error"] < 1e-5
+    file = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    state, generator = load_file(file), torch.Generator().manual_seed(3)
+    for name in sorted(state):
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(state[name], generator=generator)
+    save_file(state, file, metadata={"format": "pt"})
+    return out
+
+
+def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_dir: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    import d2m  # noqa: F401 (tells diffusers the transformer's class)
+    from d2m.plan import plan
+    from runtime.inspect import inspect, lines
+
+    loaded = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
+    assert len(sparse_ffns(loaded.transformer)) == len(
+        sites_of(loaded.transformer.state_dict(), family_of_pipeline(loaded))
+    )
+    card = (sparse_dir / "README.md").read_text()
+    assert f"({tiny.title})" in card and "text-to-image" in card
+    for path in (sparse_dir, dense_dir):
+        told = inspect(path)
+        assert told["model"] == tiny.title and f"model: {tiny.title}" in lines(told)
+        total = sum(p.numel() for p in loaded.transformer.parameters())
+        assert told["parameters"]["transformer"]["total"] == total or path == dense_dir
+    counted = plan(sparse_dir)
+    assert counted["family"] == tiny.title and counted["total_params"] == total
+
+
+@pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
+def test_a_plan_counts_the_models_own_weights(pipe: Any, tiny: Tiny, mode: str) -> None:
+    from d2m.anatomy import Structure
+    from d2m.model import sparse_class, structure
+    from d2m.recipe import SparseSpec
+    from d2m.structure import AdaLN
+    from d2m.subject import sizes
+
+    family = family_of_pipeline(pipe)
+    raw = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    config = sizes(json.loads(json.dumps(raw)) | {"_class_name": family.dense_class}, "test")
+    made = recipe(groups=tiny.groups, kappa=1)
+    with torch.device("meta"):
+        model = sparse_class(family)(**raw, **structure(made), adaln=mode)
+    blocks = Blocks(**{k: tuple(map(tuple, v)) for k, v in tiny.groups.items()})
+    stacks = family.anatomy(config, Structure(SparseSpec(), blocks, AdaLN(mode)), 16, 8)
+    total = sum(stack.count * w.size for stack in stacks for w in stack.weights)
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def bundle(sparse_dir: Path) -> Path:
+    from export.bundle import export_bundle
+
+    out = sparse_dir.with_name("bundle")
+    export_bundle(sparse_dir, out, top_k=(2,))
+    return out
+
+
+def test_blocks_and_the_whole_graph_are_torchs(tiny: Tiny, bundle: Path, sparse_dir: Path) -> None:
+    """The portable graphs in ONNX Runtime against diffusers' blocks, one by one and together."""
+    from diffusers import DiffusionPipeline
+
+    from runtime.bundle import open_bundle
+    from runtime.pipeline import Pipeline
+
+    opened = open_bundle(bundle)
+    assert opened.manifest["family"] == tiny.family and opened.manifest["model"] == tiny.title
+    component = opened.component("transformer")
+    assert tuple(call["type"] for call in component["program"]) == tiny.kinds
+    pipe = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
+    seen: dict[str, tuple[Any, Any]] = {}
+    hooks = [
+        block.register_forward_hook(
+            lambda module, args, given, out, name=f"{blocks}.{i}.": seen.update(
+                {name: (given, out)}
+            ),
+            with_kwargs=True,
+        )
+        for _, blocks in family_of_pipeline(pipe).kinds
+        for i, block in enumerate(getattr(pipe.transformer, blocks))
+    ]
+    inputs = inputs_of(pipe, pipe.transformer)
+    with torch.no_grad():
+        expected = pipe.transformer(**inputs, return_dict=False)[0].numpy()
+    for hook in hooks:
+        hook.remove()
+    size = (SIZE // 2, SIZE // 2)
+    conditions = {
+        name: inputs[name].numpy() for name in ("encoder_hidden_states", "pooled_projections")
+    }
+    for mode in ("graph", "blocks"):
+        runner = Pipeline(opened, "ort", mode=mode, threads=1)
+        level = np.array([0.5], np.float32)
+        latents = inputs["hidden_states"].numpy()
+        (feed,) = runner.feeds(latents, conditions, level, size, 0.0)
+        feed["timestep"] = inputs["timestep"].numpy()
+        (sample,) = runner.execute("transformer", feed, 2).values()
+        found = runner.family.velocity(sample, opened.manifest["latents"], size)
+        assert close(found, expected) < 1e-5, mode
+    executor: Any = runner.executor("transformer")
+    for call in component["program"]:
+        if call["prefix"]:
+            given, out = seen[call["prefix"]]
+            streams = dict(zip(family_of_pipeline(pipe).streams, out))
+            row = component["types"][call["type"]]
+            values = {n: t.numpy() for n, t in given.items() if isinstance(t, torch.Tensor)}
+            values |= {n: feed[n] for n in row["inputs"] if n not in values}
+            answer = executor.block(call["type"], call["prefix"], values, 2)
+            names = {"hidden_states": "image", "encoder_hidden_states": "text"}
+            for name, array in answer.items():
+                assert close(array, streams[names[name]].numpy()) < 1e-5, (call, name)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_draws_as_diffusers_does(
+    tiny: Tiny, bundle: Path, sparse_dir: Path, guidance: float
+) -> None:
+    """From the same latents: ids, texts, sigmas, guidance and the VAE are the family's."""
+    from diffusers import DiffusionPipeline
+
+    import runtime
+
+    pipe = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    set_top_k(pipe.transformer, 2)
+    family = family_of_pipeline(pipe)
+    draw = generator_at(0, "draw")
+    noise = torch.stack([family.noise(pipe, 12, 16, draw) for _ in PROMPTS])
+    drawer = runtime.load(bundle, "ort", threads=1)
+    options: dict[str, Any] = {"height": 12, "width": 16}
+    against = {"negative": "a black star"} if drawer.family.guided else {}
+    ours = drawer(PROMPTS, latents=noise.numpy(), steps=3, guidance=guidance, **options, **against)
+    if drawer.family.guided:
+        options["negative_prompt"] = ["a black star"] * 2
+    with torch.no_grad():
+        theirs = pipe(
+            prompt=PROMPTS,
+            latents=noise,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            max_sequence_length=LENGTH,
+            output_type="np",
+            **options,
+        ).images
+    for mine, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(mine, np.float32) / 255 - other).max() < 1.5 / 255
+    if not drawer.family.guided:
+        with pytest.raises(ValueError, match="negative is .* expected none"):
+            drawer(PROMPTS[0], negative="a star")
+
+
+@pytest.mark.tensorrt
+def test_plans_build_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from export.plans import build_plans, default_profiles
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    graphs = {
+        f"transformer/{kind}{f'.k{key}' if key else ''}": bundle / path
+        for kind, row in manifest["components"]["transformer"]["types"].items()
+        for key, path in row["graphs"].items()
+    }
+    built = build_plans(
+        graphs,
+        tmp_path,
+        api="tensorrt_rtx",
+        sm=[],
+        dtype=manifest["compute_dtype"],
+        profiles=default_profiles(manifest),
+    )
+    (target,) = built.values()
+    assert len(target["files"]) == len(graphs)
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected|"""
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
