@@ -87,14 +87,14 @@ class BlockGroup(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
         **others: Any,
     ) -> Streams:
         """As a block: [B, T, D], [B, L, D], [B, D] -> (text [B, L, D], image [B, T, D]).
 
-        Each block is called at most once, with the samples that chose it. Tensors of
-        `joint_attention_kwargs` whose first dimension is B are taken to hold a row per sample;
-        `others` (rotary tables) are of all samples, and go to every block as they are.
+        Each block is called at most once, with the samples that chose it. What else a block takes
+        goes on as it came, by place or by name: rotary tables are of all samples, of tensors in a
+        dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
@@ -118,13 +118,17 @@ class BlockGroup(nn.Module):
             part = len(rows) < batch
             index = torch.tensor(rows, device=temb.device) if part else slice(None)
             text, image = (stream[index] for stream in streams)
-            after = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=temb[index] if part else temb,  # itself: shared modulation knows it again
-                joint_attention_kwargs=_rows(joint_attention_kwargs, index, batch),
-                **others,
-            )
+            given = {
+                "hidden_states": image,
+                "encoder_hidden_states": text,
+                "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
+            }
+            more = [_mine(each, index, batch) for each in args]
+            named = {name: _mine(each, index, batch) for name, each in others.items()}
+            if more:  # diffusers' gradient checkpointing gives all by place
+                after = block(*given.values(), *more, **named)
+            else:
+                after = block(**given, **named)
             if idle:
                 after = [old + 0 * new for old, new in zip((text, image), after)]
                 for module in block.modules():
@@ -183,6 +187,11 @@ def set_kappa(model: nn.Module, kappa: int | None) -> None:
 
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype))
+
+
+def _mine(value: Any, index: Any, batch: int) -> Any:
+    """Of a dict the rows `index`; anything else as it is."""
+    return _rows(value, index, batch) if isinstance(value, dict) else value
 
 
 def _rows(value: Any, index: Any, batch: int) -> Any:

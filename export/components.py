@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from export.blocks import Program, block_type
+from export.family import Part
 from export.trace import Spec
 
 IDS = Spec(torch.int64, ("batch", "text_tokens"))
@@ -126,3 +127,24 @@ def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     above = place[None, :] > place[:, None]
     zero, least = torch.zeros((), dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype)
     return torch.where(above, least, zero)[None, None]
+
+
+def pooled(output: Any) -> tuple[Tensor, ...]:
+    """Of CLIPTextModel."""
+    return (output.pooler_output,)
+
+
+def pooled_and_states(output: Any) -> tuple[Tensor, ...]:
+    """Of CLIPTextModelWithProjection."""
+    return output.text_embeds, output.hidden_states[-2]
+
+
+def first(output: Any) -> tuple[Tensor, ...]:
+    """Of T5EncoderModel, or of a decoder without a dictionary."""
+    return (output[0],)
+
+
+# The last fields of a Part for what most families share (export.family).
+TRANSFORMERS = "transformers"
+T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
+VAE = Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)

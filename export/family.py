@@ -37,7 +37,8 @@ class Part:
     """A component beside the transformer.
 
     name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
-    (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one.
+    (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
+    picked: what the model returns -> the tensors that are the Program's outputs, in their order.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     library: str
     cls: str
     program: Callable[[Any, torch.dtype], Program]
+    picked: Callable[[Any], tuple[Tensor, ...]]
     whole: bool = True
 
 
@@ -64,7 +66,14 @@ class Family:
     latents(configs of transformer and vae, directory): the manifest's `latents`; ValueError where
         the components are of different models.
     text_tokens(lengths): component -> tokens that it reads, for the plans' profiles.
-    record: torch's side of `d2m parity` (export/reference.py); None: it is not there yet.
+
+    For torch's side of `d2m parity` (export/reference.py):
+    draw(pipe, conditions, negative, latents, **settings): the pipeline called as users call it,
+        -> its last latents; `negative` is None where nothing is guided by one.
+    block_inputs(keywords of a block): the tensors of the environment that it reads.
+    model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
+    sample(model, its output): the component's output.
+    spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
     """
 
     name: str
@@ -77,6 +86,10 @@ class Family:
     lengths: Callable[[Path], dict[str, int]]
     latents: Callable[[Mapping[str, Any], Mapping[str, Any], Path], dict[str, Any]]
     text_tokens: Callable[[Mapping[str, int]], dict[str, int]]
+    draw: Callable[..., Tensor]
+    block_inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    model_inputs: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    sample: Callable[[Any, Tensor], Tensor]
+    spatial: Callable[[Any, Tensor, int, int], Tensor]
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     closes: tuple[str, ...] = ("hidden_states", "temb")
-    record: Callable[..., Any] | None = None

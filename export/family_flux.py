@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2m.draw import drawing_defaults
 from export.attention import ExportAttention
 from export.blocks import MODULATION
-from export.components import clip_program, t5_program, vae_program
+from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
 from export.family import Family, Part, Row
 from export.trace import Spec
 
@@ -163,23 +163,48 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
     return {"": lengths["tokenizer_2"], "text_encoder": lengths["tokenizer"]}
 
 
-def record(*args: Any, **options: Any) -> Any:
-    """See export.reference.record."""
-    from export.reference import record as function
+# ---------------------------------------------------------------- torch's side of parity
 
-    return function(*args, **options)
+
+def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+    """FluxPipeline called with packed latents; it has no negative prompt."""
+    return pipe(
+        prompt_embeds=conditions["encoder_hidden_states"],
+        pooled_prompt_embeds=conditions["pooled_projections"],
+        latents=latents,
+        output_type="latent",
+        **settings,
+    ).images
+
+
+def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A block's keywords as the program's tensors."""
+    cos, sin = given["image_rotary_emb"]
+    return {name: given[name] for name in (*STREAMS, "temb")} | {"rope_cos": cos, "rope_sin": sin}
+
+
+def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward's keywords, with rotary tables in place of positions."""
+    names = (*STREAMS, "pooled_projections", "timestep", "guidance")
+    found = {name: given[name] for name in names if given.get(name) is not None}
+    return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
+
+
+def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Packed latents -> [n, C, h, w], unscaled."""
+    config = pipe.vae.config
+    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    return unpacked / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 FLUX = Family(
     name="flux",
     parts=(
-        Part("text_encoder", "text_encoder", "transformers", "CLIPTextModel", clip_program),
+        Part("text_encoder", "text_encoder", TRANSFORMERS, "CLIPTextModel", clip_program, pooled),
         # T5 of FLUX.1 is 9.5 GB: like the transformer's, its weights are read one by one.
-        Part(
-            "text_encoder_2", "text_encoder_2", "transformers", "T5EncoderModel", t5_program, False
-        ),
+        Part("text_encoder_2", "text_encoder_2", *T5, whole=False),
         None,
-        Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program),
+        VAE,
     ),
     environment=environment,
     embed=Embed,
@@ -189,5 +214,9 @@ FLUX = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    record=record,
+    draw=draw,
+    block_inputs=block_inputs,
+    model_inputs=model_inputs,
+    sample=lambda model, output: output,
+    spatial=spatial,
 )

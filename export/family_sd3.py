@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2m.draw import drawing_defaults
 from export.attention import heads, rms_norm
 from export.blocks import MODULATION
-from export.components import clip_projection_program, t5_program, vae_program
+from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
 from export.family import Family, Part, Row
 from export.trace import Spec
 
@@ -203,17 +203,66 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
     return {"": clip + t5, **own}
 
 
-CLIP = "CLIPTextModelWithProjection"
+# ---------------------------------------------------------------- torch's side of parity
+
+
+def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+    """StableDiffusion3Pipeline called with latents [n, C, h, w]."""
+    against = {} if negative is None else {
+        "negative_prompt_embeds": negative["encoder_hidden_states"],
+        "negative_pooled_prompt_embeds": negative["pooled_projections"],
+    }  # fmt: skip
+    return pipe(
+        prompt_embeds=conditions["encoder_hidden_states"],
+        pooled_prompt_embeds=conditions["pooled_projections"],
+        latents=latents,
+        output_type="latent",
+        **against,
+        **settings,
+    ).images
+
+
+def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A block's keywords as the program's tensors."""
+    return {name: given[name] for name in READ}
+
+
+def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward's keywords: latents cut into patches, and where these are."""
+    config, latents = model.config, given["hidden_states"]
+    patch, grid = config.patch_size, config.pos_embed_max_size
+    rows = torch.arange(grid * grid).view(grid, grid)
+    height, width = (side // patch for side in latents.shape[-2:])
+    top, left = (grid - height) // 2, (grid - width) // 2
+    found = {n: given[n] for n in ("encoder_hidden_states", "pooled_projections", "timestep")}
+    return found | {
+        "hidden_states": F.unfold(latents, patch, stride=patch).transpose(1, 2),
+        "positions": rows[top : top + height, left : left + width].reshape(-1),
+    }
+
+
+def sample(model: Any, output: Tensor) -> Tensor:
+    """[n, C, h, w] -> patches [n, T, p p C], all channels of a pixel together."""
+    patch, channels = model.config.patch_size, output.shape[1]
+    cut = F.unfold(output, patch, stride=patch).transpose(1, 2)
+    return cut.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2)
+
+
+def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """[n, C, h, w], unscaled."""
+    config = pipe.vae.config
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+CLIP = (TRANSFORMERS, "CLIPTextModelWithProjection", clip_projection_program, pooled_and_states)
 SD3 = Family(
     name="sd3",
     parts=(
-        Part("text_encoder", "text_encoder", "transformers", CLIP, clip_projection_program),
-        Part("text_encoder_2", "text_encoder_2", "transformers", CLIP, clip_projection_program),
-        Part(
-            "text_encoder_3", "text_encoder_3", "transformers", "T5EncoderModel", t5_program, False
-        ),
+        Part("text_encoder", "text_encoder", *CLIP),
+        Part("text_encoder_2", "text_encoder_2", *CLIP),
+        Part("text_encoder_3", "text_encoder_3", *T5, whole=False),
         None,
-        Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program),
+        VAE,
     ),
     environment=environment,
     embed=Embed,
@@ -223,4 +272,9 @@ SD3 = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
+    draw=draw,
+    block_inputs=block_inputs,
+    model_inputs=model_inputs,
+    sample=sample,
+    spatial=spatial,
 )

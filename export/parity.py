@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export.comparison import Row
-from export.families import FAMILIES
 from export.parts import (
-    Recorder,
     compare_blocks,
     compare_choices,
     compare_components,
@@ -25,9 +23,10 @@ from export.parts import (
     compare_trajectory,
     plans_in_use,
 )
-from export.reference import load_reference
+from export.reference import load_reference, record
 from runtime.arguments import check_kappa
 from runtime.bundle import open_bundle
+from runtime.pipeline import Pipeline
 
 PROMPTS = ("a red circle", "two blue squares and a green triangle")
 # Per compute dtype: largest relative error of a tensor, smallest PSNR of the picture in dB, gate
@@ -67,18 +66,10 @@ def parity(
     k = manifest["top_k"] if top_k is None else top_k
     kept = check_kappa(manifest, kappa, 1)[0]
     count = steps or manifest["defaults"]["steps"]
-    pipeline = Recorder(opened, backend)
+    pipeline = Pipeline(opened, backend)
     target = plans_in_use(pipeline)
     dtype = manifest["plans"][target]["dtype"] if target else manifest["compute_dtype"]
     limits = LIMITS[dtype]
-    record = FAMILIES[manifest["family"]].record
-    if record is None:
-        raise ValueError(
-            f"the bundle {bundle} holds a model of family {manifest['family']}, which d2m parity"
-            f" does not compare yet, expected one of"
-            f" {', '.join(n for n, row in FAMILIES.items() if row.record)}; compare pictures of"
-            " d2m run and of diffusers by hand."
-        )
     tell("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())

@@ -25,20 +25,6 @@ from runtime.text import TextTokenizer
 Progress = Callable[[str, int, int], None]
 
 
-class Recorder(Pipeline):
-    """A pipeline that keeps the latents that each step of the transformer is given."""
-
-    def __init__(self, bundle: Bundle, backend: str) -> None:
-        super().__init__(bundle, backend)
-        self.latents: list[np.ndarray] = []
-
-    def execute(self, component: str, inputs: Any, *knobs: Any) -> dict[str, np.ndarray]:
-        """See Pipeline.execute."""
-        if component == "transformer":
-            self.latents.append(np.array(inputs["hidden_states"]))
-        return super().execute(component, inputs, *knobs)
-
-
 def plans_in_use(pipeline: Pipeline) -> str | None:
     """The target whose plans the pipeline runs; None with ONNX Runtime."""
     if pipeline.backend not in PLAN_BACKENDS:
@@ -184,7 +170,7 @@ def compare_choices(
 
 
 def compare_trajectory(
-    pipeline: Recorder,
+    pipeline: Pipeline,
     reference: Recording,
     noise: np.ndarray,
     latent: tuple[int, ...],
@@ -194,7 +180,7 @@ def compare_trajectory(
     kappa: int | None = None,
 ) -> dict[str, Any]:
     """Both draw from the same noise and torch's embeddings; the latents after each step."""
-    pipeline.latents = []
+    found: list[np.ndarray] = []
     final = pipeline.denoise(
         noise,
         reference.conditions,
@@ -202,9 +188,10 @@ def compare_trajectory(
         top_k=[top_k] * steps,
         kappa=[kappa] * steps,
         guidance=pipeline.manifest["defaults"]["guidance"],
+        negative=reference.negative,
         step=lambda done, total: tell("trajectory", done, total),
+        after=lambda done, total, latents: found.append(latents.copy()),
     )
-    found = [*pipeline.latents, final][1:]
     rows = [
         measure("latents", f"step {step}", expected, latents, limit=float("inf"))
         for step, (expected, latents) in enumerate(zip(reference.latents[1:], found, strict=True))

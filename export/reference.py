@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from export.family import Family, Part
+
 Arrays = dict[str, np.ndarray]
+STREAMS = {"text": "encoder_hidden_states", "image": "hidden_states"}  # d2m's names, the program's
 
 
 @dataclass
@@ -24,9 +28,9 @@ class Recording:
     components: name -> (inputs, outputs), the transformer's at the first recorded step.
     blocks: step -> prefix -> (inputs, outputs), "embed" and "final" being all but the blocks. All
     blocks of a group are run on what enters it, chosen or not; its router has the group's prefix.
-    logits: step -> site of routed experts -> [tokens, E]. latents: packed, before each step and
-    after the last. image: [n, 3, H, W], 0 to 1. conditions: of the prompts, by the names of the
-    transformer's inputs.
+    logits: step -> site of routed experts -> [tokens, E]. latents: before each step and after the
+    last. image: [n, 3, H, W], 0 to 1. conditions: of the prompts, by the names of the
+    transformer's inputs; negative: of what they are guided against.
     """
 
     components: dict[str, tuple[Arrays, Arrays]] = field(default_factory=dict)
@@ -35,6 +39,7 @@ class Recording:
     latents: list[np.ndarray] = field(default_factory=list)
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
     conditions: Arrays = field(default_factory=dict)
+    negative: Arrays | None = None
 
 
 def load_reference(
@@ -79,19 +84,26 @@ def record(
     text_tokens: int,
     recorded: Sequence[int],
 ) -> Recording:
-    """Draw from packed `noise` [n, T, C], keeping the parts of the steps in `recorded`."""
+    """Draw from `noise` [n, ...], keeping the parts of the steps in `recorded`.
+
+    A family that is drawn with classifier-free guidance is guided against the empty prompt.
+    """
     import torch
 
+    from d2m.families import family_of_pipeline
+    from export.families import FAMILIES
+
+    family = family_of_pipeline(pipe)
+    row = FAMILIES[family.name]
     result = Recording()
     with torch.no_grad():
-        with watch_encoders(pipe, result):
-            states, pooled, _ = pipe.encode_prompt(
-                list(prompts), None, max_sequence_length=text_tokens
-            )
-        result.conditions = {
-            "encoder_hidden_states": array(states),
-            "pooled_projections": array(pooled),
-        }
+        with watch_encoders(pipe, row, result):
+            conditions = family.encode_text(pipe, list(prompts), text_tokens)
+        result.conditions = {name: array(tensor) for name, tensor in conditions.items()}
+        negative = None
+        if family.unconditional and guidance > 1:
+            negative = family.encode_text(pipe, [""] * len(prompts), text_tokens)
+            result.negative = {name: array(tensor) for name, tensor in negative.items()}
         latents = torch.from_numpy(noise)
         result.latents.append(noise)
 
@@ -99,22 +111,20 @@ def record(
             result.latents.append(array(values["latents"]))
             return values
 
-        with watch_transformer(pipe.transformer, result, recorded):
-            final = pipe(
-                prompt_embeds=states,
-                pooled_prompt_embeds=pooled,
-                latents=latents,
+        with watch_transformer(pipe.transformer, row, result, recorded):
+            final = row.draw(
+                pipe,
+                conditions,
+                negative,
+                latents,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=height,
                 width=width,
                 max_sequence_length=text_tokens,
                 callback_on_step_end=after,
-                output_type="latent",
-            ).images
-        config = pipe.vae.config
-        spatial = pipe._unpack_latents(final, height, width, pipe.vae_scale_factor)
-        spatial = spatial / config.scaling_factor + (config.shift_factor or 0.0)
+            )
+        spatial = row.spatial(pipe, final, height, width)
         image = pipe.vae.decode(spatial, return_dict=False)[0]
     result.components["vae_decoder"] = ({"latents": array(spatial)}, {"image": array(image)})
     result.image = to_unit(array(image))
@@ -122,23 +132,21 @@ def record(
 
 
 @contextmanager
-def watch_encoders(pipe: Any, result: Recording) -> Iterator[None]:
-    """Keep the ids that the text encoders get, and the tensor that the pipeline takes from each."""
+def watch_encoders(pipe: Any, row: Family, result: Recording) -> Iterator[None]:
+    """Keep the ids that the text encoders get, and what the pipeline takes from each."""
 
-    def keep(name: str, pick: Any) -> Any:
+    def keep(part: Part) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             ids = args[0] if args else kwargs["input_ids"]
-            result.components[name] = ({"input_ids": ids.numpy()}, {"": array(pick(output))})
+            taken = {str(i): array(tensor) for i, tensor in enumerate(part.picked(output))}
+            result.components[part.name] = ({"input_ids": ids.numpy()}, taken)
 
         return hook
 
+    encoders = [part for part in row.parts if part and part.name.startswith("text_encoder")]
     handles = [
-        pipe.text_encoder.register_forward_hook(
-            keep("text_encoder", lambda output: output.pooler_output), with_kwargs=True
-        ),
-        pipe.text_encoder_2.register_forward_hook(
-            keep("text_encoder_2", lambda output: output[0]), with_kwargs=True
-        ),
+        getattr(pipe, part.folder).register_forward_hook(keep(part), with_kwargs=True)
+        for part in encoders
     ]
     try:
         yield
@@ -148,15 +156,19 @@ def watch_encoders(pipe: Any, result: Recording) -> Iterator[None]:
 
 
 @contextmanager
-def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) -> Iterator[None]:
+def watch_transformer(
+    model: Any, row: Family, result: Recording, recorded: Sequence[int]
+) -> Iterator[None]:
     """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
+    from d2m.families import family_of_model
     from d2m.groups import BlockGroup, Passed
     from d2m.surgery import sparse_ffns
     from export.groups import LOGITS
 
+    family = family_of_model(model)
     names = {
         block: f"{name}.{index}."
-        for name in ("transformer_blocks", "single_transformer_blocks")
+        for _, name in family.kinds
         for index, block in enumerate(getattr(model, name))
         if not isinstance(block, Passed)
     }
@@ -176,14 +188,12 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
             result.blocks[step] = {}
 
     def pair(kwargs: Any, output: Any) -> tuple[Arrays, Arrays]:
-        cos, sin = kwargs["image_rotary_emb"]
-        inputs = {name: array(kwargs[name]) for name in ("hidden_states", "encoder_hidden_states")}
-        inputs |= {"temb": array(kwargs["temb"]), "rope_cos": array(cos), "rope_sin": array(sin)}
+        inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()}
         if shared is not None:
             inputs["modulation"] = array(shared(kwargs["temb"]))
+        streams = zip(family.streams, output)
         return inputs, {
-            "encoder_hidden_states": array(output[0]),
-            "hidden_states": array(output[1]),
+            STREAMS[stream]: array(tensor) for stream, tensor in streams if tensor is not None
         }
 
     def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -205,23 +215,22 @@ def watch_transformer(model: Any, result: Recording, recorded: Sequence[int]) ->
         if step not in recorded:
             return
         first, last = passed[0][0], passed[-1]
-        wanted = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
-        inputs = {name: array(kwargs[name]) for name in wanted}
-        if kwargs.get("guidance") is not None:
-            inputs["guidance"] = array(kwargs["guidance"])
-        inputs |= {name: first[name] for name in ("rope_cos", "rope_sin")}
-        sample = {"sample": array(output[0])}
+        found = row.model_inputs(model, kwargs, first)
+        inputs = {
+            n: each if isinstance(each, np.ndarray) else array(each) for n, each in found.items()
+        }
+        sample = {"sample": array(row.sample(model, output[0]))}
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
         opened = ("hidden_states", "encoder_hidden_states", "temb", "modulation")
         embedded = {name: each for name, each in first.items() if name in opened}
         result.blocks[step]["embed"] = (inputs, embedded)
-        closing = {"hidden_states": last[1]["hidden_states"], "temb": last[0]["temb"]}
+        closing = {name: (last[0] | last[1])[name] for name in row.closes}
         result.blocks[step]["final"] = (closing, sample)
-        found = {name: site.last_logits for name, site in sites.items() if site.top_k}
+        chosen = {name: site.last_logits for name, site in sites.items() if site.top_k}
         result.logits[step] = {
             name: array(logits).reshape(-1, logits.shape[-1])
-            for name, logits in found.items()
+            for name, logits in chosen.items()
             if logits is not None
         }
 

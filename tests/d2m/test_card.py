@@ -23,6 +23,7 @@ SPARSE = {
     "blocks.0.attn.weight": (D, D),
 }
 FACTS = {
+    "tags": ("flux",),
     "name": "shapes-L",
     "base_model": "models/shapes-dense",
     "recipe": to_dict(preset("L")),
