@@ -23,7 +23,7 @@ SD3_CONFIG = {
     "sample_size": 8,
     "patch_size": 2,
     "in_channels": 4,
-    "num_layers": 4,
+    "num_layers": 3,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "joint_attention_dim": 80,
@@ -31,7 +31,7 @@ SD3_CONFIG = {
     "pooled_projection_dim": 72,
     "out_channels": 4,
     "pos_embed_max_size": 12,
-    "dual_attention_layers": (0, 1),
+    "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }
 
@@ -60,7 +60,7 @@ def schnell() -> Any:
 
 
 def sd3() -> Any:
-    """SD3.5 medium's ways: two blocks with a second attention, norms of queries and keys."""
+    """SD3.5 medium's ways: a block with a second attention, norms of queries and keys."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -117,9 +117,9 @@ FAMILIES = {
         sd3,
         "sd3",
         "Stable Diffusion 3.5 medium",
-        {"double": [[0, 1, 2]]},
-        ("embed", "dual", "dual", "joint", "last", "final"),
-        refused={"double": [[2, 3]]},
+        {"double": [[0, 1]]},
+        ("embed", "dual", "joint", "last", "final"),
+        refused={"double": [[1, 2]]},
     ),
 }
 SIZE = IMAGE_SIZE

@@ -146,6 +146,49 @@ def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+def test_streamed_conversion_with_shared_modulation(
+    pipe: Any, dense_dir: Path, tmp_path: Path
+) -> None:
+    """Block by block from file to file, and read by diffusers."""
+    from diffusers import DiffusionPipeline
+
+    from calib.importance import magnitudes
+    from d2m.stream import convert_stream
+    from d2m.structure import AdaLN
+
+    made = dataclasses.replace(recipe(), adaln=AdaLN("lowrank"))
+    answer = convert_stream(
+        dense_dir, tmp_path / "out", made, magnitudes, "magnitude", log=lambda _: None
+    )
+    assert answer["checked"] and max(answer["checked"].values()) < 1e-5
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    inputs = inputs_of(pipe, pipe.transformer)
+    with torch.no_grad():
+        assert torch.isfinite(loaded.transformer(**inputs, return_dict=False)[0]).all()
+
+
+def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
+    """Prompts alone and shapes make batches; what it cannot learn from is refused with the cure."""
+    from calib.batches import shapes_batches
+    from calib.data import check_taught, chosen
+    from calib.world import World
+    from d2m.draw import settings
+
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    told = settings(dense_dir, height=SIZE, width=SIZE, num_inference_steps=2)
+    prompts = chosen(str(tmp_path / "prompts.txt"), lambda: told, log=lambda _: None)
+    check_taught(dense_dir, prompts)
+    for batch in (prompts.batches(pipe, 0)(0, 2), shapes_batches(pipe, World(size=32))(0, 2)):
+        x, t = batch.get("noisy", batch["latents"]), torch.rand(2)
+        with torch.no_grad():
+            found = pipe.transformer(
+                **transformer_inputs(pipe.transformer, batch, x, t), return_dict=False
+            )[0]
+        assert found.shape == batch["latents"].shape
+    with pytest.raises(ValueError, match="--data is shapes, but .* draws 16 pixels.* expected"):
+        check_taught(dense_dir, chosen("shapes", lambda: told))
+
+
 @pytest.fixture(scope="module")
 def sparse_dir(pipe: Any, dense_dir: Path) -> Path:
     """Converted by the command's function without training; gates that leave no doubt."""
@@ -312,6 +355,14 @@ def test_draws_as_diffusers_does(
     if not drawer.family.guided:
         with pytest.raises(ValueError, match="negative is .* expected none"):
             drawer(PROMPTS[0], negative="a star")
+
+
+def test_parity_passes(bundle: Path, sparse_dir: Path) -> None:
+    """d2m parity's own comparison, part by part."""
+    from export.parity import parity
+
+    answer = parity(sparse_dir, bundle, steps=2)
+    assert answer["passed"], answer["failures"]
 
 
 @pytest.mark.tensorrt
