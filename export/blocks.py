@@ -75,7 +75,9 @@ MODULATION = "modulation"  # of the norms of all blocks, computed by the embed c
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
-    """A block's inputs: with shared modulation that takes the place of temb."""
+    """A block's inputs: shared modulation takes the place of temb, or stands beside it."""
+    if MODULATION in row.inputs:
+        return {name: inner[name] for name in row.inputs}
     names = [MODULATION if n == "temb" and MODULATION in inner else n for n in row.inputs]
     return {name: inner[name] for name in names}
 

@@ -60,7 +60,9 @@ class Family:
     embed(model), final(model): modules of what is before and after the blocks, parameters under the
         model's names. `embed` reads the inputs named in `opens`, or all that are not in `inner`;
         `final` reads `closes`.
-    row(block): how a block is called.
+    row(block): how a block is called. `temb` among its inputs becomes `modulation` where a model
+        has shared modulation, unless the row names that too.
+    prepare(model): what else is changed, in place, in a model that is about to be traced.
     processor(): the attention processor that blocks are traced with.
     lengths(directory): tokenizer -> tokens that every prompt is padded and cut to.
     latents(configs of transformer and vae, directory): the manifest's `latents`; ValueError where
@@ -91,5 +93,6 @@ class Family:
     model_inputs: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     sample: Callable[[Any, Tensor], Tensor]
     spatial: Callable[[Any, Tensor, int, int], Tensor]
+    prepare: Callable[[Any], None] = lambda model: None
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     closes: tuple[str, ...] = ("hidden_states", "temb")

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m.adaln import SharedAdaLN
 from d2m.draw import drawing_defaults
+from d2m.groups import Passed
 from export.attention import heads, rms_norm
 from export.blocks import MODULATION
 from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
@@ -31,11 +33,7 @@ class Embed(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        patches = model.pos_embed
-        if isinstance(patches.pos_embed, Tensor) and "pos_embed" in patches._buffers:
-            table = patches._buffers.pop("pos_embed")
-            patches.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.pos_embed = patches
+        self.pos_embed = model.pos_embed
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
         if shared := getattr(model, MODULATION, None):
@@ -117,11 +115,23 @@ def normed(x: Tensor, norm: Any) -> Tensor:
     return x if norm is None else rms_norm(x, norm)
 
 
-def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
-    """A block: -> (text, image). temb is what its norms read: shared modulation where it is.
+def prepare(model: Any) -> None:
+    """The table of positions becomes a weight; the last block's temb holds the modulation too.
 
-    The text norm of the last block reads temb itself.
+    Of the last block the picture's norm reads shared modulation [B, r] and the text's temb [B, D],
+    but a block has one argument for both: they lie side by side there.
     """
+    patches, block = model.pos_embed, model.transformer_blocks[-1]
+    patches.pos_embed = nn.Parameter(patches._buffers.pop("pos_embed"), requires_grad=False)
+    if not isinstance(block, Passed) and isinstance(block.norm1, SharedAdaLN):
+        size = model.modulation.linear.out_features
+        taken: Any = lambda emb: emb[:, :size]  # noqa: E731
+        block.norm1._shared = (taken,)
+        block.norm1_context.register_forward_pre_hook(lambda _, args: (args[0], args[1][:, size:]))
+
+
+def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """A block: -> (text, image). temb is what its norms read: shared modulation where it is."""
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
@@ -130,14 +140,20 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def call_last(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
-    """The last block: -> image."""
-    return call_block(run, tensors)[1]
+    """The last block: -> image. See `prepare`."""
+    temb = [tensors[name] for name in (MODULATION, "temb") if name in tensors]
+    return run(
+        hidden_states=tensors["hidden_states"],
+        encoder_hidden_states=tensors["encoder_hidden_states"],
+        temb=torch.cat(temb, dim=-1),
+    )[1]
 
 
 def row(block: nn.Module) -> Row:
     """Blocks with one attention, with two, and the last."""
     if block.context_pre_only:
-        return Row("last", READ, STREAMS[:1], call_last)
+        both = (*READ, MODULATION) if isinstance(block.norm1, SharedAdaLN) else READ
+        return Row("last", both, STREAMS[:1], call_last)
     kind = "dual" if block.use_dual_attention else "joint"
     return Row(kind, READ, STREAMS[::-1], call_block)
 
@@ -268,6 +284,7 @@ SD3 = Family(
     embed=Embed,
     final=Final,
     row=row,
+    prepare=prepare,
     processor=JointAttention,
     lengths=lengths,
     latents=latents,

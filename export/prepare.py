@@ -73,7 +73,7 @@ def prepare(model: nn.Module) -> nn.Module:
     """
     from export.families import export_family
 
-    processor = export_family(model).processor
+    family = export_family(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseFFN):
             parent, _, child = name.rpartition(".")
@@ -88,5 +88,6 @@ def prepare(model: nn.Module) -> nn.Module:
             for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
                 if hasattr(module, part):
                     delattr(module, part)
-            module.set_processor(processor())
+            module.set_processor(family.processor())
+    family.prepare(model)
     return model
