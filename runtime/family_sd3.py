@@ -25,7 +25,14 @@ def titled(config: Mapping[str, Any]) -> str:
 
 
 def check(manifest: Mapping[str, Any]) -> None:
-    """ValueError (a clause) unless the default picture fits the table of positions."""
+    """ValueError (a clause) unless the default picture fits the table of positions.
+
+    And unless both CLIPs write what `encode` reads.
+    """
+    for name in ("text_encoder", "text_encoder_2"):
+        outputs = manifest["components"][name]["outputs"]
+        if set(outputs) != {"pooled", "states"}:
+            raise wrong(f"components.{name}.outputs", sorted(outputs), "pooled and states")
     latents = mapping(dict(manifest), "latents")
     integer(latents, "grid", 1, 1 << 14, "latents")
     for side in ("height", "width"):

@@ -108,7 +108,8 @@ def test_default_profiles_hold_the_default_picture():
     profiles = default_profiles(
         {
             "defaults": {"height": 1024, "width": 1024},
-            "latents": {"vae_scale_factor": 8},
+            "family": "flux",
+            "latents": {"vae_scale_factor": 8, "patch": 2},
             "tokenizers": {"tokenizer": {"max_length": 77}, "tokenizer_2": {"max_length": 512}},
         }
     )
