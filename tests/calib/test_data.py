@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import tinydata
-from calib.batches import encode_images
 from calib.data import chosen, source_of
 from calib.feed import Unreadable, feed
 from calib.pictures import pixels
 from calib.source import Damaged
 from calib.tars import expand
+from d2m.family_flux import encode_images
 from tiny import build_pipeline
 
 SETTINGS = {
