@@ -117,9 +117,10 @@ def convert(
         columns=columns,
         log=say,
     )
-    check_taught(dense, taught)
     judged = (120 if data == "shapes" else 0) if score is None else score
     neurons, scores, label = chosen(importance)
+    if not init_only or scores is None or budget is not None:  # else no data is looked at
+        check_taught(dense, taught)
     made: Any = recipe or preset
     facts: dict[str, Any] = {}
     if budget is not None:
