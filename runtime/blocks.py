@@ -49,6 +49,7 @@ class Blocks:
         self._bound: dict[tuple[str, str, Any], Bound] = {}
         self.place: Place = share.place if share else place or Host()
         self.streamed: bool = share.streamed if share else check_offload(offload) == "block"
+        self.arena = not self.streamed  # of memory that stays with the sessions
         source = Streamed if self.streamed else Held
         self.weights: Source = (
             share.weights
@@ -167,7 +168,7 @@ class Blocks:
                 self.threads,
                 fully=single,
                 place=self.place,
-                arena=not self.streamed,
+                arena=self.arena,
                 tail=self.tail(graph),
             )
         return self._sessions[graph]

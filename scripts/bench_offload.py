@@ -42,11 +42,17 @@ def draw(bundle: str, mode: str, options: dict[str, Any], threads: int | None) -
 
     import numpy as np
 
+    from runtime.blocks import Blocks
     from runtime.pipeline import Pipeline
+    from runtime.threads import thread_count
 
     began = time.perf_counter()
-    given = {"mode": "blocks"} if mode == "held" else {"offload": mode}
-    pipeline = Pipeline(bundle, "ort", threads=threads, **given)
+    pipeline = Pipeline(
+        bundle, "ort", threads=threads, offload="block" if mode == "block" else None
+    )
+    if mode == "held":  # the transformer alone: text encoders and VAE are whole graphs in all modes
+        count = threads or thread_count(None, 1 << 30)
+        pipeline._executors["transformer"] = Blocks(pipeline.bundle, "transformer", count)
     opened = time.perf_counter() - began
     before = status("VmHWM")
     marks: list[float] = []
