@@ -13,6 +13,7 @@ import torch
 
 from d2m.families import FLUX
 from d2m.grouping import group_blocks
+from d2m.groups import block_groups
 from d2m.structure import Blocks
 from gpubench.flux import Flux, Size
 from gpubench.timing import backend
@@ -71,14 +72,28 @@ def routes(name: str) -> bool:
 
 
 class Transformer:
-    """An executor of the component `transformer` (see runtime.executor.Executor)."""
+    """An executor of the component `transformer` (see runtime.executor.Executor).
+
+    It runs what the model was loaded with: ValueError for another top_k or kappa.
+    """
 
     def __init__(self, model: Flux, device: torch.device, dtype: torch.dtype, compiled: bool):
         self.model, self.device, self.dtype = model, device, dtype
         self.run = torch.compile(model, backend=backend(device)) if compiled else model
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, np.ndarray], top_k: int | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        inputs: dict[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Any = None,
+    ) -> dict[str, Any]:
+        kept = {group.kappa for group in block_groups(self.model).values()}
+        if top_k not in (None, self.model.size.top_k) or {kappa} - {None} - kept or starts:
+            raise ValueError(
+                f"top_k is {top_k}, kappa {kappa}; this transformer was loaded with its bundle's"
+            )
         wide = ("timestep", "guidance", "rope_cos", "rope_sin")
         given = {
             name: torch.from_numpy(np.ascontiguousarray(array)).to(

@@ -112,6 +112,21 @@ def test_the_torch_transformer_is_the_bundles() -> None:
     assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
 
 
+def test_it_draws_as_the_runtime_does() -> None:
+    """The whole pipeline, its transformer in torch, gives ONNX Runtime's picture."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from gpubench.shapes import pipeline
+    from runtime.pipeline import Pipeline
+
+    given = {"steps": 4, "seed": 3}
+    drawn = pipeline(torch.device("cpu"), torch.float32)
+    mine = np.asarray(drawn("a red circle above a blue square", **given), np.float64)
+    other = Pipeline(None, "ort", threads=1)("a red circle above a blue square", **given)
+    assert ((mine - np.asarray(other, np.float64)) ** 2).mean() < 0.65  # 50 dB
+    with pytest.raises(ValueError, match="top_k is 1, kappa 1; this transformer was loaded"):
+        drawn("a red circle", top_k=1, **given)
+
+
 def test_refusals_are_one_sentence() -> None:
     done = script("bench_gpu.py")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
