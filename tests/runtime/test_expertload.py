@@ -143,9 +143,9 @@ def test_counting_takes_its_share_of_the_time_and_no_more(pipeline: Pipeline) ->
     assert len({round(b - a, 2) for a, b in zip(cost, cost[1:])}) > 3  # not in step
 
 
-def test_every_step_is_as_likely(tiny_bundle: Path) -> None:
+def test_every_step_is_as_likely(pipeline: Pipeline) -> None:
     """Of 8 steps each within 5 standard deviations of its share; steps without choice never."""
-    component = open_bundle(tiny_bundle).component("transformer")
+    component = pipeline.bundle.component("transformer")
     seen = np.zeros(8, int)
     for _ in range(2000):
         sampler = Sampler(component)
