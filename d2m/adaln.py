@@ -7,6 +7,7 @@ The final norm (AdaLayerNormContinuous) stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -97,13 +98,41 @@ class SharedAdaLN(nn.Module):
         return f"chunks={self.chunks}"
 
 
+class SharedModulator(SharedAdaLN):
+    """As SharedAdaLN for a block that norms by itself: emb [B, D] -> its modulation [B, n D]."""
+
+    def forward(self, emb: Tensor) -> Tensor:  # type: ignore[override]
+        return self.modulation(emb)
+
+
+def modulator(module: nn.Module) -> bool:
+    """Whether a module is modulation alone: SiLU and Linear(D, n D), as in Qwen-Image's blocks."""
+    found = list(module) if isinstance(module, nn.Sequential) else []
+    if [type(each) for each in found] != [nn.SiLU, nn.Linear]:
+        return False
+    return found[1].out_features % found[1].in_features == 0
+
+
 def norms(model: nn.Module) -> dict[str, int]:
-    """Every block norm with modulation of its own or a shared one: name -> chunks of width D."""
-    return {
-        name: module.chunks if isinstance(module, SharedAdaLN) else CHUNKS[type(module).__name__]
-        for name, module in model.named_modules()
-        if isinstance(module, SharedAdaLN) or type(module).__name__ in CHUNKS
-    }
+    """Every block norm with modulation of its own or a shared one: name -> chunks of width D.
+
+    Modulation that stands alone (`modulator`) counts as one.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SharedAdaLN):
+            found[name] = module.chunks
+        elif type(module).__name__ in CHUNKS:
+            found[name] = CHUNKS[type(module).__name__]
+        elif modulator(module):
+            linear: Any = module[1]  # type: ignore[index]
+            found[name] = linear.out_features // linear.in_features
+    return found
+
+
+def own_linear(names: Container[str], norm: str) -> str:
+    """The name of a dense norm's own Linear, of all parameters' names."""
+    return f"{norm}.linear" if f"{norm}.linear.weight" in names else f"{norm}.1"
 
 
 def rank_of(adaln: AdaLN, dim: int, chunks: int) -> int | None:
@@ -141,5 +170,6 @@ def share_adaln(model: nn.Module, adaln: AdaLN, family: Family | None = None) ->
     model.modulation = shared  # not `adaln`: diffusers finds fields of the config before modules
     for name, chunks in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SharedAdaLN(shared, dim, chunks, rank))
+        cls = SharedModulator if modulator(model.get_submodule(name)) else SharedAdaLN
+        setattr(model.get_submodule(parent), child, cls(shared, dim, chunks, rank))
     return model

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m.adaln import norms, rank_of, share_adaln
+from d2m.adaln import norms, own_linear, rank_of, share_adaln
 from d2m.flow import generator_at, noisy
 from d2m.inputs import global_embedding
 from d2m.recipe import Recipe
@@ -116,8 +116,10 @@ def compress_adaln(model: nn.Module, adaln: AdaLN, moments: Mapping[str, Tensor]
     if adaln.mode == "full":
         return model
     found = list(norms(model))
-    weights = {name: model.get_parameter(f"{name}.linear.weight").detach().cpu() for name in found}
-    biases = {name: model.get_parameter(f"{name}.linear.bias").detach().cpu() for name in found}
+    state = dict(model.named_parameters())
+    own = {name: own_linear(state, name) for name in found}
+    weights = {name: state[f"{own[name]}.weight"].detach().cpu() for name in found}
+    biases = {name: state[f"{own[name]}.bias"].detach().cpu() for name in found}
     mean = moments["mean"].double()
     rank = rank_of(adaln, len(mean), sum(len(bias) for bias in biases.values()) // len(mean))
     if rank is None:

@@ -88,7 +88,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
     first = (*_embedders(config, dim, image, text), *shared_modulation(structure.adaln, dim, rank))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
-        for own, count, running in _alike(blocks, spec, kind, depth[kind]):
+        for own, count, running in alike(blocks, spec, kind, depth[kind]):
             weights = (
                 *inside[kind](config, own, dim, *tokens[kind]),  # type: ignore[operator]
                 *modulated(structure.adaln, norms_of(kind), dim, rank),
@@ -127,7 +127,7 @@ def used_share(dim: int, spec: SparseSpec | None, family: Family = FLUX) -> floa
     return sum(used) / len(used)
 
 
-def _alike(
+def alike(
     blocks: Blocks, spec: SparseSpec | None, kind: str, depth: int
 ) -> Iterator[tuple[SparseSpec | None, int, int]]:
     """(structure, blocks that have it, blocks of them that run) of a kind's blocks."""
@@ -234,9 +234,9 @@ def sparse_ffn(part: str, name: str, dim: int, spec: SparseSpec, rows: int) -> I
 
 
 def modulated(
-    adaln: AdaLN, norms: Iterable[tuple[str, int]], dim: int, rank: int
+    adaln: AdaLN, norms: Iterable[tuple[str, int]], dim: int, rank: int, own: str = "linear"
 ) -> Iterator[Weight]:
-    """A block's own part of AdaLN; norms: (name, chunks of width D)."""
+    """A block's own part of AdaLN; norms: (name, chunks of width D); own: of a norm, its Linear."""
     for name, chunks in norms:
         outputs = chunks * dim
         if adaln.mode == "single":
@@ -244,7 +244,7 @@ def modulated(
         elif adaln.mode == "lowrank":
             yield from linear("adaln", f"{name}.up", rank, outputs, 1)
         else:
-            yield from linear("adaln", f"{name}.linear", dim, outputs, 1)
+            yield from linear("adaln", f"{name}.{own}", dim, outputs, 1)
 
 
 def shared_modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Iterator[Weight]:

@@ -149,12 +149,14 @@ def pipeline_draw(
     """
     import torch
 
+    from d2m.families import family_of_pipeline
     from d2m.knobs import knobs
 
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}, expected 1 or more")
     steps = int(values.get("num_inference_steps", 28))  # the pipeline's own default
     turned = {"top_k": top_k, "kappa": kappa}
+    drawn = family_of_pipeline(pipe).drawn
     with knobs(pipe.transformer, steps, **turned):
         pass  # a wrong number is answered before anything is drawn
 
@@ -166,12 +168,8 @@ def pipeline_draw(
             for start in range(0, len(prompts), batch_size):
                 chunk = slice(start, start + batch_size)
                 generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[chunk]]
-                answer = pipe(
-                    prompt=list(prompts[chunk]),
-                    generator=generators,
-                    callback_on_step_end=on_step_end,
-                    **values,
-                )
+                given = {"prompt": list(prompts[chunk]), "generator": generators}
+                answer = drawn(pipe, {**given, "callback_on_step_end": on_step_end, **values})
                 pictures.extend(answer.images)
         return pictures
 

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.family import Family, Site
 from d2m.family_flux import FLUX
+from d2m.family_qwen import QWEN
 from d2m.family_sd3 import SD3
 from d2m.recipe import SparseSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "FLUX", "SD3", "Family", "Site"]
+__all__ = ["FAMILIES", "FLUX", "QWEN", "SD3", "Family", "Site"]
 
-FAMILIES = (FLUX, SD3)
+FAMILIES = (FLUX, SD3, QWEN)
 
 
 def _known() -> str:

@@ -43,6 +43,12 @@ class Site:
     identity: str | None = None
 
 
+def halved(vae: Config) -> int:
+    """AutoencoderKL's halvings; 3, which all large models have, where a config does not say."""
+    levels = vae.get("block_out_channels")
+    return len(levels) - 1 if isinstance(levels, list) and levels else 3
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of d2m/families.py. What conversion, planning and data need to know of a model.
@@ -59,10 +65,12 @@ class Family:
         titled(config): the title of one model of the family.
         drawing(directory's config reader): what `d2m.draw.drawing_defaults` falls back to.
         anatomy(config, structure, image tokens, text tokens): its weights, for `d2m plan`.
+        halvings(the VAE's config): how often it halves a picture's sides.
         check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
     Functions of its transformer:
         inputs(model, batch, x, t): keyword inputs of forward; x noisy latents, t [B] in [0, 1].
         embedding(model, batch, t): temb [B, D], which AdaLN and routers read.
+        restore(model): what is no part of a state dict, made again after the meta device.
         random_text(config, n, generator): the part of a batch that `embedding` reads, made up.
     Functions of its pipeline:
         text_length(pipe): tokens of the longest text that it is trained with.
@@ -73,6 +81,7 @@ class Family:
         noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
         trajectory(pipe, text, noise, settings, keep): draw once from noise [1, ...]; `keep` is the
             callback after every step.
+        drawn(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
     sources: which of SOURCES it can learn from. text_before: tokens of the transformer's text that
     `max_sequence_length` does not count. unconditional: the share of captions that are left
     empty, for models that are drawn with classifier-free guidance. alike: whether blocks of a kind
@@ -92,7 +101,7 @@ class Family:
     titled: Callable[[Config], str]
     drawing: Callable[[Callable[[str], Config]], dict[str, Any]]
     anatomy: Callable[[Config, Any, int, int], list[Stack]]
-    inputs: Callable[[nn.Module, Batch, Tensor, Tensor], dict[str, Tensor]]
+    inputs: Callable[[nn.Module, Batch, Tensor, Tensor], dict[str, Any]]
     embedding: Callable[[nn.Module, Batch, Tensor], Tensor]
     random_text: Callable[[Config, int, Any], dict[str, Tensor]]
     text_length: Callable[[Any], int]
@@ -101,6 +110,9 @@ class Family:
     places: Callable[[Any, Batch, int, int], dict[str, Tensor]]
     noise: Callable[[Any, int, int, Any], Tensor]
     trajectory: Callable[[Any, Batch, Tensor, Mapping[str, Any], Callable[..., Any]], None]
+    halvings: Callable[[Config], int] = halved
+    restore: Callable[[nn.Module], None] = lambda model: None
+    drawn: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
     streams: tuple[str, ...] = ("text", "image")
     sources: tuple[str, ...] = SOURCES

@@ -20,6 +20,7 @@ from d2m.routing import routing_dtype
 ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
 Streams = tuple[Tensor, Tensor]
+TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
 
 
 class Router(nn.Module):
@@ -39,14 +40,22 @@ class Router(nn.Module):
         for linear in (self.tokens, self.embedding):
             nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, L, D], [B, D] -> [B, m]. With alpha 0 no token is looked at."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D], [B, L, D], [B, D] -> [B, m]. With alpha 0 no token is looked at.
+
+        mask [B, L]: true where text is, for families that fill texts up and mask them.
+        """
         dtype = routing_dtype(temb)
         with torch.autocast(temb.device.type, enabled=False):
             logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
             if self.alpha:
-                streams = (hidden_states, encoder_hidden_states)
-                pooled = torch.cat([stream.mean(1, dtype=dtype) for stream in streams], dim=-1)
+                pooled = pool(hidden_states, encoder_hidden_states, mask, dtype)
                 logits = logits + self.alpha * _linear(pooled, self.tokens)
         return logits
 
@@ -76,10 +85,14 @@ class BlockGroup(nn.Module):
         return tuple(int(name) for name in self.blocks)
 
     def window_logits(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The mean logit of every window of kappa neighbours, [B, W] (ours); the largest wins."""
-        logits = self.router(hidden_states, encoder_hidden_states, temb)
+        logits = self.router(hidden_states, encoder_hidden_states, temb, mask)
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
     def forward(
@@ -94,16 +107,18 @@ class BlockGroup(nn.Module):
 
         Each block is called at most once, with the samples that chose it. What else a block takes
         goes on as it came, by place or by name: rotary tables are of all samples, of tensors in a
-        dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample.
+        dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample, as does
+        the mask of the text, which the router heeds.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
         streams = (encoder_hidden_states, hidden_states)
+        mask = others.get(TEXT_MASK)
         self.last_logits = None
         batch, offsets = hidden_states.shape[0], range(len(self.blocks))
         chosen, shares = [list(range(batch)) for _ in offsets], None
         if self.kappa < len(self.blocks):
-            logits = self.window_logits(hidden_states, encoder_hidden_states, temb)
+            logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
             self.last_logits = logits if self.record else None
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
@@ -125,6 +140,8 @@ class BlockGroup(nn.Module):
             }
             more = [_mine(each, index, batch) for each in args]
             named = {name: _mine(each, index, batch) for name, each in others.items()}
+            if mask is not None:
+                named[TEXT_MASK] = mask[index]
             if more:  # diffusers' gradient checkpointing gives all by place
                 after = block(*given.values(), *more, **named)
             else:
@@ -183,6 +200,22 @@ def set_kappa(model: nn.Module, kappa: int | None) -> None:
             )
     for group in groups:
         group.kappa = len(group.blocks) if kappa is None else kappa
+
+
+def pool(
+    image: Tensor, text: Tensor, mask: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The means of both streams over tokens, side by side: [B, T, D], [B, L, D] -> [B, 2 D].
+
+    mask [B, L]: true for the tokens of the text that count.
+    """
+    dtype = dtype or image.dtype
+    if mask is None:
+        words = text.mean(1, dtype=dtype)
+    else:
+        share = mask.to(dtype)[..., None]
+        words = (text.to(dtype) * share).sum(1) / share.sum(1)
+    return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
 
 
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -6,7 +6,7 @@ B batch, D width; latents are as the family's transformer takes them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2m.families import family_of_model
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def transformer_inputs(
     model: nn.Module, batch: Mapping[str, Tensor], x: Tensor, t: Tensor
-) -> dict[str, Tensor]:
-    """What `model(**inputs)` takes, on the model's device.
+) -> dict[str, Any]:
+    """What `model(**inputs)` takes, tensors on the model's device.
 
     Args:
         batch: the family's conditions (`Family.inputs`).
@@ -26,7 +26,7 @@ def transformer_inputs(
     """
     inputs = family_of_model(model).inputs(model, batch, x, t)
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {n: each.to(device) if hasattr(each, "to") else each for n, each in inputs.items()}
 
 
 def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:

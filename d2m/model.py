@@ -155,4 +155,5 @@ def sparse_model_of(
     values = convert_state_dict(dense.state_dict(), permutations, spec, family, recipe.seed)
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)
     model.load_state_dict(values, assign=True)
+    family.restore(model)
     return model.to(next(dense.parameters()).device).eval()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from d2m.adaln import SharedAdaLN
+from d2m.adaln import SharedAdaLN, own_linear
 from d2m.adalnfit import fit_lowrank, fit_single
 from d2m.families import family_of_model
 from d2m.flow import generator_at
@@ -28,7 +28,7 @@ class NormWeights(Mapping[str, "Tensor"]):
         self.source, self.names = source, names
 
     def __getitem__(self, name: str) -> Tensor:
-        key = f"{name}.linear.weight"
+        key = f"{own_linear(self.source.where, name)}.weight"
         return self.source.read([key])[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -47,7 +47,8 @@ def fit_from_shards(source: Shards, sparse: Any, recipe: Recipe) -> dict[str, Te
     """
     found = [dense_name(n) for n, m in sparse.named_modules() if isinstance(m, SharedAdaLN)]
     weights = NormWeights(source, found)
-    biases = {n: source.read([f"{n}.linear.bias"])[f"{n}.linear.bias"] for n in found}
+    keys = {name: f"{own_linear(source.where, name)}.bias" for name in found}
+    biases = {name: source.read([key])[key] for name, key in keys.items()}
     dtype = biases[found[0]].dtype
     s = _embeddings(source, sparse, recipe)
     mean = s.mean(0)

@@ -77,7 +77,7 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
 Negative = Annotated[
     str | None,
-    typer.Option("--negative", help="What not to draw, with classifier-free guidance (SD3)."),
+    typer.Option("--negative", help="What not to draw, with guidance by it (SD3, Qwen-Image)."),
 ]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels.")]

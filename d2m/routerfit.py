@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m.flow import generator_at, noisy
-from d2m.groups import BlockGroup, block_groups
+from d2m.groups import TEXT_MASK, BlockGroup, block_groups, pool
 from d2m.inputs import transformer_inputs
 from d2m.recipe import Recipe
 from d2m.surgery import unit_gates
@@ -64,7 +64,7 @@ def _look(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         streams = (inputs["hidden_states"], inputs["encoder_hidden_states"])
-        pooled = torch.cat([stream.double().mean(1) for stream in streams], dim=-1)
+        pooled = pool(*streams, inputs.get(TEXT_MASK), torch.float64)
         rows.append((pooled.cpu(), inputs["temb"].double().cpu()))
 
     return hook

@@ -204,6 +204,7 @@ def _block(
     shared: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A block's tensors in the sparse model, and the importance of its FFNs' neurons by site."""
+    from d2m.adaln import own_linear
     from d2m.families import hidden_sizes, read_ffn
     from d2m.grouping import renamed
     from d2m.surgery import convert_state_dict, split_neurons
@@ -222,8 +223,9 @@ def _block(
         permutations[name] = split_neurons(found[name], width, recipe.num_experts)
     tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
     mine = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
-    replaced = {f"{key.rpartition('.')[0]}".removesuffix(".up") + ".linear." for key in mine}
-    kept = {k: v for k, v in tensors.items() if not k.startswith(tuple(replaced))}
+    norms = {key.rpartition(".")[0].removesuffix(".up") for key in mine}
+    replaced = tuple(f"{own_linear(source.where, norm)}." for norm in norms)
+    kept = {k: v for k, v in tensors.items() if not k.startswith(replaced)}
     return renamed(kept | mine, recipe.blocks, family), found
 
 

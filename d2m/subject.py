@@ -92,7 +92,7 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
         values = drawing_defaults(pipeline)
         drawing = {key: values[key] for key in ("height", "width")}
         drawing["text_tokens"] = family.text_before + values["max_sequence_length"]
-        drawing["pixels"] = _pixels(pipeline / "vae" / "config.json")
+        drawing["pixels"] = _pixels(pipeline / "vae" / "config.json", family)
     return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **drawing)
 
 
@@ -104,10 +104,9 @@ def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**experts, "blocks": blocks, "adaln": adaln}
 
 
-def _pixels(vae: Path) -> int:
-    """The side of an image token in pixels: a patch of 2 x 2 latents, halved once a level."""
-    levels = read_json(vae).get("block_out_channels") if vae.is_file() else None
-    return 2 * 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else PIXELS
+def _pixels(vae: Path, family: Family) -> int:
+    """The side of an image token in pixels: a patch of 2 x 2 latents, halved by the VAE."""
+    return 2 * 2 ** family.halvings(read_json(vae)) if vae.is_file() else PIXELS
 
 
 def sizes(raw: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 from d2m.families import family_of_model
 from export.family import Family
 from export.family_flux import FLUX
+from export.family_qwen import QWEN
 from export.family_sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, QWEN)}
 
 
 def export_family(model: Any) -> Family:

@@ -38,6 +38,7 @@ class Part:
 
     name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
     (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
+    stored: a parameter's name in the model -> in its files.
     picked: what the model returns -> the tensors that are the Program's outputs, in their order.
     """
 
@@ -48,6 +49,13 @@ class Part:
     program: Callable[[Any, torch.dtype], Program]
     picked: Callable[[Any], tuple[Tensor, ...]]
     whole: bool = True
+    stored: Callable[[str], str] = lambda name: name
+
+
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """What the pipeline's VAE makes of latents [n, C, h, w]: pixels [n, 3, H, W]."""
+    pixels: Tensor = pipe.vae.decode(latents, return_dict=False)[0]
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Family:
     model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
     sample(model, its output): the component's output.
     spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
+    decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1.
     """
 
     name: str
@@ -93,6 +102,7 @@ class Family:
     model_inputs: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     sample: Callable[[Any, Tensor], Tensor]
     spatial: Callable[[Any, Tensor, int, int], Tensor]
+    decode: Callable[[Any, Tensor], Tensor] = decoded
     prepare: Callable[[Any], None] = lambda model: None
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     closes: tuple[str, ...] = ("hidden_states", "temb")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.groups import BlockGroup, Passed, Router
+from d2m.groups import TEXT_MASK, BlockGroup, Passed, Router, pool
 from export.trace import Spec
 
 LOGITS = "logits"  # what a router writes, [B, m]
@@ -40,19 +40,22 @@ class ExportRouter(nn.Module):
         self.router, self.alpha = router, router.alpha
 
     def forward(self, temb: Tensor, **streams: Tensor) -> Tensor:
-        """temb [B, D] and, unless alpha is 0, both streams [B, T, D] -> logits [B, m], float32."""
+        """temb [B, D] and, unless alpha is 0, both streams [B, T, D] -> logits [B, m], float32.
+
+        And the mask of the text [B, L], where a family has one.
+        """
         weights = self.router.embedding.weight, self.router.tokens.weight
         logits = (1 - self.alpha) * torch.matmul(temb.float(), weights[0].t())
         if self.alpha:
             order = (streams["hidden_states"], streams["encoder_hidden_states"])
-            pooled = torch.cat([x.mean(1, dtype=torch.float32) for x in order], dim=-1)
+            pooled = pool(*order, streams.get(TEXT_MASK), torch.float32)
             logits = logits + self.alpha * torch.matmul(pooled, weights[1].t())
         return logits
 
     def inputs(self, inner: dict[str, Spec]) -> dict[str, Spec]:
         """The tensors of the program that it reads: with alpha 0 the embedding alone."""
-        names = ("hidden_states", "encoder_hidden_states") if self.alpha else ()
-        return {name: inner[name] for name in (*names, "temb")}
+        names = ("hidden_states", "encoder_hidden_states", TEXT_MASK) if self.alpha else ()
+        return {name: inner[name] for name in (*names, "temb") if name in inner}
 
     def outputs(self) -> dict[str, Spec]:
         """Its logits."""

@@ -114,19 +114,23 @@ def components(
         get = parameter_getter(model)
         return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
 
-    def empty(name: str, folder: str, cls: Any, trace: Any) -> Component:
+    def empty(
+        name: str, folder: str, cls: Any, trace: Any, stored: Callable[[str], str]
+    ) -> Component:
         from accelerate import init_empty_weights
 
         checkpoint = Checkpoint(directory / folder)
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_pretrained(directory / folder))
         model.tie_weights()
-        if {key for key, _ in model.named_parameters()} - set(checkpoint.names()):
+        if {stored(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
             return loaded(name, folder, cls, "dtype", trace)  # named as an older release did
-        stored = checkpoint.main_dtype()
-        return Component(
-            name, model.eval(), lambda d: trace(model, d), checkpoint.get, stored, checkpoint
-        )
+        kind = checkpoint.main_dtype()
+
+        def get(key: str) -> torch.Tensor:
+            return checkpoint.get(stored(key))
+
+        return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
 
     skeleton = empty_transformer(directory, sparse)
     checkpoint = Checkpoint(directory / "transformer")
@@ -146,7 +150,7 @@ def components(
         if part.whole:
             found.append(loaded(part.name, part.folder, cls, keyword, part.program))
         else:
-            found.append(empty(part.name, part.folder, cls, part.program))
+            found.append(empty(part.name, part.folder, cls, part.program, part.stored))
     return found
 
 

@@ -153,7 +153,8 @@ def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Plac
         row = program.types[kind]
         for local, spec in row.weights.items():
             name = prefix + local
-            sources = sources_of(name)
+            linear = f"{local.rpartition('.')[0]}.weight" in row.linears  # a VAE's to_qkv is none
+            sources = sources_of(name) if linear else (name,)
             stored = torch.float32 if is_gate(name) else dtype_of(sources[0])
             shape = tuple(int(side) for side in spec.shape)
             placed.append(Placed(name, sources, local in row.linears, shape, stored))

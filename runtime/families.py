@@ -7,9 +7,10 @@ from typing import Any
 
 from runtime.family import Family
 from runtime.family_flux import FLUX
+from runtime.family_qwen import QWEN
 from runtime.family_sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, QWEN)}
 
 
 def titled(config: Mapping[str, Any]) -> str | None:

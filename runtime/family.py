@@ -19,6 +19,18 @@ Size = tuple[int, int]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
 
 
+def rows(conditions: Arrays) -> int:
+    """How many rows conditions have."""
+    return len(next(iter(conditions.values())))
+
+
+def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
+    """Classifier-free guidance: [2 n, ...], the negative prompts' rows first -> [n, ...]."""
+    without, with_prompt = np.split(sample, 2)
+    guided: np.ndarray = without + np.float32(guidance) * (with_prompt - without)
+    return guided
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of runtime/families.py.
@@ -32,8 +44,11 @@ class Family:
     titled(config): the title of one model, by its transformer's config.
     check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be drawn with.
     largest(manifest): the longest side in pixels that the model takes.
+    worded(prompt): the text that tokenizers get, for models that read a template around it;
+        dropped: tokens at its beginning that the transformer does not get.
     encode(run, prompts): the transformer's conditions [n, ...] by the names of its inputs; `run`
-        (component, tokenizer, prompts) gives a text encoder's outputs.
+        (component, tokenizer, prompts) gives a text encoder's outputs, and where the family is
+        `masked` the tokenizer's `mask` [n, tokens] int64, 1 where a text is and 0 behind it.
     noise(seeds, channels, h, w): initial latents, one stream a seed.
     layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
     arrange(latents): one of the others -> its own.
@@ -42,6 +57,7 @@ class Family:
     feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
         hidden_states at each of `sigmas`, for as many rows as `conditions` have.
     tokens(latents, settings): hidden_states [n, T, channels].
+    guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
     velocity(sample, settings, (h, w)): the transformer's output as latents.
     image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them.
     """
@@ -67,15 +83,7 @@ class Family:
     velocity: Callable[[np.ndarray, Settings, Size], np.ndarray]
     image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
     guided: bool = False
-
-
-def rows(conditions: Arrays) -> int:
-    """How many rows conditions have."""
-    return len(next(iter(conditions.values())))
-
-
-def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
-    """Classifier-free guidance: [2 n, ...], the negative prompts' rows first -> [n, ...]."""
-    without, with_prompt = np.split(sample, 2)
-    guided: np.ndarray = without + np.float32(guidance) * (with_prompt - without)
-    return guided
+    guide: Callable[[np.ndarray, float], np.ndarray] = guide
+    worded: Callable[[str], str] = str
+    masked: bool = False
+    dropped: int = 0

@@ -24,7 +24,7 @@ from runtime.executor import (
 )
 from runtime.experts import check_experts
 from runtime.families import family_of
-from runtime.family import Arrays, guide, rows
+from runtime.family import Arrays, rows
 from runtime.forecast import forecast
 from runtime.groups import known_beforehand
 from runtime.offload import check_offload
@@ -251,7 +251,10 @@ class Pipeline:
         """Prompts -> the transformer's conditions [n, ...] by name, float32."""
 
         def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-            return self.execute(component, self._tokenizers[tokenizer](texts))
+            worded = [self.family.worded(text) for text in texts]
+            ids, mask = self._tokenizers[tokenizer].tokens(worded)
+            found = self.execute(component, ids)
+            return found | {"mask": mask} if self.family.masked else found
 
         return self.family.encode(run, prompts)
 
@@ -312,7 +315,7 @@ class Pipeline:
                 "transformer", inputs, top_k[index], kept[index], starts[index]
             ).values()
             if negative is not None:
-                sample = guide(sample, guidance)
+                sample = self.family.guide(sample, guidance)
             velocity = self.family.velocity(sample, self.manifest["latents"], latent_size)
             latents = flux.euler(latents, velocity, levels[index], levels[index + 1])
             if after:

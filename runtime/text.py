@@ -58,6 +58,10 @@ class TextTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
+        return self.tokens(prompts)[0]
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same, and their mask of that shape: 1 for a prompt's tokens, 0 for what fills up."""
         try:
             encodings = self.tokenizer.encode_batch(list(prompts))
         except BaseException as error:  # as above
@@ -79,4 +83,5 @@ class TextTokenizer:
                     lost,
                     len(prompt),
                 )
-        return np.array([encoding.ids for encoding in encodings], np.int64)
+        ids, masks = zip(*((encoding.ids, encoding.attention_mask) for encoding in encodings))
+        return np.array(ids, np.int64), np.array(masks, np.int64)

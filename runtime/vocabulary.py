@@ -1,8 +1,8 @@
 """A tokenizer.json looked at before the tokenizers library compiles and runs what it says.
 
 The library would run any regular expression on a prompt (some take for ever) and any chain of
-replacements (sixty-four that double a text fill any memory). FLUX's two tokenizers need a handful
-of steps with known expressions; nothing else is let through.
+replacements (sixty-four that double a text fill any memory). The families' tokenizers need a
+handful of steps with known expressions; nothing else is let through.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ SPLITTERS = set("Split ByteLevel Metaspace WhitespaceSplit Whitespace Punctuatio
 PROCESSORS = set("TemplateProcessing RobertaProcessing BertProcessing ByteLevel".split())
 # Expressions of CLIP's tokenizer (slow and fast classes of several years) and of T5's.
 CLIP = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP} | {
+# Qwen2's. Of alternatives that begin alike none is tried twice over more than a run of spaces.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2} | {
     f"{start}|{end}|{CLIP}"
     for start, end in [
         (r"<\|startoftext\|>", r"<\|endoftext\|>"),

@@ -12,6 +12,7 @@ from typing import Any
 from tiny import (
     IMAGE_SIZE,
     MAX_SEQUENCE_LENGTH,
+    WORDS,
     build_pipeline,
     clip_tokenizer,
     randomize,
@@ -105,6 +106,101 @@ def clip(cls: Any, seed: int, width: int) -> Any:
     return randomize(cls(config), seed).eval()
 
 
+QWEN_CONFIG = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def qwen() -> Any:
+    """Qwen-Image: texts that are masked, a video's VAE, a shift that grows with the picture."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    tokenizer = qwen_tokenizer()
+    return QwenImagePipeline(
+        transformer=randomize(QwenImageTransformer2DModel(**QWEN_CONFIG), 0).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
+        ),
+        vae=randomize(vae, 1).eval(),
+        text_encoder=qwen_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+    )
+
+
+def qwen_encoder(words: int) -> Any:
+    """Qwen2.5-VL with two layers; its eye, which no prompt opens, has one."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": words,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"patch_size": 4, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return randomize(Qwen2_5_VLForConditionalGeneration(config), 2).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """A real Qwen2 byte-pair tokenizer: one token a word of WORDS and of the pipeline's template,
+    so that the template begins with 34 tokens as with the large vocabulary."""
+    from transformers import Qwen2Tokenizer
+
+    template = (
+        "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial"
+        " relationships of the objects and background"
+    )
+    words = ["system", "user", "assistant", *template.replace(",", "").split(), *WORDS]
+    ranks: dict[tuple[str, str], int] = {}
+    for word in (form for each in words for form in (each, "\u0120" + each)):
+        parts = list(word)
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in ranks]:
+            first = min(pairs, key=ranks.__getitem__)
+            at = list(zip(parts, parts[1:])).index(first)
+            parts[at : at + 2] = ["".join(first)]
+        while len(parts) > 1:
+            ranks[parts[0], parts[1]] = len(ranks)
+            parts[:2] = [parts[0] + parts[1]]
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyzD0123456789,.:-'\u0120\u010a"))
+    pieces = [*letters, *dict.fromkeys("".join(pair) for pair in ranks)]
+    vocab = {piece: index for index, piece in enumerate(["<|endoftext|>", *pieces])}
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=list(ranks),
+        model_max_length=34 + MAX_SEQUENCE_LENGTH,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
 FAMILIES = {
     "schnell": Tiny(
         schnell,
@@ -120,6 +216,13 @@ FAMILIES = {
         {"double": [[0, 1]]},
         ("embed", "dual", "joint", "last", "final"),
         refused={"double": [[1, 2]]},
+    ),
+    "qwen": Tiny(
+        qwen,
+        "qwen",
+        "Qwen-Image",
+        {"double": [[0, 1]]},
+        ("embed", "joint", "joint", "joint", "final"),
     ),
 }
 SIZE = IMAGE_SIZE

@@ -16,6 +16,7 @@ import torch
 from conftest import exported
 from tinyfamilies import FAMILIES, SIZE, Tiny
 
+from d2m.draw import write_defaults
 from d2m.families import family_of_pipeline, sites_of
 from d2m.flow import generator_at, noisy
 from d2m.inputs import transformer_inputs
@@ -45,6 +46,7 @@ def pipe(tiny: Tiny) -> Any:
 def dense_dir(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("family") / "dense"
     pipe.save_pretrained(path)
+    write_defaults(path, height=SIZE, width=SIZE)  # where a pipeline's own are of no config
     return path
 
 
@@ -123,7 +125,7 @@ def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any
 
 
 def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
-    return {n: t if n.endswith("_ids") else t[i : i + 1] for n, t in inputs.items()}
+    return {n: t if n.endswith("_ids") else t[i : i + 1] for n, t in inputs.items()}  # lists too
 
 
 @pytest.mark.parametrize("mode", ["single", "lowrank"])
@@ -302,15 +304,9 @@ def test_draws_as_diffusers_does(
     if drawer.family.guided:
         options["negative_prompt"] = ["a black star"] * 2
     with torch.no_grad():
-        theirs = pipe(
-            prompt=PROMPTS,
-            latents=noise,
-            num_inference_steps=3,
-            guidance_scale=guidance,
-            max_sequence_length=LENGTH,
-            output_type="np",
-            **options,
-        ).images
+        options |= {"latents": noise, "num_inference_steps": 3, "guidance_scale": guidance}
+        options |= {"max_sequence_length": LENGTH, "output_type": "np"}
+        theirs = family.drawn(pipe, {"prompt": PROMPTS, **options}).images
     for mine, other in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(mine, np.float32) / 255 - other).max() < 1.5 / 255
     if not drawer.family.guided:

@@ -1,5 +1,6 @@
 """Bundles made to harm: each attack ends in one sentence, within bounds of time and memory."""
 
+import copy
 import json
 import os
 import re
@@ -305,7 +306,7 @@ junk = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=6), st.just([]), st.just({}), st.just([["a", 0.5]]),
     st.sampled_from(["Replace", "Sequence", "Split", "Precompiled", "Unigram", "WordLevel"]),
-)  # fmt: skip
+).map(copy.deepcopy)  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)

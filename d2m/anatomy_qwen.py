@@ -1,0 +1,87 @@
+"""The anatomy of a Qwen-Image transformer: every weight's size, and its use in a step.
+
+As d2m/anatomy.py, whose pieces it is put together from. All blocks are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from d2m.anatomy import (
+    TIME_CHANNELS,
+    Stack,
+    Structure,
+    Weight,
+    alike,
+    dim_of,
+    linear,
+    modulated,
+    router,
+    shared_modulation,
+    sparse_ffn,
+    vector,
+)
+from d2m.recipe import SparseSpec
+from d2m.structure import lowrank_default
+
+LIST = "transformer_blocks"
+RATIO = 4
+NORMS = (("img_mod", 6), ("txt_mod", 6))  # (name, chunks of width D)
+
+
+def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """As `d2m.anatomy.anatomy`; text: tokens of the prompt, without the template's."""
+    dim, depth, blocks = dim_of(config), int(config["num_layers"]), structure.blocks
+    chunks = 12 * (depth - len(blocks.dropped("double")))
+    rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
+    shared = shared_modulation(structure.adaln, dim, rank)
+    stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *shared))]
+    for spec, count, running in alike(blocks, structure.spec, "double", depth):
+        weights = (
+            *_block(config, spec, dim, image, text),
+            *modulated(structure.adaln, NORMS, dim, rank, "1"),
+        )
+        stacks.append(Stack(f"{LIST}.*.", count, running, weights))
+    for group in blocks.groups("double"):
+        weights = tuple(router(dim, len(group), blocks))
+        stacks.append(Stack(f"{LIST}.{group[0]}.router.", 1, 1, weights))
+    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+
+
+def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
+    for last, width in (("linear_1", TIME_CHANNELS), ("linear_2", dim)):
+        name = f"time_text_embed.timestep_embedder.{last}"
+        yield from linear("embedders", name, width, dim, 1)
+    yield vector("embedders", "txt_norm.weight", config["joint_attention_dim"])
+    yield from linear("embedders", "img_in", config["in_channels"], dim, image)
+    yield from linear("embedders", "txt_in", config["joint_attention_dim"], dim, text)
+
+
+def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
+    channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+    yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
+    yield from linear("output", "proj_out", dim, channels, image)
+
+
+def _block(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
+) -> Iterator[Weight]:
+    part, head = "double_attention", config["attention_head_dim"]
+    own = ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    streams = (
+        ("img_mlp", image, *own),
+        ("txt_mlp", text, added, ("norm_added_q", "norm_added_k")),
+    )
+    for ffn, rows, linears, norms in streams:
+        for name in linears:
+            yield from linear(part, f"attn.{name}", dim, dim, rows)
+        for name in norms:
+            yield vector(part, f"attn.{name}.weight", head)
+        if spec is None:
+            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
+            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
+        else:
+            yield from sparse_ffn("double_ffn", ffn, dim, spec, rows)
+    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)

@@ -1,0 +1,208 @@
+"""Qwen-Image: the row, and how the model and its pipeline are called.
+
+Latents are packed as FLUX's; no pooled text: temb is the time's alone. One text encoder,
+Qwen2.5-VL's language model, reads a template around the prompt. Texts are filled up to one length,
+and the transformer masks what is filled. Letters: B batch, T image tokens, C packed channels, L
+text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from d2m.family import Batch, Config, Family, Site
+from d2m.family_flux import noise
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from d2m.anatomy import Stack
+
+STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
+TEMPLATE_TOKENS = 34  # read: the template's tokens before the prompt, which the pipeline drops
+LONGEST = 512  # read: the pipeline's max_sequence_length
+STEPS, GUIDANCE, SIDE = 50, 4.0, 1024  # read: the pipeline's defaults
+
+
+def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
+    """See d2m.draw.drawing_defaults; guidance is the pipeline's true_cfg_scale."""
+    length = read("tokenizer/tokenizer_config.json").get("model_max_length", LONGEST)
+    length = length - TEMPLATE_TOKENS if isinstance(length, int) else LONGEST
+    return {
+        "height": SIDE,
+        "width": SIDE,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "max_sequence_length": max(1, min(length, LONGEST)),
+    }
+
+
+def anatomy(config: Config, structure: Any, image: int, text: int) -> list[Stack]:
+    """See d2m.anatomy_qwen."""
+    from d2m.anatomy_qwen import anatomy as function
+
+    return function(config, structure, image, text)
+
+
+# ---------------------------------------------------------------- the transformer
+
+
+def inputs(model: nn.Module, batch: Batch, x: Tensor, t: Tensor) -> dict[str, Any]:
+    """Keyword inputs of forward. x [B, T, C], t [B] in [0, 1]: the model multiplies by 1000.
+
+    The text is cut after the batch's longest, which changes nothing but the time it takes: what
+    lies behind is masked.
+    """
+    mask = batch[MASK].bool()
+    longest = int(mask.any(0).nonzero().max()) + 1
+    rows, columns = (int(side) + 1 for side in batch["img_ids"][:, 1:].amax(0))
+    return {
+        "hidden_states": x,
+        STATES: batch[STATES][:, :longest],
+        MASK: mask[:, :longest],
+        "timestep": t,
+        "img_shapes": [[(1, rows, columns)]] * len(x),
+    }
+
+
+def embedding(model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
+    """temb [B, D] of times t [B] in [0, 1]."""
+    embedder: Any = model.time_text_embed
+    like = embedder.timestep_embedder.linear_1.weight  # of its hidden_states it reads the dtype
+    temb: Tensor = embedder(t.to(like.dtype), like)
+    return temb
+
+
+def restore(model: Any) -> None:
+    """The rotary tables, which are complex and no buffers."""
+    rope = model.pos_embed
+    model.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
+
+
+def random_text(config: Config, n: int, generator: Any) -> dict[str, Tensor]:
+    """Nothing: temb reads no text."""
+    return {}
+
+
+# ---------------------------------------------------------------- the pipeline
+
+
+def text_length(pipe: Any) -> int:
+    """What the tokenizer takes beside the template, at most LONGEST."""
+    return max(1, min(pipe.tokenizer.model_max_length - TEMPLATE_TOKENS, LONGEST))
+
+
+def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor]:
+    """States [B, L, width], zeros behind a text's end, and the mask [B, L] bool, L = `length`.
+
+    A caption at a time: a shorter one beside a longer one would see other rounding.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    states, masks = [], []
+    for caption in captions:
+        found, _ = pipe.encode_prompt([caption], max_sequence_length=length)
+        size = found.shape[1]
+        states.append(F.pad(found, (0, 0, 0, length - size)))
+        masks.append(torch.arange(length, device=found.device)[None] < size)
+    return {STATES: torch.cat(states), MASK: torch.cat(masks)}
+
+
+def encode_images(pipe: Any, images: Tensor) -> Tensor:
+    """Images uint8 [B, H, W, 3] -> packed latents [B, T, C]: posterior's mean, normalised."""
+    import torch
+
+    vae = pipe.vae
+    pixels = images.permute(0, 3, 1, 2).to(vae.device).to(vae.dtype) / 127.5 - 1
+    latents = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+    mean, std = (
+        torch.tensor(each).to(latents).view(1, -1, 1, 1)
+        for each in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    latents = (latents - mean) / std
+    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+    """`img_ids` [T, 3]: row and column of every token in columns 1 and 2."""
+    import torch
+
+    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
+    ids = torch.zeros(rows, columns, 3, device=batch["latents"].device)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return {"img_ids": ids.reshape(-1, 3)}
+
+
+def trajectory(
+    pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
+) -> None:
+    """Draw from packed noise [1, T, C], guided against the empty prompt; text: of one prompt."""
+    device = pipe.transformer.device
+    empty = encode_text(pipe, [""], settings["max_sequence_length"])
+    pipe(
+        prompt_embeds=text[STATES][None].to(device),
+        prompt_embeds_mask=text[MASK][None].to(device),
+        negative_prompt_embeds=empty[STATES].to(device),
+        negative_prompt_embeds_mask=empty[MASK].to(device),
+        latents=noise,
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["num_inference_steps"],
+        true_cfg_scale=settings["guidance_scale"],
+        output_type="latent",
+        callback_on_step_end=keep,
+    )
+
+
+def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:
+    """The pipeline's answer: its guidance has a name of its own, and wants a negative prompt."""
+    given = dict(keywords)
+    scale = given.pop("guidance_scale", GUIDANCE)
+    given.setdefault("negative_prompt", [""] * len(given["prompt"]))
+    return pipe(**given, true_cfg_scale=scale)
+
+
+QWEN = Family(
+    name="qwen",
+    title="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    dense_class="QwenImageTransformer2DModel",
+    sparse_class="SparseQwenImageTransformer2DModel",
+    ratio=4,
+    sites=(
+        Site("transformer_blocks", "img_mlp", "img_mlp.net.0.proj", "img_mlp.net.2", "image"),
+        Site("transformer_blocks", "txt_mlp", "txt_mlp.net.0.proj", "txt_mlp.net.2", "text"),
+    ),
+    kinds=(("double", "transformer_blocks"),),
+    depths=(("double", "num_layers"),),
+    # read: diffusers' defaults, for fields that a config leaves out
+    sizes={
+        "patch_size": 2,
+        "in_channels": 64,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+    },
+    titled=lambda config: "Qwen-Image",
+    drawing=drawing,
+    anatomy=anatomy,
+    inputs=inputs,
+    embedding=embedding,
+    restore=restore,
+    random_text=random_text,
+    text_length=text_length,
+    encode_text=encode_text,
+    encode_images=encode_images,
+    places=places,
+    noise=noise,
+    trajectory=trajectory,
+    halvings=lambda vae: len(vae.get("temperal_downsample", (0, 0, 0))),
+    drawn=drawn,
+    unconditional=0.1,
+    tags=("qwen-image",),
+)

@@ -1,0 +1,355 @@
+"""Qwen-Image for export: the transformer's ends and blocks, its text encoder, its VAE.
+
+Texts are filled up to one length, and the mask is an input of every block: what is masked weighs
+exactly nothing. Of Qwen2.5-VL the language model alone is compiled; its causal mask makes the end
+of a filled text invisible to what stands before it, so it needs no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.draw import drawing_defaults
+from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
+from export.attention import heads, rms_norm, rotate
+from export.blocks import MODULATION, Program, block_type
+from export.components import IDS, TRANSFORMERS, causal_mask, eager, first, single
+from export.family import Family, Part, Row
+from export.trace import Spec
+
+STREAMS = ("hidden_states", STATES)
+READ = (*STREAMS, MASK, "temb", "rope_cos", "rope_sin")
+MASKED = 30000.0  # taken off a score: e^-30000 is 0 in every type, and float16 holds it
+VARIANTS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
+
+
+class Embed(nn.Module):
+    """What QwenImageTransformer2DModel does before its blocks; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.img_in = model.img_in
+        self.txt_norm = model.txt_norm
+        self.txt_in = model.txt_in
+        self.time_text_embed = model.time_text_embed
+        if shared := getattr(model, MODULATION, None):
+            self.modulation = shared
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
+    ) -> tuple[Tensor, ...]:
+        """-> image tokens [B, T, D], text tokens [B, L, D], temb [B, D], maybe modulation."""
+        image = self.img_in(hidden_states)
+        text = self.txt_in(rms_norm(encoder_hidden_states, self.txt_norm))
+        temb = self.time_text_embed(timestep.to(image.dtype), image)
+        if not hasattr(self, MODULATION):
+            return image, text, temb
+        return image, text, temb, self.modulation.linear(F.silu(temb))
+
+
+class Final(nn.Module):
+    """What QwenImageTransformer2DModel does after its blocks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+class MaskedAttention:
+    """Processor for Qwen-Image's Attention with fused projections: text before the picture.
+
+    The same arithmetic as diffusers' QwenDoubleStreamAttnProcessor2_0, in the form of
+    export/attention.py; rotary tables are cosines and sines in place of complex numbers.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T, D], [B, L, D], mask [B, L] of ones and zeros -> outputs of the first two's shapes.
+
+        image_rotary_emb: cos, sin [L + T, C].
+        """
+        assert image_rotary_emb is not None
+        size = attn.inner_dim // attn.heads
+        image = heads(attn.to_qkv(hidden_states), size)
+        text = heads(attn.to_added_qkv(encoder_hidden_states), size)
+        query = torch.cat(
+            [rms_norm(text[0], attn.norm_added_q), rms_norm(image[0], attn.norm_q)], dim=2
+        )
+        key = torch.cat(
+            [rms_norm(text[1], attn.norm_added_k), rms_norm(image[1], attn.norm_k)], dim=2
+        )
+        value = torch.cat([text[2], image[2]], dim=2)
+        query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
+        words = (encoder_hidden_states_mask.to(query.dtype) - 1) * MASKED
+        bias = torch.cat([words, torch.zeros_like(hidden_states[..., 0])], dim=1)[:, None, None]
+        # Scaled before the product: in float16 q k^T alone could overflow.
+        scores = torch.matmul(query * size**-0.5, key.transpose(-1, -2)) + bias
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
+        output = mixed.transpose(1, 2).flatten(2)
+        length = encoder_hidden_states.shape[1]
+        return attn.to_out[0](output[:, length:]), attn.to_add_out(output[:, :length])
+
+
+def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """A block: -> (text, image). temb is what its modulation reads: the shared one where it is."""
+    return run(
+        hidden_states=tensors["hidden_states"],
+        encoder_hidden_states=tensors[STATES],
+        encoder_hidden_states_mask=tensors[MASK],
+        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+        image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
+    )
+
+
+def environment(
+    model: Any, dtype: torch.dtype
+) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+    """The tensors of the program.
+
+    timestep (sigma in [0, 1]), the mask (1 where text is) and rotary tables are float32 everywhere.
+    """
+    config = model.config
+    width = model.inner_dim
+    image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
+    rotary = Spec(torch.float32, ("tokens", config.attention_head_dim))
+    passed = {MASK: Spec(torch.float32, text), "rope_cos": rotary, "rope_sin": rotary}
+    inputs = {
+        "hidden_states": Spec(dtype, (*image, config.in_channels)),
+        STATES: Spec(dtype, (*text, config.joint_attention_dim)),
+        "timestep": Spec(torch.float32, ("batch",)),
+    }
+    inner = {
+        "hidden_states": Spec(dtype, (*image, width)),
+        STATES: Spec(dtype, (*text, width)),
+        "temb": Spec(dtype, ("batch", width)),
+    }
+    if shared := getattr(model, MODULATION, None):
+        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
+    sample = Spec(dtype, (*image, model.proj_out.out_features))
+    return inputs | passed, inner | passed, {"sample": sample}
+
+
+# ---------------------------------------------------------------- the other components
+
+
+def text_program(model: Any, dtype: torch.dtype) -> Program:
+    """The language model of Qwen2_5_VLForConditionalGeneration: ids -> its last hidden states."""
+    eager(model)
+    language = model.model.language_model
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        ids = tensors["input_ids"]
+        masks = dict.fromkeys(language.config.layer_types, causal_mask(ids.shape[1], dtype))
+        places = torch.arange(ids.shape[1])[None, None].expand(3, ids.shape[0], -1)
+        states: Tensor = run(
+            input_ids=ids, attention_mask=masks, position_ids=places, use_cache=False
+        ).last_hidden_state
+        return states
+
+    states = Spec(dtype, ("batch", "text_tokens", language.config.hidden_size))
+    outputs = {"states": states}
+    kind = block_type("qwen", language, call, {"input_ids": IDS}, outputs, dtype)
+    calls = [("qwen", "model.language_model.")]
+    return Program({"qwen": kind}, calls, {"input_ids": IDS}, outputs)
+
+
+def stored(name: str) -> str:
+    """A parameter's name in files: transformers writes Qwen2.5-VL under its first release's."""
+    for inside, written in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(inside):
+            return written + name.removeprefix(inside)
+    return name
+
+
+def last_states(output: Any) -> tuple[Tensor, ...]:
+    """Of Qwen2_5_VLForConditionalGeneration, asked for its hidden states."""
+    return (output.hidden_states[-1],)
+
+
+class FrameConv(nn.Module):
+    """QwenImageCausalConv3d on one frame: before it are zeros, so the last slice in time is all."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.sides = (conv._padding[2], conv._padding[0])
+
+    def forward(self, x: Tensor, cache: None = None) -> Tensor:
+        """[B, C, 1, h, w] -> [B, C', 1, h, w]."""
+        frame = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.sides)
+        return frame[:, :, None]
+
+
+class Decoder(nn.Module):
+    """AutoencoderKLQwenImage.decode of one frame; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = model.post_quant_conv
+        self.decoder = model.decoder
+        for name, module in list(self.named_modules()):
+            parent, _, child = name.rpartition(".")
+            if child == "time_conv":  # of the frames after the first
+                delattr(self.get_submodule(parent), child)
+            elif type(module).__name__ == "QwenImageCausalConv3d":
+                setattr(self.get_submodule(parent), child, FrameConv(module))
+            elif isinstance(module, nn.Upsample):
+                module.mode = "nearest"  # the same, doubling; ONNX has no nearest-exact
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, H, W], cut to -1 to 1."""
+        image: Tensor = self.decoder(self.post_quant_conv(latents[:, :, None]))
+        return image[:, :, 0].clamp(-1, 1)
+
+
+def vae_program(model: Any, dtype: torch.dtype) -> Program:
+    """The decoding half, for any size."""
+    config = model.config
+    factor = 2 ** len(config.temperal_downsample)
+    sides = ("latent_height", "latent_width")
+    latents = Spec(dtype, ("batch", config.z_dim, *sides))
+    image = Spec(dtype, ("batch", 3, *(f"{factor}*{side}" for side in sides)))
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        pixels: Tensor = run(tensors["latents"])
+        return pixels
+
+    return single("vae", Decoder(model), call, {"latents": latents}, {"image": image}, dtype)
+
+
+def lengths(directory: Path) -> dict[str, int]:
+    """Tokens of the template and of the prompt together."""
+    return {"tokenizer": TEMPLATE_TOKENS + drawing_defaults(directory)["max_sequence_length"]}
+
+
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; ValueError for other components' or another kind of transformer."""
+    if other := [name for name in VARIANTS if transformer.get(name)]:
+        raise ValueError(
+            f"{directory} has a transformer with {other[0]}, which text-to-image models have not"
+            " and export does not compile; give a Qwen-Image pipeline that draws from text alone."
+        )
+    channels = vae["z_dim"]
+    if transformer.get("in_channels") != 4 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
+            " components are of different models."
+        )
+    return {
+        "channels": channels,
+        "vae_scale_factor": 2 ** len(vae["temperal_downsample"]),
+        "scaling_factor": 1.0,
+        "mean": list(vae["latents_mean"]),
+        "std": list(vae["latents_std"]),
+        "patch": 2,
+        "rope_axes": list(transformer["axes_dims_rope"]),
+        "rope_theta": 10000,
+    }
+
+
+def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
+    """The transformer does not get the template's first tokens."""
+    whole = lengths["tokenizer"]
+    return {"": whole - TEMPLATE_TOKENS, "text_encoder": whole}
+
+
+# ---------------------------------------------------------------- torch's side of parity
+
+
+def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+    """QwenImagePipeline called with packed latents."""
+    against = {} if negative is None else {
+        "negative_prompt_embeds": negative[STATES],
+        "negative_prompt_embeds_mask": negative[MASK],
+    }  # fmt: skip
+    return pipe(
+        prompt_embeds=conditions[STATES],
+        prompt_embeds_mask=conditions[MASK],
+        true_cfg_scale=settings.pop("guidance_scale"),
+        latents=latents,
+        output_type="latent",
+        **against,
+        **settings,
+    ).images
+
+
+def masked(given: Mapping[str, Any]) -> Tensor:
+    """The mask as the program takes it; the pipeline leaves out one that masks nothing."""
+    if given[MASK] is None:
+        return torch.ones(given[STATES].shape[:2])
+    return given[MASK].float()
+
+
+def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A block's keywords as the program's tensors: complex tables, the text's first, as real."""
+    found = {name: given[name] for name in (*STREAMS, "temb")} | {MASK: masked(given)}
+    turned = torch.cat(given["image_rotary_emb"][::-1]).repeat_interleave(2, dim=-1)
+    return found | {"rope_cos": turned.real, "rope_sin": turned.imag}
+
+
+def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward's keywords, with rotary tables in place of a picture's shape."""
+    found = {name: given[name] for name in (*STREAMS, "timestep")} | {MASK: masked(given)}
+    return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
+
+
+def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Packed latents -> [n, C, h, w], as the VAE has them."""
+    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)[:, :, 0]
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std)
+    )
+    return unpacked * std + mean
+
+
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """[n, C, h, w] -> [n, 3, H, W]: the only frame."""
+    return first(pipe.vae.decode(latents[:, :, None]))[0][:, :, 0]
+
+
+TEXT = (TRANSFORMERS, "Qwen2_5_VLForConditionalGeneration", text_program, last_states)
+QWEN = Family(
+    name="qwen",
+    parts=(
+        # 15 GB: its weights are read one by one.
+        Part("text_encoder", "text_encoder", *TEXT, whole=False, stored=stored),
+        None,
+        Part("vae_decoder", "vae", "diffusers", "AutoencoderKLQwenImage", vae_program, first),
+    ),
+    environment=environment,
+    embed=Embed,
+    final=Final,
+    row=lambda block: Row("joint", READ, STREAMS[::-1], call_block),
+    processor=MaskedAttention,
+    lengths=lengths,
+    latents=latents,
+    text_tokens=text_tokens,
+    draw=draw,
+    block_inputs=block_inputs,
+    model_inputs=model_inputs,
+    sample=lambda model, output: output,
+    spatial=spatial,
+    decode=decode,
+)
