@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from d2m.families import Site, family_of_model, read_ffn, sites_of
-from d2m.flow import generator_at, noisy
-from d2m.inputs import transformer_inputs
+from d2m.flow import generator_at
+from d2m.inputs import noised, transformer_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,15 +70,15 @@ def flow_matching_loss(
     mean: float = 1.2,
     std: float = 1.2,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity at random times, one per sample. Scalar.
+    """Mean squared error of the prediction (velocity, noise) at random times, one per sample.
 
     `batch` as `shapes_batches` returns it, with `guidance` [B] where it should not be 3.5.
     """
-    x, t, velocity = noisy(batch["latents"], generator, mean, std)
+    x, t, aim = noised(model, batch, generator, mean, std)
     inputs = transformer_inputs(model, batch, x, t.to(x.dtype))
-    prediction = model(**inputs, return_dict=False)[0]
+    prediction = family_of_model(model).predicted(model(**inputs, return_dict=False)[0])
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 would round the mean
-    return torch.nn.functional.mse_loss(prediction.to(dtype), velocity.to(prediction.device, dtype))
+    return torch.nn.functional.mse_loss(prediction.to(dtype), aim.to(prediction.device, dtype))
 
 
 def taylor(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from d2m.families import Site, family_of_model, hidden_sizes, sites_of
-from d2m.flow import generator_at, noisy
+from d2m.flow import generator_at
 from d2m.groups import Passed
-from d2m.inputs import transformer_inputs
+from d2m.inputs import noised, transformer_inputs
 from d2m.recipe import SparseSpec
 from d2m.routing import route, routing_dtype
 from d2m.surgery import gate_weight, split_neurons
@@ -191,10 +191,10 @@ def _inputs(
     """One calibration batch as the model's inputs, at random noise levels."""
     batch = batches(index, recipe.calibration.batch_size)
     draw = generator_at(seed, "sensitivity", index)
-    x, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
+    x, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
     return transformer_inputs(model, batch, x, t.to(x.dtype))
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     output: Tensor = model(**inputs, return_dict=False)[0]
-    return output.double()
+    return family_of_model(model).predicted(output).double()

@@ -48,9 +48,9 @@ def trajectory(
         states.append(tensors["latents"].clone())
         return {}
 
-    family_of_pipeline(pipe).trajectory(pipe, text, states[0], settings, keep)
-    times = pipe.scheduler.sigmas.float().cpu()
-    return {"states": torch.cat(states).cpu(), "times": times}
+    family = family_of_pipeline(pipe)
+    family.trajectory(pipe, text, states[0], settings, keep)
+    return {"states": torch.cat(states).cpu(), "times": family.times(pipe.scheduler)}
 
 
 def trajectory_decoder(

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.adaln import norms, own_linear, rank_of, share_adaln
-from d2m.flow import generator_at, noisy
-from d2m.inputs import global_embedding
+from d2m.families import family_of_model
+from d2m.family import check_adaln
+from d2m.flow import generator_at
+from d2m.inputs import global_embedding, noised
 from d2m.recipe import Recipe
 from d2m.structure import AdaLN
 
@@ -33,11 +35,12 @@ def modulation_moments(
 
     Only the embedding of time, guidance and pooled text runs. Returns mean [D], covariance [D, D].
     """
+    check_adaln(family_of_model(model), recipe.adaln.mode)
     rows = []
     for i in range(recipe.calibration.batches):
         batch = batches(i, recipe.calibration.batch_size)
         draw = generator_at(seed, "adaln", i)
-        _, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
+        _, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
         rows.append(F.silu(global_embedding(model, batch, t)).double().cpu())
     s = torch.cat(rows)
     mean = s.mean(0)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from d2m.families import Family, family_of, hidden_sizes
+from d2m.family import check_adaln
 from d2m.recipe import Recipe
 from d2m.structure import KINDS, check_depth, check_shares
 
@@ -52,7 +53,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     family = family_of(path)
     index = json.loads((path / "model_index.json").read_text("utf-8"))
     name = (index.get("transformer") or [None, None])[1]
-    if name != family.dense_class:
+    if name not in (family.dense_class, *family.aliases):
         raise ValueError(
             f"the transformer of {path} is a {name}; expected a dense {family.dense_class}."
         )
@@ -70,6 +71,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             f"{file} is not a {family.dense_class}'s config ({type(error).__name__}: {error}); "
             "copy the pipeline again."
         ) from error
+    check_adaln(family, recipe.adaln.mode)
     if len(depth) == len(family.depths):  # a config may leave defaults out; the model checks too
         depth = dict.fromkeys(KINDS, 0) | depth
         check_depth(recipe.blocks, depth)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from d2m import checkpoint, learner, trainlog
 from d2m.activations import blocks_of, checkpointed
+from d2m.families import family_of_model
 from d2m.features import block_features
 from d2m.flow import generator_at, training_point
 from d2m.grouping import dense_name
@@ -137,7 +138,7 @@ def _train(
     learner.unshare(student, teacher, {name for group in learning for name in group})
     dense_sites = [dense_name(site) for site in sparse_ffns(student)]
     identity = checkpoint.identity(student, recipe, seed)
-    total = recipe.steps
+    total, family = recipe.steps, family_of_model(teacher)
 
     # Where we are: `step` steps into stage `first`, `done` in all, `pending` since the last line.
     first, step, done, pending, seconds = 0, 0, 0, 0, 0.0
@@ -187,12 +188,14 @@ def _train(
                         draw = generator_at(seed, index, step)
                         batch = batch_rows(run.batches, past + step, stage.batch_size, rows)
                         place = (rows[0], stage.batch_size)
-                        x, t = training_point(batch, draw, recipe.t_mean, recipe.t_std, place)
+                        x, t = training_point(
+                            batch, draw, recipe.t_mean, recipe.t_std, place, family.noised
+                        )
                         inputs = transformer_inputs(teacher, batch, x, t)
                         with amp:
                             with torch.no_grad():
-                                target = teacher(**inputs, return_dict=False)[0]
-                            guess = student(**inputs, return_dict=False)[0]
+                                target = family.predicted(teacher(**inputs, return_dict=False)[0])
+                            guess = family.predicted(student(**inputs, return_dict=False)[0])
                         loss, figures = terms(stage, guess, target, (mine, aims), seen, crew)
                         (loss / run.parts).backward()
                         mine.clear()

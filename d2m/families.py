@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.family import Family, Site
 from d2m.family_flux import FLUX
+from d2m.family_pixart import PIXART
 from d2m.family_qwen import QWEN
 from d2m.family_sd3 import SD3
 from d2m.recipe import SparseSpec
@@ -21,9 +22,9 @@ from d2m.recipe import SparseSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "FLUX", "QWEN", "SD3", "Family", "Site"]
+__all__ = ["FAMILIES", "FLUX", "PIXART", "QWEN", "SD3", "Family", "Site"]
 
-FAMILIES = (FLUX, SD3, QWEN)
+FAMILIES = (FLUX, SD3, PIXART, QWEN)
 
 
 def _known() -> str:
@@ -57,7 +58,7 @@ def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
 
 def _by_class(name: str, what: str) -> Family:
     for family in FAMILIES:
-        if name in (*family.pipelines, family.dense_class, family.sparse_class):
+        if name in (*family.pipelines, family.dense_class, family.sparse_class, *family.aliases):
             return family
     raise ValueError(f"{what} is of class {name}, which d2m does not know; known are {_known()}.")
 

@@ -23,6 +23,19 @@ Batch = Mapping[str, "Tensor"]
 SOURCES = ("shapes", "pictures", "prompts")
 
 
+def flow_matching(
+    batch: Batch,
+    generator: Any,
+    mean: float = 1.2,
+    std: float = 1.2,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`d2m.flow.noisy` of a batch's latents: (x_t, t [B], velocity)."""
+    from d2m.flow import noisy
+
+    return noisy(batch["latents"], generator, mean, std, rows)
+
+
 @dataclass(frozen=True)
 class Site:
     """One FFN of a block type. Paths are relative to the block.
@@ -72,6 +85,9 @@ class Family:
         embedding(model, batch, t): temb [B, D], which AdaLN and routers read.
         restore(model): what is no part of a state dict, made again after the meta device.
         random_text(config, n, generator): the part of a batch that `embedding` reads, made up.
+        noised(batch, generator, mean, std, rows): (x_t, t [B] in [0, 1], what the model is to
+            predict), as `d2m.flow.noisy` draws them of a batch's latents.
+        predicted(output): what of the model's output is a prediction; the rest teaches nothing.
     Functions of its pipeline:
         text_length(pipe): tokens of the longest text that it is trained with.
         encode_text(pipe, captions, length): conditions of a batch, each [B, ...].
@@ -81,11 +97,14 @@ class Family:
         noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
         trajectory(pipe, text, noise, settings, keep): draw once from noise [1, ...]; `keep` is the
             callback after every step.
+        times(scheduler): [steps + 1], the times t of that way's points, from about 1 to 0.
         drawn(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+    aliases: other names that its transformer's class has in configs.
     sources: which of SOURCES it can learn from. text_before: tokens of the transformer's text that
     `max_sequence_length` does not count. unconditional: the share of captions that are left
     empty, for models that are drawn with classifier-free guidance. alike: whether blocks of a kind
-    cost alike, which `--budget` takes for granted. lora: whether d2m/loranames.py knows its layers.
+    cost alike, which `--budget` takes for granted. modulated: whether blocks have modulation of
+    their own, which recipes may let them share. lora: whether d2m/loranames.py knows its layers.
     """
 
     name: str
@@ -112,13 +131,27 @@ class Family:
     trajectory: Callable[[Any, Batch, Tensor, Mapping[str, Any], Callable[..., Any]], None]
     halvings: Callable[[Config], int] = halved
     restore: Callable[[nn.Module], None] = lambda model: None
-    drawn: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
+    noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching
+    predicted: Callable[[Tensor], Tensor] = lambda output: output
+    times: Callable[[Any], Tensor] = lambda scheduler: scheduler.sigmas.float().cpu()
+    drawn: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
+    aliases: tuple[str, ...] = ()
     streams: tuple[str, ...] = ("text", "image")
     sources: tuple[str, ...] = SOURCES
     others: tuple[str, ...] = ()
     text_before: int = 0
     unconditional: float = 0.0
     alike: bool = True
+    modulated: bool = True
     lora: bool = False
     tags: tuple[str, ...] = ()
+
+
+def check_adaln(family: Family, mode: str) -> None:
+    """ValueError, in one sentence, for a mode of modulation that its blocks cannot have."""
+    if mode != "full" and not family.modulated:
+        raise ValueError(
+            f"adaln.mode is {mode}, but blocks of {family.title} share one modulation already;"
+            " expected full: take `adaln` out of the recipe."
+        )

@@ -7,10 +7,12 @@ and SD3. Latents are [B, T, C] where tokens are packed, else [B, C, h, w].
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+from d2m.family import flow_matching
 
 
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
@@ -53,13 +55,14 @@ def training_point(
     mean: float,
     std: float,
     rows: tuple[int, int] | None = None,
+    noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching,
 ) -> tuple[Tensor, Tensor]:
     """Where teacher and student are compared: (x_t [B, ...], t [B]).
 
     The batch's own `noisy` and `time` where it has them, points of the teacher's own way; else
-    `noisy(latents)`, of `rows` as there.
+    what the family's `noised` draws, of `rows` as in `noisy`.
     """
     if "noisy" in batch:
         return batch["noisy"], batch["time"]
-    x, t, _ = noisy(batch["latents"], generator, mean, std, rows)
+    x, t, _ = noised(batch, generator, mean, std, rows)
     return x, t

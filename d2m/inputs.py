@@ -29,6 +29,17 @@ def transformer_inputs(
     return {n: each.to(device) if hasattr(each, "to") else each for n, each in inputs.items()}
 
 
+def noised(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    generator: Any,
+    mean: float = 1.2,
+    std: float = 1.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of a batch made noisy as `model` knows noise: (x_t, t [B], what it is to predict)."""
+    return family_of_model(model).noised(batch, generator, mean, std)
+
+
 def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
     """temb [B, D], what feeds AdaLN and the groups' routers, as the model's forward computes it.
 

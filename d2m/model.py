@@ -156,4 +156,14 @@ def sparse_model_of(
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)
     model.load_state_dict(values, assign=True)
     family.restore(model)
+    lend_buffers(dense, model)
     return model.to(next(dense.parameters()).device).eval()
+
+
+def lend_buffers(dense: nn.Module, model: nn.Module) -> None:
+    """Buffers that no checkpoint holds, such as tables computed from the config, from `dense`."""
+    stored = dense.state_dict().keys()
+    for name, buffer in dense.named_buffers():
+        place, _, leaf = name.rpartition(".")
+        if name not in stored:
+            model.get_submodule(place)._buffers[leaf] = buffer

@@ -14,6 +14,7 @@ from typing import Any
 
 from d2m import recipe as recipes
 from d2m.anatomy import PARTS, Stack, Structure, dim_of, used_share
+from d2m.family import check_adaln
 from d2m.preset import preset_file
 from d2m.structure import KINDS, active_blocks, check_depth, check_shares
 from d2m.subject import Subject, subject_of
@@ -137,6 +138,7 @@ def _structure(
     structure = _structure_in(made)
     check_depth(structure.blocks, depth)
     subject.family.check_blocks(structure.blocks, depth)
+    check_adaln(subject.family, structure.adaln.mode)
     check_shares(made.shares, depth)
     dim = dim_of(subject.config)
     if (structure.adaln.rank or 1) > dim:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.flow import generator_at, noisy
+from d2m.flow import generator_at
 from d2m.groups import TEXT_MASK, BlockGroup, block_groups, pool
-from d2m.inputs import transformer_inputs
+from d2m.inputs import noised, transformer_inputs
 from d2m.recipe import Recipe
 from d2m.surgery import unit_gates
 
@@ -46,7 +46,7 @@ def spread_routers(
             for i in range(recipe.calibration.batches):
                 batch = batches(i, recipe.calibration.batch_size)
                 draw = generator_at(seed, "routers", i)
-                x, t, _ = noisy(batch["latents"], draw, recipe.t_mean, recipe.t_std)
+                x, t, _ = noised(student, batch, draw, recipe.t_mean, recipe.t_std)
                 student(**transformer_inputs(student, batch, x, t))
     finally:
         for hook in hooks:

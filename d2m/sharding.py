@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from d2m.activations import blocks_of
+from d2m.families import family_of_model
 from d2m.flow import generator_at, training_point
 from d2m.gather import part_of, received
 from d2m.groups import block_groups
@@ -98,7 +99,10 @@ def _wake(
     for name in names:
         student.get_parameter(name).requires_grad_(True)
     batch = batch_rows(batches, 0, crew.size, (crew.rank, crew.rank + 1))
-    x, t = training_point(batch, generator_at(0, "wake"), recipe.t_mean, recipe.t_std)
+    noised = family_of_model(student).noised
+    x, t = training_point(
+        batch, generator_at(0, "wake"), recipe.t_mean, recipe.t_std, noised=noised
+    )
     inputs = transformer_inputs(student, batch, x, t)
     device = torch.device(crew.device).type
     half = recipe.precision == "bfloat16"

@@ -44,15 +44,15 @@ def first_student(
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
     from d2m.adalnfit import compress_adaln
-    from d2m.flow import generator_at, noisy
-    from d2m.inputs import transformer_inputs
+    from d2m.flow import generator_at
+    from d2m.inputs import noised, transformer_inputs
     from d2m.model import sparse_model_of
     from d2m.routerfit import spread_routers
     from d2m.surgery import identity_error
 
     student: nn.Module = sparse_model_of(dense, neurons, recipe, family)
     batch = calibration(0, 2)
-    x, t, _ = noisy(batch["latents"], generator_at(0, "identity"))
+    x, t, _ = noised(dense, batch, generator_at(0, "identity"))
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
     if recipe.blocks.grouped:  # while the modulation is the dense model's
         fitted = kept(

@@ -7,10 +7,11 @@ from typing import Any
 from d2m.families import family_of_model
 from export.family import Family
 from export.family_flux import FLUX
+from export.family_pixart import PIXART
 from export.family_qwen import QWEN
 from export.family_sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, QWEN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART, QWEN)}
 
 
 def export_family(model: Any) -> Family:

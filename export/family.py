@@ -39,7 +39,8 @@ class Part:
     name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
     (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
     stored: a parameter's name in the model -> in its files.
-    picked: what the model returns -> the tensors that are the Program's outputs, in their order.
+    picked: what the model returns -> the tensors that are the Program's outputs, in their order;
+    before: keywords of the model's call which are outputs too, ahead of those.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Part:
     program: Callable[[Any, torch.dtype], Program]
     picked: Callable[[Any], tuple[Tensor, ...]]
     whole: bool = True
+    before: tuple[str, ...] = ()
     stored: Callable[[str], str] = lambda name: name
 
 
@@ -83,6 +85,7 @@ class Family:
     block_inputs(keywords of a block): the tensors of the environment that it reads.
     model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
     sample(model, its output): the component's output.
+    beside(model, keywords of its forward): tensors of the environment that no block reads.
     spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
     decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1.
     """
@@ -104,5 +107,6 @@ class Family:
     spatial: Callable[[Any, Tensor, int, int], Tensor]
     decode: Callable[[Any, Tensor], Tensor] = decoded
     prepare: Callable[[Any], None] = lambda model: None
+    beside: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, given: {}
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     closes: tuple[str, ...] = ("hidden_states", "temb")

@@ -68,7 +68,8 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def prepare(model: nn.Module) -> nn.Module:
     """Concatenate QKV and set the modules that export well, in place; returns the model.
 
-    Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv. Norms
+    Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv (or
+    attn.to_q and attn.to_kv, where queries are of one stream and keys of the other). Norms
     with shared modulation take it instead of temb (see Embed): their shared module is none.
     """
     from export.families import export_family
@@ -85,7 +86,9 @@ def prepare(model: nn.Module) -> nn.Module:
             module.time_proj = Sinusoid(module.time_proj)
         if hasattr(module, "fuse_projections") and hasattr(module, "to_q"):
             module.fuse_projections()
-            for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            parts = ("to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+            crossed = getattr(module, "is_cross_attention", False)  # its queries are others' tokens
+            for part in parts if crossed else ("to_q", *parts):
                 if hasattr(module, part):
                     delattr(module, part)
             module.set_processor(family.processor())

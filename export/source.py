@@ -8,6 +8,7 @@ are loaded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     family = family_of(directory)
     index = json.loads((directory / "model_index.json").read_text("utf-8"))
     row = FAMILIES[family.name]
-    known: dict[str, tuple[str, ...]] = {"transformer": (family.dense_class, family.sparse_class)}
+    classes_of = (family.dense_class, family.sparse_class, *family.aliases)
+    known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
     known |= {part.folder: (part.cls,) for part in row.parts if part is not None}
     known["scheduler"] = (row.scheduler,)
     for name, classes in known.items():
@@ -200,11 +202,13 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
 
 def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, Any]:
     """The manifest's entries that follow from configs: defaults, latents, scheduler, parameters."""
-    from runtime.flux import check_scheduler
+    from runtime.families import FAMILIES as DRAWN
 
     transformer, vae = config(directory, "transformer"), config(directory, "vae")
     scheduler = config(directory, "scheduler")
-    check_scheduler(scheduler)
+    DRAWN[family_of(directory).name].check_scheduler(scheduler)
+    # JSON has no infinity, which diffusers writes for "no limit", a default.
+    finite = {key: each for key, each in scheduler.items() if not _endless(each)}
     defaults = drawing_defaults(directory)
     latents = FAMILIES[family_of(directory).name].latents(transformer, vae, directory)
     top_k = transformer.get("top_k") if sparse else None
@@ -220,9 +224,13 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
         },
         "latents": latents,
         "model": family_of(directory).titled(transformer),
-        "scheduler": scheduler,
+        "scheduler": finite,
         "parameters": {key: parameters[key] for key in ("total", "activated")},
         "num_experts": transformer.get("num_experts") if sparse else None,
         "top_k": top_k,
         **({"kappa": kappa} if grouped else {}),
     }
+
+
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -33,6 +33,7 @@ ALIGNMENT = 64  # bytes; a cache line, and the widest vector of any CPU
 PARTS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_kv": ("to_k", "to_v"),
 }
 NOT_WEIGHTS = (".neurons",)  # buffers of a sparse checkpoint that no graph reads
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from runtime.family import Family
 from runtime.family_flux import FLUX
+from runtime.family_pixart import PIXART
 from runtime.family_qwen import QWEN
 from runtime.family_sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, QWEN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART, QWEN)}
 
 
 def titled(config: Mapping[str, Any]) -> str | None:

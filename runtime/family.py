@@ -13,10 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from runtime import flux
+
 Arrays = Mapping[str, np.ndarray]
 Settings = Mapping[str, Any]  # the manifest's `latents`
 Size = tuple[int, int]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
+Step = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+
+
+def euler(scheduler: Mapping[str, Any], levels: np.ndarray) -> Step:
+    """Flow matching's step: along the predicted velocity, from one of `levels` to the next."""
+    return lambda index, latents, velocity: flux.euler(
+        latents, velocity, levels[index], levels[index + 1]
+    )
 
 
 def rows(conditions: Arrays) -> int:
@@ -53,12 +63,16 @@ class Family:
     layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
     arrange(latents): one of the others -> its own.
     image_tokens(settings, (h, w)): T, which the schedule's shift may depend on.
+    check_scheduler(scheduler): ValueError, a sentence, for a config that is not drawn with.
     sigmas(scheduler, steps, T, given): noise levels [steps + 1].
+    sampler(scheduler, noise levels): the step of one drawing, (index, latents, prediction as
+        latents) -> the next latents; asked in order, so that it may remember.
     feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
         hidden_states at each of `sigmas`, for as many rows as `conditions` have.
     tokens(latents, settings): hidden_states [n, T, channels].
     guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
-    velocity(sample, settings, (h, w)): the transformer's output as latents.
+    velocity(sample, settings, (h, w)): the transformer's output as latents (or noise, as `sampler`
+        takes it).
     image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them.
     """
 
@@ -87,3 +101,5 @@ class Family:
     worded: Callable[[str], str] = str
     masked: bool = False
     dropped: int = 0
+    check_scheduler: Callable[[dict[str, Any]], None] = flux.check_scheduler
+    sampler: Callable[[dict[str, Any], np.ndarray], Step] = euler

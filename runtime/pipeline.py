@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime import flux
 from runtime.arguments import Request, check_request, read_latents
 from runtime.bundle import Bundle, open_bundle, required_key
 from runtime.executor import (
@@ -95,7 +94,7 @@ class Pipeline:
         self.bundle = opened
         self.manifest: dict[str, Any] = opened.manifest
         self.family = family_of(self.manifest)
-        flux.check_scheduler(self.manifest["scheduler"])
+        self.family.check_scheduler(self.manifest["scheduler"])
         self.asked = backend
         self.offload = check_offload(offload)
         self.backend, reason = choose(opened, backend, self.offload)
@@ -283,7 +282,7 @@ class Pipeline:
         step: Callable[[int, int], None] | None = None,
         after: AfterStep | None = None,
     ) -> np.ndarray:
-        """Noise [n, ...] -> latents, one Euler step per entry of `top_k`.
+        """Noise [n, ...] -> latents, one step of the family's sampler per entry of `top_k`.
 
         `conditions` as `encode` gives them, [n, ...]; `negative` the same of negative prompts, for
         classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
@@ -294,6 +293,7 @@ class Pipeline:
         steps = len(top_k)
         kept = [self.manifest.get("kappa")] * steps if kappa is None else kappa
         levels = self.levels(steps, latent_size, sigmas)
+        advance = self.family.sampler(self.manifest["scheduler"], levels)
         if negative is not None:
             conditions = {
                 name: np.concatenate([negative[name], array]) for name, array in conditions.items()
@@ -317,7 +317,7 @@ class Pipeline:
             if negative is not None:
                 sample = self.family.guide(sample, guidance)
             velocity = self.family.velocity(sample, self.manifest["latents"], latent_size)
-            latents = flux.euler(latents, velocity, levels[index], levels[index + 1])
+            latents = advance(index, latents, velocity)
             if after:
                 after(index + 1, steps, latents)
         if step:

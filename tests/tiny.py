@@ -43,7 +43,7 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim >= 2:
-                embedding = name.rsplit(".", 2)[-2].endswith(("embedding", "shared"))
+                embedding = name.rpartition(".")[0].endswith(("embedding", "shared"))
                 fan_in = 1 if embedding else math.prod(parameter.shape[1:])
                 noise = noise * fan_in**-0.5
             elif name.endswith("weight"):

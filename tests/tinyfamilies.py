@@ -36,13 +36,28 @@ SD3_CONFIG = {
     "qk_norm": "rms_norm",
 }
 
+PIXART_CONFIG = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 48,
+    "interpolation_scale": 2,
+    "use_additional_conditions": False,
+}
+
 
 @dataclass(frozen=True)
 class Tiny:
     """A family's tiny pipeline.
 
     build(): the pipeline in memory; title: what d2m calls it; groups: blocks of a group that it can
-    have; refused: blocks of one that it cannot have, or (); kinds: block types of its program.
+    have; refused: blocks of one that it cannot have, or (); kinds: block types of its program;
+    modulated: whether its blocks have modulation to share; size: of pictures that it draws.
     """
 
     build: Callable[[], Any]
@@ -51,6 +66,8 @@ class Tiny:
     groups: dict[str, list[list[int]]]
     kinds: tuple[str, ...]
     refused: dict[str, list[list[int]]] | None = None
+    modulated: bool = True
+    size: tuple[int, int] = (12, 16)
 
 
 def schnell() -> Any:
@@ -83,6 +100,26 @@ def sd3() -> Any:
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=randomize(T5EncoderModel(t5_config), 6).eval(),
         tokenizer_3=t5,
+    )
+
+
+def pixart() -> Any:
+    """PixArt-Sigma's ways: noise and variance predicted, a masked text, DPM-Solver++."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    base = build_pipeline()
+    t5_config = T5Config(**{**base.text_encoder_2.config.to_dict(), "d_model": 48})
+    return PixArtSigmaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=randomize(T5EncoderModel(t5_config), 6).eval(),
+        vae=base.vae,
+        transformer=randomize(PixArtTransformer2DModel(**PIXART_CONFIG), 0).eval(),
+        scheduler=DPMSolverMultistepScheduler(),
     )
 
 
@@ -216,6 +253,16 @@ FAMILIES = {
         {"double": [[0, 1]]},
         ("embed", "dual", "joint", "last", "final"),
         refused={"double": [[1, 2]]},
+    ),
+    "pixart": Tiny(
+        pixart,
+        "pixart",
+        "PixArt-Sigma",
+        {},
+        ("embed", "cross", "cross", "final"),
+        refused={"double": [[0, 1]]},
+        modulated=False,
+        size=(16, 24),  # its pipeline takes multiples of 8
     ),
     "qwen": Tiny(
         qwen,

@@ -126,7 +126,7 @@ def test_flow_matching_loss_is_zero_for_a_perfect_model():
     assert torch.allclose(x + (1 - t[:, None, None]) * velocity, batch["latents"] + velocity)
     assert torch.allclose(x - t[:, None, None] * velocity, batch["latents"], atol=1e-5)
 
-    class Perfect(torch.nn.Module):
+    class FluxTransformer2DModel(torch.nn.Module):  # families know models by this name
         config = tiny_transformer().config
 
         def __init__(self):
@@ -144,7 +144,7 @@ def test_flow_matching_loss_is_zero_for_a_perfect_model():
             }
             return (velocity,)
 
-    assert flow_matching_loss(Perfect(), batch, generator_at(0, 0)) == 0
+    assert flow_matching_loss(FluxTransformer2DModel(), batch, generator_at(0, 0)) == 0
 
 
 def test_magnitude_and_random_run_nothing():

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_flux_dev_is_shipped_and_is_diffusers_default():
-    assert shipped() == ["flux-dev", "flux-schnell", "qwen-image", "sd3.5-large", "sd3.5-medium"]
+    names = ["flux-dev", "flux-schnell", "pixart-sigma", "qwen-image"]
+    assert shipped() == [*names, "sd3.5-large", "sd3.5-medium"]
     subject = subject_of("flux-dev")
     assert subject.title == "FLUX.1 [dev]" and subject.sparse is None
     assert subject.config == sizes({"guidance_embeds": True}, "defaults")

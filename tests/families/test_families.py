@@ -18,8 +18,8 @@ from tinyfamilies import FAMILIES, SIZE, Tiny
 
 from d2m.draw import write_defaults
 from d2m.families import family_of_pipeline, sites_of
-from d2m.flow import generator_at, noisy
-from d2m.inputs import transformer_inputs
+from d2m.flow import generator_at
+from d2m.inputs import noised, transformer_inputs
 from d2m.model import sparse_model_of
 from d2m.recipe import from_dict
 from d2m.structure import Blocks
@@ -89,7 +89,7 @@ def sparse_of(pipe: Any, made: Any, dtype: torch.dtype = torch.float32) -> tuple
 
 def inputs_of(pipe: Any, dense: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     batch = {name: each.to(dtype) for name, each in batches(pipe)(0, 2).items()}
-    x, t, _ = noisy(batch["latents"], generator_at(0, "test"))
+    x, t, _ = noised(dense, batch, generator_at(0, "test"))
     return transformer_inputs(dense, batch, x, t.to(dtype))
 
 
@@ -124,11 +124,16 @@ def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any
             sparse_of(pipe, recipe(groups=tiny.refused, kappa=1))
 
 
+def mode_of(tiny: Tiny) -> str:
+    """A mode of modulation that it can have."""
+    return "lowrank" if tiny.modulated else "full"
+
+
 def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
     return {n: t if n.endswith("_ids") else t[i : i + 1] for n, t in inputs.items()}  # lists too
 
 
-@pytest.mark.parametrize("mode", ["single", "lowrank"])
+@pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
 def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -> None:
     """Shared modulation, groups, and losses that are finite and fall."""
     from d2m.adalnfit import compress_adaln, modulation_moments
@@ -136,13 +141,19 @@ def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -
     from d2m.structure import AdaLN
 
     made = recipe(groups=tiny.groups, kappa=1)
+    if mode != "full" and not tiny.modulated:
+        asked = dataclasses.replace(made, adaln=AdaLN(mode))
+        with pytest.raises(ValueError, match=r"adaln.mode is .* expected full"):
+            modulation_moments(pipe.transformer, batches(pipe), asked)
+        return
     made = dataclasses.replace(made, adaln=AdaLN(mode))
     made = dataclasses.replace(
         made, stages=tuple(dataclasses.replace(s, kappa=1) for s in made.stages)
     )
     dense, sparse = sparse_of(pipe, made)
     data = batches(pipe)
-    compress_adaln(sparse, made.adaln, modulation_moments(dense, data, made))
+    if mode != "full":
+        compress_adaln(sparse, made.adaln, modulation_moments(dense, data, made))
     same = lambda step, size: data(0, size)  # noqa: E731 (one batch, which it must learn)
     history = distill(sparse, dense, made, same, workdir=tmp_path, log_every=1, log=lambda _: None)
     losses = [line["output"] for line in history]
@@ -150,7 +161,7 @@ def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -
 
 
 def test_streamed_conversion_with_shared_modulation(
-    pipe: Any, dense_dir: Path, tmp_path: Path
+    tiny: Tiny, pipe: Any, dense_dir: Path, tmp_path: Path
 ) -> None:
     """Block by block from file to file, and read by diffusers."""
     from diffusers import DiffusionPipeline
@@ -159,7 +170,7 @@ def test_streamed_conversion_with_shared_modulation(
     from d2m.stream import convert_stream
     from d2m.structure import AdaLN
 
-    made = dataclasses.replace(recipe(), adaln=AdaLN("lowrank"))
+    made = dataclasses.replace(recipe(), adaln=AdaLN(mode_of(tiny)))
     answer = convert_stream(
         dense_dir, tmp_path / "out", made, magnitudes, "magnitude", log=lambda _: None
     )
@@ -187,7 +198,7 @@ def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
             found = pipe.transformer(
                 **transformer_inputs(pipe.transformer, batch, x, t), return_dict=False
             )[0]
-        assert found.shape == batch["latents"].shape
+        assert family_of_pipeline(pipe).predicted(found).shape == batch["latents"].shape
     with pytest.raises(ValueError, match="--data is shapes, but .* draws 16 pixels.* expected"):
         check_taught(dense_dir, chosen("shapes", lambda: told))
 
@@ -204,7 +215,7 @@ def sparse_dir(tiny: Tiny, pipe: Any, dense_dir: Path) -> Path:
     out = dense_dir.with_name(f"{tiny.family}-{tiny.build.__name__}")
     neurons, _, _ = chosen("magnitude")
     options: dict[str, Any] = {"init_only": True, "report": False, "device": "cpu"}
-    made = dataclasses.replace(recipe(groups=tiny.groups, kappa=1), adaln=AdaLN("lowrank"))
+    made = dataclasses.replace(recipe(groups=tiny.groups, kappa=1), adaln=AdaLN(mode_of(tiny)))
     answer = convert(
         dense_dir, out, made, lambda p, seed: batches(p), neurons, log=lambda _: None, **options
     )
@@ -252,6 +263,10 @@ def test_a_plan_counts_the_models_own_weights(pipe: Any, tiny: Tiny, mode: str) 
     raw = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     config = sizes(json.loads(json.dumps(raw)) | {"_class_name": family.dense_class}, "test")
     made = recipe(groups=tiny.groups, kappa=1)
+    if mode != "full" and not tiny.modulated:
+        with pytest.raises(ValueError, match="adaln.mode is .* expected full"):
+            family.anatomy(config, Structure(SparseSpec(), Blocks(), AdaLN(mode)), 16, 8)
+        return
     with torch.device("meta"):
         model = sparse_class(family)(**raw, **structure(made), adaln=mode)
     blocks = Blocks(**{k: tuple(map(tuple, v)) for k, v in tiny.groups.items()})
@@ -296,9 +311,10 @@ def test_draws_as_diffusers_does(
     set_top_k(pipe.transformer, 2)
     family = family_of_pipeline(pipe)
     draw = generator_at(0, "draw")
-    noise = torch.stack([family.noise(pipe, 12, 16, draw) for _ in PROMPTS])
+    height, width = tiny.size
+    noise = torch.stack([family.noise(pipe, height, width, draw) for _ in PROMPTS])
     drawer = runtime.load(bundle, "ort", threads=1)
-    options: dict[str, Any] = {"height": 12, "width": 16}
+    options: dict[str, Any] = {"height": height, "width": width}
     against = {"negative": "a black star"} if drawer.family.guided else {}
     ours = drawer(PROMPTS, latents=noise.numpy(), steps=3, guidance=guidance, **options, **against)
     if drawer.family.guided:
@@ -312,6 +328,30 @@ def test_draws_as_diffusers_does(
     if not drawer.family.guided:
         with pytest.raises(ValueError, match="negative is .* expected none"):
             drawer(PROMPTS[0], negative="a star")
+
+
+def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
+    """Where a family masks its text: the masks are diffusers', and they are exact."""
+    import runtime
+
+    drawer = runtime.load(bundle, "ort", threads=1)
+    texts = ["", "A red <pad> Circle ", PROMPTS[1]]
+    conditions = drawer.encode(texts)
+    if not (masks := [name for name in conditions if name.endswith("mask")]):
+        pytest.skip("this family masks nothing")
+    mask, states = conditions[masks[0]], conditions["encoder_hidden_states"]
+    theirs = family_of_pipeline(pipe).encode_text(pipe, texts, LENGTH)
+    assert np.array_equal(mask, theirs[masks[0]].numpy()) and 0 < mask.mean() < 1
+    noise = drawer.noise(range(3), (8, 8))
+
+    def draw(states: np.ndarray) -> np.ndarray:
+        given = conditions | {"encoder_hidden_states": states}
+        return drawer.denoise(noise, given, latent_size=(8, 8), top_k=[2, 2], guidance=1.0)
+
+    drawn = draw(states)
+    assert np.array_equal(drawn, draw(np.where(mask[..., None] > 0, states, np.float32(50))))
+    seen = np.where(np.arange(states.shape[1])[:, None] > 0, states, np.float32(50))
+    assert np.abs(drawn - draw(seen)).max() > 1e-3
 
 
 @pytest.mark.tensorrt
