@@ -23,7 +23,7 @@ from export.parts import (
     compare_trajectory,
     plans_in_use,
 )
-from export.reference import load_reference, record
+from export.reference import as_stored, load_reference, record
 from runtime.arguments import check_kappa
 from runtime.bundle import open_bundle
 from runtime.pipeline import Pipeline
@@ -54,10 +54,11 @@ def parity(
 ) -> dict[str, Any]:
     """Compare the pipeline in `sparse_dir` (sparse or dense) with the bundle exported from it.
 
-    Torch computes in float32 on the CPU. `steps`, `top_k` and `kappa` default to the bundle's.
-    Returns what `--json` prints: `passed`, `failures` (sentences), `limits`, `components` and
-    `blocks` (worst first), `experts` (None in a dense bundle), `groups` (the blocks that routers
-    choose; None where none does), `trajectory` (per step, and `image_psnr`).
+    Torch computes in float32 on the CPU, on weights rounded as the bundle stores them. `steps`,
+    `top_k` and `kappa` default to the bundle's. Returns what `--json` prints: `passed`, `failures`
+    (sentences), `limits`, `components` and `blocks` (worst first), `experts` (None in a dense
+    bundle), `groups` (the blocks that routers choose; None where none does), `trajectory` (per
+    step, and `image_psnr`).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     tell = progress or (lambda phase, done, total: None)
@@ -75,8 +76,10 @@ def parity(
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())
     noise = pipeline.noise(range(seed, seed + len(prompts)), (latent[0], latent[1]))
     recorded = sorted({0, count // 2, count - 1})
+    pipe = load_reference(sparse_dir, manifest["kind"], k, kept)
+    as_stored(pipe, opened)
     reference = record(
-        load_reference(sparse_dir, manifest["kind"], k, kept),
+        pipe,
         prompts,
         noise,
         steps=count,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import exported
 from tinybundle import damaged
 
 from export.choices import agreement, chosen
@@ -40,6 +41,24 @@ def test_the_bundle_equals_torch(result: dict[str, Any]) -> None:
     assert errors == sorted(errors, reverse=True)
     components = {row["place"] for row in result["components"]}
     assert components == {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"}
+
+
+def test_weights_stored_in_half_are_compared_as_they_are_stored(
+    tiny_sparse_dir: Path, pytestconfig: pytest.Config
+) -> None:
+    """Rounding that was asked for is no error: `--storage bf16` of weights made in float32."""
+    from export.reference import as_stored, load_reference
+
+    bundle = exported(pytestconfig, tiny_sparse_dir, top_k=(2,), storage="bf16")
+    found = parity(tiny_sparse_dir, bundle, steps=2)
+    assert found["passed"], found["failures"]
+    opened = open_bundle(bundle)
+    pipe = load_reference(tiny_sparse_dir, "sparse", 2)
+    before = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
+    as_stored(pipe, opened)
+    kept = {n for n, p in pipe.transformer.named_parameters() if p.equal(before[n])}
+    exact = {n for n, b in before.items() if b.equal(b.bfloat16().float())}
+    assert {n for n in kept - exact if not n.endswith("gate.weight")} == set()
 
 
 def test_experts_agree(result: dict[str, Any]) -> None:
