@@ -85,7 +85,8 @@ def parity(
         steps=count,
         guidance=manifest["defaults"]["guidance"],
         **size,
-        text_tokens=manifest["tokenizers"][pipeline.family.tokenizers[-1]]["max_length"],
+        text_tokens=manifest["tokenizers"][pipeline.family.tokenizers[-1]]["max_length"]
+        - pipeline.family.dropped,
         recorded=recorded,
     )
     tell("torch", 1, 1)

@@ -156,7 +156,7 @@ def record(
                 callback_on_step_end=after,
             )
         spatial = row.spatial(pipe, final, height, width)
-        image = pipe.vae.decode(spatial, return_dict=False)[0]
+        image = row.decode(pipe, spatial)
     result.components["vae_decoder"] = ({"latents": array(spatial)}, {"image": array(image)})
     result.image = to_unit(array(image))
     return result
@@ -192,7 +192,7 @@ def watch_transformer(
 ) -> Iterator[None]:
     """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
     from d2m.families import family_of_model
-    from d2m.groups import BlockGroup, Passed
+    from d2m.groups import TEXT_MASK, BlockGroup, Passed
     from d2m.surgery import sparse_ffns
     from export.groups import LOGITS
 
@@ -238,8 +238,9 @@ def watch_transformer(
         for index, member in module.blocks.items():
             blocks[f"{prefix}blocks.{index}."] = pair(kwargs, member(**kwargs))
         read = ("hidden_states", "encoder_hidden_states", "temb")
-        logits = module.router(*(kwargs[name] for name in read))
-        inputs = {name: passed[-1][0][name] for name in read}
+        mask = kwargs.get(TEXT_MASK)
+        logits = module.router(*(kwargs[name] for name in read), mask)
+        inputs = {name: passed[-1][0][name] for name in (*read, TEXT_MASK) if name in passed[-1][0]}
         blocks[prefix] = inputs, {LOGITS: array(logits)}
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
