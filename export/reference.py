@@ -169,7 +169,8 @@ def watch_encoders(pipe: Any, row: Family, result: Recording) -> Iterator[None]:
     def keep(part: Part) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             ids = args[0] if args else kwargs["input_ids"]
-            taken = {str(i): array(tensor) for i, tensor in enumerate(part.picked(output))}
+            outputs = (*(kwargs[name].float() for name in part.before), *part.picked(output))
+            taken = {str(i): array(tensor) for i, tensor in enumerate(outputs)}
             result.components[part.name] = ({"input_ids": ids.numpy()}, taken)
 
         return hook
@@ -222,7 +223,8 @@ def watch_transformer(
         inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()}
         if shared is not None:
             inputs["modulation"] = array(shared(kwargs["temb"]))
-        streams = zip(family.streams, output)
+        # A block that writes one stream returns the tensor itself.
+        streams = zip(family.streams, output if isinstance(output, tuple) else (output,))
         return inputs, {
             STREAMS[stream]: array(tensor) for stream, tensor in streams if tensor is not None
         }
@@ -230,6 +232,7 @@ def watch_transformer(
     def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
+        kwargs = named(args, kwargs)
         passed.append(pair(kwargs, output))
         blocks, prefix = result.blocks[step], names[module]
         if not isinstance(module, BlockGroup):
@@ -246,6 +249,7 @@ def watch_transformer(
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
+        kwargs = named(args, kwargs)
         first, last = passed[0][0], passed[-1]
         found = row.model_inputs(model, kwargs, first)
         inputs = {
@@ -254,10 +258,11 @@ def watch_transformer(
         sample = {"sample": array(row.sample(model, output[0]))}
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
+        beside = {name: array(each) for name, each in row.beside(model, kwargs).items()}
         opened = ("hidden_states", "encoder_hidden_states", "temb", "modulation")
-        embedded = {name: each for name, each in first.items() if name in opened}
+        embedded = {name: each for name, each in (first | beside).items() if name in opened}
         result.blocks[step]["embed"] = (inputs, embedded)
-        closing = {name: (last[0] | last[1])[name] for name in row.closes}
+        closing = {name: (last[0] | last[1] | beside)[name] for name in row.closes}
         result.blocks[step]["final"] = (closing, sample)
         chosen = {name: site.last_logits for name, site in sites.items() if site.top_k}
         result.logits[step] = {
@@ -277,6 +282,11 @@ def watch_transformer(
             handle.remove()
         for name, site in sites.items():
             site.record = before[name]
+
+
+def named(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's keywords, with what is given by place: `hidden_states`, first in every class."""
+    return dict(zip(("hidden_states",), args)) | kwargs
 
 
 def to_unit(image: np.ndarray) -> np.ndarray:
