@@ -92,15 +92,17 @@ def as_stored(pipe: Any, bundle: Bundle) -> None:
         if not any(row.dtype in halves for row in stored.values()):
             continue
         for name, tensor in getattr(pipe, folders.get(component, component)).named_parameters():
-            row = stored.get(name) or stored.get(fused(name))
+            found = [each for each in (name, *fused(name)) if each in stored]
+            row = stored[found[0]] if found else None
             if row is not None and row.dtype in halves:
                 tensor.data.copy_(tensor.data.to(halves[row.dtype]))
 
 
-def fused(name: str) -> str:
-    """The name under which export joins what a weight is a part of: query, key and value."""
-    name = re.sub(r"\.to_[qkv]\.", ".to_qkv.", name)
-    return re.sub(r"\.add_[qkv]_proj\.", ".to_added_qkv.", name)
+def fused(name: str) -> list[str]:
+    """Names under which export joins what a weight is a part of: query, key and value."""
+    parts = {r"\.to_[qkv]\.": ".to_qkv.", r"\.add_[qkv]_proj\.": ".to_added_qkv."}
+    parts[r"\.to_[kv]\."] = ".to_kv."  # where the query reads another stream
+    return [re.sub(old, new, name) for old, new in parts.items()]
 
 
 def record(
