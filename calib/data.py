@@ -6,6 +6,7 @@ batch depends on nothing but its arguments. So a run that was killed goes on wit
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -148,7 +149,7 @@ def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
         )
     if data.kind != SHAPES:
         return
-    size = drawing_defaults(root)["height"]
+    size = shapes_size(root)
     try:
         World(size=size)
     except ValueError as error:
@@ -157,6 +158,18 @@ def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
             f"--data is shapes, but {root} draws {size} pixels, which no world of shapes has "
             f"({error}); expected {' or '.join(more)} as --data"
         ) from error
+
+
+def shapes_size(root: Path) -> int:
+    """The pixels a pipeline directory learns shapes at: its VAE's size, as `world_of` takes it.
+
+    Where its VAE names none, what it draws.
+    """
+    try:
+        found = json.loads((root / "vae" / "config.json").read_text("utf-8")).get("sample_size")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    return found if isinstance(found, int) else int(drawing_defaults(root)["height"])
 
 
 def source_of(how: str, columns: tuple[str, str] | None = None) -> Source:

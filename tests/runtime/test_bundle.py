@@ -223,7 +223,7 @@ junk = st.one_of(
     st.just(["x"] * 9),
     st.just({"": None}),
     st.sampled_from(["../x", "/x", "", "9" * 5000]),
-)
+).map(copy.deepcopy)  # lists and dicts are changed further
 
 
 @settings(
