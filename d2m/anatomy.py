@@ -97,7 +97,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
         for group in blocks.groups(kind):
             weights = tuple(router(dim, len(group), blocks))
             stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, weights))
-    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+    return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
 
 
 def dim_of(config: Mapping[str, Any]) -> int:
@@ -167,7 +167,8 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
     yield from linear("embedders", "x_embedder", config["in_channels"], dim, image)
 
 
-def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
+def output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
+    """The last norm and projection, of every family that has diffusers' AdaLayerNormContinuous."""
     channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
     yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
     yield from linear("output", "proj_out", dim, channels, image)

@@ -17,6 +17,7 @@ from d2m.anatomy import (
     dim_of,
     linear,
     modulated,
+    output,
     router,
     shared_modulation,
     sparse_ffn,
@@ -46,7 +47,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
     for group in blocks.groups("double"):
         weights = tuple(router(dim, len(group), blocks))
         stacks.append(Stack(f"{LIST}.{group[0]}.router.", 1, 1, weights))
-    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+    return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
 
 
 def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
@@ -56,12 +57,6 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
     yield vector("embedders", "txt_norm.weight", config["joint_attention_dim"])
     yield from linear("embedders", "img_in", config["in_channels"], dim, image)
     yield from linear("embedders", "txt_in", config["joint_attention_dim"], dim, text)
-
-
-def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
-    channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
-    yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
-    yield from linear("output", "proj_out", dim, channels, image)
 
 
 def _block(

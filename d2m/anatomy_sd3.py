@@ -18,6 +18,7 @@ from d2m.anatomy import (
     dim_of,
     linear,
     modulated,
+    output,
     router,
     shared_modulation,
     sparse_ffn,
@@ -58,7 +59,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
         stacks.append(
             Stack(f"{LIST}.{group[0]}.router.", 1, 1, tuple(router(dim, len(group), blocks)))
         )
-    return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
+    return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
 
 
 def norms_of(kind: Kind) -> tuple[tuple[str, int], ...]:
@@ -79,12 +80,6 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
             yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
     wide = config["caption_projection_dim"]
     yield from linear("embedders", "context_embedder", config["joint_attention_dim"], wide, text)
-
-
-def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
-    channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
-    yield from linear("output", "norm_out.linear", dim, 2 * dim, 1)
-    yield from linear("output", "proj_out", dim, channels, image)
 
 
 def _block(

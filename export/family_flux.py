@@ -60,7 +60,7 @@ class Embed(nn.Module):
 
 
 class Final(nn.Module):
-    """What FluxTransformer2DModel does after its blocks."""
+    """What FluxTransformer2DModel does after its blocks, and SD3's and Qwen-Image's do too."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Final(nn.Module):
         self.proj_out = model.proj_out
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
+        """[B, T, D], [B, D] -> velocity [B, T, channels]; SD3: channels of a pixel together."""
         return self.proj_out(self.norm_out(hidden_states, temb))
 
 

@@ -21,6 +21,7 @@ from export.attention import heads, rms_norm, rotate
 from export.blocks import MODULATION, Program, block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first, single
 from export.family import Family, Part, Row
+from export.family_flux import Final
 from export.trace import Spec
 
 STREAMS = ("hidden_states", STATES)
@@ -51,19 +52,6 @@ class Embed(nn.Module):
         if not hasattr(self, MODULATION):
             return image, text, temb
         return image, text, temb, self.modulation.linear(F.silu(temb))
-
-
-class Final(nn.Module):
-    """What QwenImageTransformer2DModel does after its blocks."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.norm_out = model.norm_out
-        self.proj_out = model.proj_out
-
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, D] -> velocity [B, T, channels]."""
-        return self.proj_out(self.norm_out(hidden_states, temb))
 
 
 class MaskedAttention:

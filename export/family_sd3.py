@@ -22,6 +22,7 @@ from export.attention import heads, rms_norm
 from export.blocks import MODULATION
 from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
 from export.family import Family, Part, Row
+from export.family_flux import Final
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -60,19 +61,6 @@ class Embed(nn.Module):
         if not hasattr(self, MODULATION):
             return opened
         return *opened, self.modulation.linear(F.silu(temb))
-
-
-class Final(nn.Module):
-    """What SD3Transformer2DModel does after its blocks, before patches are joined."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.norm_out = model.norm_out
-        self.proj_out = model.proj_out
-
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, D] -> velocity [B, T, p p C], all channels of a pixel together."""
-        return self.proj_out(self.norm_out(hidden_states, temb))
 
 
 class JointAttention:

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime import dpmsolver, flux
 from runtime.family import Arrays, Family, Run, Settings, Size, rows
-from runtime.family_sd3 import noise, tokens
+from runtime.family_sd3 import noise, tokens, velocity
 from runtime.fields import integer, mapping, number, wrong
 
 MAX_SIDE = 16384  # pixels; positions have no end
@@ -94,11 +94,8 @@ def predicted(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.n
 
     The channels after the first C are a variance, which the pipeline drops.
     """
-    p, (height, width) = settings["patch"], latent_size
-    cut = sample.reshape(len(sample), height // p, width // p, p, p, -1)
-    cut = cut[..., : settings["channels"]]
-    joined = cut.transpose(0, 5, 1, 3, 2, 4)
-    return np.ascontiguousarray(joined.reshape(len(sample), -1, height, width))
+    joined = velocity(sample, settings, latent_size)
+    return np.ascontiguousarray(joined[:, : settings["channels"]])
 
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
