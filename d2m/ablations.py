@@ -84,6 +84,28 @@ def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
     )
 
 
+def leaner(recipe: Recipe, by: int) -> Recipe:
+    """Shared expert and experts `by` times smaller, as many of them chosen; more hold the rest.
+
+    Our own addition: it asks what the experts are worth where the activated FFN is too small to do
+    the work alone. ValueError where neurons cannot be dealt so.
+    """
+    shared, size = recipe.shared_ratio / by, recipe.expert_ratio / by
+    experts = (FFN_RATIO - shared) / size
+    if by < 1 or experts != int(experts):
+        raise ValueError(
+            f"by is {by}; expected a whole number from 1 that leaves a whole number of experts of "
+            f"{recipe.expert_ratio:g} / by x the width, such as 4."
+        )
+    return replace(
+        recipe,
+        name=f"{recipe.name}-{by}-times-leaner",
+        shared_ratio=shared,
+        expert_ratio=size,
+        num_experts=int(experts),
+    )
+
+
 def depth_pruned(recipe: Recipe, depth: Mapping[str, int], way: str) -> Recipe:
     """As many blocks as the recipe's groups run, but always the same ones, for good.
 

@@ -60,6 +60,15 @@ def _budget(dense: str) -> Recipe:
     return replace(found, stages=_preset("S")(dense).stages)
 
 
+def _lean(by: int) -> Callable[[str], Recipe]:
+    return _from("L", ablations.leaner, by)
+
+
+def _narrow(by: int) -> Callable[[str], Recipe]:
+    """FFNs cut to as many neurons as `_lean` activates: L's 1.5 x the width, over `by`."""
+    return lambda dense: ablations.width_pruned(_lean(by)(dense), 1.5 / by)
+
+
 def _long(name: str, says: str, of: str, times: float, start: str | None = None) -> Row:
     """A row's recipe again, trained longer: whether the others' differences are those of haste."""
     found = next(row for row in _TRAINED if row.name == of)
@@ -116,6 +125,8 @@ ROWS = (
     _long("S-long", "S, 4.3 times the steps of stage 3", "S", LONG_BLOCKS, "L-long"),
     _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
+    Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
+    Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),
     _knob("L k=1", "L", "one expert a token", top_k=1),
     _knob("L k=4", "L", "four experts a token", top_k=4),

@@ -104,6 +104,7 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("keeps", "XS-long", 0.75),
     ("clearly over", "L-long", "width-1.5-long"),
     ("clearly over", "S-long", "depth-first-long"),
+    ("clearly over", "L-quarter", "width-0.375"),
 )
 TESTS = {
     "keeps": "the score over the dense one's",

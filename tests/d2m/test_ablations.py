@@ -23,6 +23,7 @@ ALL = {
     "frozen": ablations.frozen,
     "width-1.5": lambda recipe: ablations.width_pruned(recipe, 1.5),
     "width-2": lambda recipe: ablations.width_pruned(recipe, 2.0),
+    "2-times-leaner": lambda recipe: ablations.leaner(recipe, 2),
     "depth-first": lambda recipe: ablations.depth_pruned(recipe, DEPTH, "first"),
     "depth-middle": lambda recipe: ablations.depth_pruned(recipe, DEPTH, "middle"),
 }
@@ -36,13 +37,14 @@ def test_each_is_a_recipe_of_the_same_budget(name):
     assert {stage.batch_size for stage in recipe.stages} == {2}
 
 
-@pytest.mark.parametrize("name", ["width-1.5", "joint", "depth-first"])
+@pytest.mark.parametrize("name", ["width-1.5", "2-times-leaner", "joint", "depth-first"])
 def test_each_trains(name, tmp_path):
     recipe = ALL[name](THREE)
     blocks = recipe.blocks
     stages = tuple(replace(stage, steps=1) for stage in recipe.stages)
     recipe = replace(recipe, stages=stages)
-    changes = {f: getattr(recipe, f) for f in ("shared_ratio", "num_experts", "top_k")}
+    fields = ("shared_ratio", "expert_ratio", "num_experts", "top_k")
+    changes = {field: getattr(recipe, field) for field in fields}
     student, teacher = grouped_pair(blocks=blocks, **changes)
     options = {"workdir": tmp_path, "log": lambda text: None}
     history = distill(student, teacher, recipe, tiny_batches, **options)
@@ -61,6 +63,16 @@ def test_width_pruning_works_as_much_as_the_moe():
         torch.nn.init.normal_(ffn.experts.w1)
     assert torch.equal(student(**tiny_inputs()).sample, before)
     assert [stage.train for stage in recipe.stages] == [("shared",)]
+
+
+def test_a_leaner_moe_has_the_same_neurons_in_smaller_experts():
+    recipe = ablations.leaner(preset("L"), 4)
+    assert (recipe.shared_ratio, recipe.expert_ratio) == (0.25, 0.0625)
+    assert (recipe.num_experts, recipe.top_k) == (60, 2)
+    student, _ = tiny_pair(recipe=recipe)
+    assert count(shapes_of(student), 2)["ffn_share"] == pytest.approx(0.375 / 4, rel=0.01)
+    pruned = ablations.width_pruned(recipe, 0.375)
+    assert (pruned.shared_ratio, pruned.num_experts, pruned.top_k) == (0.375, 58, 0)
 
 
 def test_depth_pruning_by_hand():
@@ -84,6 +96,8 @@ def test_joint_and_without_stage_one_by_hand():
 def test_what_cannot_be():
     with pytest.raises(ValueError, match="ratio is 1.6; expected one that leaves a whole number"):
         ablations.width_pruned(THREE, 1.6)
+    with pytest.raises(ValueError, match="by is 2; expected a whole number from 1 that leaves"):
+        ablations.leaner(replace(preset("L"), expert_ratio=0.75, num_experts=4), 2)
     with pytest.raises(ValueError, match="expected way first or middle, and a recipe with groups"):
         ablations.depth_pruned(preset("L"), DEPTH, "first")
     with pytest.raises(ValueError, match="trains shared experts alone; nothing is left"):
