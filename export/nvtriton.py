@@ -34,6 +34,8 @@ INPUTS = (
     ("width", "TYPE_INT32", "1"),
     ("top_k", "TYPE_INT32", "-1"),
     ("kappa", "TYPE_INT32", "-1"),
+    ("sigmas", "TYPE_FP32", "-1"),
+    ("negative_prompt", "TYPE_STRING", "1"),
 )
 OUTPUTS = (("png", "TYPE_STRING", "1"), ("image", "TYPE_UINT8", "-1, -1, 3"))
 MODEL = '''"""Draws from the bundle beside this file; written by d2m export --triton-repo."""

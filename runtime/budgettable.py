@@ -21,6 +21,10 @@ KNOBS = ("steps", "top_k", "kappa")
 MAX_TABLE = 4 << 20  # bytes
 
 
+class Unmeasured(ValueError):
+    """There is no table for such a call; the sentence names paths of this machine."""
+
+
 def write_table(table: Mapping[str, Any]) -> None:
     """Keep a table in the user's cache; ValueError where there is none, OSError."""
     write_cached(place_of(table["for"]), json.dumps(table, indent=1))
@@ -36,14 +40,14 @@ def read_table(pipeline: Pipeline, height: int, width: int, images: int) -> dict
         with open(place, "rb") as file:
             table = parse_json(file.read(MAX_TABLE))
     except FileNotFoundError:
-        raise ValueError(
+        raise Unmeasured(
             f"no budget was measured for {images} image{'s' if images > 1 else ''} of {width} x"
             f" {height} from this bundle on this machine; {cure}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"the budget's table {place} is no JSON ({error}); {cure}") from None
+        raise Unmeasured(f"the budget's table {place} is no JSON ({error}); {cure}") from None
     if not isinstance(table, dict) or table.get("for") != key or not sound(table.get("rows")):
-        raise ValueError(f"the budget's table {place} is not what was written there; {cure}")
+        raise Unmeasured(f"the budget's table {place} is not what was written there; {cure}")
     return table
 
 

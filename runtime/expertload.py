@@ -183,8 +183,11 @@ class Sampler:
             return
         self.seen += 1
         if random.random() * self.seen < 1:
+            own = {name for name in inputs if per_sample(self.component, name)}
+            # Any of them: with guidance the negative prompts' rows are the first half.
+            row = random.randrange(min(len(inputs[name]) for name in own))
             one = {
-                name: array[:1] if per_sample(self.component, name) else array
+                name: array[row : row + 1] if name in own else array
                 for name, array in inputs.items()
             }
             self.step = one, top_k, kappa

@@ -21,6 +21,7 @@ import numpy as np
 from runtime.arguments import Request, check_request
 from runtime.picture import to_png
 from runtime.pipeline import Cancelled, Pipeline
+from runtime.serve.batch import call_of, key_of
 from runtime.serve.floor import Floors
 
 log = logging.getLogger("runtime")
@@ -32,6 +33,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "width": int,
 }
 KNOBS = ("top_k", "kappa")  # a number, or one for every step
+LISTS = ("sigmas",)  # one for every step
 
 
 @dataclass
@@ -46,8 +48,7 @@ class Asked:
     @property
     def key(self) -> tuple[Any, ...]:
         """Requests of the same key may share a batch."""
-        asked = self.request
-        return asked.latent_size, asked.guidance, tuple(asked.top_k), tuple(asked.kappa)
+        return key_of(self.request)
 
 
 class Model:
@@ -93,12 +94,12 @@ class Model:
         for same in alike.values():
             floor = self.floors.of(same[0].request)
             for batch in batches(same, self.pipeline.max_batch if floor else 0):
-                answers |= self.draw(batch, floor or 1)
+                answers |= self.draw(batch, floor or 0)
         return [answers[index] for index in range(len(requests))]
 
     def read(self, index: int, request: Any) -> Asked:
         """A request's tensors as arguments; ValueError with one sentence where they are wrong."""
-        prompts = [text(value) for value in self.values(request, "prompt")]
+        prompts = [text(value, "prompt") for value in self.values(request, "prompt")]
         if not prompts:
             raise ValueError("the input 'prompt' is missing, expected a text for every image.")
         seeds = [int(value) for value in self.values(request, "seed")] or [0] * len(prompts)
@@ -109,12 +110,16 @@ class Model:
                 raise ValueError(f"{name} is {found} in one request, expected one value of all.")
             if found:
                 asked[name] = found[0]
-        for name in KNOBS:
+        against = self.values(request, "negative_prompt")
+        if against:
+            asked["negative"] = [text(value, "negative prompt") for value in against]
+        for name in (*KNOBS, *LISTS):
             rows = self.rows(request, name)
             if len({tuple(row) for row in rows}) > 1:
                 raise ValueError(f"{name} differs in one request, expected one value of all.")
             if rows and rows[0]:
-                asked[name] = rows[0] if len(rows[0]) > 1 else rows[0][0]
+                one = len(rows[0]) == 1 and name in KNOBS
+                asked[name] = rows[0][0] if one else rows[0]
         checked = check_request(self.pipeline.manifest, prompts, seed=seeds, **asked)
         if len(checked.top_k) > self.max_steps:
             raise ValueError(f"steps is {len(checked.top_k)}, expected at most {self.max_steps}.")
@@ -142,7 +147,10 @@ class Model:
         return rows
 
     def draw(self, batch: list[Asked], floor: int) -> dict[int, Any]:
-        """Responses of requests that are drawn together; where that fails, each on its own."""
+        """Responses of requests that are drawn together; where that fails, each on its own.
+
+        `floor`: of runtime.serve.floor, 0 where there is none.
+        """
         gone = [asked for asked in batch if asked.cancelled()]
         batch = [asked for asked in batch if asked not in gone]
         cancelled = {asked.index: self.refusal("cancelled", "CANCELLED") for asked in gone}
@@ -168,22 +176,10 @@ class Model:
 
     def images(self, batch: list[Asked], floor: int) -> list[Any]:
         """PIL images of all requests of a batch, in order."""
-        request = batch[0].request
         pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
         pipeline.min_batch = min(floor, pipeline.max_batch)
-        knobs: dict[str, Any] = {
-            name: each
-            for name, each in (("top_k", request.top_k), ("kappa", request.kappa))
-            if each[0] is not None  # the bundle has experts, or groups
-        }
         images = pipeline(
-            [prompt for asked in batch for prompt in asked.request.prompts],
-            seed=[seed or 0 for asked in batch for seed in asked.request.seeds],
-            steps=len(request.top_k),
-            guidance=request.guidance,
-            height=request.height,
-            width=request.width,
-            **knobs,
+            **call_of([asked.request for asked in batch]),
             cancel=lambda: all(asked.cancelled() for asked in batch),
         )
         assert isinstance(images, list)
@@ -220,14 +216,14 @@ def batches(asked: list[Asked], room: int) -> list[list[Asked]]:
     return found
 
 
-def text(value: Any) -> str:
+def text(value: Any, name: str) -> str:
     """A string of the server, which are bytes; ValueError where they are no UTF-8."""
     if isinstance(value, str):
         return value
     try:
         return bytes(value).decode("utf-8")
     except (UnicodeDecodeError, TypeError):
-        raise ValueError(f"the prompt is {value!r:.80}, expected text in UTF-8.") from None
+        raise ValueError(f"the {name} is {value!r:.80}, expected text in UTF-8.") from None
 
 
 def use_device(number: int) -> None:

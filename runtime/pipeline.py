@@ -67,7 +67,8 @@ class Pipeline:
     by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The same
     seed, bundle, backend and batch give the same bytes; another batch size may round sums
     differently, and so change an image's last bits. A batch of fewer rows than
-    `min_batch` is filled up with copies of its last one, which are thrown away. With `offload`
+    `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
+    that from so many rows on nothing changes (runtime.serve.floor). With `offload`
     "block" the transformer's weights are streamed block by block (see runtime.offload), and the
     other components are open only while they run.
     """
@@ -81,7 +82,7 @@ class Pipeline:
         mode: str | None = None,
         experts: str = "auto",
         max_batch: int = 8,
-        min_batch: int = 1,
+        min_batch: int = 0,
         verify: str = "cached",
         key: str | os.PathLike[str] | None = None,
         offload: str | None = None,
@@ -198,7 +199,10 @@ class Pipeline:
         tell("encode", start, total)
         against = [] if request.negative is None else request.negative[part]
         different = list(dict.fromkeys([*prompts, *against]))
-        spare = different[-1:] * (self.min_batch - len(different))
+        # Two texts where there is a negative one, even where it is the same: one row alone takes
+        # other routines, so an image would depend on the texts of others in its batch.
+        least = max(self.min_batch, 2 if against else 1)
+        spare = different[-1:] * (least - len(different))
         encoded = self.encode([*different, *spare])
         tell("encode", done, total)
         if noise is None:
@@ -241,7 +245,7 @@ class Pipeline:
         }
         # Whoever sets min_batch has found that more rows change nothing, so it is what an image
         # depends on; without it the rows that were there are.
-        model |= {"batch": self.min_batch if self.min_batch > 1 else count}
+        model |= {"batch": self.min_batch or count}
         return [
             to_image(image, request.settings(start + i) | model) for i, image in enumerate(pixels)
         ]

@@ -102,6 +102,22 @@ def tiny_dense_bundle(tiny_dense_dir: Path, pytestconfig: pytest.Config) -> Path
 
 
 @pytest.fixture(scope="session")
+def tiny_guided_bundle(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Path:
+    """The bundle of a dense PixArt, drawn with negative prompts. Not to be changed."""
+    pytest.importorskip("diffusers")
+    from tinyfamilies import SIZE, pixart
+
+    from d2m.draw import write_defaults
+
+    path = tmp_path_factory.mktemp("guided") / "guided"
+    pixart().save_pretrained(path)
+    write_defaults(path, height=SIZE, width=SIZE)
+    return exported(pytestconfig, path)
+
+
+@pytest.fixture(scope="session")
 def tiny_grouped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse pipeline with groups of blocks, routers of alpha .5 (see tinygrouped.py)."""
     pytest.importorskip("diffusers")

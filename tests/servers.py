@@ -26,7 +26,7 @@ PATH = "/v1/images/generations"
 @contextmanager
 def running(key: str | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
     """(address, service) of a server in a thread of this process, closed at the end."""
-    service = Service(None, "ort", threads=1, **options)
+    service = Service(options.pop("bundle", None), "ort", threads=1, **options)
     service.start()
     with listen("127.0.0.1", 0) as listener:
         config = uvicorn.Config(

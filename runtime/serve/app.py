@@ -6,12 +6,15 @@ import asyncio
 import base64
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from runtime.arguments import one_or_all
+from runtime.budget import within
 from runtime.serve.asked import MAX_BODY, Refused, read_asked
 from runtime.serve.guard import Guard
 from runtime.serve.jobs import Drawn, Job
@@ -42,9 +45,11 @@ def make_app(
             # A browser sends this type to another site only after asking it, and we say no.
             raise Refused(415, f"the body is {kind[:60]!r}, expected application/json.")
         body = await read_body(request)
-        asked = read_asked(body, service.pipeline.manifest, service.limits)
+        pick = partial(within, service.pipeline)
+        asked = read_asked(body, service.pipeline.manifest, service.limits, pick)
         if log_prompts:
-            log.info("prompt %r", asked.request.prompts[0])
+            against = f", negative {asked.request.negative[0]!r}" if asked.request.negative else ""
+            log.info("prompt %r%s", asked.request.prompts[0], against)
         gone = asyncio.ensure_future(disconnected(request))
         try:
             job, drawn = await service.draw(asked, gone)
@@ -149,6 +154,7 @@ def answer_of(service: Service, job: Job, drawn: Drawn) -> dict[str, Any]:
             "backend": drawn.backend,
             "steps": len(request.top_k),
             "guidance": request.guidance,
+            "kappa": one_or_all(request.kappa),
             **usage(manifest, request),
             "seconds_queued": round(drawn.began - job.entered, 4),
             "seconds_drawing": round(drawn.ended - drawn.began, 4),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.arguments import Request, check_request, show, whole
+from runtime.budgettable import Unmeasured
 from runtime.fields import refuse
+from runtime.serve.batch import key_of
 
 MAX_BODY = 64 << 10  # bytes
 # What else OpenAI's clients may send, with the values that change nothing here.
@@ -22,8 +25,14 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "style": ("natural", "vivid"),
 }
-KNOBS = ("steps", "guidance", "top_k", "kappa")
-FIELDS = ("prompt", "model", "n", "size", "response_format", "user", "seed", "deadline", *KNOBS)
+PICKED = ("steps", "top_k", "kappa")  # those of them that are left out, a budget picks
+KNOBS = (*PICKED, "guidance", "sigmas")
+FIELDS = (
+    *("prompt", "negative_prompt", "model", "n", "size", "response_format", "user", "seed"),
+    *("deadline", "budget", *KNOBS),
+)
+# A request, its budget in seconds, knobs that were given -> all that a budget picks.
+Within = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
 
 
 class Refused(Exception):
@@ -64,17 +73,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be drawn. Requests of equal `key` may be drawn in one batch."""
+    """A request that can be drawn. Requests of equal `key` may be drawn in one batch.
+
+    `key` None: drawn alone, since its budget was measured so.
+    """
 
     request: Request
     deadline: float
-    key: tuple[Any, ...]
+    key: tuple[Any, ...] | None
 
 
-def read_asked(body: bytes, manifest: dict[str, Any], limits: Limits) -> Asked:
+def read_asked(
+    body: bytes, manifest: dict[str, Any], limits: Limits, within: Within | None = None
+) -> Asked:
     """Parse and check; what is left out comes from the bundle, the seed at random.
 
-    Raises Refused: 404 for another model, 400 for anything else.
+    `within` picks knobs for a budget (runtime.budget's, with the pipeline). Raises Refused: 404
+    for another model, 400 for anything else.
     """
     fields = parse(body)
     for name, value in fields.items():
@@ -99,46 +114,65 @@ def read_asked(body: bytes, manifest: dict[str, Any], limits: Limits) -> Asked:
             f"response_format is {show(given['response_format'])}, expected 'b64_json':"
             f" this server keeps no images that a URL could name.",
         )
-    prompt = given.get("prompt")
-    if not isinstance(prompt, str) or not 0 < len(prompt) <= limits.prompt:
-        found = f"{len(prompt)} characters long" if isinstance(prompt, str) else show(prompt)
-        raise wrong(
-            "prompt", f"the prompt is {found}, expected a text of 1 to {limits.prompt} characters."
-        )
+    texts(given, limits)
     size = given.get("size", "auto")
     height, width = read_size(size)
     # Before check_request, which makes a list as long as it is asked for.
     bounded("n", given.get("n", 1), limits.images)
     if "steps" in given:
         bounded("steps", given["steps"], limits.steps)
+    fixed: dict[str, Any] = {
+        "seed": given.get("seed", secrets.randbelow(1 << 32)),
+        "n": given.get("n", 1),
+        "negative": given.get("negative_prompt"),
+        "height": height,
+        "width": width,
+    }
+    knobs = {name: given[name] for name in KNOBS if name in given}
+    budget = given.get("budget")
     try:
-        request = check_request(
-            manifest,
-            prompt,
-            seed=given.get("seed", secrets.randbelow(1 << 32)),
-            n=given.get("n", 1),
-            height=height,
-            width=width,
-            **{name: given[name] for name in KNOBS if name in given},
-        )
+        request = check_request(manifest, given["prompt"], **fixed, **knobs)
+        if budget is not None:
+            if within is None:
+                raise ValueError("budget is not known here, expected none; leave it out.")
+            knobs |= within(request, budget, {name: knobs.get(name) for name in PICKED})
+            request = check_request(manifest, given["prompt"], **fixed, **knobs)
+    except Unmeasured:  # whose sentence names paths of this machine
+        raise wrong(
+            "budget",
+            "no budget was measured for such a request on this machine, expected it to be by"
+            " whoever runs this server (d2m measure); leave budget out.",
+        ) from None
     except ValueError as error:
-        text = str(error)
-        first = text.split()[0]
-        param = {"height": "size", "width": "size"}.get(first, first)
-        raise wrong(param if param in FIELDS else None, text) from None
+        raise wrong(param_of(str(error)), str(error)) from None
+    bounded("steps", len(request.top_k), limits.steps)  # of sigmas or a budget
     if request.height * request.width > limits.pixels:
         raise wrong(
             "size",
             f"the size is {request.width}x{request.height}, expected at most"
             f" {limits.pixels} pixels.",
         )
-    return Asked(request, read_deadline(given.get("deadline"), limits), key_of(request))
+    deadline = read_deadline(given.get("deadline"), limits)
+    return Asked(request, deadline, None if budget is not None else key_of(request))
 
 
-def key_of(request: Request) -> tuple[Any, ...]:
-    """What must be equal in requests that share a batch."""
-    knobs = tuple(request.top_k), tuple(request.kappa)
-    return (request.height, request.width, request.guidance, *knobs)
+def texts(given: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse prompts, for and against, that are no texts or longer than this server takes."""
+    for name, least in (("prompt", 1), ("negative_prompt", 0)):
+        text = given.get(name)
+        if text is None and not least:
+            continue
+        if not isinstance(text, str) or not least <= len(text) <= limits.prompt:
+            found = f"{len(text)} characters long" if isinstance(text, str) else show(text)
+            what = f"a text of {least} to {limits.prompt} characters"
+            raise wrong(name, f"the {name.replace('_', ' ')} is {found}, expected {what}.")
+
+
+def param_of(sentence: str) -> str | None:
+    """The field that an error of the runtime's is about, by the word that it begins with."""
+    first = sentence.removeprefix("the ").partition(" ")[0].removesuffix("'s")
+    field = {"height": "size", "width": "size", "negative": "negative_prompt"}.get(first, first)
+    return field if field in FIELDS else None
 
 
 def parse(body: bytes) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.picture import to_png
 from runtime.pipeline import Cancelled
+from runtime.serve.batch import call_of
 from runtime.serve.jobs import Drawn, Job, Jobs
 from runtime.serve.usage import usage
 
@@ -61,20 +62,23 @@ class Drawing:
         while (job := self.jobs.first()) is not None:
             batch = [job]
             try:
-                floor = self.floors.of(job.asked.request)
-                if floor is not None:
-                    room = self.pipeline.max_batch - job.images
-                    batch += self.jobs.alike(job.asked.key, room)
+                key = job.asked.key
+                floor = None if key is None else self.floors.of(job.asked.request)
+                if key is not None and floor is not None:
+                    batch += self.jobs.alike(key, self.pipeline.max_batch - job.images)
                 # From here on nobody but us ends an answer: a request task may be cancelled.
                 batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
-                self.draw(batch, floor or 1)
+                self.draw(batch, floor or 0)
             except Exception as error:  # the thread must live on, and the clients get an answer
                 for each in batch:
                     if not each.answer.done():
                         each.answer.set_exception(error)
 
     def draw(self, batch: list[Job], floor: int) -> None:
-        """Draw a batch and answer its jobs; where it fails, each of them on its own."""
+        """Draw a batch and answer its jobs; where it fails, each of them on its own.
+
+        `floor`: of runtime.serve.floor, 0 where there is none.
+        """
         batch = [job for job in batch if not job.cancelled.is_set()]
         if not batch:
             return
@@ -110,11 +114,6 @@ class Drawing:
         request = batch[0].asked.request
         pipeline, sampler = self.meter.watched()
         pipeline.min_batch = floor
-        knobs: dict[str, Any] = {
-            name: each
-            for name, each in (("top_k", request.top_k), ("kappa", request.kappa))
-            if each[0] is not None  # the bundle has experts, or groups
-        }
         began = last = time.monotonic()
         before = ""
 
@@ -127,13 +126,7 @@ class Drawing:
             last, before = now, phase
 
         images = pipeline(
-            [prompt for job in batch for prompt in job.asked.request.prompts],
-            seed=[seed or 0 for job in batch for seed in job.asked.request.seeds],
-            steps=len(request.top_k),
-            guidance=request.guidance,
-            height=request.height,
-            width=request.width,
-            **knobs,
+            **call_of([job.asked.request for job in batch]),
             progress=progress,
             cancel=lambda: all(job.cancelled.is_set() for job in batch),
         )

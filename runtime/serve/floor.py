@@ -42,14 +42,16 @@ class Floors:
         if self.pipeline.max_batch < 2:
             return None
         found = []
+        guided = request.negative is not None
         for top_k in sorted({-1 if k is None else k for k in request.top_k}):
-            key = (request.latent_size, top_k)
+            key = (request.latent_size, top_k, guided)
             with self._lock:
                 if key not in self._known:
                     if len(self._known) >= MOST:
                         return None
                     value = None if top_k < 0 else top_k
-                    self._known[key] = find_floor(self.pipeline, request.latent_size, value)
+                    size = request.latent_size
+                    self._known[key] = find_floor(self.pipeline, size, value, guided)
                     log.info("%s", told(request, top_k, self._known[key]))
                 found.append(self._known[key])
         rows = [row for row in found if row is not None]
@@ -64,17 +66,22 @@ def told(request: Request, top_k: int, floor: int | None) -> str:
     return f"{what}: requests share batches of {floor} rows or more, no bit depends on the others"
 
 
-def find_floor(pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None) -> int | None:
-    """1, 2, or None: the fewest rows from which on one image's bits are always the same."""
+def find_floor(
+    pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None, guided: bool = False
+) -> int | None:
+    """1, 2, or None: the fewest images from which on one image's bits are always the same.
+
+    `guided`: every image has a row more, that of its negative prompt.
+    """
     if pipeline.bundle.component("transformer").get("groups") and not whole(pipeline, top_k):
         return None  # which samples run a block together depends on what they are
     most = pipeline.max_batch
-    reference = sample(pipeline, latent_size, top_k, most, 0)
+    reference = sample(pipeline, latent_size, top_k, most, 0, guided)
     sizes = [2, *({3, most - 1, most} - {0, 1, 2, most + 1})]
     for turn, size in enumerate([*sizes, *[most] * TRIES], start=1):
-        if not np.array_equal(sample(pipeline, latent_size, top_k, size, turn), reference):
+        if not np.array_equal(sample(pipeline, latent_size, top_k, size, turn, guided), reference):
             return None
-    alone = sample(pipeline, latent_size, top_k, 1, 0)
+    alone = sample(pipeline, latent_size, top_k, 1, 0, guided)
     return 1 if np.array_equal(alone, reference) else 2
 
 
@@ -88,7 +95,12 @@ def whole(pipeline: Pipeline, top_k: int | None) -> bool:
 
 
 def sample(
-    pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None, size: int, turn: int
+    pipeline: Pipeline,
+    latent_size: tuple[int, int],
+    top_k: int | None,
+    size: int,
+    turn: int,
+    guided: bool = False,
 ) -> np.ndarray:
     """Pixels of one and the same image, [3, H, W], from a batch that `turn` and `size` decide."""
     random = np.random.default_rng([size, turn])
@@ -96,9 +108,13 @@ def sample(
     prompts = [PROMPTS[int(i)] for i in random.integers(len(PROMPTS), size=size)]
     seeds = [1000 + int(i) for i in random.integers(1000, size=size)]
     prompts[place], seeds[place] = PROMPTS[0], 0
+    against = [PROMPTS[int(i)] for i in random.integers(1, len(PROMPTS), size=size)]
+    against[place] = PROMPTS[1]
+    encoded = pipeline.encode([*prompts, *against] if guided else prompts)
     packed = pipeline.denoise(
         pipeline.noise(seeds, latent_size),
-        pipeline.encode(prompts),
+        {name: array[:size] for name, array in encoded.items()},
+        negative={name: array[size:] for name, array in encoded.items()} if guided else None,
         latent_size=latent_size,
         top_k=[top_k] * STEPS,
         guidance=pipeline.manifest["defaults"]["guidance"],

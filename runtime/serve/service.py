@@ -171,6 +171,7 @@ class Service:
             "bundle": self.pipeline.bundle.digest,
             "backend": self.pipeline.backend,
             "defaults": manifest["defaults"],
+            "negative_prompt": self.pipeline.family.guided,  # whether it takes one
             "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),
             "top_k_choices": manifest.get("top_k_choices") or [],

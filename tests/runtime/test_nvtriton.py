@@ -87,6 +87,14 @@ def test_settings_that_differ_are_drawn_apart(server: Server, drawn: list[int]) 
     assert [answer["image"].shape for answer in answers] == [(1, 32, 32, 3)] * 3 + [(1, 32, 48, 3)]
 
 
+def test_noise_levels_are_given_as_a_list(server: Server) -> None:
+    def read(sigmas: list[float]) -> Any:
+        request = server.request({"prompt": [["a"]], "sigmas": [sigmas]})
+        return server.model.model.read(0, request).request
+
+    assert read([1.0, 0.5]).sigmas == (1.0, 0.5) and read([0.5]).top_k == [2]
+
+
 def test_where_bits_depend_on_the_batch_each_is_drawn_alone(
     server: Server, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +123,8 @@ def test_a_batch_holds_as_many_images_as_it_may(server: Server, drawn: list[int]
         ({"prompt": [["a"]], "height": [[512]], "width": [[512]]}, "expected at most 4096 pixels"),
         ({"prompt": [["a"]], "top_k": [[3]]}, "top_k is 3"),
         ({"prompt": [["a"]], "kappa": [[4]]}, "kappa is 4"),
+        ({"prompt": [["a"]], "negative_prompt": [["b"]]}, "negative is ['b'], expected none: this"),
+        ({"prompt": [["a"]], "sigmas": [[0.5, 0.5]]}, "sigmas holds 0.5 after 0.5"),
         ({"prompt": [["a"]], "seed": [[-1]]}, "seed"),
         ({"prompt": [["a"]], "guidance": [[float("nan")]]}, "guidance is nan, expected finite"),
         ({"prompt": [["a"], ["b"]], "steps": [[1], [2]]}, r"steps is [1, 2] in one request"),

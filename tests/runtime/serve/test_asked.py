@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.budgettable import Unmeasured
 from runtime.bundle import open_bundle
 from runtime.pipeline import default_bundle
 from runtime.serve.asked import Limits, Refused, read_asked
@@ -40,6 +41,7 @@ def test_every_knob_arrives() -> None:
         guidance=1,
         top_k=[0, 4],
         kappa=[3, 1],
+        sigmas=[1, 0.5],
         seed=1,
         user="someone",
         quality="auto",
@@ -50,14 +52,16 @@ def test_every_knob_arrives() -> None:
     )
     request = found.request
     assert (request.width, request.height, request.top_k) == (48, 16, [0, 4])
-    assert request.kappa == [3, 1]
+    assert request.kappa == [3, 1] and request.sigmas == (1.0, 0.5)
     assert request.guidance == 1.0 and found.deadline == 2.0 and len(request.prompts) == 2
 
 
 def test_equal_keys_are_equal_shapes_and_knobs() -> None:
     assert asked(prompt="b", seed=3, n=2).key == asked(top_k=2, steps=16, size="32x32").key
+    sigmas = [1 - i / 16 for i in range(16)]
     for other in ({"steps": 3}, {"guidance": 2}, {"size": "16x16"}, {"top_k": 1}, {"kappa": 2}):
         assert asked(**other).key != asked().key
+    assert asked(sigmas=sigmas).key != asked().key
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"prompt": None}, "prompt", "the prompt is None"),
         ({"prompt": ""}, "prompt", "0 characters long, expected a text of 1 to 50"),
         ({"prompt": "x" * 51}, "prompt", "51 characters long"),
-        ({"prompt": "\ud800"}, None, "half a surrogate pair"),
+        ({"prompt": "\ud800"}, "prompt", "half a surrogate pair"),
         ({"n": 5}, "n", "n is 5, expected a whole number from 1 to 4"),
         ({"n": 10**30}, "n", "whole number from 1 to 4"),
         ({"n": True}, "n", "n is True"),
@@ -85,6 +89,14 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"response_format": "url"}, "response_format", "keeps no images"),
         ({"stream": True}, "stream", "stream is True, expected false or none"),
         ({"negative": "x"}, "negative", "the field 'negative' is not known"),
+        ({"negative_prompt": "x"}, "negative_prompt", "negative is 'x', expected none: this bun"),
+        ({"negative_prompt": ""}, "negative_prompt", "not drawn with classifier-free guidance"),
+        ({"negative_prompt": "x" * 51}, "negative_prompt", "51 characters long, expected a text"),
+        ({"negative_prompt": ["x"]}, "negative_prompt", "the negative prompt is ['x']"),
+        ({"sigmas": [1, 1]}, "sigmas", "sigmas holds 1 after 1"),
+        ({"sigmas": [0.5], "steps": 2}, "sigmas", "lists 1 noise levels but steps is 2"),
+        ({"sigmas": [1 / (i + 1) for i in range(21)]}, "steps", "steps is 21, expected a whole"),
+        ({"budget": 1}, "budget", "budget is not known here"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], param: str | None, sentence: str) -> None:
@@ -95,6 +107,25 @@ def test_what_is_refused(fields: dict[str, Any], param: str | None, sentence: st
     assert sentence in error["message"], error
     if param != "negative":
         assert error["param"] == param
+
+
+def test_a_budget_picks_what_is_left_out_and_is_drawn_alone() -> None:
+    body = json.dumps({"prompt": "a", "top_k": 1, "budget": 2.5}).encode()
+
+    def within(request: Any, budget: float, knobs: Any) -> dict[str, Any]:
+        assert (budget, knobs) == (2.5, {"steps": None, "top_k": 1, "kappa": None})
+        return {"steps": 3, "top_k": 1, "kappa": 2}
+
+    found = read_asked(body, MANIFEST, LIMITS, within)
+    assert (found.request.top_k, found.request.kappa) == ([1] * 3, [2] * 3)
+    assert found.key is None
+
+    def unmeasured(request: Any, budget: float, knobs: Any) -> dict[str, Any]:
+        raise Unmeasured("no budget was measured; measure it with: d2m measure /srv/secret")
+
+    with pytest.raises(Refused, match=r"no budget was measured .* on this machine") as caught:
+        read_asked(body, MANIFEST, LIMITS, unmeasured)
+    assert caught.value.param == "budget" and "/srv" not in caught.value.message
 
 
 def test_another_model_is_not_found() -> None:
@@ -114,7 +145,10 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
 )
 NAMES = st.sampled_from(
-    ["prompt", "n", "size", "steps", "guidance", "top_k", "seed", "deadline", "stream", "style"]
+    [
+        *("prompt", "n", "size", "steps", "guidance", "top_k", "seed", "deadline", "stream"),
+        *("style", "sigmas", "negative_prompt", "budget", "kappa"),
+    ]
 )
 
 
