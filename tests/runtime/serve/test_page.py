@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def browser_path() -> str | None:
     return next((path for path in found if path and Path(path).is_file()), None)
 
 
-@pytest.mark.browser
-def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("no playwright: pip install playwright")
     path = browser_path()
@@ -55,8 +56,15 @@ def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
         pytest.skip("no Chromium: install one, or name it in D2M_CHROMIUM")
     from playwright.sync_api import sync_playwright
 
-    with running(key="a-good-long-key") as (url, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.browser
+def test_a_person_draws_in_chromium(browser: Any, tmp_path: Path) -> None:
+    with running(key="a-good-long-key") as (url, _):
         page = browser.new_page()
         told: list[str] = []
         page.on("console", lambda message: told.append(message.text))
@@ -67,6 +75,9 @@ def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
         page.wait_for_selector("#keylabel:not([hidden])")
         told.clear()  # the browser reports the 401 that asks for the key
         page.fill("#key", "a-good-long-key")
+        page.press("#key", "Tab")  # the model's own settings are asked for
+        until(lambda: page.inner_text("#title") == "d2m: shapes-s")
+        assert page.is_visible("#kappa") and not page.is_visible("#negative_prompt")
         page.fill("#prompt", "a photo of a red circle")
         page.fill("#steps", "4")
         page.fill("#n", "2")
@@ -84,6 +95,7 @@ def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
         # Colours, so not an empty picture: the red circle is there.
         assert page.evaluate(RED) > 20
         assert told == []
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert {re.sub(r"[?#].*", "", u)[: len(url)] for u in asked if u[:5] != "data:"} == {url}
 
         page.fill("#steps", "1000")
@@ -97,7 +109,42 @@ def test_a_person_draws_in_chromium(tmp_path: Path) -> None:
         # The policy holds: nothing that is not the page's own runs.
         page.evaluate(INJECT)
         assert page.evaluate("window.injected") is None
-        browser.close()
+        page.close()
+
+
+@pytest.mark.browser
+def test_a_negative_prompt_is_asked_for_where_the_family_takes_one(
+    browser: Any, tiny_guided_bundle: Path, tmp_path: Path
+) -> None:
+    with running(bundle=tiny_guided_bundle) as (url, _):
+        page = browser.new_page()
+        page.goto(url)
+        until(lambda: page.is_visible("#negative_prompt"))
+        assert not page.is_visible("#kappa") and not page.is_visible("#key")
+        page.fill("#guidance", "4")
+        page.fill("#steps", "2")
+        page.fill("#seed", "3")
+        sources = []
+        for negative in ("", "a black star", ""):
+            page.fill("#negative_prompt", negative)
+            page.click("#draw")
+            until(lambda: page.is_enabled("#draw") and page.query_selector("#images img"))
+            sources.append(page.evaluate(f"({PIXELS})()"))
+            assert page.inner_text("#error") == ""
+        assert sources[0] == sources[2] != sources[1]
+        assert facts_of(page)["experts used"] == "none: a dense model"
+        page.screenshot(path=tmp_path / "negative.png", full_page=True)
+        page.close()
+
+
+PIXELS = """async () => {
+  const canvas = document.createElement("canvas"), image = document.images[0];
+  await image.decode();
+  canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return [...context.getImageData(0, 0, canvas.width, canvas.height).data].join();
+}"""
 
 
 RED = """() => {
