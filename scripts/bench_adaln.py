@@ -18,16 +18,16 @@ import torch.nn.functional as F
 
 from calib.batches import shapes_batches
 from d2m.adaln import norms
-from d2m.adalnfit import compress_adaln, embedding, modulation_moments
+from d2m.adalnfit import compress_adaln, modulation_moments
 from d2m.draw import load_pipeline
 from d2m.flow import generator_at, noisy
-from d2m.inputs import transformer_inputs
+from d2m.inputs import global_embedding, transformer_inputs
 from d2m.recipe import preset
 from d2m.structure import AdaLN, lowrank_default
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="models/shapes-dense")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
     inputs = transformer_inputs(dense, batch, x, t)
     rows = []
     with torch.no_grad():
-        s = F.silu(embedding(dense, inputs))
+        s = F.silu(global_embedding(dense, batch, t))
         names = norms(dense)
         aims = {name: dense.get_submodule(name).linear(s) for name in names}
         output = dense(**inputs).sample
@@ -50,7 +50,7 @@ def main() -> None:
             *(("lowrank", r) for r in sorted({2, 4, best, 16, 32, 64, dense.inner_dim})),
         ]:
             model = compress_adaln(copy.deepcopy(dense), AdaLN(mode, rank), moments)
-            temb = embedding(model, inputs)
+            temb = global_embedding(model, batch, t)
             mine = {name: model.get_submodule(name).modulation(temb) for name in names}
             wrong = sum((mine[n] - aims[n]).square().sum() for n in names)
             parts = ("modulation", *names)

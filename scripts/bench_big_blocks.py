@@ -58,6 +58,7 @@ def torch_run(sparse: Path, image: int, text: int, dtype: str) -> dict[str, Any]
     import torch
 
     from d2m.model import SparseFluxTransformer2DModel
+    from export.families import FAMILIES
     from export.reference import Recording, watch_transformer
 
     model = SparseFluxTransformer2DModel.from_pretrained(
@@ -78,7 +79,7 @@ def torch_run(sparse: Path, image: int, text: int, dtype: str) -> dict[str, Any]
     inputs |= {"img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(text, 3)}
     record = Recording()
     began = time.perf_counter()
-    with torch.no_grad(), watch_transformer(model, record, [0]):
+    with torch.no_grad(), watch_transformer(model, FAMILIES["flux"], record, [0]):
         model(**inputs, return_dict=False)
     seconds = round(time.perf_counter() - began, 2)
     found = {name.rstrip("."): pair for name, pair in record.blocks[0].items()}

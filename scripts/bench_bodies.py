@@ -122,11 +122,11 @@ def misses(run: Run, width: int, tokens: int) -> dict[str, float]:
     from d2m.routing import routed_experts_reference
 
     x = np.random.default_rng(1).standard_normal((tokens, width)).astype(np.float32)
-    held = [torch.from_numpy(array).double() for array in weights(width).values()]
+    held = {name: torch.from_numpy(array).double() for name, array in weights(width).items()}
     found = {}
     for name, logits in routings(tokens).items():
-        pair = (torch.from_numpy(array).double() for array in (x, logits))
-        expected = routed_experts_reference(*pair, *held, TOP_K).numpy()
+        read = {"x": torch.from_numpy(x).double(), "logits": torch.from_numpy(logits).double()}
+        expected = routed_experts_reference(**read, **held, top_k=TOP_K).numpy()
         error = float(np.abs(run(x, logits) - expected).max() / np.abs(expected).max())
         if not error < LIMIT:
             found[name] = error
@@ -152,7 +152,7 @@ def measure(width: int, tokens: int, runs: int, threads: int) -> dict[str, Any]:
                 run(x, logits)
             if turn >= 0:  # the first only warms up
                 seconds[kind].append((clock() - start) / inner)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         kind: {
             "ms": round(1000 * statistics.median(taken), 4),
             "best_ms": round(1000 * min(taken), 4),

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ class Tools:
             from runtime.picture import save
 
             pipeline = runtime.load(self.bundles["a"], "ort")
-            return str(save(pipeline("a red circle", seed=SEEDS[which], steps=1), out))
+            drawn: Any = pipeline("a red circle", seed=SEEDS[which], steps=1)
+            return str(save(drawn, out))
 
         return work
 
@@ -138,10 +140,14 @@ class Tools:
         def traced(*args: Any) -> Any:
             parts = self.components(*args)
             for part in parts:
-                part.trace = lambda dtype, name=part.name: programs[name]
+                part.trace = partial(_known, programs[part.name])
             return parts
 
-        export.source.components = traced
+        vars(export.source)["components"] = traced
+
+
+def _known(program: Any, dtype: Any) -> Any:
+    return program
 
 
 def stored(part: Any, folder: Path) -> Any:
@@ -170,13 +176,16 @@ def stored(part: Any, folder: Path) -> Any:
             for local, weight in kind["weights"].items()
             if turned(part, prefix + local, arrays.array(prefix + local, weight["dtype"]))
         }
-        none: Any = dict.fromkeys(kind["inputs"]), dict.fromkeys(kind["outputs"])
+        read: Any = dict.fromkeys(kind["inputs"])
+        written: Any = dict.fromkeys(kind["outputs"])
         graphs = {
             key: onnx.load(str(bundle.file(path)))
             for key, path in kind["graphs"].items()
             if key in ("", *map(str, TOP_K))
         }
-        types[name] = BlockType(name, *none, specs(kind["weights"]), frozenset(linears), graphs)
+        types[name] = BlockType(
+            name, read, written, specs(kind["weights"]), frozenset(linears), graphs
+        )
     calls = [(call["type"], call["prefix"]) for call in row["program"]]
     return Program(types, calls, specs(row["inputs"]), specs(row["outputs"]))
 

@@ -58,7 +58,7 @@ def one_block(s: Setting, kind: str, size: Size, compiled: bool) -> Record:
     for seed in range(2 if s.device.type == "cuda" else 1):
         one = replace(size, double=int(kind == "double"), single=int(kind == "single"))
         model = build(one, s.device, s.dtype, seed)
-        block = next(m for m in model.modules() if isinstance(m, (Double, Single)))
+        block: Any = next(m for m in model.modules() if isinstance(m, (Double, Single)))
         given = block_inputs(s)
         if compiled:
             block.compile(fullgraph=True, backend=backend(s.device))
@@ -91,7 +91,7 @@ def step(s: Setting) -> Cells:
 def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
     """Milliseconds and peak memory; compiled: per block, so a type is compiled once."""
     size = s.size if preset else replace(s.size, experts=0)
-    model = build(size, s.device, s.dtype)
+    model: Any = build(size, s.device, s.dtype)
     if preset:
         double, single = presets()[preset]
         whole = presets()["L"]
@@ -109,7 +109,7 @@ def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
         return torch.randn(shape, device=s.device, dtype=s.dtype)
 
     angles = torch.rand(tokens, size.head_dim, device=s.device)
-    given = (noise(1, s.image, size.channels), noise(1, s.text, size.text_width))
+    given: tuple[Any, ...] = (noise(1, s.image, size.channels), noise(1, s.text, size.text_width))
     given += (noise(1, size.pooled), torch.full((1,), 0.5, device=s.device))
     given += (torch.full((1,), 3.5, device=s.device), angles.cos(), angles.sin())
     work = partial(model, *given)

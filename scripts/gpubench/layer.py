@@ -146,10 +146,11 @@ def verify_end(sizes: tuple[int, int, int, int], top_k: int, device: Any, dtype:
             forward_residual(x, logits, w1, b1, w2, top_k, shared, residual, scale)
             for _ in range(2)
         )
-    wide = [t.double() for t in (x, logits, w1, b1, w2)]
-    routed = routed_experts_reference(*wide, top_k)
+    routed = routed_experts_reference(
+        x.double(), logits.double(), w1.double(), b1.double(), w2.double(), top_k=top_k
+    )
     wanted = residual.double() + scale.double() * (shared.double() + routed)
-    found = {"error": error(y, wanted), "repeats": bool(torch.equal(y, again))}
+    found: dict[str, Any] = {"error": error(y, wanted), "repeats": bool(torch.equal(y, again))}
     limit = LIMITS[dtype]
     return {**found, "limit": limit, "ok": found["error"] <= limit and found["repeats"]}
 
@@ -181,12 +182,16 @@ def verify(
         gradients = torch.autograd.grad(y, tensors, dy)
         again = experts_op(*tensors, top_k)
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    wanted = routed_experts_reference(*wide, top_k)
+    names = ("x", "logits", "w1", "b1", "w2")
+    wanted = routed_experts_reference(**dict(zip(names, wide)), top_k=top_k)
     expected = torch.autograd.grad(wanted, wide, dy.double())
     limit = LIMITS[dtype]
-    names = ("x", "logits", "w1", "b1", "w2")
     rows = {n: error(g, e) for n, g, e in zip(names, gradients, expected)}
-    found = {"error": error(y, wanted), "gradients": rows, "repeats": bool(torch.equal(y, again))}
+    found: dict[str, Any] = {
+        "error": error(y, wanted),
+        "gradients": rows,
+        "repeats": bool(torch.equal(y, again)),
+    }
     ok = found["error"] <= limit and all(value <= 2 * limit for value in rows.values())
     return {**found, "limit": limit, "ok": ok and found["repeats"]}
 

@@ -25,12 +25,12 @@ def size_of(bundle: Any, top_k: int) -> Size:
     tensors = {name: spec.shape for name, spec in bundle.weights("transformer").tensors.items()}
     width, text = tensors["x_embedder.weight"][1], tensors["context_embedder.weight"][0]
     head_dim = tensors["transformer_blocks.0.attn.norm_q.weight"][0]
-    counts = [sum(row["type"] == kind for row in program) for kind in ("double", "single")]
+    double, single = (sum(row["type"] == kind for row in program) for kind in ("double", "single"))
     experts = tensors["transformer_blocks.0.ff.experts.w1"][0]
     pooled = tensors["time_text_embed.text_embedder.linear_1.weight"][0]
     channels = tensors["x_embedder.weight"][0]
     heads = width // head_dim
-    return Size(heads, head_dim, *counts, channels, text, pooled, experts, top_k)
+    return Size(heads, head_dim, double, single, channels, text, pooled, experts, top_k)
 
 
 def groups_of(bundle: Any) -> Blocks | None:

@@ -72,8 +72,8 @@ def ratio(a: Rate, b: Rate) -> dict[str, float | None]:
         return {"value": 0.0 if b["score"] else None, "low": None, "high": None}
     value = a["score"] / b["score"]
     width = Z * math.sqrt(sum((1 - rate["score"]) / (rate["n"] * rate["score"]) for rate in (a, b)))
-    bounds = {"low": value * math.exp(-width), "high": value * math.exp(width)}
-    return {"value": round(value, 4)} | {name: round(x, 4) for name, x in bounds.items()}
+    low, high = value * math.exp(-width), value * math.exp(width)
+    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def difference(a: Rate, b: Rate) -> dict[str, float]:
