@@ -113,6 +113,17 @@ _TRAINED = (
         start="L",
     ),
     Row("budget", "S's FLOPs, groups and experts' sizes by `--budget`", _budget),
+    Row(
+        "depth-first-joint",
+        "depth-first, all stages at once",
+        lambda dense: ablations.joint(ablations.depth_pruned(_preset("S")(dense), DEPTH, "first")),
+    ),
+    Row(
+        "XS-first",
+        "XS with fixed blocks: the first of every group",
+        _from("XS", ablations.depth_pruned, DEPTH, "first"),
+        start="L",
+    ),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
 )
 
@@ -125,6 +136,7 @@ ROWS = (
     _long("S-long", "S, 4.3 times the steps of stage 3", "S", LONG_BLOCKS, "L-long"),
     _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
+    _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
     Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),

@@ -104,6 +104,9 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("keeps", "XS-long", 0.75),
     ("clearly over", "L-long", "width-1.5-long"),
     ("clearly over", "S-long", "depth-first-long"),
+    ("clearly over", "XS-long", "XS-first-long"),
+    ("clearly over", "XS", "XS-first"),
+    ("clearly over", "joint", "depth-first-joint"),
     ("clearly over", "L-quarter", "width-0.375"),
 )
 TESTS = {
@@ -168,7 +171,7 @@ def kind_of(row: Row) -> str:
         return "dense"
     if row.name in ("L", "M", "S", "XS"):
         return "sparse"
-    return "pruned" if row.name.startswith(("width", "depth")) else "variant"
+    return "pruned" if row.name.startswith(("width", "depth", "XS-first")) else "variant"
 
 
 def _row(row: Row, results: Results) -> dict[str, Any]:
