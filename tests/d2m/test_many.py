@@ -221,7 +221,7 @@ def test_one_process_tells_the_end(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_converts_as_one_process_does(tmp_path):
+def test_torchrun_and_accelerate_convert_as_one_process_does(tmp_path):
     """Importance and split by the first, distillation by both, the result by the first again."""
     import numpy as np
     from safetensors.numpy import load_file
@@ -243,27 +243,32 @@ def test_torchrun_converts_as_one_process_does(tmp_path):
     ]
     convert += ["--recipe", str(tmp_path / "recipe.json"), "--json", "--gradient-checkpointing"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Its launcher for one machine wants to hear of GPUs; the processes find none and use gloo.
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    starts = {"two": torchrun, "launched": accelerate, "one": []}
     path = os.pathsep.join([str(TESTS.parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     answers = {}
-    for name, start in (("two", torchrun), ("one", [])):
+    for name, start in starts.items():
         command = [sys.executable, "-W", "ignore", *start, *convert, "-o", str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         answers[name] = json.loads(done.stdout)  # of the first process alone
-    assert answers["two"]["losses"].keys() == answers["one"]["losses"].keys()
-    for stage, losses in answers["one"]["losses"].items():
-        assert answers["two"]["losses"][stage] == pytest.approx(losses, rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "recipe.json", "two"]
-    weights = [
-        load_file(next((tmp_path / name / "transformer").glob("*.safetensors")))
-        for name in ("two", "one")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[1].items():
-        assert weights[0][name].dtype == value.dtype
-        difference = np.linalg.norm((weights[0][name] - value).astype(np.float64))
-        assert difference <= 2e-3 * np.linalg.norm(value.astype(np.float64)), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*starts, "recipe.json"])
+    weights = {
+        name: load_file(next((tmp_path / name / "transformer").glob("*.safetensors")))
+        for name in starts
+    }
+    for several in ("two", "launched"):
+        assert answers[several]["losses"].keys() == answers["one"]["losses"].keys()
+        for stage, losses in answers["one"]["losses"].items():
+            assert answers[several]["losses"][stage] == pytest.approx(losses, rel=1e-4)
+        assert weights[several].keys() == weights["one"].keys()
+        for name, value in weights["one"].items():
+            assert weights[several][name].dtype == value.dtype
+            difference = np.linalg.norm((weights[several][name] - value).astype(np.float64))
+            assert difference <= 2e-3 * np.linalg.norm(value.astype(np.float64)), name
     # One sentence and exit code 2 where an argument is wrong, not one from each process.
     command = [sys.executable, *torchrun, *convert, "-o", str(tmp_path / "two"), "--seed", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
