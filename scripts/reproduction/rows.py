@@ -138,6 +138,11 @@ ROWS = (
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
+    Row(
+        "L-quarter-joint",
+        "L-quarter, both stages at once",
+        lambda dense: ablations.joint(_lean(4)(dense)),
+    ),
     Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),
     _knob("L k=1", "L", "one expert a token", top_k=1),

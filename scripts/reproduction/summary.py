@@ -108,6 +108,7 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("clearly over", "XS", "XS-first"),
     ("clearly over", "joint", "depth-first-joint"),
     ("clearly over", "L-quarter", "width-0.375"),
+    ("clearly over", "L-quarter-joint", "width-0.375"),
 )
 TESTS = {
     "keeps": "the score over the dense one's",
