@@ -64,6 +64,17 @@ def _lean(by: int) -> Callable[[str], Recipe]:
     return _from("L", ablations.leaner, by)
 
 
+def _together(by: int) -> Callable[[str], Recipe]:
+    """`_lean` in one stage, at the rate of its first, which is the one that pruned FFNs learn at."""
+
+    def made(dense: str) -> Recipe:
+        lean = _lean(by)(dense)
+        (stage,) = ablations.joint(lean).stages
+        return replace(ablations.joint(lean), stages=(replace(stage, lr=lean.stages[0].lr),))
+
+    return made
+
+
 def _narrow(by: int) -> Callable[[str], Recipe]:
     """FFNs cut to as many neurons as `_lean` activates: L's 1.5 x the width, over `by`."""
     return lambda dense: ablations.width_pruned(_lean(by)(dense), 1.5 / by)
@@ -138,11 +149,7 @@ ROWS = (
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
-    Row(
-        "L-quarter-joint",
-        "L-quarter, both stages at once",
-        lambda dense: ablations.joint(_lean(4)(dense)),
-    ),
+    Row("L-quarter-joint", "L-quarter, both stages at once, at width-0.375's rate", _together(4)),
     Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),
     _knob("L k=0", "L", "no expert but the shared one", top_k=0),
     _knob("L k=1", "L", "one expert a token", top_k=1),
