@@ -65,7 +65,7 @@ def _lean(by: int) -> Callable[[str], Recipe]:
 
 
 def _together(by: int) -> Callable[[str], Recipe]:
-    """`_lean` in one stage, at the rate of its first, which is the one that pruned FFNs learn at."""
+    """`_lean` in one stage, at the rate of its first, as pruned FFNs."""
 
     def made(dense: str) -> Recipe:
         lean = _lean(by)(dense)

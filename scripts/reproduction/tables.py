@@ -53,8 +53,9 @@ def found(check: Mapping[str, Any]) -> str:
     """What an expectation was read from, in words."""
     if not check["seeds"]:
         return ""
-    names, scores = zip(*check["scores"].items())
-    words = " against ".join(f"{n} {short(rate['score'])}" for n, rate in zip(names, scores))
+    # In the order of the sentence: the JSON's keys are sorted.
+    names = sorted(check["scores"], key=check["expected"].split().index)
+    words = " against ".join(f"{name} {short(check['scores'][name]['score'])}" for name in names)
     doubt = "" if check["certain"] else "; within chance"
     figure = check["figure"]
     if names[-1] != "dense":
