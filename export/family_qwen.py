@@ -19,9 +19,10 @@ from d2m.draw import drawing_defaults
 from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
 from export.attention import heads, rms_norm, rotate
 from export.blocks import MODULATION, Program, block_type
-from export.components import IDS, TRANSFORMERS, causal_mask, eager, first, single
+from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
 from export.family import Family, Part, Row
 from export.family_flux import Final
+from export.qwenvae import vae_program
 from export.trace import Spec
 
 STREAMS = ("hidden_states", STATES)
@@ -170,57 +171,6 @@ def stored(name: str) -> str:
 def last_states(output: Any) -> tuple[Tensor, ...]:
     """Of Qwen2_5_VLForConditionalGeneration, asked for its hidden states."""
     return (output.hidden_states[-1],)
-
-
-class FrameConv(nn.Module):
-    """QwenImageCausalConv3d on one frame: before it are zeros, so the last slice in time is all."""
-
-    def __init__(self, conv: Any) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self.sides = (conv._padding[2], conv._padding[0])
-
-    def forward(self, x: Tensor, cache: None = None) -> Tensor:
-        """[B, C, 1, h, w] -> [B, C', 1, h, w]."""
-        frame = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.sides)
-        return frame[:, :, None]
-
-
-class Decoder(nn.Module):
-    """AutoencoderKLQwenImage.decode of one frame; parameter names are the model's."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.post_quant_conv = model.post_quant_conv
-        self.decoder = model.decoder
-        for name, module in list(self.named_modules()):
-            parent, _, child = name.rpartition(".")
-            if child == "time_conv":  # of the frames after the first
-                delattr(self.get_submodule(parent), child)
-            elif type(module).__name__ == "QwenImageCausalConv3d":
-                setattr(self.get_submodule(parent), child, FrameConv(module))
-            elif isinstance(module, nn.Upsample):
-                module.mode = "nearest"  # the same, doubling; ONNX has no nearest-exact
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, H, W], cut to -1 to 1."""
-        image: Tensor = self.decoder(self.post_quant_conv(latents[:, :, None]))
-        return image[:, :, 0].clamp(-1, 1)
-
-
-def vae_program(model: Any, dtype: torch.dtype) -> Program:
-    """The decoding half, for any size."""
-    config = model.config
-    factor = 2 ** len(config.temperal_downsample)
-    sides = ("latent_height", "latent_width")
-    latents = Spec(dtype, ("batch", config.z_dim, *sides))
-    image = Spec(dtype, ("batch", 3, *(f"{factor}*{side}" for side in sides)))
-
-    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
-        pixels: Tensor = run(tensors["latents"])
-        return pixels
-
-    return single("vae", Decoder(model), call, {"latents": latents}, {"image": image}, dtype)
 
 
 def lengths(directory: Path) -> dict[str, int]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ELEMENTWISE = {"Add", "Mul", "Sub", "Div"}
 # What may stand between the two matmuls of an attention and its softmax.
 _BETWEEN = {"Cast", "Mul", "Div", "Add", "Where", "IsNaN", "Reshape", "Transpose", "Identity"}
+# The widest head that is fused (measured: 256 is, 264 is not, in TensorRT-RTX 1.7.1). The VAEs of
+# published models have one head of 384 or 512 channels.
+WIDEST = 256
 
 
 def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -132,13 +135,14 @@ def partner(name: str, node: onnx.NodeProto, ranks: dict[str, int]) -> int:
 
 
 def attentions(model: onnx.ModelProto) -> int:
-    """How many attentions a graph holds: Attention nodes, and Softmax between two matmuls.
+    """How many attentions of a graph can be fused: Attention nodes, and Softmax between matmuls.
 
-    A router's softmax feeds no matmul and is not counted.
+    A router's softmax feeds no matmul and is not counted, nor is a head wider than WIDEST.
     """
     graph = model.graph
     producer = {name: node for node in graph.node for name in node.output}
     uses = consumers(graph)
+    _, sizes = shapes(model)
 
     def before(name: str) -> bool:
         node = producer.get(name)
@@ -146,17 +150,24 @@ def attentions(model: onnx.ModelProto) -> int:
             node = next((producer[i] for i in node.input if i in producer), None)
         return node is not None and node.op_type == "MatMul"
 
-    def after(name: str, depth: int = 6) -> bool:
+    def values(name: str, depth: int = 6) -> str | None:
+        """What the weights `name` are multiplied with."""
         for node in uses[name]:
             if node.op_type == "MatMul" and node.input[0] == name:
-                return True
-            if depth and node.op_type in _BETWEEN and after(node.output[0], depth - 1):
-                return True
-        return False
+                return str(node.input[1])
+            if depth and node.op_type in _BETWEEN and (found := values(node.output[0], depth - 1)):
+                return found
+        return None
+
+    def fusable(softmax: onnx.NodeProto) -> bool:
+        value = values(softmax.output[0])
+        if value is None or not before(softmax.input[0]):
+            return False
+        width = sizes.get(value, (0,))[-1]
+        return not isinstance(width, int) or width <= WIDEST
 
     return sum(
-        node.op_type == "Attention"
-        or (node.op_type == "Softmax" and before(node.input[0]) and after(node.output[0]))
+        node.op_type == "Attention" or (node.op_type == "Softmax" and fusable(node))
         for node in graph.node
     )
 

@@ -104,8 +104,12 @@ def sd3() -> Any:
 
 
 def pixart() -> Any:
-    """PixArt-Sigma's ways: noise and variance predicted, a masked text, DPM-Solver++."""
+    """PixArt-Sigma's ways: noise and variance predicted, a masked text, DPM-Solver++.
+
+    Its VAE has what all published ones have: an attention, and a convolution of the latents.
+    """
     from diffusers import (
+        AutoencoderKL,
         DPMSolverMultistepScheduler,
         PixArtSigmaPipeline,
         PixArtTransformer2DModel,
@@ -114,10 +118,12 @@ def pixart() -> Any:
 
     base = build_pipeline()
     t5_config = T5Config(**{**base.text_encoder_2.config.to_dict(), "d_model": 48})
+    whole = {"mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
+    vae = AutoencoderKL.from_config({**base.vae.config, **whole, "shift_factor": None})
     return PixArtSigmaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=randomize(T5EncoderModel(t5_config), 6).eval(),
-        vae=base.vae,
+        vae=randomize(vae, 1).eval(),
         transformer=randomize(PixArtTransformer2DModel(**PIXART_CONFIG), 0).eval(),
         scheduler=DPMSolverMultistepScheduler(),
     )

@@ -69,3 +69,27 @@ def test_what_it_cannot_have_is_refused_in_a_sentence() -> None:
             pixart.check_conditions(config)
     pixart.check_conditions({"sample_size": 64})
     pixart.check_conditions({"sample_size": 128, "use_additional_conditions": False})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_captions_are_those_of_the_pipelines_default_where_nothing_else_is_installed() -> None:
+    """See docs/adding-a-family.md: cleaning needs beautifulsoup4 and ftfy, which d2m does not."""
+    from diffusers import PixArtSigmaPipeline
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    from runtime.family_pixart import encode
+
+    texts = ["  A Red Circle, 3x2 ", "", 'jc6640 <b>TWO</b> "blue" -- squares&amp;']
+    asked: list[str] = []
+
+    def run(component: str, tokenizer: str, prompts: Any) -> dict[str, np.ndarray]:
+        asked.extend(prompts)
+        return {"states": np.zeros((3, 1, 1)), "mask": np.ones((3, 1))}
+
+    encode(run, texts)
+    plain = object.__new__(PixArtSigmaPipeline)  # preprocessing reads nothing of the pipeline
+    assert asked == plain._text_preprocessing(texts, clean_caption=False)
+    if is_bs4_available() and is_ftfy_available():
+        assert asked != plain._text_preprocessing(texts, clean_caption=True)
+    else:
+        assert asked == plain._text_preprocessing(texts, clean_caption=True)

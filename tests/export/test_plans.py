@@ -178,3 +178,23 @@ def test_a_blocks_plan_in_bfloat16_is_fused(tiny_sparse_dir: Path, tmp_path: Pat
     assert counts["conditionals"] == counts["host_copies"] == 0
     gates = [row for row in entry["tensors"][key]["inputs"] if "gate" in row["name"]]
     assert gates and {row["dtype"] for row in gates} == {"float32"}
+
+
+@pytest.mark.parametrize(("width", "fused"), [(64, 1), (320, 0)])
+def test_a_vaes_attention_is_one_kernel_up_to_heads_of_256(tmp_path: Path, width: int, fused: int):
+    """The VAEs of published models have one head of 384 or 512, which no release fuses."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from export.components import vae_program
+    from export.fuse import WIDEST, attentions
+
+    vae = AutoencoderKL(
+        block_out_channels=(width,), layers_per_block=1, norm_num_groups=4, sample_size=32
+    )
+    (traced,) = vae_program(vae.eval(), torch.bfloat16).types.values()
+    path, key = save(tmp_path, "vae", traced.graphs[""]), "vae_decoder/vae"
+    profiles = {**PROFILES, "latent_height": [2, 8, 16], "latent_width": [2, 8, 16]}
+    (entry,) = build_plans({key: path}, tmp_path, profiles=profiles).values()
+    assert attentions(load_graph(path, tokens=16)) == (width <= WIDEST) == fused
+    assert entry["layers"][key]["fused_attention"] == fused

@@ -355,26 +355,51 @@ def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
 
 
 @pytest.mark.tensorrt
-def test_plans_build_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
+def test_plans_of_all_components_build_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from export.plans import build_plans, default_profiles
 
     manifest = json.loads((bundle / "manifest.json").read_text())
-    graphs = {
-        f"transformer/{kind}{f'.k{key}' if key else ''}": bundle / path
-        for kind, row in manifest["components"]["transformer"]["types"].items()
-        for key, path in row["graphs"].items()
-    }
+    graphs = {key: bundle / path for key, path in graphs_of(manifest).items()}
     built = build_plans(
         graphs,
         tmp_path,
         api="tensorrt_rtx",
-        sm=[],
         dtype=manifest["compute_dtype"],
         profiles=default_profiles(manifest),
     )
     (target,) = built.values()
-    assert len(target["files"]) == len(graphs)
+    assert set(target["files"]) == set(graphs)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.slow
+def test_an_exports_plans_are_bfloat16_with_every_attention_fused(
+    sparse_dir: Path, tmp_path: Path
+) -> None:
+    """What `d2m export --trt-rtx` leaves; a plan that leaves an attention in pieces is refused."""
+    pytest.importorskip("tensorrt_rtx")
+    from export.bundle import export_bundle
+
+    export_bundle(sparse_dir, tmp_path / "out", trt_rtx=True, top_k=(2,))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (target,) = manifest["plans"].values()
+    assert target["dtype"] == "bfloat16" and set(target["files"]) == set(graphs_of(manifest))
+    fused = {key.split("/")[0] for key, row in target["layers"].items() if row["fused_attention"]}
+    texts = {name for name in manifest["components"] if name.startswith("text_encoder")}
+    assert fused >= {"transformer", *texts}
+
+
+def graphs_of(manifest: dict[str, Any]) -> dict[str, str]:
+    """Plan -> block graph, of all components."""
+    from runtime.schedule import plan_key
+
+    return {
+        plan_key(name, kind, key): path
+        for name, component in manifest["components"].items()
+        for kind, row in component["types"].items()
+        for key, path in row["graphs"].items()
+    }
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> float:
