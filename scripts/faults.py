@@ -1,11 +1,13 @@
 """What kill -9, full disks, read-only directories, rivals and clocks do to convert, export, run.
 
     python scripts/faults.py [--kills 300] [--json results/cpu/faults.json]
+    python scripts/faults.py --clock [--json results/cpu/faults-clock.json]
 
 Every tool works on a tiny model in children forked from a warmed parent, hundreds of times. After
 each fault: what lies under the final name is the old result or the new one, byte for byte; going on
 gives the same bytes as an undisturbed run; no temporary files pile up. Exit code 1 where that is
-not so; the JSON says where. A run that was stopped goes on with the cases that are missing.
+not so; the JSON says where. A run that was stopped goes on with the cases that are missing. With
+--clock the system's clock, for these processes alone, is a year wrong and jumps, by libfaketime.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--like", nargs=2, type=Path, metavar=("SPARSE", "BUNDLE"),
                         help="a bundle whose graphs spare the tracing")  # fmt: skip
+    parser.add_argument("--clock", action="store_true", help="the system's clock alone")
     asked = parser.parse_args()
+    from faulting import clock
+
+    if asked.clock and not clock.active():
+        return clocked()
     root = Path(tempfile.mkdtemp(prefix="d2m-faults-"))
     os.environ["D2M_CACHE"] = str(root / "cache")
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
@@ -58,9 +65,21 @@ def main() -> int:
     return int(answer["failures"] > 0)
 
 
+def clocked() -> int:
+    """This script anew where clocks can be wrong; else a sentence that says why not."""
+    from faulting import clock
+
+    preloaded = clock.library()
+    if preloaded is None:
+        print("no libfaketime: nothing was tried (Debian: apt-get install faketime)")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="d2m-clock-") as folder:
+        return clock.again(sys.argv, preloaded, Path(folder))
+
+
 def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """All cases, one after the other; the JSON is written after each, and those in it are kept."""
-    from faulting import kills, places
+    from faulting import clock, kills, places
     from faulting.tools import Tools
     from faulting.tries import attempt
 
@@ -92,6 +111,10 @@ def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
         if asked.json:
             write_json(asked.json, summary(rows, asked))
+
+    if asked.clock:
+        clock.cases(tools, undisturbed, asked.short, asked.seed, case)
+        return summary(rows, asked)
 
     def struck(tool: str, kind: str, number: int) -> None:
         name = f"{signal.Signals(number).name}, {NAMES.get(tool, tool)}"
@@ -137,7 +160,9 @@ def summary(rows: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
         "failures": sum(len(row["failures"]) for row in rows.values()),
         "seed": asked.seed,
         "platform": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "clock": "Python's clock and the files' times jump; the kernel's clock stays",
+        "clock": "by libfaketime"
+        if asked.clock
+        else "Python's clock and the files' times jump; the kernel's clock stays",
     }
 
 

@@ -43,6 +43,19 @@ def test_order_is_by_stage_then_step(tmp_path):
     assert names(tmp_path) == ["00-0000100", "01-0000000"]
 
 
+def test_order_is_not_by_the_clock(tmp_path):
+    """The newest one's times may be a year before the older one's, or in 1970."""
+    for moment in (0, 4e9):
+        fill(tmp_path)
+        for path in (tmp_path / "01-0000003").iterdir():
+            os.utime(path, (moment, moment))
+        os.utime(tmp_path / "01-0000003", (moment, moment))
+        assert checkpoint.latest(tmp_path)[0]["step"] == 3
+        fill(tmp_path, (4,))
+        assert names(tmp_path) == ["01-0000003", "01-0000004"]
+        checkpoint.clear(tmp_path)
+
+
 def test_none_and_clear(tmp_path):
     assert checkpoint.latest(tmp_path / "nothing") is None
     checkpoint.clear(tmp_path / "nothing")

@@ -24,3 +24,22 @@ def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path
     assert not failures and done.returncode == 0
     assert answer["kills"] >= 2
     assert not list(tmp_path.glob("d2m-faults-*"))
+
+
+@pytest.mark.slow
+def test_a_few_tries_with_a_wrong_clock(
+    tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Without libfaketime it says so (quick: tests/runtime/serve/test_clock.py)."""
+    report = tmp_path / "clock.json"
+    like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
+    command = [sys.executable, str(ROOT / "scripts/faults.py"), "--clock", "--short"]
+    command += ["--json", str(report), *like]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    if not report.is_file():
+        assert "no libfaketime: nothing was tried" in done.stdout
+        pytest.skip("no libfaketime (Debian: apt-get install faketime)")
+    answer = json.loads(report.read_text())
+    assert answer["clock"] == "by libfaketime" and answer["failures"] == 0
+    assert answer["cases"]["system clock, run"]["jumped_within"] >= 1
