@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from d2m.beside import Beside
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -73,7 +75,8 @@ class Family:
         blocks), in the order they run; depths: (kind, the config's field with the number of them);
         streams: what a block returns, in its order, the picture's being "image"; sizes: the
         config's fields that decide sizes, with diffusers' defaults; others: fields of other types
-        that `anatomy` and `titled` read; tags: of the model card.
+        that `anatomy` and `titled` read; beside: folder of a component beside the transformer ->
+        its size in published models; tags: of the model card.
     Functions that read configs alone (torch-free):
         titled(config): the title of one model of the family.
         drawing(directory's config reader): what `d2m.draw.drawing_defaults` falls back to.
@@ -117,6 +120,7 @@ class Family:
     kinds: tuple[tuple[str, str], ...]
     depths: tuple[tuple[str, str], ...]
     sizes: Mapping[str, int]
+    beside: Mapping[str, Beside]
     titled: Callable[[Config], str]
     drawing: Callable[[Callable[[str], Config]], dict[str, Any]]
     anatomy: Callable[[Config, Any, int, int], list[Stack]]

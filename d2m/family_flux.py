@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from d2m.beside import CLIP_L, T5_XXL, VAE_16
 from d2m.family import Batch, Config, Family, Site
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ FLUX = Family(
         "pooled_projection_dim": 768,
     },
     others=("guidance_embeds",),
+    beside={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": VAE_16},
     titled=titled,
     drawing=drawing,
     anatomy=anatomy,

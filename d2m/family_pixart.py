@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from d2m.beside import T5_XXL, VAE_4
 from d2m.family import Batch, Config, Family, Site
 from d2m.family_sd3 import noise
 
@@ -225,6 +226,7 @@ PIXART = Family(
         "caption_channels": 4096,
     },
     others=("use_additional_conditions",),
+    beside={"text_encoder": T5_XXL, "vae": VAE_4},
     titled=lambda config: "PixArt-Sigma",
     drawing=drawing,
     anatomy=anatomy,

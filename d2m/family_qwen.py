@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from d2m.beside import QWEN_VL, VAE_QWEN
 from d2m.family import Batch, Config, Family, Site
 from d2m.family_flux import noise
 
@@ -188,6 +189,7 @@ QWEN = Family(
         "num_attention_heads": 24,
         "joint_attention_dim": 3584,
     },
+    beside={"text_encoder": QWEN_VL, "vae": VAE_QWEN},
     titled=lambda config: "Qwen-Image",
     drawing=drawing,
     anatomy=anatomy,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from d2m.beside import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
 from d2m.family import Batch, Config, Family, Site
 from d2m.family_flux import encoded, random_text
 
@@ -172,6 +173,12 @@ SD3 = Family(
         "pos_embed_max_size": 96,
     },
     others=("dual_attention_layers", "qk_norm"),
+    beside={
+        "text_encoder": CLIP_L_PROJECTED,
+        "text_encoder_2": CLIP_G,
+        "text_encoder_3": T5_XXL,
+        "vae": VAE_16,
+    },
     titled=titled,
     drawing=drawing,
     anatomy=anatomy,

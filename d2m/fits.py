@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2m import recipe as recipes
 from d2m.anatomy import Stack, Structure, Weight, dim_of
 from d2m.plan import plan, structure_of
 from d2m.preset import preset_file
-from d2m.resources import FLUX_AROUND, around_bytes, shown
+from d2m.resources import around_bytes, shown
 from d2m.subject import subject_of
 
 GB = 10**9
@@ -98,7 +99,7 @@ def fits(
             "weights": weights // number + 4 * found.routing,
             "learning": (12 + found.average) * found.stage // number,
             "blocks": (3 * b + 8) * found.block,
-            "encoders": known * b // 2 if known == FLUX_AROUND else known,
+            "encoders": known if Path(model).is_dir() else known * b // 2,
             "reserve": RESERVE,
         }
         fixed = sum(row.values())
@@ -240,4 +241,6 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[
 
 def formula() -> str:
     """FORMULA with its constants."""
-    return FORMULA.format(saved=SAVED, encoders=shown(FLUX_AROUND), reserve=shown(RESERVE))
+    return FORMULA.format(
+        saved=SAVED, encoders=shown(around_bytes("flux-dev")), reserve=shown(RESERVE)
+    )

@@ -8,13 +8,14 @@ machine that other programs use: right within a factor of two.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2m.anatomy import dim_of
+from d2m.anatomy import Stack, Structure, dim_of
 from d2m.plan import plan
 from d2m.subject import Subject, subject_of
 
@@ -23,7 +24,6 @@ GB = 10**9
 CONVERTING = 0.72 * GB
 EXPORTING = 0.71 * GB
 RUNNING = 0.15 * GB
-FLUX_AROUND = 9_525_000_000 + 246_000_000 + 168_000_000  # read: T5-XXL's encoder, CLIP-L, VAE
 PLAN = 3.2e6  # bytes of a plan of one block type and number of experts, as measured
 GRAPH = 0.05e6  # bytes of its ONNX graph
 # Seconds of one core (measured on an AMD EPYC without AVX512), by byte of what is read.
@@ -67,13 +67,48 @@ def folder_bytes(folder: Path, *, without: str = "") -> int:
     )
 
 
-def around_bytes(model: str | os.PathLike[str]) -> int:
-    """Bytes of everything of a pipeline that is not its transformer; FLUX.1's without a directory.
+def around_bytes(model: str | os.PathLike[str], *, drawn: bool = False, held: bool = False) -> int:
+    """Bytes of what a pipeline has beside its transformer: all, or what a bundle gets of it
+    (`drawn`), or what export holds in memory (`held`).
 
-    The shipped configs have no files: T5-XXL, CLIP-L and the VAE in 16 bits count for them.
+    A shipped config has no files: the family's published components count, in 16 bits.
     """
-    root = Path(model)
-    return folder_bytes(root, without="transformer") if root.is_dir() else FLUX_AROUND
+    root, family = Path(model), subject_of(model).family
+    if not root.is_dir():
+        rows = [each for each in family.beside.values() if each.whole or not held]
+        return sum(2 * (each.drawn if drawn else each.params) for each in rows)
+    if not (root / "model_index.json").is_file():
+        return 0
+    sizes = {name: folder_bytes(root / name) for name in family.beside}
+    if held:
+        return sum(sizes[name] for name, each in family.beside.items() if each.whole)
+    if not drawn:
+        return folder_bytes(root, without="transformer")
+    left = (
+        sizes[name] * (each.params - each.drawn) // each.params
+        for name, each in family.beside.items()
+    )
+    return folder_bytes(root, without="transformer") - sum(left)
+
+
+def largest_beside(model: str | os.PathLike[str]) -> int:
+    """Bytes of the largest tensor beside the transformer, with those that export reads one by one.
+
+    Of a directory by its files, else the family's published components in 16 bits.
+    """
+    from d2m.shards import header
+
+    root, family = Path(model), subject_of(model).family
+    if not root.is_dir():
+        return max(2 * each.largest for each in family.beside.values())
+    found = [0]
+    for name in family.beside:
+        for file in (root / name).glob("*.safetensors"):
+            shapes = header(file)
+            count = sum(map(math.prod, shapes.values()))
+            each = file.stat().st_size / max(1, count)  # bytes of a number
+            found += [int(each * math.prod(shape)) for shape in shapes.values()]
+    return max(found)
 
 
 def element_bytes(folder: Path, params: int) -> int:
@@ -117,12 +152,21 @@ def convert_needs(
 def block_peak(subject: Subject, size: int) -> int:
     """Bytes that a streamed conversion holds at once: see d2m.stream.check_blocks.
 
-    A double block has 36 D^2 weights (12 of modulation, two FFNs of 8), a single one 15 D^2.
+    (FLUX.1: a double block has 36 D^2 weights, 12 of modulation, two FFNs of 8.)
     """
     dim = dim_of(subject.config)
-    block = 36 if subject.depth["double"] else 15
-    plain = block - 12 if subject.depth["double"] else 7
-    return dim * dim * (size * (block + plain // 2 + 8) + 4 * 16)
+    sizes = [
+        [sum(w.size for w in stack.weights if w.part not in but) for but in ((), ("adaln",))]
+        for stack in block_stacks(subject)
+    ]
+    block, plain = max(sizes)
+    return size * (block + plain // 2 + 8 * dim * dim) + 4 * 16 * dim * dim
+
+
+def block_stacks(subject: Subject) -> list[Stack]:
+    """The dense model's kinds of blocks."""
+    stacks = subject.family.anatomy(subject.config, Structure(), 1, 1)
+    return [stack for stack in stacks if stack.prefix and stack.count]
 
 
 def export_needs(
@@ -150,15 +194,14 @@ def export_needs(
     sparse = answer["num_experts"] is not None
     experts = expert_bytes(root) if link and sparse and size == own else 0
     weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
-    encoders = around_bytes(model)
-    kinds = 2 + sum(bool(row["kept"]) for row in answer["blocks"].values())
-    graphs = 5 + (kinds - 2) * (top_k if sparse else 1)
+    encoders, around = around_bytes(model, drawn=True), subject.family.beside
+    graphs = 2 + len(around) + len(block_stacks(subject)) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
-    largest = dim_of(subject.config) ** 2 * 6 * max(size, own)
-    held = sum(folder_bytes(root / name) for name in ("vae", "text_encoder")) or 414_000_000
+    held = around_bytes(model, held=True)
+    largest = max(dim_of(subject.config) ** 2 * 6 * max(size, own), largest_beside(model))
     ram = EXPORTING + held + 2 * largest
     cpu = START + TRACE * graphs + WRITE * (weights - experts) + COMPILE * graphs * plans
-    formula = "libraries + CLIP and VAE + the largest tensor (6 D^2) and its copy"
+    formula = "libraries + VAE and CLIP + the largest tensor and its copy"
     return Needs("export", int(ram), disk, cpu, formula)
 
 
@@ -179,7 +222,8 @@ def expert_bytes(root: Path) -> int:
 
 def neuron_bytes(subject: Subject, sparse: bool) -> int:
     """Bytes of the permutations of neurons, which a bundle leaves out: 4 D numbers an FFN."""
-    sites = 2 * subject.depth["double"] + subject.depth["single"]
+    lists = {blocks: kind for kind, blocks in subject.family.kinds}
+    sites = sum(subject.depth[lists[site.blocks]] for site in subject.family.sites)
     return 8 * 4 * dim_of(subject.config) * sites if sparse else 0
 
 
@@ -189,7 +233,7 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
     size: height, width, text_tokens, top_k, preset, recipe of `d2m.plan.plan`.
     """
     answer = plan(model, **size)
-    encoders = around_bytes(model)
+    encoders = around_bytes(model, drawn=True)
     tokens = answer["image_tokens"] + answer["text_tokens"]
     dim = dim_of(subject_of(model).config)
     # Streams, QKV, hidden of the widest matmul and its neighbours: about 20 D numbers a token.

@@ -1,0 +1,33 @@
+"""What stands beside the transformers of published models: text encoders and VAEs, and their sizes.
+
+Torch-free. Counted on the real classes with the published configs (tests/d2m/test_beside.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A component's parameters.
+
+    params: all; drawn: those that a bundle has, and so a drawing (a VAE's encoder, an eye that no
+    prompt opens are left out); largest: of its largest tensor; whole: whether export holds it in
+    memory, else its weights are read one by one.
+    """
+
+    params: int
+    drawn: int
+    largest: int
+    whole: bool = True
+
+
+CLIP_L = Beside(123_060_480, 123_060_480, 37_945_344)
+CLIP_L_PROJECTED = Beside(123_650_304, 123_650_304, 37_945_344)
+CLIP_G = Beside(694_659_840, 694_659_840, 63_242_240)  # OpenCLIP's bigG, with its projection
+T5_XXL = Beside(4_762_310_656, 4_762_310_656, 131_596_288, whole=False)  # the encoder
+QWEN_VL = Beside(8_292_166_656, 7_070_619_136, 544_997_376, whole=False)  # Qwen2.5-VL 7B
+VAE_16 = Beside(83_819_683, 49_545_475, 2_359_296)  # AutoencoderKL of 16 channels: FLUX.1, SD3
+VAE_4 = Beside(83_653_863, 49_490_199, 2_359_296)  # of 4: SDXL's, which PixArt-Sigma has
+VAE_QWEN = Beside(126_892_531, 71_524_595, 3_981_312)
