@@ -14,7 +14,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-KNOBS = {"seed", "steps", "guidance", "height", "width", "top_k", "kappa"}
+KNOBS = {"seed", "steps", "guidance", "height", "width", "top_k", "kappa", "sigmas", "negative"}
 
 
 @serve.deployment(
