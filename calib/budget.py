@@ -11,11 +11,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.choice import Piece, choose, pieces
-from calib.costs import STEPS, check_reach, costs_of, flops_of, resized, shares_of
+from calib.costs import STEPS, can_group, check_reach, costs_of, flops_of, resized, shares_of
 from d2m import recipe as recipes
 from d2m.anatomy import dim_of
 from d2m.convert import CALIBRATION
@@ -68,16 +69,11 @@ def recipe_for(
 
     check_budget(budget)
     subject = subject_of(dense)
-    if not subject.family.alike:
-        raise ValueError(
-            f"--budget is {budget:g}, but it weighs the blocks of a kind as equals, which those of "
-            f"{subject.family.title} are not; give a preset or a recipe in its place."
-        )
     options = shares_of(base, dim_of(subject.config), steps)
     plain = without_groups(base)
     costs = costs_of(subject, plain, options)
     depth = subject.depth
-    least = check_reach(depth, costs, budget)
+    least = check_reach(subject, costs, budget)
     specs = [resized(plain, share).spec for share in options]
     longest = max(costs.router, default=1) - 1
     found = sensitivity(
@@ -85,9 +81,14 @@ def recipe_for(
     )
     every = [
         piece
-        for kind in KINDS
+        for kind, _ in subject.family.kinds
         for piece in pieces(
-            kind, found.skipped[kind], found.ffn[kind], costs.block[kind], costs.router
+            kind,
+            found.skipped[kind],
+            found.ffn[kind],
+            costs.block[kind],
+            costs.router,
+            partial(can_group, subject, kind),
         )
     ]
     room = budget * costs.dense - costs.fixed
@@ -137,7 +138,7 @@ def measured(
     dense_family(path, base)
     subject = subject_of(path)
     options = shares_of(base, dim_of(subject.config), steps)
-    check_reach(subject.depth, costs_of(subject, without_groups(base), options), budget)
+    check_reach(subject, costs_of(subject, without_groups(base), options), budget)
 
     from d2m.draw import load_pipeline
 

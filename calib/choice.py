@@ -5,7 +5,7 @@ Torch-free and pure: numbers in, a choice out. What the numbers mean is `calib.b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,31 +33,36 @@ def pieces(
     kind: str,
     skipped: Mapping[tuple[int, int], float],
     ffn: Sequence[Sequence[float]],
-    block_cost: Sequence[float],
+    block_cost: Sequence[Sequence[float]],
     router_cost: Mapping[int, float],
+    grouped: Callable[[int, int], bool] = lambda first, size: True,
 ) -> list[Piece]:
     """Every run that a list of blocks can be cut into, kappa being 1.
 
     skipped: (first, length) -> damage when these blocks are left out; with groups of up to m, all
-    runs of 1 to m - 1 blocks. ffn: block -> damage of each size of its FFN. block_cost: of a block
-    with each size. router_cost: size of a group -> cost of its router; its keys are the sizes.
+    runs of 1 to m - 1 blocks. ffn: block -> damage of each size of its FFN. block_cost: the same
+    of its cost. router_cost: size of a group -> cost of its router; its keys are the sizes.
+    grouped: whether a model can have the group (first, size).
 
     A group [i, i + m) keeps one block, so it leaves out one of the runs that begin at i and i + 1,
     or two shorter ones; a router that chooses per sample does no worse than always the better of
     the first two, whose measured damage is taken. Its FFNs' damage is their mean: one of them runs.
+    It costs what its last block does, as `d2m plan` counts it.
     """
-    count, options = len(ffn), range(len(block_cost))
+    count, options = len(ffn), range(len(block_cost[0]) if block_cost else 0)
     found = [
-        Piece(kind, i, 1, option, block_cost[option], ffn[i][option])
+        Piece(kind, i, 1, option, block_cost[i][option], ffn[i][option])
         for i in range(count)
         for option in options
     ]
     for size, router in sorted(router_cost.items()):
         for i in range(count - size + 1):
+            if not grouped(i, size):
+                continue
             least = min(skipped[i, size - 1], skipped[i + 1, size - 1])
             for option in options:
                 inside = sum(ffn[j][option] for j in range(i, i + size)) / size
-                cost = block_cost[option] + router
+                cost = block_cost[i + size - 1][option] + router
                 found.append(Piece(kind, i, size, option, cost, least + inside))
     return found
 

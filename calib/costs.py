@@ -6,7 +6,7 @@ Torch-free. A step is one denoising step of one picture of the model's own size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from calib.choice import Piece, smallest
 from d2m.anatomy import LISTS, Stack, Structure
@@ -22,12 +22,13 @@ STEPS = (0.5, 0.75, 1.0, 1.25)  # a block's experts, times the recipe's: wider o
 class Costs:
     """FLOPs of one step of one picture: of the dense model, of all but blocks, of the pieces.
 
-    block: kind -> FLOPs of a block with each of the sizes. router: size of a group -> FLOPs.
+    block: kind -> block -> its FLOPs with each of the sizes. router: size of a group -> FLOPs, of
+    sizes that the model can have.
     """
 
     dense: float
     fixed: float
-    block: dict[str, list[float]]
+    block: dict[str, list[list[float]]]
     router: dict[int, float]
 
 
@@ -62,18 +63,21 @@ def resized(base: Recipe, share: float) -> Recipe:
 def costs_of(subject: Subject, base: Recipe, options: Sequence[float]) -> Costs:
     """FLOPs of the parts, as `d2m plan` counts them."""
     depth = subject.depth
-    block: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    block: dict[str, list[list[float]]] = {k: [[] for _ in range(n)] for k, n in depth.items()}
     stacks: Sequence[Stack] = ()
     for share in options:
         stacks = _stacks(subject, resized(base, share))
         for kind, name in LISTS.items():
             inside = [stack for stack in stacks if stack.prefix == f"{name}.*."]
-            block[kind].append(float(sum(w.flops for stack in inside for w in stack.weights)))
+            for i, row in enumerate(block[kind]):
+                own = (stack for stack in inside if not stack.blocks or i in stack.blocks)
+                row.append(float(sum(w.flops for stack in own for w in stack.weights)))
     fixed = sum(w.flops for stack in stacks if not stack.prefix for w in stack.weights)
     router = {}
     for size in SIZES:
         group = tuple(range(size))
-        lists = [(group,) if depth[kind] >= size else () for kind in KINDS]
+        fits = {kind: depth[kind] >= size and can_group(subject, kind, 0, size) for kind in KINDS}
+        lists = [(group,) if fits[kind] else () for kind in KINDS]
         if any(lists):
             blocks = Blocks(lists[0], () if lists[0] else lists[1], alpha=base.blocks.alpha)
             rows = _stacks(subject, dataclasses.replace(base, blocks=blocks))
@@ -88,21 +92,34 @@ def flops_of(subject: Subject, recipe: Recipe) -> float:
     return float(_sum(_stacks(subject, recipe)))
 
 
-def check_reach(depth: Mapping[str, int], costs: Costs, budget: float) -> float:
+def can_group(subject: Subject, kind: str, first: int, size: int) -> bool:
+    """Whether the family may have a group of these blocks."""
+    group = (tuple(range(first, first + size)),)
+    blocks = Blocks(single=group) if kind == "single" else Blocks(double=group)
+    try:
+        subject.family.check_blocks(blocks, subject.depth)
+    except ValueError:
+        return False
+    return True
+
+
+def check_reach(subject: Subject, costs: Costs, budget: float) -> float:
     """The smallest share of dense FLOPs there is; ValueError naming it if it is over `budget`."""
+    depth = subject.depth
     every = [
-        Piece(kind, i, size, 0, min(costs.block[kind]) + costs.router.get(size, 0.0), 0.0)
+        Piece(kind, i, size, 0, min(costs.block[kind][i + size - 1]) + router, 0.0)
         for kind in KINDS
-        for size in (1, *costs.router)
+        for size, router in ((1, 0.0), *costs.router.items())
         for i in range(depth[kind] - size + 1)
+        if size == 1 or can_group(subject, kind, i, size)
     ]
     least = smallest(depth, every) + costs.fixed
     if least > budget * costs.dense:
+        groups = f"groups of up to {max(costs.router)} blocks and " if costs.router else ""
         up = -(-least * 1000 // costs.dense) / 1000
         raise ValueError(
-            f"--budget is {budget:g}, but groups of up to {max(SIZES)} blocks and the smallest "
-            f"FFNs still need {least / costs.dense:.4f} of the dense model's FLOPs; expected "
-            f"{up:g} or more."
+            f"--budget is {budget:g}, but {groups}the smallest FFNs still need "
+            f"{least / costs.dense:.4f} of the dense model's FLOPs; expected {up:g} or more."
         )
     return least / costs.dense
 

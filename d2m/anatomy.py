@@ -63,12 +63,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stack:
-    """Weights that occur `count` times, as a list of blocks does, and run `active` times."""
+    """Weights that occur `count` times, as a list of blocks does, and run `active` times.
+
+    blocks: which of the list they are, where its blocks differ in the dense model; else ().
+    """
 
     prefix: str
     count: int
     active: int
     weights: tuple[Weight, ...]
+    blocks: tuple[int, ...] = ()
 
 
 def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:

@@ -54,7 +54,7 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
             *modulated(structure.adaln, norms_of(kind), dim, rank),
         )
         running = sum(i not in skipped for i in mine)
-        stacks.append(Stack(f"{LIST}.*.", len(mine), running, weights))
+        stacks.append(Stack(f"{LIST}.*.", len(mine), running, weights, tuple(mine)))
     for group in blocks.groups("double"):
         stacks.append(
             Stack(f"{LIST}.{group[0]}.router.", 1, 1, tuple(router(dim, len(group), blocks)))

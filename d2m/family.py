@@ -105,9 +105,8 @@ class Family:
     aliases: other names that its transformer's class has in configs.
     sources: which of SOURCES it can learn from. text_before: tokens of the transformer's text that
     `max_sequence_length` does not count. unconditional: the share of captions that are left
-    empty, for models that are drawn with classifier-free guidance. alike: whether blocks of a kind
-    cost alike, which `--budget` takes for granted. modulated: whether blocks have modulation of
-    their own, which recipes may let them share. lora: whether d2m/loranames.py knows its layers.
+    empty, for models that are drawn with classifier-free guidance. modulated: whether blocks have
+    modulation of their own, which recipes may let them share.
     """
 
     name: str
@@ -146,9 +145,7 @@ class Family:
     others: tuple[str, ...] = ()
     text_before: int = 0
     unconditional: float = 0.0
-    alike: bool = True
     modulated: bool = True
-    lora: bool = False
     tags: tuple[str, ...] = ()
 
 

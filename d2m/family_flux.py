@@ -211,6 +211,5 @@ FLUX = Family(
     places=places,
     noise=noise,
     trajectory=trajectory,
-    lora=True,
     tags=("flux",),
 )

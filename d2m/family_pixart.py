@@ -246,6 +246,5 @@ PIXART = Family(
     check_blocks=check_blocks,
     unconditional=0.1,
     modulated=False,
-    alike=False,  # ours: --budget is not tried on it
     tags=("pixart-sigma",),
 )

@@ -194,6 +194,5 @@ SD3 = Family(
     check_blocks=check_blocks,
     text_before=CLIP_TOKENS,
     unconditional=0.1,
-    alike=False,
     tags=("stable-diffusion-3",),
 )

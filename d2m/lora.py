@@ -55,11 +55,6 @@ def lora(
     """
     path = locate(onto)
     family = family_of(path)
-    if not family.lora:
-        raise ValueError(
-            f"{onto} is a {family.title}, whose LoRAs d2m does not map yet; expected FLUX.1: fuse "
-            "the LoRA into the dense pipeline with diffusers (fuse_lora) and convert that."
-        )
     if steps is not None and (steps < 1 or out is None):
         raise ValueError(f"--steps is {steps}; expected 1 or more, and an output with -o.")
     if out is not None and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):

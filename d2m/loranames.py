@@ -1,5 +1,7 @@
 """What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's, BFL's own.
 
+Diffusers' names, with dots or underlines, are those of every family; BFL's are FLUX.1's.
+
 Every name ends as that of a Linear in diffusers' dense model. Some of kohya's stand for several,
 whose outputs follow one another.
 """

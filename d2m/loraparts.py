@@ -18,6 +18,7 @@ from d2m.grouping import renamed
 from d2m.shards import Shards
 from d2m.structure import blocks_from
 
+MODULATED = ("norm", "_mod", "adaln_single")  # modules whose Linear is modulation
 KINDS = ("attention", "modulation", "shared", "routed", "dense", "other", "nowhere")
 
 
@@ -115,6 +116,7 @@ def _kind(pieces: list[str], inside: str, family: Family) -> str:
     """What a Linear that lies in the model as in the dense one is counted as."""
     if inside in {each for site in family.sites for each in (site.fc1, site.fc2)}:
         return "dense"
-    if "attn" in pieces:
+    if any(piece.startswith("attn") for piece in pieces):
         return "attention"
-    return "modulation" if len(pieces) > 1 and "norm" in pieces[-2] else "other"
+    above = pieces[-2] if len(pieces) > 1 else ""
+    return "modulation" if any(part in above for part in MODULATED) else "other"

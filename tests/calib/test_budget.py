@@ -80,17 +80,18 @@ def test_costs_are_the_plans(tiny_dense_dir):
     costs = costs_of(subject, L, options)
     assert list(costs.router) == [2]  # two blocks of a kind make no longer groups
     for place, share in enumerate(options):
-        parts = costs.fixed + 2 * costs.block["double"][place] + 2 * costs.block["single"][place]
-        assert parts == flops_of(subject, resized(L, share))
+        blocks = (costs.block[kind][i][place] for kind in ("double", "single") for i in (0, 1))
+        assert costs.fixed + sum(blocks) == flops_of(subject, resized(L, share))
     mixed = dataclasses.replace(
         L, shares=Shares((2.5, 0.25), (1.0, 1.0)), blocks=Blocks(single=((0, 1),))
     )
-    parts = costs.block["double"][0] + costs.block["double"][3] + costs.block["single"][2]
+    double, single = costs.block["double"], costs.block["single"]
+    parts = double[0][0] + double[1][3] + single[1][2]
     assert costs.fixed + parts + costs.router[2] == flops_of(subject, mixed)
     assert costs.dense == plan(tiny_dense_dir)["flops"]
-    cheapest = costs.fixed + min(costs.block["double"]) + min(costs.block["single"])
+    cheapest = costs.fixed + min(double[1]) + min(single[1])
     least = (cheapest + 2 * costs.router[2]) / costs.dense
-    assert check_reach(subject.depth, costs, 0.9) == pytest.approx(least)
+    assert check_reach(subject, costs, 0.9) == pytest.approx(least)
 
 
 def test_stages_follow_the_groups(tiny_dense_dir):

@@ -11,7 +11,7 @@ SIZES = (2, 3)
 
 
 def case(seed: int, depth: dict[str, int], options: int = 3) -> list[Piece]:
-    """Random damages, costs that fall with the option."""
+    """Random damages, costs that fall with the option, other ones for every block."""
     rng = np.random.default_rng(seed)
     found = []
     for kind, count in depth.items():
@@ -21,7 +21,7 @@ def case(seed: int, depth: dict[str, int], options: int = 3) -> list[Piece]:
             for i in range(count - n + 1)
         }
         ffn = np.sort(rng.uniform(0, 1, (count, options)), axis=1).tolist()
-        costs = sorted(rng.uniform(1, 4, options).tolist(), reverse=True)
+        costs = (-np.sort(-rng.uniform(1, 4, (count, options)), axis=1)).tolist()
         found += pieces(kind, skipped, ffn, costs, {size: 0.05 * size for size in SIZES})
     return found
 
@@ -106,7 +106,10 @@ def test_a_budget_out_of_reach_names_the_smallest() -> None:
 
 
 def test_a_group_takes_the_better_of_its_two_ends() -> None:
-    found = pieces("single", {(0, 1): 5.0, (1, 1): 2.0}, [[0.0, 1.0], [0.0, 3.0]], [2, 1], {2: 0.1})
+    skipped, ffn = {(0, 1): 5.0, (1, 1): 2.0}, [[0.0, 1.0], [0.0, 3.0]]
+    found = pieces("single", skipped, ffn, [[7, 5], [2, 1]], {2: 0.1})
     group = {p.option: p for p in found if p.size == 2}
     assert (group[0].damage, group[0].cost) == (2.0, 2.1)
     assert (group[1].damage, group[1].cost) == (4.0, 1.1)
+    alone = pieces("single", skipped, ffn, [[7, 5], [2, 1]], {2: 0.1}, lambda first, size: False)
+    assert alone == [piece for piece in found if piece.size == 1]

@@ -160,6 +160,69 @@ def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+def test_a_lora_of_the_dense_model_is_the_sparse_models(
+    tiny: Tiny, pipe: Any, dense_dir: Path, tmp_path: Path
+) -> None:
+    """float64, all experts on, every Linear changed: the dense model with the LoRA, exactly."""
+    from d2m.lora import lora
+    from d2m.model import sparse_class
+    from tinylora import factors, peft, write
+
+    dense, sparse = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
+    family = family_of_pipeline(pipe)
+    sparse.save_pretrained(tmp_path / "sparse" / "transformer")
+    index = json.loads((dense_dir / "model_index.json").read_text())
+    index["transformer"] = ["d2m", family.sparse_class]
+    (tmp_path / "sparse" / "model_index.json").write_text(json.dumps(index))
+    changes = factors(dense)
+    answer = lora(
+        write(tmp_path / "lora.safetensors", peft(changes, alpha=3.0)),
+        tmp_path / "sparse",
+        tmp_path / "made",
+        scale=0.5,
+    )
+    assert answer["layers"] == len(changes) and 0 < answer["routed_share"] < 1
+    assert set(answer["shares"]) == {"attention", "modulation", "shared", "routed", "other"}
+    made = sparse_class(family).from_pretrained(
+        tmp_path / "made" / "transformer", torch_dtype=torch.float64
+    )
+    inputs = inputs_of(pipe, dense, torch.float64)
+    with torch.no_grad():
+        before = dense(**inputs, return_dict=False)[0]
+        for name, (up, down) in changes.items():  # rank 3, alpha 3
+            dense.get_submodule(name).weight += 0.5 * up @ down
+        assert float((dense(**inputs, return_dict=False)[0] - before).norm()) > 1e-3
+    assert identity_error(made.eval(), dense, inputs) < 1e-12
+
+
+def test_a_budget_is_kept(tiny: Tiny, pipe: Any, dense_dir: Path) -> None:
+    """`--budget`: blocks that cost otherwise, that no group may hold, or that have no text."""
+    from calib.budget import recipe_for
+    from calib.importance import magnitude
+    from d2m.plan import plan
+    from d2m.recipe import to_dict
+
+    base, scores = recipe(), magnitude(pipe.transformer)
+
+    def asked(budget: float) -> tuple[Any, dict[str, Any]]:
+        return recipe_for(dense_dir, pipe.transformer, batches(pipe), scores, budget, base)
+
+    with pytest.raises(
+        ValueError, match=r"--budget is 0.01, but .* expected (0\.\d+) or more"
+    ) as e:
+        asked(0.01)
+    assert ("groups of up to" in str(e.value)) == bool(tiny.groups)
+    for budget in (float(str(e.value).rsplit("expected ", 1)[1].split()[0]), 0.97):
+        made, facts = asked(budget)
+        file = dense_dir.with_name(f"{tiny.family}-{budget:g}.json")
+        file.write_text(json.dumps(to_dict(made)))
+        counted = plan(dense_dir, recipe=file)["flops_vs_dense"]
+        assert counted == pytest.approx(facts["flops_vs_dense"]) and counted <= budget + 1e-9
+        assert facts["smallest"] <= counted
+    dense, sparse = sparse_of(pipe, made, torch.float64)
+    assert identity_error(sparse, dense, inputs_of(pipe, dense, torch.float64)) < 1e-12
+
+
 def test_streamed_conversion_with_shared_modulation(
     tiny: Tiny, pipe: Any, dense_dir: Path, tmp_path: Path
 ) -> None:
