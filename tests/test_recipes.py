@@ -69,6 +69,7 @@ def test_ray_serve_draws() -> None:
     from ray import serve
 
     from docs.ray_serve import app
+    from servers import until
 
     serve.run(app)
 
@@ -79,7 +80,16 @@ def test_ray_serve_draws() -> None:
             found: bytes = answer.read()
             return found
 
+    def routed() -> bool:
+        """The proxy is told of the application after `run` has returned."""
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:8000/-/routes", timeout=10) as answer:
+                return "/" in json.loads(answer.read())
+        except OSError:
+            return False
+
     try:
+        until(routed)
         png = post({"prompt": "a photo of a red circle", "seed": 7, "steps": 2})
         assert Image.open(io.BytesIO(png)).size == (32, 32)
         assert png == post({"prompt": "a photo of a red circle", "seed": 7, "steps": 2})
