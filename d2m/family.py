@@ -38,6 +38,16 @@ def flow_matching(
     return noisy(batch["latents"], generator, mean, std, rows)
 
 
+def grid(rows: int, columns: int, device: Any) -> Tensor:
+    """`img_ids` [rows * columns, 3]: every token's row and column, in columns 1 and 2."""
+    import torch
+
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(-1, 3)
+
+
 @dataclass(frozen=True)
 class Site:
     """One FFN of a block type. Paths are relative to the block.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.beside import T5_XXL, VAE_4
-from d2m.family import Batch, Config, Family, Site
+from d2m.family import Batch, Config, Family, Site, grid
 from d2m.family_sd3 import noise
 
 if TYPE_CHECKING:
@@ -155,16 +155,11 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
 
 
 def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
-    """`img_ids` [T, 3] (row and column of a token) and the scheduler's `alphas_cumprod` [B, N]."""
-    import torch
-
-    latents, patch = batch["latents"], pipe.transformer.config.patch_size
-    rows, columns = (side // (pipe.vae_scale_factor * patch) for side in (height, width))
-    ids = torch.zeros(rows, columns, 3, device=latents.device)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None, :]
+    """`img_ids` [T, 3] and the scheduler's `alphas_cumprod` [B, N]."""
+    latents, patch = batch["latents"], pipe.transformer.config.patch_size * pipe.vae_scale_factor
+    ids = grid(height // patch, width // patch, latents.device)
     alphas = pipe.scheduler.alphas_cumprod.to(latents.device)
-    return {"img_ids": ids.reshape(-1, 3), "alphas_cumprod": alphas.expand(len(latents), -1)}
+    return {"img_ids": ids, "alphas_cumprod": alphas.expand(len(latents), -1)}
 
 
 def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:

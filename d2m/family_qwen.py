@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.beside import QWEN_VL, VAE_QWEN
-from d2m.family import Batch, Config, Family, Site
+from d2m.family import Batch, Config, Family, Site, grid
 from d2m.family_flux import noise
 
 if TYPE_CHECKING:
@@ -128,14 +128,9 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
 
 
 def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
-    """`img_ids` [T, 3]: row and column of every token in columns 1 and 2."""
-    import torch
-
-    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
-    ids = torch.zeros(rows, columns, 3, device=batch["latents"].device)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None, :]
-    return {"img_ids": ids.reshape(-1, 3)}
+    """`img_ids` [T, 3]."""
+    patch = 2 * pipe.vae_scale_factor
+    return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
 
 
 def trajectory(

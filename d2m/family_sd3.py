@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.beside import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
-from d2m.family import Batch, Config, Family, Site
+from d2m.family import Batch, Config, Family, Site, grid
 from d2m.family_flux import encoded, random_text
 
 if TYPE_CHECKING:
@@ -100,15 +100,9 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
 
 
 def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
-    """`img_ids` [T, 3]: row and column of every token in columns 1 and 2."""
-    import torch
-
+    """`img_ids` [T, 3]."""
     patch = pipe.vae_scale_factor * pipe.patch_size
-    rows, columns = height // patch, width // patch
-    ids = torch.zeros(rows, columns, 3, device=batch["latents"].device)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None, :]
-    return {"img_ids": ids.reshape(-1, 3)}
+    return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
 
 
 def noise(pipe: Any, height: int, width: int, generator: Any) -> Tensor:

@@ -20,6 +20,7 @@ from export.body import routings, with_body
 from export.family import Row
 from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
+from export.modulation import MODULATION
 from export.rewrite import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs
 
@@ -69,9 +70,6 @@ class Program:
     def weighted(self) -> list[tuple[str, str]]:
         """(type, weight prefix) of everything that has weights: the calls and the routers."""
         return [*self.calls, *((group.type, group.prefix) for group in self.groups.values())]
-
-
-MODULATION = "modulation"  # of the norms of all blocks, computed by the embed call
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:

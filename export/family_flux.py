@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.draw import drawing_defaults
+from export import modulation
 from export.attention import ExportAttention
-from export.blocks import MODULATION
 from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
 from export.family import Family, Part, Row
 from export.trace import Spec
@@ -32,8 +31,7 @@ class Embed(nn.Module):
         self.x_embedder = model.x_embedder
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
-        if shared := getattr(model, "modulation", None):
-            self.modulation = shared
+        modulation.lend(model, self)
 
     def forward(
         self,
@@ -43,20 +41,14 @@ class Embed(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D].
-
-        With shared modulation that is the fourth: [B, 6 D] (single) or [B, r] (lowrank), once a
-        step for all blocks.
-        """
+        """-> image tokens [B, T, D], text tokens [B, Tt, D], temb [B, D], maybe modulation."""
         image = self.x_embedder(hidden_states)
         times = [timestep.to(image.dtype) * 1000]
         if guidance is not None:
             times.append(guidance.to(image.dtype) * 1000)
         temb = self.time_text_embed(*times, pooled_projections)
-        opened = image, self.context_embedder(encoder_hidden_states), temb
-        if not hasattr(self, "modulation"):
-            return opened
-        return *opened, self.modulation.linear(F.silu(temb))
+        text = self.context_embedder(encoder_hidden_states)
+        return image, text, temb, *modulation.written(self, temb)
 
 
 class Final(nn.Module):
@@ -81,7 +73,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+        temb=modulation.read(tensors),
         image_rotary_emb=rotary,
     )
 
@@ -119,10 +111,8 @@ def environment(
         "encoder_hidden_states": Spec(dtype, (*text, width)),
         "temb": Spec(dtype, ("batch", width)),
     }
-    if shared := getattr(model, MODULATION, None):
-        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
     sample = Spec(dtype, (*image, model.proj_out.out_features))
-    return inputs | tables, inner | tables, {"sample": sample}
+    return inputs | tables, inner | modulation.spec(model, dtype) | tables, {"sample": sample}
 
 
 def lengths(directory: Path) -> dict[str, int]:

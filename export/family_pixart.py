@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from d2m.draw import drawing_defaults
 from d2m.family_pixart import check_conditions, drawn
 from export.attention import heads
-from export.blocks import MODULATION, Program
+from export.blocks import Program
 from export.components import IDS, TRANSFORMERS, VAE, eager, first, single
 from export.family import Family, Part, Row
+from export.modulation import MODULATION
 from export.trace import Spec
 
 MASK = "encoder_attention_mask"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.draw import drawing_defaults
 from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
+from export import modulation
 from export.attention import heads, rms_norm, rotate
-from export.blocks import MODULATION, Program, block_type
+from export.blocks import Program, block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
 from export.family import Family, Part, Row
 from export.family_flux import Final
@@ -40,8 +40,7 @@ class Embed(nn.Module):
         self.txt_norm = model.txt_norm
         self.txt_in = model.txt_in
         self.time_text_embed = model.time_text_embed
-        if shared := getattr(model, MODULATION, None):
-            self.modulation = shared
+        modulation.lend(model, self)
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
@@ -50,9 +49,7 @@ class Embed(nn.Module):
         image = self.img_in(hidden_states)
         text = self.txt_in(rms_norm(encoder_hidden_states, self.txt_norm))
         temb = self.time_text_embed(timestep.to(image.dtype), image)
-        if not hasattr(self, MODULATION):
-            return image, text, temb
-        return image, text, temb, self.modulation.linear(F.silu(temb))
+        return image, text, temb, *modulation.written(self, temb)
 
 
 class MaskedAttention:
@@ -103,7 +100,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors[STATES],
         encoder_hidden_states_mask=tensors[MASK],
-        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+        temb=modulation.read(tensors),
         image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
     )
 
@@ -130,10 +127,8 @@ def environment(
         STATES: Spec(dtype, (*text, width)),
         "temb": Spec(dtype, ("batch", width)),
     }
-    if shared := getattr(model, MODULATION, None):
-        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
     sample = Spec(dtype, (*image, model.proj_out.out_features))
-    return inputs | passed, inner | passed, {"sample": sample}
+    return inputs | passed, inner | modulation.spec(model, dtype) | passed, {"sample": sample}
 
 
 # ---------------------------------------------------------------- the other components

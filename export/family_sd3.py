@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from d2m.adaln import SharedAdaLN
 from d2m.draw import drawing_defaults
 from d2m.groups import Passed
+from export import modulation
 from export.attention import heads, rms_norm
-from export.blocks import MODULATION
 from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
 from export.family import Family, Part, Row
 from export.family_flux import Final
+from export.modulation import MODULATION
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -37,8 +38,7 @@ class Embed(nn.Module):
         self.pos_embed = model.pos_embed
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
-        if shared := getattr(model, MODULATION, None):
-            self.modulation = shared
+        modulation.lend(model, self)
 
     def forward(
         self,
@@ -57,10 +57,8 @@ class Embed(nn.Module):
         image = F.linear(hidden_states, patches.proj.weight.flatten(1), patches.proj.bias)
         image = (image + patches.pos_embed[0][positions]).to(image.dtype)
         temb = self.time_text_embed(timestep, pooled_projections)
-        opened = image, self.context_embedder(encoder_hidden_states), temb
-        if not hasattr(self, MODULATION):
-            return opened
-        return *opened, self.modulation.linear(F.silu(temb))
+        text = self.context_embedder(encoder_hidden_states)
+        return image, text, temb, *modulation.written(self, temb)
 
 
 class JointAttention:
@@ -123,7 +121,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=tensors[MODULATION] if MODULATION in tensors else tensors["temb"],
+        temb=modulation.read(tensors),
     )
 
 
@@ -165,10 +163,8 @@ def environment(
         "encoder_hidden_states": Spec(dtype, (*text, config.caption_projection_dim)),
         "temb": Spec(dtype, ("batch", width)),
     }
-    if shared := getattr(model, MODULATION, None):
-        inner[MODULATION] = Spec(dtype, ("batch", shared.linear.out_features))
     sample = Spec(dtype, (*image, model.proj_out.out_features))
-    return inputs, inner, {"sample": sample}
+    return inputs, inner | modulation.spec(model, dtype), {"sample": sample}
 
 
 def lengths(directory: Path) -> dict[str, int]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.modulation import MODULATION
+
 if TYPE_CHECKING:
     from export.family import Family, Part
     from runtime.bundle import Bundle
@@ -207,7 +209,7 @@ def watch_transformer(
         if not isinstance(block, Passed)
     }
     sites = sparse_ffns(model)
-    shared = getattr(model, "modulation", None)
+    shared = getattr(model, MODULATION, None)
     step = -1
     passed: list[tuple[Arrays, Arrays]] = []  # what every block or group of the step has passed on
     handles = []
@@ -224,7 +226,7 @@ def watch_transformer(
     def pair(kwargs: Any, output: Any) -> tuple[Arrays, Arrays]:
         inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()}
         if shared is not None:
-            inputs["modulation"] = array(shared(kwargs["temb"]))
+            inputs[MODULATION] = array(shared(kwargs["temb"]))
         # A block that writes one stream returns the tensor itself.
         streams = zip(family.streams, output if isinstance(output, tuple) else (output,))
         return inputs, {
@@ -261,7 +263,7 @@ def watch_transformer(
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
         beside = {name: array(each) for name, each in row.beside(model, kwargs).items()}
-        opened = ("hidden_states", "encoder_hidden_states", "temb", "modulation")
+        opened = ("hidden_states", "encoder_hidden_states", "temb", MODULATION)
         embedded = {name: each for name, each in (first | beside).items() if name in opened}
         result.blocks[step]["embed"] = (inputs, embedded)
         closing = {name: (last[0] | last[1] | beside)[name] for name in row.closes}

@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from d2m.families import FAMILIES
+from d2m.families import FAMILIES, Family
 from export.schema import DOMAIN, OP
 from export.trace import OUT
 from runtime.bundle import Bundle
@@ -23,11 +23,10 @@ ROWS = {
     "text": "batch*text_tokens",
     "both": "batch*image_tokens + batch*text_tokens",
 }
-STREAMS = {site.module: site.stream for family in FAMILIES for site in family.sites}
 
 
-def tap(model: Any) -> tuple[Any, list[str]]:
-    """A copy of a block graph that also returns its routers' logits, and their names.
+def tap(model: Any, family: Family) -> tuple[Any, list[str]]:
+    """A copy of a block graph of a family that also returns its routers' logits, and their names.
 
     A router is named by its weights: "ff" for the node that reads ff.experts.w1. The outputs are
     called out_<router>.logits, float32 [tokens, E].
@@ -35,6 +34,7 @@ def tap(model: Any) -> tuple[Any, list[str]]:
     import onnx
     from onnx import helper
 
+    streams = {site.module: site.stream for site in family.sites}
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     names = []
@@ -49,7 +49,7 @@ def tap(model: Any) -> tuple[Any, list[str]]:
         )
         out = f"{OUT}{site}.logits"
         tapped.graph.node.append(helper.make_node("Identity", [node.input[1]], [out], name=out))
-        shape = [ROWS[STREAMS[site]], experts]
+        shape = [ROWS[streams[site]], experts]
         tapped.graph.output.append(
             helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, shape)
         )
@@ -66,7 +66,7 @@ def tapped_bundle(bundle: Bundle, folder: Path, top_k: int) -> Bundle:
     kinds = manifest["components"]["transformer"]["types"]
     own = manifest["compute_dtype"]
     for (kind, key), graph in block_graphs(bundle, top_k, "", own).items():
-        model, names = tap(graph)
+        model, names = tap(graph, family_of(bundle))
         save(model, folder / kinds[kind]["graphs"][key])
         kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
@@ -87,7 +87,7 @@ def tapped_plans(
     graphs = {}
     for (kind, key), graph in block_graphs(bundle, top_k, sparse_dir, row["dtype"]).items():
         name = plan_key("transformer", kind, key)
-        model, names = tap(graph)
+        model, names = tap(graph, family_of(bundle))
         graphs[name] = save(model, folder / f"{name}.onnx")
         kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     plans = build_plans(
@@ -101,6 +101,11 @@ def tapped_plans(
     manifest["plans"] = plans
     manifest["files"] |= {path: {} for entry in plans.values() for path in entry["files"].values()}
     return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
+
+
+def family_of(bundle: Bundle) -> Family:
+    """d2m's row of a bundle's family."""
+    return next(family for family in FAMILIES if family.name == bundle.manifest["family"])
 
 
 def block_graphs(

@@ -19,6 +19,7 @@ Arrays = Mapping[str, np.ndarray]
 Settings = Mapping[str, Any]  # the manifest's `latents`
 Size = tuple[int, int]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
+MAX_SIDE = 16384  # pixels, where a model's positions have no end
 Step = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -83,7 +84,6 @@ class Family:
     classes: tuple[str, ...]
     titled: Callable[[Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None]
-    largest: Callable[[Mapping[str, Any]], int]
     encode: Callable[[Run, Sequence[str]], dict[str, np.ndarray]]
     noise: Callable[[Sequence[int], int, int, int], np.ndarray]
     layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]]
@@ -97,6 +97,7 @@ class Family:
     velocity: Callable[[np.ndarray, Settings, Size], np.ndarray]
     image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
     guided: bool = False
+    largest: Callable[[Mapping[str, Any]], int] = lambda manifest: MAX_SIDE
     guide: Callable[[np.ndarray, float], np.ndarray] = guide
     worded: Callable[[str], str] = str
     masked: bool = False

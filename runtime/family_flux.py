@@ -15,8 +15,6 @@ from runtime import flux
 from runtime.family import Arrays, Family, Run, Size, rows
 from runtime.fields import mapping, number, one_of, wrong
 
-MAX_SIDE = 16384  # pixels; rotary tables have no end
-
 
 def titled(config: Mapping[str, Any]) -> str:
     """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding."""
@@ -88,7 +86,6 @@ FLUX = Family(
     classes=("FluxTransformer2DModel", "SparseFluxTransformer2DModel"),
     titled=titled,
     check=check,
-    largest=lambda manifest: MAX_SIDE,
     encode=encode,
     noise=flux.noise,
     layouts=layouts,

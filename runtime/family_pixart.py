@@ -16,8 +16,6 @@ from runtime.family import Arrays, Family, Run, Settings, Size, rows
 from runtime.family_sd3 import noise, tokens, velocity
 from runtime.fields import integer, mapping, number, wrong
 
-MAX_SIDE = 16384  # pixels; positions have no end
-
 
 def check(manifest: Mapping[str, Any]) -> None:
     """ValueError (a clause) unless positions can be made and the text comes with its mask."""
@@ -116,7 +114,6 @@ PIXART = Family(
     guided=True,
     titled=lambda config: "PixArt-Sigma",
     check=check,
-    largest=lambda manifest: MAX_SIDE,
     encode=encode,
     noise=noise,
     layouts=lambda images, channels, height, width: ((images, channels, height, width),),

@@ -14,8 +14,8 @@ import numpy as np
 from runtime import flux
 from runtime.family import Arrays, Family, Run, Settings, Size, rows
 from runtime.family import guide as guided
-from runtime.family_flux import MAX_SIDE, layouts
 from runtime.family_flux import check as check_flux
+from runtime.family_flux import layouts
 from runtime.fields import mapping, wrong
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
@@ -120,7 +120,6 @@ QWEN = Family(
     guide=guide,
     titled=lambda config: "Qwen-Image",
     check=check,
-    largest=lambda manifest: MAX_SIDE,
     encode=encode,
     noise=flux.noise,
     layouts=layouts,

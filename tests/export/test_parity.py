@@ -11,6 +11,7 @@ import pytest
 from conftest import exported
 from tinybundle import damaged
 
+from d2m.families import FLUX
 from export.choices import agreement, chosen
 from export.comparison import compare, measure, psnr
 from export.parity import LIMITS, failures, parity, tables
@@ -144,7 +145,7 @@ def test_tapped_graphs_give_logits_besides(tiny_bundle: Path, tmp_path: Path) ->
     bundle = open_bundle(tiny_bundle)
     kinds = bundle.component("transformer")["types"]
     model = onnx.load(str(bundle.file(kinds["double"]["graphs"]["2"])))
-    tapped, names = tap(model)
+    tapped, names = tap(model, FLUX)
     assert sorted(names) == ["ff.logits", "ff_context.logits"]
     assert len(tapped.graph.output) == len(model.graph.output) + 2
     onnx.checker.check_model(tapped)
