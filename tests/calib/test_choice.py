@@ -10,8 +10,11 @@ from calib.choice import Piece, choose, pieces, smallest
 SIZES = (2, 3)
 
 
-def case(seed: int, depth: dict[str, int], options: int = 3) -> list[Piece]:
-    """Random damages, costs that fall with the option, other ones for every block."""
+def case(seed: int, depth: dict[str, int], options: int = 3, whole: bool = False) -> list[Piece]:
+    """Random damages, costs that fall with the option, other ones for every block.
+
+    whole: the first option does no damage, as an FFN that stays as it is.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for kind, count in depth.items():
@@ -20,9 +23,10 @@ def case(seed: int, depth: dict[str, int], options: int = 3) -> list[Piece]:
             for n in range(1, max(SIZES))
             for i in range(count - n + 1)
         }
-        ffn = np.sort(rng.uniform(0, 1, (count, options)), axis=1).tolist()
+        ffn = np.sort(rng.uniform(0, 1, (count, options)), axis=1)
+        ffn[:, 0] *= not whole
         costs = (-np.sort(-rng.uniform(1, 4, (count, options)), axis=1)).tolist()
-        found += pieces(kind, skipped, ffn, costs, {size: 0.05 * size for size in SIZES})
+        found += pieces(kind, skipped, ffn.tolist(), costs, {size: 0.05 * size for size in SIZES})
     return found
 
 
@@ -91,7 +95,7 @@ def test_pieces_cover_every_block_once() -> None:
 def test_room_for_everything_is_the_least_damage() -> None:
     """Identity: with a budget that no choice exceeds nothing is grouped or made smaller."""
     depth = {"double": 3, "single": 5}
-    chosen = choose(depth, case(2, depth), 1e3)
+    chosen = choose(depth, case(2, depth, whole=True), 1e3)
     assert {(piece.size, piece.option) for piece in chosen} == {(1, 0)}
 
 
