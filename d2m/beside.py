@@ -12,9 +12,9 @@ from dataclasses import dataclass
 class Beside:
     """A component's parameters.
 
-    params: all; drawn: those that a bundle has, and so a drawing (a VAE's encoder and a vision tower
-    are left out); largest: of its largest tensor; whole: whether export holds it in memory, else its
-    weights are read one by one.
+    params: all; drawn: those that a bundle has, and so a drawing (a VAE's encoder and a vision
+    tower are left out); largest: of its largest tensor; whole: whether export holds it in memory,
+    else its weights are read one by one.
     """
 
     params: int
