@@ -69,8 +69,9 @@ def _together(by: int) -> Callable[[str], Recipe]:
 
     def made(dense: str) -> Recipe:
         lean = _lean(by)(dense)
-        (stage,) = ablations.joint(lean).stages
-        return replace(ablations.joint(lean), stages=(replace(stage, lr=lean.stages[0].lr),))
+        joint = ablations.joint(lean)
+        (stage,) = joint.stages
+        return replace(joint, stages=(replace(stage, lr=lean.stages[0].lr),))
 
     return made
 
