@@ -54,6 +54,16 @@ class Part:
     stored: Callable[[str], str] = lambda name: name
 
 
+def check_packed(transformer: Mapping[str, Any], channels: int, directory: Path) -> None:
+    """ValueError unless a token of the transformer is 2 x 2 latents of the VAE's `channels`."""
+    if transformer.get("in_channels") != 4 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
+            " components are of different models."
+        )
+
+
 def decoded(pipe: Any, latents: Tensor) -> Tensor:
     """What the pipeline's VAE makes of latents [n, C, h, w]: pixels [n, 3, H, W]."""
     pixels: Tensor = pipe.vae.decode(latents, return_dict=False)[0]

@@ -16,7 +16,7 @@ from d2m.draw import drawing_defaults
 from export import modulation
 from export.attention import ExportAttention
 from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
-from export.family import Family, Part, Row
+from export.family import Family, Part, Row, check_packed
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -131,12 +131,7 @@ def latents(
 ) -> dict[str, Any]:
     """The manifest's `latents`; ValueError where the transformer packs another VAE's."""
     channels = vae["latent_channels"]
-    if transformer.get("in_channels") != 4 * channels:
-        raise ValueError(
-            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
-            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
-            " components are of different models."
-        )
+    check_packed(transformer, channels, directory)
     return {
         "channels": channels,
         "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),

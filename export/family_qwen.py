@@ -20,7 +20,7 @@ from export import modulation
 from export.attention import heads, rms_norm, rotate
 from export.blocks import Program, block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
-from export.family import Family, Part, Row
+from export.family import Family, Part, Row, check_packed
 from export.family_flux import Final
 from export.qwenvae import vae_program
 from export.trace import Spec
@@ -183,12 +183,7 @@ def latents(
             " and export does not compile; give a Qwen-Image pipeline that draws from text alone."
         )
     channels = vae["z_dim"]
-    if transformer.get("in_channels") != 4 * channels:
-        raise ValueError(
-            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
-            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
-            " components are of different models."
-        )
+    check_packed(transformer, channels, directory)
     return {
         "channels": channels,
         "vae_scale_factor": 2 ** len(vae["temperal_downsample"]),
