@@ -46,14 +46,23 @@ class ExportAttention:
             value = torch.cat([text_value, value], dim=2)
         if image_rotary_emb is not None:
             query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
-        # Scaled before the product: in float16 q k^T alone could overflow.
-        scores = torch.matmul(query * attn.head_dim**-0.5, key.transpose(-1, -2))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        output = mixed.transpose(1, 2).flatten(2)
+        output = attended(query, key, value)
         if encoder_hidden_states is None:
             return output
         length = encoder_hidden_states.shape[1]
         return attn.to_out[0](output[:, length:]), attn.to_add_out(output[:, :length])
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Three [B, H, T, C] -> softmax(q k^T / sqrt(C) + bias) v as tokens [B, T, H C].
+
+    bias broadcasts to [B, H, T, T]. Scaled before the product: in float16 q k^T alone could
+    overflow.
+    """
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2).flatten(2)
 
 
 def heads(qkv: Tensor, size: int) -> tuple[Tensor, ...]:

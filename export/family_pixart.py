@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2m.draw import drawing_defaults
 from d2m.family_pixart import check_conditions, drawn
-from export.attention import heads
+from export.attention import attended, heads
 from export.blocks import Program
 from export.components import IDS, TRANSFORMERS, VAE, eager, first, single
 from export.family import Family, Part, Row
@@ -97,12 +97,8 @@ class Attention:
             pair = attn.to_kv(encoder_hidden_states).unflatten(-1, (2, -1, size))
             stacked = pair.permute(2, 0, 3, 1, 4)
             key, value = stacked[0], stacked[1]
-        # Scaled before the product: in float16 q k^T alone could overflow.
-        scores = torch.matmul(query * size**-0.5, key.transpose(-1, -2))
-        if attention_mask is not None:
-            scores = scores + attention_mask[:, None]
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        bias = None if attention_mask is None else attention_mask[:, None]
+        return attn.to_out[0](attended(query, key, value, bias))
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from d2m.draw import drawing_defaults
 from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
 from export import modulation
-from export.attention import heads, rms_norm, rotate
+from export.attention import attended, heads, rms_norm, rotate
 from export.blocks import Program, block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
 from export.family import Family, Part, Row, check_packed
@@ -86,10 +86,7 @@ class MaskedAttention:
         query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
         words = (encoder_hidden_states_mask.to(query.dtype) - 1) * MASKED
         bias = torch.cat([words, torch.zeros_like(hidden_states[..., 0])], dim=1)[:, None, None]
-        # Scaled before the product: in float16 q k^T alone could overflow.
-        scores = torch.matmul(query * size**-0.5, key.transpose(-1, -2)) + bias
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        output = mixed.transpose(1, 2).flatten(2)
+        output = attended(query, key, value, bias)
         length = encoder_hidden_states.shape[1]
         return attn.to_out[0](output[:, length:]), attn.to_add_out(output[:, :length])
 

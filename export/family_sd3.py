@@ -19,7 +19,7 @@ from d2m.adaln import SharedAdaLN
 from d2m.draw import drawing_defaults
 from d2m.groups import Passed
 from export import modulation
-from export.attention import heads, rms_norm
+from export.attention import attended, heads, rms_norm
 from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
 from export.family import Family, Part, Row
 from export.family_flux import Final
@@ -83,10 +83,7 @@ class JointAttention:
             query = torch.cat([query, normed(text[0], attn.norm_added_q)], dim=2)
             key = torch.cat([key, normed(text[1], attn.norm_added_k)], dim=2)
             value = torch.cat([value, text[2]], dim=2)
-        # Scaled before the product: in float16 q k^T alone could overflow.
-        scores = torch.matmul(query * size**-0.5, key.transpose(-1, -2))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        output = mixed.transpose(1, 2).flatten(2)
+        output = attended(query, key, value)
         if encoder_hidden_states is None:
             return attn.to_out[0](output)
         length = hidden_states.shape[1]

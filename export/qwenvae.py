@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.attention import heads
+from export.attention import attended, heads
 from export.blocks import Program
 from export.components import single
 from export.trace import Spec
@@ -41,9 +41,7 @@ class FrameAttention(nn.Module):
         frame = x[:, :, 0]
         tokens = self.to_qkv(self.norm(frame)).flatten(2).transpose(1, 2)
         query, key, value = heads(tokens, frame.shape[1])
-        scores = torch.matmul(query * frame.shape[1] ** -0.5, key.transpose(-1, -2))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        joined = mixed.transpose(1, 2).flatten(2).transpose(1, 2)
+        joined = attended(query, key, value).transpose(1, 2)
         return self.proj(joined.unflatten(2, frame.shape[2:]))[:, :, None] + x
 
 
