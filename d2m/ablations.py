@@ -90,8 +90,7 @@ def leaner(recipe: Recipe, by: int) -> Recipe:
     Our own addition: it asks what the experts are worth where the activated FFN is too small to do
     the work alone. ValueError where neurons cannot be dealt so.
     """
-    shared, size = recipe.shared_ratio / by, recipe.expert_ratio / by
-    experts = (FFN_RATIO - shared) / size
+    experts = (FFN_RATIO * by - recipe.shared_ratio) / recipe.expert_ratio
     if by < 1 or experts != int(experts):
         raise ValueError(
             f"by is {by}; expected a whole number from 1 that leaves a whole number of experts of "
@@ -100,8 +99,8 @@ def leaner(recipe: Recipe, by: int) -> Recipe:
     return replace(
         recipe,
         name=f"{recipe.name}-{by}-times-leaner",
-        shared_ratio=shared,
-        expert_ratio=size,
+        shared_ratio=recipe.shared_ratio / by,
+        expert_ratio=recipe.expert_ratio / by,
         num_experts=int(experts),
     )
 

@@ -88,7 +88,7 @@ def _long(name: str, says: str, of: str, times: float, start: str | None = None)
 
 
 def _knob(name: str, of: str, says: str, **knobs: int) -> Row:
-    return Row(name, says, of=of, knobs=knobs, once=True)
+    return Row(name, says, of=of, knobs=knobs)
 
 
 _TRAINED = (
@@ -136,10 +136,12 @@ _TRAINED = (
         _from("XS", ablations.depth_pruned, DEPTH, "first"),
         start="L",
     ),
+    Row("XS-joint", "XS, all stages at once", _from("XS", ablations.joint)),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
 )
 
-LONG, LONG_BLOCKS = 2.5, 13 / 3  # 1,500 steps of stages 1 and 2, 2,600 of stage 3
+# 1,500 steps of stages 1 and 2, 2,600 of stage 3, 4,100 of all at once
+LONG, LONG_BLOCKS, LONG_JOINT = 2.5, 13 / 3, 41 / 12
 
 ROWS = (
     *_TRAINED,
@@ -149,6 +151,8 @@ ROWS = (
     _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
+    _long("joint-long", "joint, 3.4 times", "joint", LONG_JOINT),
+    _long("XS-joint-long", "XS-joint, 3.4 times", "XS-joint", LONG_JOINT),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
     Row("L-quarter-joint", "L-quarter, both stages at once, at width-0.375's rate", _together(4)),
     Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),

@@ -75,6 +75,12 @@ def test_a_leaner_moe_has_the_same_neurons_in_smaller_experts():
     assert (pruned.shared_ratio, pruned.num_experts, pruned.top_k) == (0.375, 58, 0)
 
 
+@pytest.mark.parametrize("by", [0, -1])
+def test_leaner_by_less_than_one_is_refused(by):
+    with pytest.raises(ValueError, match="expected a whole number from 1"):
+        ablations.leaner(preset("L"), by)
+
+
 def test_depth_pruning_by_hand():
     """Groups 1-3 of the double, 0-1 and 2-4 of the single blocks, one of each is kept."""
     first = ablations.depth_pruned(THREE, DEPTH, "first").blocks
