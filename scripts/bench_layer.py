@@ -1,7 +1,7 @@
 """What one FFN of the teacher can be distilled to alone: experts against as many fixed neurons.
 
     python scripts/bench_layer.py [MODEL] [--site single_transformer_blocks.6.proj_mlp]
-                                  [--steps 300,3000] [--json FILE]
+                                  [--steps 300,3000] [--ways "width 1,1S12E2A"] [--json FILE]
 
 The FFN's own inputs are recorded from calibration batches at random times, and each replacement
 learns its outputs on them by Adam; the figure is |y - dense| / |dense - its mean| on inputs that
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=str(ROOT / "models" / "shapes-dense"))
     parser.add_argument("--site", default="single_transformer_blocks.6.proj_mlp")
     parser.add_argument("--steps", default="300,3000", help="(%(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="(%(default)s)")
     parser.add_argument("--batches", type=int, default=60, help="of 64 pictures (%(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -66,11 +67,11 @@ def main() -> None:
     scores = neuron_importance(model, batches, recipe, seed=5)[options.site]
     ffn = read_ffn(weights.__getitem__, block, site)
     x = inputs_of(model, f"{block}.{site.fc1}", batches, recipe, options.batches)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for steps in map(int, options.steps.split(",")):
-        for name, way in WAYS.items():
+        for name in options.ways.split(","):
             began = time.monotonic()
-            error = distilled(ffn, scores, way, x, steps)
+            error = distilled(ffn, scores, WAYS[name], x, steps)
             rows.append({"way": name, "steps": steps, "error": round(error, 4)})
             print(json.dumps(rows[-1] | {"seconds": round(time.monotonic() - began)}), flush=True)
     if options.json:
