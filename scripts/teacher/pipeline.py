@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def save_pipeline(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # half of one, of a kill
     half.save_pretrained(part, safe_serialization=True)
+    for path in part.glob("*/config.json"):  # diffusers adds where a model was loaded from
+        config = json.loads(path.read_text("utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_json(path, config)
     defaults = {
         "height": world.size,
         "width": world.size,

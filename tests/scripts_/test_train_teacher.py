@@ -93,6 +93,8 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     finished(train(again, 2, "--init", shapes))
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert (again / "shapes" / vae).read_bytes() == (shapes / vae).read_bytes()
+    for config in (again / "shapes").glob("*/config.json"):  # nobody's directories in a model
+        assert str(tmp_path) not in config.read_text()
     (again / "shapes" / "scores.json").write_text(json.dumps(scores))
     finished(script("teacher_card.py", again / "shapes", "--work", again / "work"))
     card = (again / "shapes" / "README.md").read_text()
