@@ -17,7 +17,7 @@ from typing import Any
 
 from d2m.anatomy import Stack, Structure, dim_of
 from d2m.plan import plan
-from d2m.subject import Subject, subject_of
+from d2m.subject import Subject, read_json, subject_of
 
 GB = 10**9
 # Resident bytes of a process that has done nothing yet but import (measured, CPU build of torch).
@@ -26,6 +26,10 @@ EXPORTING = 0.71 * GB
 RUNNING = 0.15 * GB
 PLAN = 3.2e6  # bytes of a plan of one block type and number of experts, as measured
 GRAPH = 0.05e6  # bytes of its ONNX graph
+# Tensors as large as decoding.s widest that are held at once: what is alive, as counted on the
+# real classes (tests/d2m/test_beside.py), and ONNX Runtime on a CPU (scripts/bench_decoder.py).
+ALIVE = 3.0
+ORT = 5.3
 # Seconds of one core (measured on an AMD EPYC without AVX512), by byte of what is read.
 STREAM = 5.4e-9  # a streamed conversion
 WRITE = 3.2e-9  # what an export writes
@@ -227,6 +231,23 @@ def neuron_bytes(subject: Subject, sparse: bool) -> int:
     return 8 * 4 * dim_of(subject.config) * sites if sparse else 0
 
 
+def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: float) -> int:
+    """Numbers that decoding a picture of height x width holds at once.
+
+    The most of `tensors` of its widest tensors, and the scores and weights of its attention, of a
+    head too large to be fused, between all latents. A shipped config counts as published.
+    """
+    subject, file = subject_of(model), Path(model) / "vae" / "config.json"
+    raw = read_json(file) if file.is_file() else {}
+    levels = raw.get("block_out_channels")
+    if "base_dim" in raw:  # Qwen-Image's
+        levels = [raw["base_dim"] * times for times in raw["dim_mult"]]
+    widest = levels[:2][-1] if levels else subject.family.beside["vae"].widest
+    latents = height * width // 4 ** subject.family.halvings(raw)
+    attention = 2 * latents**2 if raw.get("mid_block_add_attention", True) else 0
+    return max(int(tensors * widest * height * width), attention)
+
+
 def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) -> Needs:
     """Of drawing one picture from the bundle: on a GPU in 16 bits, on a CPU in float32.
 
@@ -238,9 +259,16 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
     dim = dim_of(subject_of(model).config)
     # Streams, QKV, hidden of the widest matmul and its neighbours: about 20 D numbers a token.
     activations = 20 * tokens * dim
-    vram = answer["memory"]["bf16"] + encoders + 2 * activations + int(0.5 * GB)
-    ram = RUNNING + answer["memory"]["fp32"] + 2 * encoders + 4 * activations
-    formula = "libraries + weights and encoders in float32 + 20 D numbers a token"
+    alive, held = (
+        max(activations, decoding(model, answer["height"], answer["width"], tensors))
+        for tensors in (ALIVE, ORT)
+    )
+    vram = answer["memory"]["bf16"] + encoders + 2 * alive + int(0.5 * GB)
+    ram = RUNNING + answer["memory"]["fp32"] + 2 * encoders + 4 * held
+    formula = (
+        "libraries + weights and encoders in float32 + the larger of 20 D numbers a token and the "
+        "decoder's widest tensors"
+    )
     work = float(steps) * answer["flops"]
     disk = answer["memory"]["bf16"] + encoders
     return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)

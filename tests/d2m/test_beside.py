@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from d2m.beside import Beside
 from d2m.families import FAMILIES
-from d2m.resources import around_bytes, export_needs, largest_beside, neuron_bytes, run_needs
+from d2m.resources import (
+    ALIVE,
+    around_bytes,
+    decoding,
+    export_needs,
+    largest_beside,
+    neuron_bytes,
+    run_needs,
+)
 from d2m.subject import shipped, subject_of
 
 # read: the published configs
@@ -99,6 +112,55 @@ def test_sizes_are_those_of_the_real_classes(family: Any) -> None:
         assert (known.params, known.drawn, known.largest) == (whole, sum(sizes), max(sizes)), name
     parts = {part.folder: part.whole for part in EXPORTED[family.name].parts if part}
     assert {name: each.whole for name, each in family.beside.items()} == parts
+
+
+class Alive(TorchDispatchMode):
+    """Counts the numbers of all tensors that calls have made and nobody has dropped yet."""
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.sizes = {each.untyped_storage()._cdata: 0 for each in known}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = call(*args, **(kwargs or {}))
+        for tensor in tree_leaves(answer):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes() // 4
+                self.now += storage.nbytes() // 4
+                weakref.finalize(storage, self.dropped, storage._cdata)
+        self.most = max(self.most, self.now)
+        return answer
+
+    def dropped(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("config", ["flux-dev", "qwen-image"])
+@pytest.mark.parametrize("size", [512, 1024])
+def test_decoding_holds_three_of_its_widest_tensors(config: str, size: int) -> None:
+    with torch.device("meta"):
+        _, decoder = BUILT[subject_of(config).family.name]["vae"]()
+        latents = torch.empty(1, 16, size // 8, size // 8)
+    with torch.no_grad(), Alive([*decoder.parameters(), latents]) as alive:
+        decoder(latents)
+    assert decoding(config, size, size, ALIVE) == pytest.approx(alive.most, rel=0.03)
+
+
+def test_decoding_counts_the_directorys_own_vae(tiny_dense_dir: Path, tmp_path: Path) -> None:
+    """Its widths, its halvings, and its attention's scores where the picture is large."""
+    shutil.copytree(tiny_dense_dir, tmp_path / "flux")
+    file = tmp_path / "flux" / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    for levels, attention, expected in (
+        ([8, 16, 32], False, 3 * 16 * 64 * 64),
+        ([8], False, 3 * 8 * 64 * 64),
+        ([2, 2], True, 2 * (32 * 32) ** 2),
+    ):
+        config |= {"block_out_channels": levels, "mid_block_add_attention": attention}
+        file.write_text(json.dumps(config))
+        assert decoding(tmp_path / "flux", 64, 64, 3.0) == expected
 
 
 @pytest.mark.parametrize("config", shipped())
