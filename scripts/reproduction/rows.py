@@ -151,7 +151,6 @@ ROWS = (
     _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
-    _long("joint-long", "joint, 3.4 times", "joint", LONG_JOINT),
     _long("XS-joint-long", "XS-joint, 3.4 times", "XS-joint", LONG_JOINT),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
     Row("L-quarter-joint", "L-quarter, both stages at once, at width-0.375's rate", _together(4)),

@@ -102,7 +102,6 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("keeps", "L-long", 0.95),
     ("keeps", "S-long", 0.85),
     ("keeps", "XS-long", 0.75),
-    ("keeps", "joint-long", 0.85),
     ("keeps", "XS-joint-long", 0.75),
     ("clearly over", "L-long", "width-1.5-long"),
     ("clearly over", "S-long", "depth-first-long"),
