@@ -136,7 +136,6 @@ _TRAINED = (
         _from("XS", ablations.depth_pruned, DEPTH, "first"),
         start="L",
     ),
-    Row("XS-joint", "XS, all stages at once", _from("XS", ablations.joint)),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
 )
 
@@ -151,7 +150,13 @@ ROWS = (
     _long("width-1.5-long", "width-1.5, 2.5 times the steps", "width-1.5", LONG),
     _long("XS-long", "XS, 4.3 times the steps of stage 3", "XS", LONG_BLOCKS, "L-long"),
     _long("XS-first-long", "XS-first, 4.3 times", "XS-first", LONG_BLOCKS, "L-long"),
-    _long("XS-joint-long", "XS-joint, 3.4 times", "XS-joint", LONG_JOINT),
+    Row(
+        "XS-joint-long",
+        "XS, all stages at once, as many steps as XS-long",
+        _from("XS", ablations.joint),
+        times=LONG_JOINT,
+        once=True,
+    ),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
     Row("L-quarter-joint", "L-quarter, both stages at once, at width-0.375's rate", _together(4)),
     Row("width-0.375", "FFNs cut to the same width as 1S60E2A", _narrow(4)),
