@@ -30,10 +30,7 @@ CLIP_L_PROJECTED = Beside(123_650_304, 123_650_304, 37_945_344)
 CLIP_G = Beside(694_659_840, 694_659_840, 63_242_240)  # OpenCLIP's bigG, with its projection
 T5_XXL = Beside(4_762_310_656, 4_762_310_656, 131_596_288, whole=False)  # the encoder
 QWEN_VL = Beside(8_292_166_656, 7_070_619_136, 544_997_376, whole=False)  # Qwen2.5-VL 7B
-VAE_16 = Beside(
-    83_819_683, 49_545_475, 2_359_296, widest=256
-)  # AutoencoderKL of 16 channels: FLUX.1, SD3
-VAE_4 = Beside(
-    83_653_863, 49_490_199, 2_359_296, widest=256
-)  # of 4: SDXL's, which PixArt-Sigma has
+# AutoencoderKL of 16 channels: FLUX.1, SD3; of 4: SDXL's, which PixArt-Sigma has
+VAE_16 = Beside(83_819_683, 49_545_475, 2_359_296, widest=256)
+VAE_4 = Beside(83_653_863, 49_490_199, 2_359_296, widest=256)
 VAE_QWEN = Beside(126_892_531, 71_524_595, 3_981_312, widest=192)

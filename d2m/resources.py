@@ -26,7 +26,7 @@ EXPORTING = 0.71 * GB
 RUNNING = 0.15 * GB
 PLAN = 3.2e6  # bytes of a plan of one block type and number of experts, as measured
 GRAPH = 0.05e6  # bytes of its ONNX graph
-# Tensors as large as decoding.s widest that are held at once: what is alive, as counted on the
+# Tensors as large as decoding's widest that are held at once: what is alive, as counted on the
 # real classes (tests/d2m/test_beside.py), and ONNX Runtime on a CPU (scripts/bench_decoder.py).
 ALIVE = 3.0
 ORT = 5.3

@@ -21,6 +21,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from d2m.files import write_json  # noqa: E402
+from runtime.coldstart import peak  # noqa: E402
+
 DOWN, UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
 FLUX = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
 CHANNELS = 16  # of the latents of both
@@ -58,20 +61,12 @@ def decode(path: str, size: int) -> dict[str, float]:
     settings.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     latents = np.random.default_rng(0).standard_normal((1, CHANNELS, size // 8, size // 8))
-    before, began = peak(), time.perf_counter()
+    before, began = peak() or 0.0, time.perf_counter()
     (image,) = session.run(None, {"latents": latents.astype(np.float32)})
     assert image.shape == (1, 3, size, size), image.shape
     seconds = time.perf_counter() - began
-    return {"bytes": peak() - before, "seconds": round(seconds, 1)}
-
-
-def peak() -> int:
-    """This process's largest resident memory so far, in bytes.
-
-    Not getrusage's, which begins with the parent's.
-    """
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows["VmHWM"].split()[0]) * 1024
+    grown = (peak() or 0.0) - before  # MiB
+    return {"bytes": round(grown * 2**20), "seconds": round(seconds, 1)}
 
 
 def main() -> None:
@@ -106,7 +101,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     if options.json:
         answer = {"onnxruntime": onnxruntime.__version__, "threads": 1, "rows": rows}
-        options.json.write_text(json.dumps(answer, indent=1) + "\n")
+        write_json(options.json, answer)
 
 
 if __name__ == "__main__":

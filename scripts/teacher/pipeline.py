@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from diffusers import (
 
 from calib.world import World
 from d2m.files import replace_dir, write_json
+from d2m.subject import read_json
 from teacher.text import LENGTH, TextStage, Tokenizers
 
 # What a person or another script put beside the weights stays when they are written again.
@@ -70,7 +70,7 @@ def save_pipeline(
     shutil.rmtree(part, ignore_errors=True)  # half of one, of a kill
     half.save_pretrained(part, safe_serialization=True)
     for path in part.glob("*/config.json"):  # diffusers adds where a model was loaded from
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
         if config.pop("_name_or_path", None) is not None:
             write_json(path, config)
     defaults = {
