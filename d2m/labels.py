@@ -67,7 +67,8 @@ def along(points: Sequence[tuple[float, float]]) -> list[Box]:
 def spread(xs: Sequence[float], near: float, step: float) -> list[float]:
     """Places `near` one another moved apart to `step`, around their middle, in rising order.
 
-    Equal ones keep the order given. Dots of equal cost would hide one another's intervals.
+    Equal ones keep the order given. Dots of equal cost would hide one another's intervals. Many of
+    them come closer together than `step`, so that none is far from its true place.
     """
     order = sorted(range(len(xs)), key=lambda i: (xs[i], i))
     clusters: list[list[int]] = []
@@ -79,9 +80,10 @@ def spread(xs: Sequence[float], near: float, step: float) -> list[float]:
     moved = list(xs)
     for cluster in clusters:
         middle = sum(xs[i] for i in cluster) / len(cluster)
+        apart = min(step, 3 * step / max(1, len(cluster) - 1))
         for place_, index in enumerate(cluster):
             if len(cluster) > 1:
-                moved[index] = middle + (place_ - (len(cluster) - 1) / 2) * step
+                moved[index] = middle + (place_ - (len(cluster) - 1) / 2) * apart
     return moved
 
 

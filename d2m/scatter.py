@@ -63,7 +63,7 @@ def scatter_chart(
 ) -> Html:
     """Dots over cost, labelled, with whiskers, and a dashed line through the best.
 
-    Dots of nearly equal cost stand side by side, so a place may be off by a few pixels; hovering
+    Dots of nearly equal cost stand side by side, so a place may be off by some pixels; hovering
     tells the figures (`words`). ValueError without dots.
     """
     if not dots:

@@ -44,6 +44,8 @@ def test_equal_costs_stand_side_by_side() -> None:
     assert spread([10.0, 50.0, 90.0], 4, 12) == [10.0, 50.0, 90.0]
     assert spread([52.0, 10.0, 50.0], 4, 12) == [57.0, 10.0, 45.0]  # in their order
     assert spread([50.0, 50.0, 50.0], 4, 12) == [38.0, 50.0, 62.0]
+    many = spread([50.0] * 9, 4, 12)  # none farther than one and a half steps
+    assert (many[0], many[-1]) == (32.0, 68.0) and many == sorted(set(many))
 
 
 def test_labels_hide_nothing() -> None:
