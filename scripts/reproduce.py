@@ -61,7 +61,7 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     """What is to be done: seed after seed, most telling first, starts before what needs them."""
     seeds = [int(each) for each in options.seeds.split(",")]
     rows = [named(name.strip()) for name in options.only.split(",")] if options.only else ROWS
-    asked = [(row, seed) for seed in seeds for row in rows if not row.once or seed == seeds[0]]
+    asked = [(row, seed) for seed in seeds for row in rows]
     every = [(each, seed) for row, seed in asked for each in chain(row)]
     return list(dict.fromkeys(every))
 

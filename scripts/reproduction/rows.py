@@ -27,8 +27,7 @@ class Row:
 
     recipe: from the dense model's directory; None: nothing is trained. start: the row whose model
     training begins with. times: its training steps, as a multiple of the others'. of: the row whose
-    model is drawn with, with `knobs`. once: the first seed alone. says: what the row is, for the
-    table.
+    model is drawn with, with `knobs`. says: what the row is, for the table.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Row:
     times: float = 1.0
     of: str | None = None
     knobs: dict[str, int] = field(default_factory=dict, hash=False)
-    once: bool = False
 
     @property
     def needs(self) -> str | None:
@@ -84,7 +82,7 @@ def _narrow(by: int) -> Callable[[str], Recipe]:
 def _long(name: str, says: str, of: str, times: float, start: str | None = None) -> Row:
     """A row's recipe again, trained longer: whether the others' differences are those of haste."""
     found = next(row for row in _TRAINED if row.name == of)
-    return Row(name, says, found.recipe, start=start, times=times, once=True)
+    return Row(name, says, found.recipe, start=start, times=times)
 
 
 def _knob(name: str, of: str, says: str, **knobs: int) -> Row:
@@ -155,7 +153,6 @@ ROWS = (
         "XS, all stages at once, as many steps as XS-long",
         _from("XS", ablations.joint),
         times=LONG_JOINT,
-        once=True,
     ),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),
     Row("L-quarter-joint", "L-quarter, both stages at once, at width-0.375's rate", _together(4)),
