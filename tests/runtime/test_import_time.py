@@ -23,7 +23,8 @@ def python(code: str, *arguments: str) -> str:
 
 
 def test_import_takes_less_than_half_a_second() -> None:
-    code = "import time; t = time.perf_counter(); import runtime; print(time.perf_counter() - t)"
+    # Of a processor: what runs beside the tests lengthens only the clock's time.
+    code = "import time; t = time.process_time(); import runtime; print(time.process_time() - t)"
     times = [float(python(code)) for _ in range(5)]
     assert statistics.median(times) < 0.5, times
 

@@ -115,7 +115,7 @@ def test_it_is_in_no_log_and_of_limited_size(
         assert post(url, prompt="a", negative_prompt="a secret fear", steps=0).status_code == 400
         most = service.limits.prompt
         refused = post(url, prompt="a", negative_prompt="z" * (most + 1)).json()["error"]
-        until(lambda: caplog.text.count("400") >= 2)
+        until(lambda: caplog.text.count(" 400 ") >= 2)
     assert refused["param"] == "negative_prompt" and f"0 to {most} characters" in refused["message"]
     lines = [r.getMessage() for r in caplog.records if r.name.startswith(("runtime", "uvicorn"))]
     assert any(" 200 " in line for line in lines)
