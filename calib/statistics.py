@@ -14,6 +14,7 @@ import torch
 
 from calib.positions import choices_by_cell, picture_cells, position_figures
 from calib.runs import tallies
+from d2m.features import without_padding
 from d2m.flow import generator_at
 from d2m.grouping import dense_name
 from d2m.groups import block_groups
@@ -95,7 +96,7 @@ def routing_table(
     chosen = tallies(groups, buckets, categories)
     seen: dict[str, Tensor] = {}
     shape = (0, 0)
-    with torch.no_grad(), _recording(model, used):
+    with torch.no_grad(), _recording(model, used), without_padding(model):
         for step in range(count * buckets):
             bucket = step % buckets
             batch = batches(step, batch_size)

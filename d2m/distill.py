@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from d2m import checkpoint, learner, trainlog
 from d2m.activations import blocks_of, checkpointed
 from d2m.families import family_of_model
-from d2m.features import block_features
+from d2m.features import block_features, without_padding
 from d2m.flow import generator_at, training_point
 from d2m.grouping import dense_name
+from d2m.groups import TEXT_MASK
 from d2m.inputs import transformer_inputs
 from d2m.processes import ALONE, Crew, anyone, tell
 from d2m.recipe import Recipe
@@ -182,7 +183,7 @@ def _train(
             saved = time.monotonic()
 
             features = block_features(student, seen.names), block_features(teacher, seen.names)
-            with features[0] as mine, features[1] as aims:
+            with features[0] as mine, features[1] as aims, without_padding(student):
                 while step < stage.steps:
                     for rows in shares(stage.batch_size, crew, run.parts):
                         draw = generator_at(seed, index, step)
@@ -196,7 +197,9 @@ def _train(
                             with torch.no_grad():
                                 target = family.predicted(teacher(**inputs, return_dict=False)[0])
                             guess = family.predicted(student(**inputs, return_dict=False)[0])
-                        loss, figures = terms(stage, guess, target, (mine, aims), seen, crew)
+                        mask = inputs.get(TEXT_MASK)
+                        both = mine, aims
+                        loss, figures = terms(stage, guess, target, both, seen, crew, mask)
                         (loss / run.parts).backward()
                         mine.clear()
                         aims.clear()

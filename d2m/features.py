@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m.experts import SparseFFN
 from d2m.families import family_of_model
-from d2m.groups import BlockGroup, Passed
-from d2m.losses import output_loss
+from d2m.groups import TEXT_MASK, BlockGroup, Passed, named_inputs
+from d2m.losses import token_loss
+from d2m.surgery import sparse_ffns
 
-PICTURE = "image"  # the stream that the output is made from
+PICTURE, TEXT = "image", "text"  # streams: the output is made from the picture's
 
 
 def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -86,16 +89,58 @@ def block_features(
 
 
 def feature_errors(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], names: Sequence[str] | None = None
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    names: Sequence[str] | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per layer: the mean squared error [L], the teacher's norm [L], the relative error [L].
+    """Per layer, each [L]: the mean squared error, the teacher's norm, the teacher's mean square.
 
-    Relative is ||student - teacher||^2 / ||teacher||^2, detached; layers in the order of `names`,
-    or of the teacher's.
+    Layers in the order of `names`, or of the teacher's. mask [B, L]: true for the tokens of the
+    text that count, as in `d2m.losses.token_loss`; what fills it up is in none of the figures.
     """
     names = list(teacher) if names is None else names
-    aims = [teacher[name] for name in names]
-    errors = torch.stack([output_loss(student[name], aim) for name, aim in zip(names, aims)])
-    norms = torch.stack([torch.linalg.vector_norm(aim, dtype=errors.dtype) for aim in aims])
-    sizes = torch.tensor([aim.numel() for aim in aims], device=errors.device)
-    return errors, norms, errors.detach() * sizes / norms.square().clamp_min(1e-30)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for name in names:
+        aim = teacher[name].detach()
+        counted = mask if name.endswith(f".{TEXT}") else None
+        error = token_loss(student[name], aim, counted)
+        if counted is None:
+            norm = torch.linalg.vector_norm(aim, dtype=error.dtype)
+            power = norm.square() / aim.numel()
+        else:
+            norm = torch.linalg.vector_norm(aim[counted], dtype=error.dtype)
+            power = token_loss(torch.zeros_like(aim), aim, counted)
+        found.append((error, norm, power))
+    errors, norms, powers = (torch.stack(each) for each in zip(*found))
+    return errors, norms, powers
+
+
+@contextmanager
+def without_padding(model: nn.Module) -> Iterator[None]:
+    """Within: logits that FFNs of the text keep are of the tokens that its mask names, [N, E].
+
+    Of families whose blocks get such a mask; other models' stay as they are. What a text is filled
+    up with reaches no picture, so that nothing should be learnt from where it is sent.
+    """
+    ends = {site.module for site in family_of_model(model).sites if site.stream == TEXT}
+    handles = []
+
+    def keep(ffn: SparseFFN):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            mask = named_inputs(module, args, kwargs).get(TEXT_MASK)
+            if mask is not None and ffn.last_logits is not None:
+                ffn.last_logits = ffn.last_logits[mask.bool()]
+
+        return hook
+
+    try:
+        for name, ffn in sparse_ffns(model).items():
+            for end in ends:
+                if name.endswith(f".{end}"):
+                    block = model.get_submodule(name.removesuffix(f".{end}"))
+                    handles.append(block.register_forward_hook(keep(ffn), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

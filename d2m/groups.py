@@ -8,6 +8,7 @@ the places of its other blocks hold `Passed`, so that indices stay the dense mod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -99,19 +100,23 @@ class BlockGroup(nn.Module):
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        temb: Tensor,
         *args: Any,
         **others: Any,
     ) -> Streams:
-        """As a block: [B, T, D], [B, L, D], [B, D] -> (text [B, L, D], image [B, T, D]).
+        """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 
         Each block is called at most once, with the samples that chose it. What else a block takes
-        goes on as it came, by place or by name: rotary tables are of all samples, of tensors in a
-        dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample, as does
-        the mask of the text, which the router heeds.
+        it gets as it came, given by name, or by place in the block's own order: rotary tables are
+        of all samples, of tensors in a dict (`joint_attention_kwargs`) those with first dimension B
+        hold a row per sample, as does the mask of the text, which the router heeds.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
+        block = next(iter(self.blocks.values()))
+        others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
+        for name in ("hidden_states", "encoder_hidden_states"):
+            del others[name]
+        temb: Tensor = others.pop("temb")
         streams = (encoder_hidden_states, hidden_states)
         mask = others.get(TEXT_MASK)
         self.last_logits = None
@@ -138,14 +143,10 @@ class BlockGroup(nn.Module):
                 "encoder_hidden_states": text,
                 "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
             }
-            more = [_mine(each, index, batch) for each in args]
             named = {name: _mine(each, index, batch) for name, each in others.items()}
             if mask is not None:
                 named[TEXT_MASK] = mask[index]
-            if more:  # diffusers' gradient checkpointing gives all by place
-                after = block(*given.values(), *more, **named)
-            else:
-                after = block(**given, **named)
+            after = block(**given, **named)
             if idle:
                 after = [old + 0 * new for old, new in zip((text, image), after)]
                 for module in block.modules():
@@ -172,6 +173,15 @@ class Passed(nn.Module):
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Streams:
         return encoder_hidden_states, hidden_states
+
+
+def named_inputs(
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a block is called with, by its own names: diffusers' gradient checkpointing, unlike its
+    forward pass, gives all by place."""
+    names = list(inspect.signature(type(block).forward).parameters)[1:]  # without self
+    return dict(zip(names, args)) | dict(kwargs)
 
 
 def straight_through(before: Tensor, after: Tensor, share: Tensor) -> Tensor:

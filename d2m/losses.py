@@ -21,6 +21,19 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.nn.functional.mse_loss(_wide(student), _wide(teacher.detach()))
 
 
+def token_loss(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    """`output_loss` of the tokens that count, [B, T, D] and bool [B, T]; None: all do.
+
+    Every sample's mean over its own tokens weighs alike (ours): it changes nothing how far a text
+    is filled up, nor with which others it shares a batch. Scalar.
+    """
+    if counted is None:
+        return output_loss(student, teacher)
+    squares = (_wide(student) - _wide(teacher.detach())).square().mean(-1)
+    share = counted.to(squares.dtype)
+    return ((squares * share).sum(1) / share.sum(1)).mean()
+
+
 def feature_weights(output: Tensor, features: Tensor, norms: Tensor) -> Tensor:
     """The paper's weight of every layer's feature loss (read), detached.
 

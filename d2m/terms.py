@@ -52,26 +52,26 @@ def terms(
     features: tuple[dict[str, Tensor], dict[str, Tensor]],
     seen: View,
     crew: Crew,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss to descend, figures): figures are of the whole batch, `loss` and its terms among them.
 
     Args:
         guess, target: the student's and the teacher's output.
         features: both models' as `block_features` catches them.
+        mask [B, L]: true for the tokens of the text that count; None: all do.
 
     The routers' logits that the student's modules hold are taken out of them.
     """
     own: dict[str, Tensor] = {"output": output_loss(guess, target)}
     figures: dict[str, Tensor] = {}
     if seen.names:
-        errors, norms, figures["features"] = feature_errors(*features, seen.names)
-        output, all_errors, all_norms = own["output"], errors, norms
-        if crew.size > 1:
-            output, all_errors, squares = mean(crew, [output, errors, norms.square()])
-            all_norms = squares.sqrt()
-            sizes = [features[1][name].numel() for name in seen.names]
-            relative = all_errors * torch.tensor(sizes, device=errors.device)
-            figures["features"] = relative / squares.clamp_min(1e-30)
+        errors, norms, powers = feature_errors(*features, seen.names, mask)
+        output, all_errors, squares, powers = mean(
+            crew, [own["output"], errors, norms.square(), powers]
+        )
+        all_norms = squares.sqrt()
+        figures["features"] = all_errors.detach() / powers.clamp_min(1e-30)
         if "feature" in stage.losses:
             own["feature"] = feature_loss(output, all_errors, all_norms, errors)
         if "group" in stage.losses:

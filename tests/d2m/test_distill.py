@@ -204,9 +204,23 @@ def _embedding(model, inputs):
 def test_feature_errors_by_hand():
     teacher = {"a": torch.tensor([[[3.0, 4.0]]]), "b": torch.tensor([[[1.0, 0.0]]])}
     student = {"b": torch.tensor([[[1.0, 2.0]]]), "a": torch.tensor([[[3.0, 3.0]]])}
-    errors, norms, relative = feature_errors(student, teacher)
+    errors, norms, powers = feature_errors(student, teacher)
     assert errors.tolist() == [0.5, 2.0] and norms.tolist() == [5.0, 1.0]
-    assert relative.tolist() == pytest.approx([1 / 25, 4.0])
+    assert powers.tolist() == pytest.approx([12.5, 0.5])
+
+
+def test_feature_errors_of_a_masked_text_by_hand():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    text = torch.tensor([[[3.0], [4.0], [9.0]], [[12.0], [9.0], [9.0]]])
+    guess = torch.tensor([[[3.0], [2.0], [-5.0]], [[13.0], [-5.0], [-5.0]]], requires_grad=True)
+    aims = {"0.text": text, "0.image": torch.ones(2, 3, 1)}
+    features = {"0.text": guess, "0.image": torch.zeros(2, 3, 1)}
+    errors, norms, powers = feature_errors(features, aims, mask=mask)
+    assert errors.tolist() == [(4 / 2 + 1) / 2, 1.0]  # every sample's own mean
+    assert norms.tolist() == pytest.approx([13.0, 6**0.5])
+    assert powers.tolist() == pytest.approx([((9 + 16) / 2 + 144) / 2, 1.0])
+    errors.sum().backward()
+    assert guess.grad.flatten().tolist() == [0.0, -1.0, 0.0, 1.0, 0.0, 0.0]
 
 
 def test_noise_is_a_function_of_its_place():

@@ -244,6 +244,65 @@ def test_streamed_conversion_with_shared_modulation(
         assert torch.isfinite(loaded.transformer(**inputs, return_dict=False)[0]).all()
 
 
+def test_a_batch_teaches_what_its_samples_teach(tiny: Tiny, pipe: Any) -> None:
+    """Alone a text has no padding, or less: none of it counts in features or experts' loads."""
+    from d2m.features import block_features, feature_errors, feature_names, without_padding
+    from d2m.groups import TEXT_MASK, set_kappa
+    from d2m.losses import choices
+    from d2m.rows import cut
+
+    teacher, student = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
+    set_top_k(student, 2)
+    set_kappa(student, 1)
+    sites = sparse_ffns(student)
+    for site in sites.values():
+        site.record = True
+    batch = {name: each.double() for name, each in batches(pipe)(0, 4).items()}
+    noisy, times, _ = noised(teacher, batch, generator_at(0, "test"))
+    names = feature_names(student)
+
+    @torch.no_grad()
+    def learnt(first: int, end: int) -> list[torch.Tensor]:
+        part, rows = cut(batch, (first, end)), slice(first, end)
+        inputs = transformer_inputs(teacher, part, noisy[rows], times[rows].double())
+        with block_features(student) as mine, block_features(teacher, names) as aims:
+            with without_padding(student):
+                student(**inputs)
+                teacher(**inputs)
+            errors, norms, powers = feature_errors(mine, aims, names, inputs.get(TEXT_MASK))
+        loads = torch.zeros(len(sites), 12)
+        for load, site in zip(loads, sites.values()):
+            if site.last_logits is not None:
+                load += choices(site.last_logits.flatten(0, -2), 2)[1]
+            site.last_logits = None
+        return [errors / 4, powers / 4, norms.square(), loads]
+
+    whole = learnt(0, 4)
+    alone = [sum(each) for each in zip(*(learnt(i, i + 1) for i in range(4)))]
+    assert torch.equal(whole[3], alone[3]) and whole[3].sum() > 0
+    for ours, theirs, share in zip(whole, alone, (4, 4, 1)):
+        torch.testing.assert_close(ours * share, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_diffusers_gradient_checkpointing_gives_the_same_gradients(tiny: Tiny, pipe: Any) -> None:
+    """It hands blocks, and groups of them, all that they take by place."""
+    from d2m.groups import set_kappa
+
+    found = []
+    for checkpointing in (False, True):
+        dense, sparse = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
+        set_kappa(sparse, 1)
+        sparse.train()
+        if checkpointing:
+            sparse.enable_gradient_checkpointing()
+        inputs = inputs_of(pipe, dense, torch.float64)
+        sparse(**inputs, return_dict=False)[0].square().mean().backward()
+        found.append({n: p.grad for n, p in sparse.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
     """Prompts alone and shapes make batches; what it cannot learn from is refused with the cure."""
     from calib.batches import shapes_batches
