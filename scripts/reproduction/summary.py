@@ -171,7 +171,7 @@ def kind_of(row: Row) -> str:
         return "knob"
     if row.recipe is None:
         return "dense"
-    if row.name in ("L", "M", "S", "XS"):
+    if row.name.removesuffix("-long") in ("L", "M", "S", "XS"):
         return "sparse"
     return "pruned" if row.name.startswith(("width", "depth", "XS-first")) else "variant"
 
