@@ -8,6 +8,7 @@ the places of its other blocks hold `Passed`, so that indices stay the dense mod
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -114,9 +115,7 @@ class BlockGroup(nn.Module):
         """
         block = next(iter(self.blocks.values()))
         others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
-        for name in ("hidden_states", "encoder_hidden_states"):
-            del others[name]
-        temb: Tensor = others.pop("temb")
+        temb: Tensor = others["temb"]
         streams = (encoder_hidden_states, hidden_states)
         mask = others.get(TEXT_MASK)
         self.last_logits = None
@@ -146,7 +145,7 @@ class BlockGroup(nn.Module):
             named = {name: _mine(each, index, batch) for name, each in others.items()}
             if mask is not None:
                 named[TEXT_MASK] = mask[index]
-            after = block(**given, **named)
+            after = block(**named | given)
             if idle:
                 after = [old + 0 * new for old, new in zip((text, image), after)]
                 for module in block.modules():
@@ -180,8 +179,12 @@ def named_inputs(
 ) -> dict[str, Any]:
     """What a block is called with, by its own names: diffusers' gradient checkpointing, unlike its
     forward pass, gives all by place."""
-    names = list(inspect.signature(type(block).forward).parameters)[1:]  # without self
-    return dict(zip(names, args)) | dict(kwargs)
+    return dict(zip(_parameters(type(block).forward), args)) | dict(kwargs)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 
 def straight_through(before: Tensor, after: Tensor, share: Tensor) -> Tensor:
