@@ -70,7 +70,7 @@ def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: in
             "pixels; expected a multiple of that as the world's size."
         )
     family = family_of_pipeline(pipe)
-    length = family.text_length(pipe)
+    length = family.data.text_length(pipe)
     names = list(SHARES)
     assert names == list(CATEGORIES)
 
@@ -85,13 +85,13 @@ def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: in
         images = torch.from_numpy(render_batch(scenes, world, rng, "train"))[first:end]
         whole, scenes, kinds = scenes, scenes[first:end], kinds[first:end]
         captions = [scene.caption for scene in scenes]
-        if family.unconditional:
+        if family.data.unconditional:
             emptied = np.random.default_rng([seed, step, 1]).random(len(whole))
-            empty = emptied[first:end] < family.unconditional
+            empty = emptied[first:end] < family.data.unconditional
             captions = ["" if none else text for none, text in zip(empty, captions)]
-        found = family.encode_text(pipe, captions, length)
-        found["latents"] = family.encode_images(pipe, images)
-        found |= family.places(pipe, found, world.size, world.size)
+        found = family.data.encode_text(pipe, captions, length)
+        found["latents"] = family.data.encode_images(pipe, images)
+        found |= family.data.position_ids(pipe, found, world.size, world.size)
         return found | {"category": torch.from_numpy(kinds).long()}
 
     batch.rows = batch_rows  # type: ignore[attr-defined]

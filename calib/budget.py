@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from calib.choice import Piece, choose, pieces
 from calib.costs import STEPS, can_group, check_reach, costs_of, flops_of, resized, shares_of
 from d2m import recipe as recipes
-from d2m.anatomy import dim_of
 from d2m.convert import CALIBRATION
 from d2m.dense import dense_family, locate
 from d2m.families import FLUX
+from d2m.family_weights import dim_of
 from d2m.preset import preset_of, presets_for
 from d2m.recipe import Recipe, Stage
 from d2m.structure import KINDS, Blocks, Shares
@@ -81,7 +81,7 @@ def recipe_for(
     )
     every = [
         piece
-        for kind, _ in subject.family.kinds
+        for kind, _ in subject.family.blocks.kinds
         for piece in pieces(
             kind,
             found.skipped[kind],

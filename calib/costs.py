@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from calib.choice import Piece, smallest
-from d2m.anatomy import LISTS, Stack, Structure
+from d2m.anatomy_flux import LISTS
+from d2m.family import check_adaln
+from d2m.family_weights import Stack, Structure
 from d2m.recipe import Recipe
 from d2m.structure import KINDS, Blocks
 from d2m.subject import Subject
@@ -83,7 +85,7 @@ def costs_of(subject: Subject, base: Recipe, options: Sequence[float]) -> Costs:
             rows = _stacks(subject, dataclasses.replace(base, blocks=blocks))
             inside = [stack for stack in rows if ".router." in stack.prefix]
             router[size] = float(sum(w.flops for stack in inside for w in stack.weights))
-    whole = subject.family.anatomy(subject.config, Structure(), *_tokens(subject))
+    whole = subject.family.plan.weights(subject.config, Structure(), *_tokens(subject))
     return Costs(float(_sum(whole)), float(fixed), block, router)
 
 
@@ -97,7 +99,7 @@ def can_group(subject: Subject, kind: str, first: int, size: int) -> bool:
     group = (tuple(range(first, first + size)),)
     blocks = Blocks(single=group) if kind == "single" else Blocks(double=group)
     try:
-        subject.family.check_blocks(blocks, subject.depth)
+        subject.family.blocks.check_blocks(blocks, subject.depth)
     except ValueError:
         return False
     return True
@@ -125,8 +127,9 @@ def check_reach(subject: Subject, costs: Costs, budget: float) -> float:
 
 
 def _stacks(subject: Subject, recipe: Recipe) -> list[Stack]:
+    check_adaln(subject.family, recipe.adaln.mode)
     structure = Structure(recipe.spec, recipe.blocks, recipe.adaln)
-    return subject.family.anatomy(subject.config, structure, *_tokens(subject))
+    return subject.family.plan.weights(subject.config, structure, *_tokens(subject))
 
 
 def _tokens(subject: Subject) -> tuple[int, int]:

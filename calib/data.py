@@ -22,8 +22,8 @@ from calib.folder import folder_source, prompts_source
 from calib.order import order
 from calib.source import UNREADABLE, Source
 from calib.world import CATEGORIES, World, eval_scenes
-from d2m.draw import drawing_defaults
 from d2m.families import family_of, family_of_pipeline
+from d2m.family_defaults import generation_defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -65,7 +65,7 @@ def chosen(
     Args:
         how: "shapes", a file of prompts (.txt), a folder of pictures, .tar shards (path, folder,
             glob or brace pattern), or a dataset of the datasets library (path or name on the hub).
-        settings: () -> the fields of `d2m.draw.drawing_defaults` of the dense pipeline, by which
+        settings: () -> `d2m.family_defaults.generation_defaults` of the dense pipeline, by which
             pictures are cut and trajectories made; called when the pipeline is there.
         size: height and width in pixels, in place of those.
         cache: folder for encodings and trajectories; None keeps none.
@@ -141,10 +141,10 @@ def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
         family = family_of(root)
     except ValueError:
         return
-    words = {kind: CURES[kind] for kind in family.sources}
+    words = {kind: CURES[kind] for kind in family.data.sources}
     if data.kind not in words:
         raise ValueError(
-            f"--data names {data.kind}, which {family.title} cannot learn from; expected "
+            f"--data names {data.kind}, which {family.names.title} cannot learn from; expected "
             f"{' or '.join(words.values())} as --data"
         )
     if data.kind != SHAPES:
@@ -169,7 +169,7 @@ def shapes_size(root: Path) -> int:
         found = json.loads((root / "vae" / "config.json").read_text("utf-8")).get("sample_size")
     except (OSError, ValueError, AttributeError):
         found = None
-    return found if isinstance(found, int) else int(drawing_defaults(root)["height"])
+    return found if isinstance(found, int) else int(generation_defaults(root)["height"])
 
 
 def source_of(how: str, columns: tuple[str, str] | None = None) -> Source:
@@ -269,9 +269,9 @@ def source_batches(
 def emptier(pipe: DiffusionPipeline, seed: int) -> Callable[[int, str], bool]:
     """A function (epoch, caption) -> whether the model is to learn it as an empty one, a pure one.
 
-    A share of `Family.unconditional` is: classifier-free guidance asks a model for both.
+    A share of `Data.unconditional` is: classifier-free guidance asks a model for both.
     """
-    share = family_of_pipeline(pipe).unconditional
+    share = family_of_pipeline(pipe).data.unconditional
 
     def emptied(epoch: int, caption: str) -> bool:
         return random.Random(f"{seed}/empty/{epoch}/{caption}").random() < share

@@ -48,7 +48,7 @@ def picture_encoder(
 
     check_size(pipe, height, width)
     encoder = digest_of(pipe.vae) if cache else ""
-    encode_images = family_of_pipeline(pipe).encode_images
+    encode_images = family_of_pipeline(pipe).data.encode_images
 
     @torch.no_grad()
     def encode(data: bytes) -> Encoding:
@@ -76,7 +76,7 @@ def text_encoder(
     """
     import torch
 
-    encode_text = family_of_pipeline(pipe).encode_text
+    encode_text = family_of_pipeline(pipe).data.encode_text
     encoders = [digest_of(each) for each in parts_of(pipe, "text_encoder")] if cache else []
 
     @torch.no_grad()
@@ -98,14 +98,14 @@ def text_encoder(
 def collate(
     pipe: DiffusionPipeline, samples: Sequence[Encoding], height: int, width: int
 ) -> dict[str, Tensor]:
-    """Encodings -> a batch on the transformer's device, with what `Family.places` adds."""
+    """Encodings -> a batch on the transformer's device, with what `Data.position_ids` adds."""
     import torch
 
     device = pipe.transformer.device
     batch = {
         name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]
     }
-    return batch | family_of_pipeline(pipe).places(pipe, batch, height, width)
+    return batch | family_of_pipeline(pipe).data.position_ids(pipe, batch, height, width)
 
 
 def parts_of(pipe: DiffusionPipeline, name: str) -> list[Any]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from d2m.families import Site, family_of_model, read_ffn, sites_of
-from d2m.flow import generator_at
-from d2m.inputs import noised, transformer_inputs
+from d2m.families import Site, family_of_model
+from d2m.family_flow import generator_at
+from d2m.family_inputs import noised, transformer_inputs
+from d2m.family_sites import read_ffn, sites_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,7 +77,7 @@ def flow_matching_loss(
     """
     x, t, aim = noised(model, batch, generator, mean, std)
     inputs = transformer_inputs(model, batch, x, t.to(x.dtype))
-    prediction = family_of_model(model).predicted(model(**inputs, return_dict=False)[0])
+    prediction = family_of_model(model).data.predicted(model(**inputs, return_dict=False)[0])
     dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 would round the mean
     return torch.nn.functional.mse_loss(prediction.to(dtype), aim.to(prediction.device, dtype))
 

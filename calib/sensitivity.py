@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from d2m.families import Site, family_of_model, hidden_sizes, sites_of
-from d2m.flow import generator_at
+from d2m.families import Site, family_of_model
+from d2m.family_flow import generator_at
+from d2m.family_inputs import noised, transformer_inputs
+from d2m.family_sites import sites_of
 from d2m.groups import Passed
-from d2m.inputs import noised, transformer_inputs
-from d2m.recipe import SparseSpec
+from d2m.recipe import SparseSpec, hidden_sizes
 from d2m.routing import route, routing_dtype
 from d2m.surgery import gate_weight, split_neurons
 
@@ -68,7 +69,7 @@ def sensitivity(
     family = family_of_model(model)
     count = max(1, recipe.calibration.batches // QUARTER)
     data = [_inputs(model, batches, recipe, i, seed) for i in range(count)]
-    lists: dict[str, Any] = {kind: model.get_submodule(name) for kind, name in family.kinds}
+    lists: dict[str, Any] = {kind: model.get_submodule(name) for kind, name in family.blocks.kinds}
     sites = sites_of((name for name, _ in model.named_parameters()), family)
     runs = {
         kind: [(i, n) for n in range(1, longest + 1) for i in range(len(blocks) - n + 1)]
@@ -88,7 +89,7 @@ def sensitivity(
         expected = [_run(model, inputs) for inputs in data]
         skipped: dict[str, dict[tuple[int, int], float]] = {}
         ffn: dict[str, list[list[float]]] = {}
-        for kind, name in family.kinds:
+        for kind, name in family.blocks.kinds:
             skipped[kind] = {}
             for first, length in runs[kind]:
                 with left_out(lists[kind], range(first, first + length)):
@@ -197,4 +198,4 @@ def _inputs(
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     output: Tensor = model(**inputs, return_dict=False)[0]
-    return family_of_model(model).predicted(output).double()
+    return family_of_model(model).data.predicted(output).double()

@@ -14,11 +14,11 @@ import torch
 
 from calib.positions import choices_by_cell, picture_cells, position_figures
 from calib.runs import tallies
+from d2m.family_flow import generator_at
+from d2m.family_inputs import transformer_inputs
 from d2m.features import without_padding
-from d2m.flow import generator_at
 from d2m.grouping import dense_name
 from d2m.groups import block_groups
-from d2m.inputs import transformer_inputs
 from d2m.losses import choices, dead_experts, load_figures
 from d2m.surgery import sparse_ffns
 

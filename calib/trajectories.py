@@ -35,7 +35,7 @@ def trajectory(
     the picture, and `times` [S + 1] from about 1, pure noise, to 0.
 
     text: of one prompt, as `calib.encodings.text_encoder` makes it; settings: the fields of
-    `d2m.draw.drawing_defaults`.
+    `d2m.family_defaults.generation_defaults`.
     """
     import torch
 
@@ -49,8 +49,8 @@ def trajectory(
         return {}
 
     family = family_of_pipeline(pipe)
-    family.trajectory(pipe, text, states[0], settings, keep)
-    return {"states": torch.cat(states).cpu(), "times": family.times(pipe.scheduler)}
+    family.data.trajectory(pipe, text, states[0], settings, keep)
+    return {"states": torch.cat(states).cpu(), "times": family.data.times(pipe.scheduler)}
 
 
 def trajectory_decoder(
@@ -68,7 +68,7 @@ def trajectory_decoder(
     import torch
 
     from d2m.families import family_of_pipeline
-    from d2m.flow import generator_at
+    from d2m.family_flow import generator_at
 
     height, width = settings["height"], settings["width"]
     check_size(pipe, height, width)
@@ -84,7 +84,7 @@ def trajectory_decoder(
 
         def compute() -> Encoding:
             draw = generator_at(seed, "way", place, prompt)
-            noise = family.noise(pipe, height, width, draw).to(pipe.transformer.dtype)
+            noise = family.data.noise(pipe, height, width, draw).to(pipe.transformer.dtype)
             return trajectory(pipe, text, noise, settings)
 
         def key() -> str:
@@ -100,8 +100,8 @@ def trajectory_decoder(
         chosen = picks.sample(range(steps), min(POINTS, steps))
         chosen += [picks.randrange(steps) for _ in range(POINTS - len(chosen))]
         guidance = torch.tensor(float(settings["guidance_scale"]))
-        none = encode("") if family.unconditional else text
-        texts = [none if picks.random() < family.unconditional else text for _ in chosen]
+        none = encode("") if family.data.unconditional else text
+        texts = [none if picks.random() < family.data.unconditional else text for _ in chosen]
         return [
             words
             | {"latents": states[-1], "noisy": states[i], "time": times[i], "guidance": guidance}

@@ -37,7 +37,7 @@ def _classes() -> dict[str, Any]:
     """Name of a sparse class -> its family."""
     from d2m.families import FAMILIES
 
-    return {family.sparse_class: family for family in FAMILIES}
+    return {family.names.sparse_class: family for family in FAMILIES}
 
 
 def __dir__() -> list[str]:

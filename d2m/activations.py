@@ -17,7 +17,7 @@ from d2m.groups import BlockGroup, Passed
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Every block that computes, those of groups among them, in the model's order."""
     found: list[nn.Module] = []
-    for _, name in family_of_model(model).kinds:
+    for _, name in family_of_model(model).blocks.kinds:
         for block in getattr(model, name):
             if isinstance(block, BlockGroup):
                 found += block.blocks.values()

@@ -155,7 +155,7 @@ def share_adaln(model: nn.Module, adaln: AdaLN, family: Family | None = None) ->
     """
     if adaln.mode == "full":
         return model
-    lists = [name for _, name in (family or family_of_model(model)).kinds]
+    lists = [name for _, name in (family or family_of_model(model)).blocks.kinds]
     found = {n: c for n, c in norms(model).items() if n.split(".")[0] in lists}
     if not found:
         raise ValueError(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from d2m.adaln import norms, own_linear, rank_of, share_adaln
 from d2m.families import family_of_model
 from d2m.family import check_adaln
-from d2m.flow import generator_at
-from d2m.inputs import global_embedding, noised
+from d2m.family_flow import generator_at
+from d2m.family_inputs import global_embedding, noised
 from d2m.recipe import Recipe
 from d2m.structure import AdaLN
 

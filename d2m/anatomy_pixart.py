@@ -1,7 +1,7 @@
-"""The anatomy of PixArt-Sigma's transformer: every weight's size, and its use in a step.
+"""The weights of PixArt-Sigma's transformer by name: every one's size, and its use in a step.
 
-As d2m/anatomy.py, whose pieces it is put together from. All blocks are alike: attention of the
-picture's tokens, attention of these to the text's, one FFN, and a table [6, D] that is added to the
+Put together from the pieces of d2m/family_weights.py. All blocks are alike: attention of the
+image's tokens, attention of these to the text's, one FFN, and a table [6, D] that is added to the
 modulation which all share.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2m.anatomy import (
+from d2m.family_weights import (
     TIME_CHANNELS,
     Stack,
     Structure,
@@ -20,23 +20,35 @@ from d2m.anatomy import (
     sparse_ffn,
     vector,
 )
-from d2m.family import check_adaln
-from d2m.family_pixart import PIXART, check_conditions
 from d2m.recipe import SparseSpec
 
 LIST = "transformer_blocks"
+RATIO = 4  # hidden neurons of an FFN over its width
 
 
-def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
-    """As `d2m.anatomy.anatomy`. ValueError for a mode of modulation that it cannot have."""
+def check_conditions(config: Mapping[str, Any]) -> None:
+    """ValueError for PixArt-Alpha's conditions on the picture's size, which Sigma has not.
+
+    (Read: a config that does not say has them at sample_size 128.)
+    """
+    asked = config.get("use_additional_conditions")
+    if asked or (asked is None and config.get("sample_size", 128) == 128):
+        raise ValueError(
+            f"the transformer has use_additional_conditions {asked!r} at sample_size"
+            f" {config.get('sample_size', 128)}, expected false: PixArt-Sigma's is not told the"
+            " picture's size, PixArt-Alpha's is not known to d2m; give PixArt-Sigma's config."
+        )
+
+
+def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """See d2m.family_weights."""
     check_conditions(config)
-    check_adaln(PIXART, structure.adaln.mode)
     dim, depth = dim_of(config), int(config["num_layers"])
     stacks = [Stack("", 1, 1, tuple(_embedders(config, dim, image, text)))]
     specs = [structure.spec.at("double", i) if structure.spec else None for i in range(depth)]
     for spec in dict.fromkeys(specs):
-        weights = tuple(_block(config, spec, dim, image, text))
-        stacks.append(Stack(f"{LIST}.*.", specs.count(spec), specs.count(spec), weights))
+        inside_block = tuple(_block(config, spec, dim, image, text))
+        stacks.append(Stack(f"{LIST}.*.", specs.count(spec), specs.count(spec), inside_block))
     return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
 
 
@@ -63,12 +75,12 @@ def _block(
         yield from linear(part, f"{name}.to_v", width, dim, rows)
         yield from linear(part, f"{name}.to_out.0", dim, dim, image)
         yield Weight(part, name, 0, 0, 4 * image * rows * dim)
+    hidden = RATIO * dim
     if spec is None:
-        hidden = PIXART.ratio * dim
         yield from linear("double_ffn", "ff.net.0.proj", dim, hidden, image)
         yield from linear("double_ffn", "ff.net.2", hidden, dim, image)
     else:
-        yield from sparse_ffn("double_ffn", "ff", dim, spec, image)
+        yield from sparse_ffn("double_ffn", "ff", dim, hidden, spec, image)
 
 
 def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:

@@ -1,6 +1,6 @@
-"""The anatomy of a Qwen-Image transformer: every weight's size, and its use in a step.
+"""The weights of a Qwen-Image transformer by name: every one's size, and its use in a step.
 
-As d2m/anatomy.py, whose pieces it is put together from. All blocks are alike.
+Put together from the pieces of d2m/family_weights.py. All blocks are alike.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2m.anatomy import (
+from d2m.family_weights import (
     TIME_CHANNELS,
     Stack,
     Structure,
@@ -27,26 +27,26 @@ from d2m.recipe import SparseSpec
 from d2m.structure import lowrank_default
 
 LIST = "transformer_blocks"
-RATIO = 4
+RATIO = 4  # hidden neurons of an FFN over its width
 NORMS = (("img_mod", 6), ("txt_mod", 6))  # (name, chunks of width D)
 
 
-def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
-    """As `d2m.anatomy.anatomy`; text: tokens of the prompt, without the template's."""
+def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """See d2m.family_weights; text: tokens of the prompt, without the template's."""
     dim, depth, blocks = dim_of(config), int(config["num_layers"]), structure.blocks
     chunks = 12 * (depth - len(blocks.dropped("double")))
     rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
     shared = shared_modulation(structure.adaln, dim, rank)
     stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *shared))]
     for spec, count, running in alike(blocks, structure.spec, "double", depth):
-        weights = (
+        inside_block = (
             *_block(config, spec, dim, image, text),
             *modulated(structure.adaln, NORMS, dim, rank, "1"),
         )
-        stacks.append(Stack(f"{LIST}.*.", count, running, weights))
+        stacks.append(Stack(f"{LIST}.*.", count, running, inside_block))
     for group in blocks.groups("double"):
-        weights = tuple(router(dim, len(group), blocks))
-        stacks.append(Stack(f"{LIST}.{group[0]}.router.", 1, 1, weights))
+        own_router = tuple(router(dim, len(group), blocks))
+        stacks.append(Stack(f"{LIST}.{group[0]}.router.", 1, 1, own_router))
     return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
 
 
@@ -78,5 +78,5 @@ def _block(
             yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
             yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
         else:
-            yield from sparse_ffn("double_ffn", ffn, dim, spec, rows)
+            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)
     yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)

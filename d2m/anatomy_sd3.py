@@ -1,7 +1,7 @@
-"""The anatomy of a Stable Diffusion 3 transformer: every weight's size, and its use in a step.
+"""The weights of a Stable Diffusion 3 transformer by name: every one's size, its use in a step.
 
-As d2m/anatomy.py, whose pieces it is put together from. Blocks differ: those named in
-`dual_attention_layers` have a second attention of the picture alone, the last one writes no text.
+Put together from the pieces of d2m/family_weights.py. Blocks differ: those named in
+`dual_attention_layers` have a second attention of the image alone, the last one writes no text.
 Of a group of unlike blocks those are counted as running that come last in it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2m.anatomy import (
+from d2m.family_weights import (
     TIME_CHANNELS,
     Stack,
     Structure,
@@ -28,12 +28,12 @@ from d2m.recipe import SparseSpec
 from d2m.structure import lowrank_default
 
 LIST = "transformer_blocks"
-RATIO = 4
+RATIO = 4  # hidden neurons of an FFN over its width
 Kind = tuple[SparseSpec | None, bool, bool]  # FFNs, second attention, last
 
 
-def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
-    """As `d2m.anatomy.anatomy`; text: tokens of the CLIPs and of T5 together."""
+def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """See d2m.family_weights; text: tokens of the CLIPs and of T5 together."""
     dim, depth, blocks = dim_of(config), int(config["num_layers"]), structure.blocks
     dual = set(config.get("dual_attention_layers") or ())
     spec = structure.spec
@@ -49,12 +49,12 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
     skipped = {i for group in blocks.groups("double") for i in group[: len(group) - blocks.kappa]}
     for kind in dict.fromkeys(kinds.values()):
         mine = [i for i in kinds if kinds[i] == kind]
-        weights = (
+        inside_block = (
             *_block(config, kind, dim, image, text),
             *modulated(structure.adaln, norms_of(kind), dim, rank),
         )
         running = sum(i not in skipped for i in mine)
-        stacks.append(Stack(f"{LIST}.*.", len(mine), running, weights, tuple(mine)))
+        stacks.append(Stack(f"{LIST}.*.", len(mine), running, inside_block, tuple(mine)))
     for group in blocks.groups("double"):
         stacks.append(
             Stack(f"{LIST}.{group[0]}.router.", 1, 1, tuple(router(dim, len(group), blocks)))
@@ -65,8 +65,8 @@ def anatomy(config: Mapping[str, Any], structure: Structure, image: int, text: i
 def norms_of(kind: Kind) -> tuple[tuple[str, int], ...]:
     """(name, chunks of width D) of a block's modulated norms; the last block's text norm is not."""
     _, dual, last = kind
-    picture = ("norm1", 9 if dual else 6)
-    return (picture,) if last else (picture, ("norm1_context", 6))
+    image = ("norm1", 9 if dual else 6)
+    return (image,) if last else (image, ("norm1_context", 6))
 
 
 def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
@@ -108,4 +108,4 @@ def _block(
             yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
             yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
         else:
-            yield from sparse_ffn("double_ffn", ffn, dim, spec, rows)
+            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)

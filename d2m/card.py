@@ -30,7 +30,7 @@ def model_card(
         base_model: what was converted, a hub id or a path.
         recipe: `recipe.to_dict`; parameters: {"dense", "sparse"} -> `parameters.count`.
         scores: {"dense", "sparse"} -> result of `calib.suite.evaluate`; either may be missing.
-        defaults: keywords a pipeline call should get (`drawing_defaults`).
+        defaults: keywords a pipeline call should get (`generation_defaults`).
         licence: the base model's, as the hub names it; None leaves it to the reader to look up.
         family: what the base model is, such as FLUX.1 [dev]; tags: the hub's words for it.
     """

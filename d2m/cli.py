@@ -104,12 +104,12 @@ def convert(
     from calib.suite import evaluate as judge
     from d2m.convert import convert as function
     from d2m.dense import locate
-    from d2m.draw import drawing_defaults
+    from d2m.family_defaults import generation_defaults
     from d2m.recipe import Recipe
 
     taught = chosen_data(
         data,
-        lambda: drawing_defaults(locate(dense)),
+        lambda: generation_defaults(locate(dense)),
         cache=cache,
         size=size,
         buffer=shuffle,

@@ -11,9 +11,9 @@ import os
 import re
 from pathlib import Path
 
-from d2m.families import Family, family_of, hidden_sizes
+from d2m.families import Family, family_of
 from d2m.family import check_adaln
-from d2m.recipe import Recipe
+from d2m.recipe import Recipe, hidden_sizes
 from d2m.structure import KINDS, check_depth, check_shares
 
 
@@ -53,33 +53,34 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     family = family_of(path)
     index = json.loads((path / "model_index.json").read_text("utf-8"))
     name = (index.get("transformer") or [None, None])[1]
-    if name not in (family.dense_class, *family.aliases):
+    if name not in (family.names.dense_class, *family.names.aliases):
         raise ValueError(
-            f"the transformer of {path} is a {name}; expected a dense {family.dense_class}."
+            f"the transformer of {path} is a {name}; expected a dense {family.names.dense_class}."
         )
     file = path / "transformer" / "config.json"
     try:
         config = json.loads(file.read_text("utf-8"))
         width = int(config["num_attention_heads"] * config["attention_head_dim"])
-        depth = {kind: int(config[key]) for kind, key in family.depths if key in config}
+        depth = {kind: int(config[key]) for kind, key in family.blocks.depths if key in config}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{file} is missing; expected the transformer's config there: copy the pipeline again."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a {family.dense_class}'s config ({type(error).__name__}: {error}); "
-            "copy the pipeline again."
+            f"{file} is not a {family.names.dense_class}'s config "
+            f"({type(error).__name__}: {error}); copy the pipeline again."
         ) from error
     check_adaln(family, recipe.adaln.mode)
-    if len(depth) == len(family.depths):  # a config may leave defaults out; the model checks too
+    # A config may leave defaults out; the model checks too.
+    if len(depth) == len(family.blocks.depths):
         depth = dict.fromkeys(KINDS, 0) | depth
         check_depth(recipe.blocks, depth)
         check_shares(recipe.shares, depth)
-        family.check_blocks(recipe.blocks, depth)
+        family.blocks.check_blocks(recipe.blocks, depth)
     places = [(kind, i) for kind in KINDS for i in range(max(1, len(recipe.shares.of(kind))))]
     for spec in dict.fromkeys(recipe.spec.at(*place) for place in places):
-        hidden_sizes(width, family.ratio * width, spec)
+        hidden_sizes(width, family.blocks.ratio * width, spec)
     return family
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from d2m import checkpoint, learner, trainlog
 from d2m.activations import blocks_of, checkpointed
 from d2m.families import family_of_model
+from d2m.family_flow import generator_at, training_point
+from d2m.family_inputs import transformer_inputs
 from d2m.features import block_features, without_padding
-from d2m.flow import generator_at, training_point
 from d2m.grouping import dense_name
 from d2m.groups import TEXT_MASK
-from d2m.inputs import transformer_inputs
 from d2m.processes import ALONE, Crew, anyone, tell
 from d2m.recipe import Recipe
 from d2m.rows import batch_rows, check_shares, shares
@@ -139,7 +139,7 @@ def _train(
     learner.unshare(student, teacher, {name for group in learning for name in group})
     dense_sites = [dense_name(site) for site in sparse_ffns(student)]
     identity = checkpoint.identity(student, recipe, seed)
-    total, family = recipe.steps, family_of_model(teacher)
+    total, calls = recipe.steps, family_of_model(teacher).data
 
     # Where we are: `step` steps into stage `first`, `done` in all, `pending` since the last line.
     first, step, done, pending, seconds = 0, 0, 0, 0, 0.0
@@ -190,13 +190,13 @@ def _train(
                         batch = batch_rows(run.batches, past + step, stage.batch_size, rows)
                         place = (rows[0], stage.batch_size)
                         x, t = training_point(
-                            batch, draw, recipe.t_mean, recipe.t_std, place, family.noised
+                            batch, draw, recipe.t_mean, recipe.t_std, calls.noised, place
                         )
                         inputs = transformer_inputs(teacher, batch, x, t)
                         with amp:
                             with torch.no_grad():
-                                target = family.predicted(teacher(**inputs, return_dict=False)[0])
-                            guess = family.predicted(student(**inputs, return_dict=False)[0])
+                                target = calls.predicted(teacher(**inputs, return_dict=False)[0])
+                            guess = calls.predicted(student(**inputs, return_dict=False)[0])
                         mask = inputs.get(TEXT_MASK)
                         both = mine, aims
                         loss, figures = terms(stage, guess, target, both, seen, crew, mask)

@@ -1,91 +1,25 @@
-"""Pictures out of a diffusers pipeline directory, dense or sparse, in batches, one seed each.
-
-`drawing_defaults` is the one place that knows how a pipeline directory wants to be drawn from:
-its optional `defaults.json`, and where that is silent, what its component configs imply.
-"""
+"""Pictures out of a diffusers pipeline directory, dense or sparse, in batches, one seed each."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.families import family_of
+from d2m.family_defaults import FIELDS, generation_defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-DEFAULTS_FILE = "defaults.json"
-FIELDS: dict[str, type] = {
-    "height": int,
-    "width": int,
-    "num_inference_steps": int,
-    "guidance_scale": float,
-    "max_sequence_length": int,
-}
+    from d2m.knobs import Knob
+
 Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
-Knob = int | Sequence[int] | None  # one number, or one for every denoising step
-
-
-def drawing_defaults(directory: str | Path) -> dict[str, Any]:
-    """How to draw from the pipeline in `directory` (reads JSON files only, no torch).
-
-    Returns height and width (pixels), num_inference_steps, guidance_scale, max_sequence_length.
-    `defaults.json` in the directory wins; the rest is what the family's `drawing` reads from the
-    component configs: for FLUX.1 the VAE's `sample_size`, and for a model with guidance embedding
-    ([dev]) 28 steps at 3.5 and T5 texts of up to 512 tokens, without ([schnell]) 4, 0.0 and 256.
-
-    Raises FileNotFoundError if the directory is no pipeline, ValueError for a bad `defaults.json`.
-    """
-    directory = Path(directory)
-    if not (directory / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{str(directory)!r} has no model_index.json, so it is not a diffusers pipeline "
-            "directory; give one that save_pretrained or d2m convert has written"
-        )
-    values = family_of(directory).drawing(lambda file: _config(directory / file))
-    path = directory / DEFAULTS_FILE
-    if path.is_file():
-        values.update(_checked(_config(path), path))
-    return values
-
-
-def write_defaults(directory: str | Path, **values: Any) -> Path:
-    """Write `defaults.json` into a pipeline directory; fields as in `drawing_defaults`."""
-    from d2m.files import write_json
-
-    path = Path(directory) / DEFAULTS_FILE
-    return write_json(path, _checked(values, path))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def _checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    for name, value in values.items():
-        if name not in FIELDS:
-            raise ValueError(f"{str(path)!r} names {name!r}, expected only {', '.join(FIELDS)}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or (FIELDS[name] is int and (value != int(value) or value < 1)) or value < 0:
-            kind = "a whole number from 1 on" if FIELDS[name] is int else "a number from 0 on"
-            raise ValueError(f"{str(path)!r}: {name} is {value!r}, expected {kind}")
-    return {name: FIELDS[name](value) for name, value in values.items()}
 
 
 def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
-    """`drawing_defaults` with the overrides that are not None; ValueError for a bad value."""
-    values = drawing_defaults(directory)
+    """`generation_defaults` with the overrides that are not None; ValueError for a bad value."""
+    values = generation_defaults(directory)
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
         low = 0 if FIELDS[name] is float else 1
@@ -104,7 +38,7 @@ def load_pipeline(
     dtype: "auto" is bfloat16 on CUDA and float32 elsewhere, or "fp32", "bf16", "fp16".
     Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
     """
-    drawing_defaults(directory)  # a clear error before five seconds of imports
+    generation_defaults(directory)  # a clear error before five seconds of imports
     try:
         import torch
         from diffusers import DiffusionPipeline
@@ -140,7 +74,7 @@ def pipeline_draw(
     kappa: Knob = None,
     **values: Any,
 ) -> Draw:
-    """A function (prompts, seeds) -> pictures; `values` are the fields of `drawing_defaults`.
+    """A function (prompts, seeds) -> pictures; `values` are the fields of `generation_defaults`.
 
     top_k, kappa: experts a token uses and blocks a group keeps meanwhile, or lists with one number
     for every denoising step; None: as the model has them.
@@ -156,7 +90,7 @@ def pipeline_draw(
         raise ValueError(f"batch size is {batch_size}, expected 1 or more")
     steps = int(values.get("num_inference_steps", 28))  # the pipeline's own default
     turned = {"top_k": top_k, "kappa": kappa}
-    drawn = family_of_pipeline(pipe).drawn
+    generate = family_of_pipeline(pipe).data.generate
     with knobs(pipe.transformer, steps, **turned):
         pass  # a wrong number is answered before anything is drawn
 
@@ -169,7 +103,7 @@ def pipeline_draw(
                 chunk = slice(start, start + batch_size)
                 generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[chunk]]
                 given = {"prompt": list(prompts[chunk]), "generator": generators}
-                answer = drawn(pipe, {**given, "callback_on_step_end": on_step_end, **values})
+                answer = generate(pipe, {**given, "callback_on_step_end": on_step_end, **values})
                 pictures.extend(answer.images)
         return pictures
 

@@ -1,4 +1,4 @@
-"""What a family of models is to d2m: a row of names and of plain functions.
+"""What a family of models is to d2m: a row of four records, of names and of plain functions.
 
 A row stands in a file of its own, `d2m/family_NAME.py`, with the functions it names; its model is
 not imported before one of them runs. docs/adding-a-family.md shows how one was added.
@@ -12,40 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from d2m.beside import Beside
+from d2m.family_encoders import EncoderSize
+from d2m.family_flow import Batch, Config, flow_matching
+from d2m.family_weights import Stack, Structure
+from d2m.structure import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from d2m.anatomy import Stack
-    from d2m.structure import Blocks
-
-Config = Mapping[str, Any]
-Batch = Mapping[str, "Tensor"]
 SOURCES = ("shapes", "pictures", "prompts")
-
-
-def flow_matching(
-    batch: Batch,
-    generator: Any,
-    mean: float = 1.2,
-    std: float = 1.2,
-    rows: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`d2m.flow.noisy` of a batch's latents: (x_t, t [B], velocity)."""
-    from d2m.flow import noisy
-
-    return noisy(batch["latents"], generator, mean, std, rows)
-
-
-def grid(rows: int, columns: int, device: Any) -> Tensor:
-    """`img_ids` [rows * columns, 3]: every token's row and column, in columns 1 and 2."""
-    import torch
-
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None, :]
-    return ids.reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -68,55 +43,14 @@ class Site:
     identity: str | None = None
 
 
-def halved(vae: Config) -> int:
-    """AutoencoderKL's halvings; 3, which all large models have, where a config does not say."""
-    levels = vae.get("block_out_channels")
-    return len(levels) - 1 if isinstance(levels, list) and levels else 3
-
-
 @dataclass(frozen=True)
-class Family:
-    """A row of d2m/families.py. What conversion, planning and data need to know of a model.
+class Names:
+    """By what a family is known.
 
-    Names:
-        name: in manifests and of preset folders; title: for people; pipelines: diffusers' pipeline
-        classes; dense_class, sparse_class: of its transformer; ratio: hidden neurons of a dense FFN
-        over its width; sites: its FFNs; kinds: (kind as recipes name it, the model's list of such
-        blocks), in the order they run; depths: (kind, the config's field with the number of them);
-        streams: what a block returns, in its order, the picture's being "image"; sizes: the
-        config's fields that decide sizes, with diffusers' defaults; others: fields of other types
-        that `anatomy` and `titled` read; beside: folder of a component beside the transformer ->
-        its size in published models; tags: of the model card.
-    Functions that read configs alone (torch-free):
-        titled(config): the title of one model of the family.
-        drawing(directory's config reader): what `d2m.draw.drawing_defaults` falls back to.
-        anatomy(config, structure, image tokens, text tokens): its weights, for `d2m plan`.
-        halvings(the VAE's config): how often it halves a picture's sides.
-        check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
-    Functions of its transformer:
-        inputs(model, batch, x, t): keyword inputs of forward; x noisy latents, t [B] in [0, 1].
-        embedding(model, batch, t): temb [B, D], which AdaLN and routers read.
-        restore(model): what is no part of a state dict, made again after the meta device.
-        random_text(config, n, generator): the part of a batch that `embedding` reads, made up.
-        noised(batch, generator, mean, std, rows): (x_t, t [B] in [0, 1], what the model is to
-            predict), as `d2m.flow.noisy` draws them of a batch's latents.
-        predicted(output): what of the model's output is a prediction; the rest teaches nothing.
-    Functions of its pipeline:
-        text_length(pipe): tokens of the longest text that it is trained with.
-        encode_text(pipe, captions, length): conditions of a batch, each [B, ...].
-        encode_images(pipe, uint8 [B, H, W, 3]): latents as the transformer takes them.
-        places(pipe, batch, height, width): `img_ids` [T, 3] (row and column of every image token
-            in columns 1 and 2) and whatever else all samples of a batch share.
-        noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
-        trajectory(pipe, text, noise, settings, keep): draw once from noise [1, ...]; `keep` is the
-            callback after every step.
-        times(scheduler): [steps + 1], the times t of that way's points, from about 1 to 0.
-        drawn(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
-    aliases: other names that its transformer's class has in configs.
-    sources: which of SOURCES it can learn from. text_before: tokens of the transformer's text that
-    `max_sequence_length` does not count. unconditional: the share of captions that are left
-    empty, for models that are drawn with classifier-free guidance. modulated: whether blocks have
-    modulation of their own, which recipes may let them share.
+    name: in manifests and of preset folders; title: for people; pipelines: diffusers' pipeline
+    classes; dense_class, sparse_class: of its transformer; aliases: other names that the dense
+    class has in configs; tags: of the model card.
+    title_of(config): the title of one model of the family.
     """
 
     name: str
@@ -124,45 +58,119 @@ class Family:
     pipelines: tuple[str, ...]
     dense_class: str
     sparse_class: str
-    ratio: int
+    title_of: Callable[[Config], str]
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where its transformer keeps blocks and FFNs, for whoever changes them.
+
+    sites: its FFNs; kinds: (kind as recipes name it, the model's list of such blocks), in the order
+    they run; depths: (kind, the config's field with the number of them); ratio: hidden neurons of a
+    dense FFN over its width; streams: what a block returns, in its order, the image's being
+    "image"; modulated: whether blocks have modulation of their own, which recipes may let them
+    share.
+    check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
+    restore(model): what is no part of a state dict, made again after the meta device.
+    """
+
     sites: tuple[Site, ...]
     kinds: tuple[tuple[str, str], ...]
     depths: tuple[tuple[str, str], ...]
-    sizes: Mapping[str, int]
-    beside: Mapping[str, Beside]
-    titled: Callable[[Config], str]
-    drawing: Callable[[Callable[[str], Config]], dict[str, Any]]
-    anatomy: Callable[[Config, Any, int, int], list[Stack]]
+    ratio: int
+    streams: tuple[str, ...] = ("text", "image")
+    modulated: bool = True
+    check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
+    restore: Callable[[nn.Module], None] = lambda model: None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the transformer and its pipeline are called with, for training, calibration and images.
+
+    Functions of the transformer:
+        inputs(model, batch, x, t): keyword inputs of forward; x noisy latents, t [B] in [0, 1].
+        embedding(model, batch, t): temb [B, D], which AdaLN and routers read.
+        random_text(config, n, generator): the part of a batch that `embedding` reads, made up.
+        noised(batch, generator, mean, std, rows): (x_t, t [B] in [0, 1], what the model is to
+            predict), as `d2m.family_flow.noisy` makes them of a batch's latents.
+        predicted(output): what of the model's output is a prediction; the rest teaches nothing.
+    Functions of its pipeline:
+        text_length(pipe): tokens of the longest text that it is trained with.
+        encode_text(pipe, captions, length): conditions of a batch, each [B, ...].
+        encode_images(pipe, uint8 [B, H, W, 3]): latents as the transformer takes them.
+        position_ids(pipe, batch, height, width): `img_ids` [T, 3] (row and column of every image
+            token in columns 1 and 2) and whatever else all samples of a batch share.
+        noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
+        trajectory(pipe, text, noise, settings, keep): generate once from noise [1, ...]; `keep` is
+            the callback after every step.
+        times(scheduler): [steps + 1], the times t of that trajectory's points, from about 1 to 0.
+        generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+    sources: which of SOURCES it can learn from. unconditional: the share of captions that are left
+    empty, for models that generate with classifier-free guidance.
+    """
+
     inputs: Callable[[nn.Module, Batch, Tensor, Tensor], dict[str, Any]]
     embedding: Callable[[nn.Module, Batch, Tensor], Tensor]
-    random_text: Callable[[Config, int, Any], dict[str, Tensor]]
     text_length: Callable[[Any], int]
     encode_text: Callable[[Any, list[str], int], dict[str, Tensor]]
     encode_images: Callable[[Any, Tensor], Tensor]
-    places: Callable[[Any, Batch, int, int], dict[str, Tensor]]
+    position_ids: Callable[[Any, Batch, int, int], dict[str, Tensor]]
     noise: Callable[[Any, int, int, Any], Tensor]
     trajectory: Callable[[Any, Batch, Tensor, Mapping[str, Any], Callable[..., Any]], None]
-    halvings: Callable[[Config], int] = halved
-    restore: Callable[[nn.Module], None] = lambda model: None
-    check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
+    random_text: Callable[[Config, int, Any], dict[str, Tensor]] = lambda config, n, generator: {}
     noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching
     predicted: Callable[[Tensor], Tensor] = lambda output: output
     times: Callable[[Any], Tensor] = lambda scheduler: scheduler.sigmas.float().cpu()
-    drawn: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
-    aliases: tuple[str, ...] = ()
-    streams: tuple[str, ...] = ("text", "image")
+    generate: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
     sources: tuple[str, ...] = SOURCES
+    unconditional: float = 0.0
+
+
+def halved(vae: Config) -> int:
+    """AutoencoderKL's halvings; 3, which all large models have, where a config does not say."""
+    levels = vae.get("block_out_channels")
+    return len(levels) - 1 if isinstance(levels, list) and levels else 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a model from its configs alone, torch-free: for `d2m plan` and defaults.
+
+    sizes: the transformer config's fields that decide sizes, with diffusers' defaults; others:
+    fields of other types that `weights` and `title_of` read; encoders: folder of a component beside
+    the transformer -> its size in published models; text_before: tokens of the transformer's text
+    that `max_sequence_length` does not count.
+    weights(config, structure, image tokens, text tokens): all weights of the transformer.
+    generation_defaults(directory's config reader): what `d2m.family_defaults` falls back to.
+    halvings(the VAE's config): how often it halves an image's sides.
+    """
+
+    sizes: Mapping[str, int]
+    encoders: Mapping[str, EncoderSize]
+    weights: Callable[[Config, Structure, int, int], list[Stack]]
+    generation_defaults: Callable[[Callable[[str], Config]], dict[str, Any]]
     others: tuple[str, ...] = ()
     text_before: int = 0
-    unconditional: float = 0.0
-    modulated: bool = True
-    tags: tuple[str, ...] = ()
+    halvings: Callable[[Config], int] = halved
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of d2m/families.py: what conversion, planning and data need to know of a model."""
+
+    names: Names
+    blocks: BlockLayout
+    data: Data
+    plan: Plan
 
 
 def check_adaln(family: Family, mode: str) -> None:
     """ValueError, in one sentence, for a mode of modulation that its blocks cannot have."""
-    if mode != "full" and not family.modulated:
+    if mode != "full" and not family.blocks.modulated:
         raise ValueError(
-            f"adaln.mode is {mode}, but blocks of {family.title} share one modulation already;"
-            " expected full: take `adaln` out of the recipe."
+            f"adaln.mode is {mode}, but blocks of {family.names.title} share one modulation"
+            " already; expected full: take `adaln` out of the recipe."
         )

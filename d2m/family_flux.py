@@ -1,6 +1,6 @@
 """FLUX.1 [dev] and [schnell]: the row, and how the model and its pipeline are called.
 
-Both are one class; [schnell] has no guidance embedding and is drawn in 4 steps from texts of at
+Both are one class; [schnell] has no guidance embedding and generates in 4 steps from texts of at
 most 256 tokens. Letters: B batch, T image tokens, C packed channels, L text tokens, D width.
 """
 
@@ -9,31 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.beside import CLIP_L, T5_XXL, VAE_16
-from d2m.family import Batch, Config, Family, Site
+from d2m.anatomy_flux import RATIO, weights
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family_encoders import CLIP_L, T5_XXL, VAE_16
+from d2m.family_flow import Batch, Config
+from d2m.family_latents import packed_noise, random_pooled_text, spatial_latents
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from d2m.anatomy import Stack
-
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
-GUIDANCE = 3.5  # read: what FLUX.1 [dev] is drawn with; ours, where a batch brings none
+GUIDANCE = 3.5  # read: what FLUX.1 [dev] generates with; ours, where a batch brings none
 # read: steps, guidance and the longest text with guidance embedding ([dev]), without ([schnell])
-DRAWN = {True: (28, GUIDANCE, 512), False: (4, 0.0, 256)}
+DEFAULTS = {True: (28, GUIDANCE, 512), False: (4, 0.0, 256)}
 
 
-def titled(config: Config) -> str:
+def title_of(config: Config) -> str:
     """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding."""
     return f"FLUX.1 [{'dev' if config.get('guidance_embeds') else 'schnell'}]"
 
 
-def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
-    """See d2m.draw.drawing_defaults: the VAE's size, and DRAWN."""
+def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
+    """See d2m.family_defaults: the VAE's size, and DEFAULTS."""
     guided = bool(read("transformer/config.json").get("guidance_embeds", False))
     size = read("vae/config.json").get("sample_size", 1024)
     size = size if isinstance(size, int) else 1024
-    steps, guidance, most = DRAWN[guided]
+    steps, guidance, most = DEFAULTS[guided]
     length = read("tokenizer_2/tokenizer_config.json").get("model_max_length", most)
     return {
         "height": size,
@@ -43,13 +44,6 @@ def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
         # transformers writes 1e30 for a tokenizer without a limit
         "max_sequence_length": min(length if isinstance(length, int) else most, most),
     }
-
-
-def anatomy(config: Config, structure: Any, image: int, text: int) -> list[Stack]:
-    """See d2m.anatomy."""
-    from d2m.anatomy import anatomy as function
-
-    return function(config, structure, image, text)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -84,20 +78,12 @@ def embedding(model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
     return model.time_text_embed(*times, batch["pooled_projections"])  # type: ignore[operator]
 
 
-def random_text(config: Config, n: int, generator: Any) -> dict[str, Tensor]:
-    """Random pooled text [n, P]."""
-    import torch
-
-    size = int(config["pooled_projection_dim"])
-    return {"pooled_projections": torch.randn(n, size, generator=generator)}
-
-
 # ---------------------------------------------------------------- the pipeline
 
 
 def text_length(pipe: Any) -> int:
     """What T5's tokenizer takes, at most 512 tokens."""
-    return min(pipe.tokenizer_2.model_max_length, DRAWN[True][2])
+    return min(pipe.tokenizer_2.model_max_length, DEFAULTS[True][2])
 
 
 def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor]:
@@ -108,19 +94,11 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
 
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
     """Images uint8 [B, H, W, 3] -> packed latents [B, T, C]: posterior's mean, scaled."""
-    latents = encoded(pipe, images)
+    latents = spatial_latents(pipe, images)
     return pipe._pack_latents(latents, *latents.shape)
 
 
-def encoded(pipe: Any, images: Tensor) -> Tensor:
-    """The same before packing, [B, C / 4, h, w]; any AutoencoderKL's."""
-    vae = pipe.vae
-    pixels = images.permute(0, 3, 1, 2).to(vae.device).to(vae.dtype) / 127.5 - 1
-    latents = vae.encode(pixels).latent_dist.mode()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
     """`img_ids` [T, 3] and `txt_ids` [L, 3], as FluxPipeline makes them."""
     import torch
 
@@ -131,19 +109,10 @@ def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor
     return {"img_ids": ids, "txt_ids": zeros}
 
 
-def noise(pipe: Any, height: int, width: int, generator: Any) -> Tensor:
-    """Pure noise of one picture, packed [T, C]."""
-    import torch
-
-    scale, channels = pipe.vae_scale_factor, pipe.transformer.config.in_channels // 4
-    shape = (1, channels, height // scale, width // scale)
-    return pipe._pack_latents(torch.randn(shape, generator=generator), *shape)[0]
-
-
 def trajectory(
     pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
 ) -> None:
-    """Draw from packed noise [1, T, C]; text: of one prompt, without the batch's dimension."""
+    """Generate from packed noise [1, T, C]; text: of one prompt, without the batch's dimension."""
     device = pipe.transformer.device
     pipe(
         prompt_embeds=text["encoder_hidden_states"][None].to(device),
@@ -159,57 +128,65 @@ def trajectory(
 
 
 FLUX = Family(
-    name="flux",
-    title="FLUX.1",
-    pipelines=("FluxPipeline",),
-    dense_class="FluxTransformer2DModel",
-    sparse_class="SparseFluxTransformer2DModel",
-    ratio=4,
-    sites=(
-        Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
-        Site(
-            "transformer_blocks",
-            "ff_context",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-            "text",
-        ),
-        Site(
-            "single_transformer_blocks",
-            "proj_mlp",
-            "proj_mlp",
-            "proj_out",
-            "both",
-            rest="proj_out.linear",
-            identity="act_mlp",
-        ),
+    names=Names(
+        name="flux",
+        title="FLUX.1",
+        pipelines=("FluxPipeline",),
+        dense_class="FluxTransformer2DModel",
+        sparse_class="SparseFluxTransformer2DModel",
+        title_of=title_of,
+        tags=("flux",),
     ),
-    kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
-    depths=(("double", "num_layers"), ("single", "num_single_layers")),
-    # read: diffusers' defaults, for fields that a config leaves out
-    sizes={
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-    },
-    others=("guidance_embeds",),
-    beside={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": VAE_16},
-    titled=titled,
-    drawing=drawing,
-    anatomy=anatomy,
-    inputs=inputs,
-    embedding=embedding,
-    random_text=random_text,
-    text_length=text_length,
-    encode_text=encode_text,
-    encode_images=encode_images,
-    places=places,
-    noise=noise,
-    trajectory=trajectory,
-    tags=("flux",),
+    blocks=BlockLayout(
+        sites=(
+            Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
+            Site(
+                "transformer_blocks",
+                "ff_context",
+                "ff_context.net.0.proj",
+                "ff_context.net.2",
+                "text",
+            ),
+            Site(
+                "single_transformer_blocks",
+                "proj_mlp",
+                "proj_mlp",
+                "proj_out",
+                "both",
+                rest="proj_out.linear",
+                identity="act_mlp",
+            ),
+        ),
+        kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
+        depths=(("double", "num_layers"), ("single", "num_single_layers")),
+        ratio=RATIO,
+    ),
+    data=Data(
+        inputs=inputs,
+        embedding=embedding,
+        random_text=random_pooled_text,
+        text_length=text_length,
+        encode_text=encode_text,
+        encode_images=encode_images,
+        position_ids=position_ids,
+        noise=packed_noise,
+        trajectory=trajectory,
+    ),
+    plan=Plan(
+        # read: diffusers' defaults, for fields that a config leaves out
+        sizes={
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+        },
+        others=("guidance_embeds",),
+        encoders={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "vae": VAE_16},
+        weights=weights,
+        generation_defaults=generation_defaults,
+    ),
 )

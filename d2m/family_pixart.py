@@ -1,7 +1,7 @@
 """PixArt-Sigma: the row, and how the model and its pipeline are called.
 
 The model predicts noise on a discrete schedule of alphas and, in channels that are dropped when it
-is drawn with, a variance. T5 alone writes the text, whose padding is masked. All blocks share one
+generates, a variance. T5 alone writes the text, whose padding is masked. All blocks share one
 modulation already (adaln-single), so there is none to compress. Letters: B batch, C latent
 channels, h x w latent pixels, L text tokens, D width, N training timesteps.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.beside import T5_XXL, VAE_4
-from d2m.family import Batch, Config, Family, Site, grid
-from d2m.family_sd3 import noise
+from d2m.anatomy_pixart import RATIO, weights
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family_encoders import T5_XXL, VAE_4
+from d2m.family_flow import Batch, Config, noisy
+from d2m.family_latents import grid, pixels_of, spatial_noise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from d2m.anatomy import Stack
     from d2m.structure import Blocks
 
 CONDITIONS = ("encoder_hidden_states", "encoder_attention_mask")
@@ -27,8 +28,8 @@ STEPS, GUIDANCE = 20, 4.5  # read: the pipeline's defaults
 TRAIN_STEPS = 1000  # N (read); times are counted in N-ths
 
 
-def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
-    """See d2m.draw.drawing_defaults."""
+def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
+    """See d2m.family_defaults."""
     config = read("transformer/config.json")
     levels = read("vae/config.json").get("block_out_channels", (0, 0, 0, 0))
     side = int(config.get("sample_size", 128)) * 2 ** (len(levels) - 1)
@@ -40,27 +41,6 @@ def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
         "guidance_scale": GUIDANCE,
         "max_sequence_length": min(length if isinstance(length, int) else LONGEST, LONGEST),
     }
-
-
-def check_conditions(config: Config) -> None:
-    """ValueError for PixArt-Alpha's conditions on the picture's size, which Sigma has not.
-
-    (Read: a config that does not say has them at sample_size 128.)
-    """
-    asked = config.get("use_additional_conditions")
-    if asked or (asked is None and config.get("sample_size", 128) == 128):
-        raise ValueError(
-            f"the transformer has use_additional_conditions {asked!r} at sample_size"
-            f" {config.get('sample_size', 128)}, expected false: PixArt-Sigma's is not told the"
-            " picture's size, PixArt-Alpha's is not known to d2m; give PixArt-Sigma's config."
-        )
-
-
-def anatomy(config: Config, structure: Any, image: int, text: int) -> list[Stack]:
-    """See d2m.anatomy_pixart."""
-    from d2m.anatomy_pixart import anatomy as function
-
-    return function(config, structure, image, text)
 
 
 def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
@@ -112,17 +92,15 @@ def noised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sqrt(a) x_0 + sqrt(1 - a) noise, t [B], noise), a the product of alphas up to t.
 
-    Times are drawn as d2m.flow.noisy draws them. batch: `latents` [B, C, h, w] and the scheduler's
-    `alphas_cumprod` [B, N], alike in every row (see `places`).
+    Times are drawn as d2m.family_flow.noisy draws them. batch: `latents` [B, C, h, w] and the
+    scheduler's `alphas_cumprod` [B, N], alike in every row (see `position_ids`).
     """
-    from d2m.flow import noisy
-
     latents, alphas = batch["latents"], batch["alphas_cumprod"]
     _, t, velocity = noisy(latents, generator, mean, std, rows)
-    drawn = velocity + latents
+    noise = velocity + latents
     place = timesteps(t).to(alphas.device)[:, None]
     kept = alphas.gather(1, place).to(latents.device, latents.dtype)[..., None, None]
-    return kept.sqrt() * latents + (1 - kept).sqrt() * drawn, t, drawn
+    return kept.sqrt() * latents + (1 - kept).sqrt() * noise, t, noise
 
 
 def predicted(output: Tensor) -> Tensor:
@@ -148,13 +126,11 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
 
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
     """Images uint8 [B, H, W, 3] -> [B, C, h, w]: the posterior's mean, scaled and not shifted."""
-    vae = pipe.vae
-    pixels = images.permute(0, 3, 1, 2).to(vae.device).to(vae.dtype) / 127.5 - 1
-    latents: Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    return latents
+    encoded: Tensor = pipe.vae.encode(pixels_of(pipe, images)).latent_dist.mode()
+    return encoded * pipe.vae.config.scaling_factor
 
 
-def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
     """`img_ids` [T, 3] and the scheduler's `alphas_cumprod` [B, N]."""
     latents, patch = batch["latents"], pipe.transformer.config.patch_size * pipe.vae_scale_factor
     ids = grid(height // patch, width // patch, latents.device)
@@ -162,7 +138,7 @@ def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor
     return {"img_ids": ids, "alphas_cumprod": alphas.expand(len(latents), -1)}
 
 
-def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:
+def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     """The pipeline called at the very size asked for, with captions as they are.
 
     It knows FluxPipeline's `callback_on_step_end` as `callback`, with other arguments.
@@ -176,7 +152,7 @@ def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:
 def trajectory(
     pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
 ) -> None:
-    """Draw from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
+    """Generate from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
     device = pipe.transformer.device
     empty = encode_text(pipe, [""], settings["max_sequence_length"])
     given = {"latents": noise, "output_type": "latent", "callback_on_step_end": keep}
@@ -186,11 +162,11 @@ def trajectory(
     for prefix, words in (("", mine), ("negative_", empty)):
         states, mask = (words[name].to(device) for name in CONDITIONS)
         given |= {f"{prefix}prompt_embeds": states, f"{prefix}prompt_attention_mask": mask}
-    drawn(pipe, {"negative_prompt": None, **given})
+    generate(pipe, {"negative_prompt": None, **given})
 
 
 def times(scheduler: Any) -> Tensor:
-    """The timesteps of the last drawing, and 0, in N-ths."""
+    """The timesteps of the last generation, and 0, in N-ths."""
     import torch
 
     steps = scheduler.timesteps.float().cpu() / TRAIN_STEPS
@@ -198,48 +174,55 @@ def times(scheduler: Any) -> Tensor:
 
 
 PIXART = Family(
-    name="pixart",
-    title="PixArt-Sigma",
-    pipelines=("PixArtSigmaPipeline",),
-    dense_class="PixArtTransformer2DModel",
-    sparse_class="SparsePixArtTransformer2DModel",
-    aliases=("Transformer2DModel",),  # read: what the published configs call it
-    ratio=4,
-    sites=(Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),),
-    kinds=(("double", "transformer_blocks"),),
-    depths=(("double", "num_layers"),),
-    streams=("image",),
-    # read: diffusers' defaults, for fields that a config leaves out
-    sizes={
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": 28,
-        "attention_head_dim": 72,
-        "num_attention_heads": 16,
-        "cross_attention_dim": 1152,
-        "caption_channels": 4096,
-    },
-    others=("use_additional_conditions",),
-    beside={"text_encoder": T5_XXL, "vae": VAE_4},
-    titled=lambda config: "PixArt-Sigma",
-    drawing=drawing,
-    anatomy=anatomy,
-    inputs=inputs,
-    embedding=embedding,
-    random_text=lambda config, n, generator: {},
-    noised=noised,
-    predicted=predicted,
-    text_length=text_length,
-    encode_text=encode_text,
-    encode_images=encode_images,
-    places=places,
-    noise=noise,
-    trajectory=trajectory,
-    times=times,
-    drawn=drawn,
-    check_blocks=check_blocks,
-    unconditional=0.1,
-    modulated=False,
-    tags=("pixart-sigma",),
+    names=Names(
+        name="pixart",
+        title="PixArt-Sigma",
+        pipelines=("PixArtSigmaPipeline",),
+        dense_class="PixArtTransformer2DModel",
+        sparse_class="SparsePixArtTransformer2DModel",
+        aliases=("Transformer2DModel",),  # read: what the published configs call it
+        title_of=lambda config: "PixArt-Sigma",
+        tags=("pixart-sigma",),
+    ),
+    blocks=BlockLayout(
+        sites=(Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),),
+        kinds=(("double", "transformer_blocks"),),
+        depths=(("double", "num_layers"),),
+        ratio=RATIO,
+        streams=("image",),
+        modulated=False,
+        check_blocks=check_blocks,
+    ),
+    data=Data(
+        inputs=inputs,
+        embedding=embedding,
+        noised=noised,
+        predicted=predicted,
+        text_length=text_length,
+        encode_text=encode_text,
+        encode_images=encode_images,
+        position_ids=position_ids,
+        noise=spatial_noise,
+        trajectory=trajectory,
+        times=times,
+        generate=generate,
+        unconditional=0.1,
+    ),
+    plan=Plan(
+        # read: diffusers' defaults, for fields that a config leaves out
+        sizes={
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 28,
+            "attention_head_dim": 72,
+            "num_attention_heads": 16,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+        },
+        others=("use_additional_conditions",),
+        encoders={"text_encoder": T5_XXL, "vae": VAE_4},
+        weights=weights,
+        generation_defaults=generation_defaults,
+    ),
 )

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.beside import QWEN_VL, VAE_QWEN
-from d2m.family import Batch, Config, Family, Site, grid
-from d2m.family_flux import noise
+from d2m.anatomy_qwen import RATIO, weights
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family_encoders import QWEN_VL, VAE_QWEN
+from d2m.family_flow import Batch, Config
+from d2m.family_latents import grid, packed_noise, pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from d2m.anatomy import Stack
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 TEMPLATE_TOKENS = 34  # read: the template's tokens before the prompt, which the pipeline drops
@@ -26,8 +26,8 @@ LONGEST = 512  # read: the pipeline's max_sequence_length
 STEPS, GUIDANCE, SIDE = 50, 4.0, 1024  # read: the pipeline's defaults
 
 
-def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
-    """See d2m.draw.drawing_defaults; guidance is the pipeline's true_cfg_scale."""
+def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
+    """See d2m.family_defaults; guidance is the pipeline's true_cfg_scale."""
     length = read("tokenizer/tokenizer_config.json").get("model_max_length", LONGEST)
     length = length - TEMPLATE_TOKENS if isinstance(length, int) else LONGEST
     return {
@@ -37,13 +37,6 @@ def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
         "guidance_scale": GUIDANCE,
         "max_sequence_length": max(1, min(length, LONGEST)),
     }
-
-
-def anatomy(config: Config, structure: Any, image: int, text: int) -> list[Stack]:
-    """See d2m.anatomy_qwen."""
-    from d2m.anatomy_qwen import anatomy as function
-
-    return function(config, structure, image, text)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -81,11 +74,6 @@ def restore(model: Any) -> None:
     model.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
 
 
-def random_text(config: Config, n: int, generator: Any) -> dict[str, Tensor]:
-    """Nothing: temb reads no text."""
-    return {}
-
-
 # ---------------------------------------------------------------- the pipeline
 
 
@@ -116,8 +104,7 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
     import torch
 
     vae = pipe.vae
-    pixels = images.permute(0, 3, 1, 2).to(vae.device).to(vae.dtype) / 127.5 - 1
-    latents = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+    latents = vae.encode(pixels_of(pipe, images)[:, :, None]).latent_dist.mode()[:, :, 0]
     mean, std = (
         torch.tensor(each).to(latents).view(1, -1, 1, 1)
         for each in (vae.config.latents_mean, vae.config.latents_std)
@@ -127,7 +114,7 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
     return packed
 
 
-def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
     """`img_ids` [T, 3]."""
     patch = 2 * pipe.vae_scale_factor
     return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
@@ -136,7 +123,7 @@ def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor
 def trajectory(
     pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
 ) -> None:
-    """Draw from packed noise [1, T, C], guided against the empty prompt; text: of one prompt."""
+    """Generate from noise [1, T, C], guided against the empty prompt; text: of one prompt."""
     device = pipe.transformer.device
     empty = encode_text(pipe, [""], settings["max_sequence_length"])
     pipe(
@@ -154,7 +141,7 @@ def trajectory(
     )
 
 
-def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:
+def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     """The pipeline's answer: its guidance has a name of its own, and wants a negative prompt."""
     given = dict(keywords)
     scale = given.pop("guidance_scale", GUIDANCE)
@@ -163,43 +150,50 @@ def drawn(pipe: Any, keywords: dict[str, Any]) -> Any:
 
 
 QWEN = Family(
-    name="qwen",
-    title="Qwen-Image",
-    pipelines=("QwenImagePipeline",),
-    dense_class="QwenImageTransformer2DModel",
-    sparse_class="SparseQwenImageTransformer2DModel",
-    ratio=4,
-    sites=(
-        Site("transformer_blocks", "img_mlp", "img_mlp.net.0.proj", "img_mlp.net.2", "image"),
-        Site("transformer_blocks", "txt_mlp", "txt_mlp.net.0.proj", "txt_mlp.net.2", "text"),
+    names=Names(
+        name="qwen",
+        title="Qwen-Image",
+        pipelines=("QwenImagePipeline",),
+        dense_class="QwenImageTransformer2DModel",
+        sparse_class="SparseQwenImageTransformer2DModel",
+        title_of=lambda config: "Qwen-Image",
+        tags=("qwen-image",),
     ),
-    kinds=(("double", "transformer_blocks"),),
-    depths=(("double", "num_layers"),),
-    # read: diffusers' defaults, for fields that a config leaves out
-    sizes={
-        "patch_size": 2,
-        "in_channels": 64,
-        "num_layers": 60,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 3584,
-    },
-    beside={"text_encoder": QWEN_VL, "vae": VAE_QWEN},
-    titled=lambda config: "Qwen-Image",
-    drawing=drawing,
-    anatomy=anatomy,
-    inputs=inputs,
-    embedding=embedding,
-    restore=restore,
-    random_text=random_text,
-    text_length=text_length,
-    encode_text=encode_text,
-    encode_images=encode_images,
-    places=places,
-    noise=noise,
-    trajectory=trajectory,
-    halvings=lambda vae: len(vae.get("temperal_downsample", (0, 0, 0))),
-    drawn=drawn,
-    unconditional=0.1,
-    tags=("qwen-image",),
+    blocks=BlockLayout(
+        sites=(
+            Site("transformer_blocks", "img_mlp", "img_mlp.net.0.proj", "img_mlp.net.2", "image"),
+            Site("transformer_blocks", "txt_mlp", "txt_mlp.net.0.proj", "txt_mlp.net.2", "text"),
+        ),
+        kinds=(("double", "transformer_blocks"),),
+        depths=(("double", "num_layers"),),
+        ratio=RATIO,
+        restore=restore,
+    ),
+    data=Data(
+        inputs=inputs,
+        embedding=embedding,
+        text_length=text_length,
+        encode_text=encode_text,
+        encode_images=encode_images,
+        position_ids=position_ids,
+        noise=packed_noise,
+        trajectory=trajectory,
+        generate=generate,
+        unconditional=0.1,
+    ),
+    plan=Plan(
+        # read: diffusers' defaults, for fields that a config leaves out
+        sizes={
+            "patch_size": 2,
+            "in_channels": 64,
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+        },
+        encoders={"text_encoder": QWEN_VL, "vae": VAE_QWEN},
+        weights=weights,
+        generation_defaults=generation_defaults,
+        halvings=lambda vae: len(vae.get("temperal_downsample", (0, 0, 0))),
+    ),
 )

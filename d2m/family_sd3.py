@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.beside import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
-from d2m.family import Batch, Config, Family, Site, grid
-from d2m.family_flux import encoded, random_text
+from d2m.anatomy_sd3 import RATIO, weights
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family_encoders import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
+from d2m.family_flow import Batch, Config
+from d2m.family_latents import grid, random_pooled_text, spatial_latents, spatial_noise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from d2m.anatomy import Stack
     from d2m.structure import Blocks
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections")
@@ -27,7 +28,7 @@ CLIP_TOKENS = 77
 STEPS = 28  # read: the pipeline's default
 
 
-def titled(config: Config) -> str:
+def title_of(config: Config) -> str:
     """SD3, SD3.5 large (norms of queries and keys) or SD3.5 medium (two attentions a block)."""
     if not config.get("qk_norm"):
         return "Stable Diffusion 3"
@@ -35,8 +36,8 @@ def titled(config: Config) -> str:
     return f"Stable Diffusion 3.5 {size}"
 
 
-def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
-    """See d2m.draw.drawing_defaults; guidance 4.5 for 3.5 (read: its card) and 7.0 for 3."""
+def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
+    """See d2m.family_defaults; guidance 4.5 for 3.5 (read: its card) and 7.0 for 3."""
     config = read("transformer/config.json")
     levels = read("vae/config.json").get("block_out_channels", (0, 0, 0, 0))
     side = int(config.get("sample_size", 128)) * 2 ** (len(levels) - 1)
@@ -48,13 +49,6 @@ def drawing(read: Callable[[str], Config]) -> dict[str, Any]:
         "guidance_scale": 4.5 if config.get("qk_norm") else 7.0,
         "max_sequence_length": min(length if isinstance(length, int) else LONGEST, LONGEST),
     }
-
-
-def anatomy(config: Config, structure: Any, image: int, text: int) -> list[Stack]:
-    """See d2m.anatomy_sd3."""
-    from d2m.anatomy_sd3 import anatomy as function
-
-    return function(config, structure, image, text)
 
 
 def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
@@ -99,24 +93,16 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-def places(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
     """`img_ids` [T, 3]."""
     patch = pipe.vae_scale_factor * pipe.patch_size
     return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
 
 
-def noise(pipe: Any, height: int, width: int, generator: Any) -> Tensor:
-    """Pure noise of one picture, [C, h, w]."""
-    import torch
-
-    scale, channels = pipe.vae_scale_factor, pipe.transformer.config.in_channels
-    return torch.randn((channels, height // scale, width // scale), generator=generator)
-
-
 def trajectory(
     pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
 ) -> None:
-    """Draw from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
+    """Generate from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
     device = pipe.transformer.device
     empty = encode_text(pipe, [""], settings["max_sequence_length"])
     pipe(
@@ -135,58 +121,66 @@ def trajectory(
 
 
 SD3 = Family(
-    name="sd3",
-    title="Stable Diffusion 3.5",
-    pipelines=("StableDiffusion3Pipeline",),
-    dense_class="SD3Transformer2DModel",
-    sparse_class="SparseSD3Transformer2DModel",
-    ratio=4,
-    sites=(
-        Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
-        Site(
-            "transformer_blocks",
-            "ff_context",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-            "text",
-        ),
+    names=Names(
+        name="sd3",
+        title="Stable Diffusion 3.5",
+        pipelines=("StableDiffusion3Pipeline",),
+        dense_class="SD3Transformer2DModel",
+        sparse_class="SparseSD3Transformer2DModel",
+        title_of=title_of,
+        tags=("stable-diffusion-3",),
     ),
-    kinds=(("double", "transformer_blocks"),),
-    depths=(("double", "num_layers"),),
-    # read: diffusers' defaults, for fields that a config leaves out
-    sizes={
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "num_layers": 18,
-        "attention_head_dim": 64,
-        "num_attention_heads": 18,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1152,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 96,
-    },
-    others=("dual_attention_layers", "qk_norm"),
-    beside={
-        "text_encoder": CLIP_L_PROJECTED,
-        "text_encoder_2": CLIP_G,
-        "text_encoder_3": T5_XXL,
-        "vae": VAE_16,
-    },
-    titled=titled,
-    drawing=drawing,
-    anatomy=anatomy,
-    inputs=inputs,
-    embedding=embedding,
-    random_text=random_text,
-    text_length=text_length,
-    encode_text=encode_text,
-    encode_images=encoded,
-    places=places,
-    noise=noise,
-    trajectory=trajectory,
-    check_blocks=check_blocks,
-    text_before=CLIP_TOKENS,
-    unconditional=0.1,
-    tags=("stable-diffusion-3",),
+    blocks=BlockLayout(
+        sites=(
+            Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
+            Site(
+                "transformer_blocks",
+                "ff_context",
+                "ff_context.net.0.proj",
+                "ff_context.net.2",
+                "text",
+            ),
+        ),
+        kinds=(("double", "transformer_blocks"),),
+        depths=(("double", "num_layers"),),
+        ratio=RATIO,
+        check_blocks=check_blocks,
+    ),
+    data=Data(
+        inputs=inputs,
+        embedding=embedding,
+        random_text=random_pooled_text,
+        text_length=text_length,
+        encode_text=encode_text,
+        encode_images=spatial_latents,
+        position_ids=position_ids,
+        noise=spatial_noise,
+        trajectory=trajectory,
+        unconditional=0.1,
+    ),
+    plan=Plan(
+        # read: diffusers' defaults, for fields that a config leaves out
+        sizes={
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "num_layers": 18,
+            "attention_head_dim": 64,
+            "num_attention_heads": 18,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1152,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 96,
+        },
+        others=("dual_attention_layers", "qk_norm"),
+        encoders={
+            "text_encoder": CLIP_L_PROJECTED,
+            "text_encoder_2": CLIP_G,
+            "text_encoder_3": T5_XXL,
+            "vae": VAE_16,
+        },
+        text_before=CLIP_TOKENS,
+        weights=weights,
+        generation_defaults=generation_defaults,
+    ),
 )

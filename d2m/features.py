@@ -26,7 +26,7 @@ PICTURE, TEXT = "image", "text"  # streams: the output is made from the picture'
 def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose outputs are features: dense block name -> block, or group that skips."""
     found: dict[str, nn.Module] = {}
-    for _, name in family_of_model(model).kinds:
+    for _, name in family_of_model(model).blocks.kinds:
         for index, block in enumerate(getattr(model, name)):
             if isinstance(block, BlockGroup) and block.kappa < len(block.blocks):
                 found[f"{name}.{block.indices[-1]}"] = block
@@ -43,7 +43,7 @@ def feature_names(model: nn.Module) -> list[str]:
     Each stream of a block is a layer of its own (ours): their magnitudes differ by far. The last
     block's other streams are left out, since nothing reads them.
     """
-    blocks, streams = list(feature_blocks(model)), family_of_model(model).streams
+    blocks, streams = list(feature_blocks(model)), family_of_model(model).blocks.streams
     names = [f"{block}.{stream}" for block in blocks[:-1] for stream in streams]
     return [*names, f"{blocks[-1]}.{PICTURE}"]
 
@@ -67,7 +67,7 @@ def block_features(
     """
     features: dict[str, Tensor] = {}
     wanted = set(feature_names(model) if names is None else names)
-    streams = family_of_model(model).streams
+    streams = family_of_model(model).blocks.streams
     handles = []
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
@@ -123,7 +123,7 @@ def without_padding(model: nn.Module) -> Iterator[None]:
     Of families whose blocks get such a mask; other models' stay as they are. What a text is filled
     up with reaches no picture, so that nothing should be learnt from where it is sent.
     """
-    ends = {site.module for site in family_of_model(model).sites if site.stream == TEXT}
+    ends = {site.module for site in family_of_model(model).blocks.sites if site.stream == TEXT}
     handles = []
 
     def keep(ffn: SparseFFN):  # type: ignore[no-untyped-def]

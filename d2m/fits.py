@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m import recipe as recipes
-from d2m.anatomy import Stack, Structure, Weight, dim_of
+from d2m.family_weights import Stack, Structure, Weight, dim_of
 from d2m.plan import plan, structure_of
 from d2m.preset import preset_file
 from d2m.resources import around_bytes, shown
@@ -142,9 +142,9 @@ def counted(
     made = recipes.load(recipe or preset_file(str(preset), subject.family, subject.depth))
     structure = structure_of(recipes.to_dict(made), made.name)
     config, image, text = subject.config, answer["image_tokens"], answer["text_tokens"]
-    anatomy = subject.family.anatomy
-    sparse = anatomy(config, structure, image, text)
-    dense = anatomy(config, Structure(), image, text)
+    weights = subject.family.plan.weights
+    sparse = weights(config, structure, image, text)
+    dense = weights(config, Structure(), image, text)
     stages = [stage for stage in made.stages if not stage.skip]
     trained = [learning(sparse, made, stage.train) for stage in stages]
     every = learning(sparse, made, {word for stage in stages for word in stage.train})

@@ -24,10 +24,10 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
     Only structure: the routers are random. ValueError if an index is none of the model's.
     """
     family = family or family_of_model(model)
-    lists = {kind: getattr(model, name) for kind, name in family.kinds}
+    lists = {kind: getattr(model, name) for kind, name in family.blocks.kinds}
     depth = dict.fromkeys(KINDS, 0) | {kind: len(each) for kind, each in lists.items()}
     check_depth(blocks, depth)
-    family.check_blocks(blocks, depth)
+    family.blocks.check_blocks(blocks, depth)
     for kind, each in lists.items():
         for group in blocks.groups(kind):
             members = {index: each[index] for index in group}
@@ -48,7 +48,7 @@ def grouped_state_dict(
     begins at 3; dropped blocks fall out; routers are added, random by seed and group alone.
     """
     result: dict[str, Tensor] = {}
-    for kind, name in family.kinds:
+    for kind, name in family.blocks.kinds:
         for group in blocks.groups(kind):
             like = state[f"{name}.{group[0]}.attn.to_q.weight"]
             result |= group_router(f"{name}.{group[0]}", len(group), like, seed)
@@ -61,7 +61,7 @@ def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict
     Those of dropped blocks fall out.
     """
     places: dict[str, str | None] = {}
-    for kind, name in family.kinds:
+    for kind, name in family.blocks.kinds:
         places |= {f"{name}.{i}": None for i in blocks.dropped(kind)}
         for group in blocks.groups(kind):
             places |= {f"{name}.{i}": f"{name}.{group[0]}.blocks.{i}" for i in group}

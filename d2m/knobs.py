@@ -1,19 +1,20 @@
-"""What may be changed while drawing, without training: experts a token uses, blocks a group keeps.
+"""What may be changed without training: experts that a token uses, blocks that a group keeps.
 
 Either is one number, or a list with one for every denoising step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from d2m.draw import Knob
 from d2m.groups import block_groups, set_kappa
 from d2m.surgery import set_top_k, sparse_ffns
+
+Knob = int | Sequence[int] | None  # one number, or one for every denoising step
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def knobs(
         return tensors
 
     try:
-        for step in range(steps):  # every number is tried before anything is drawn
+        for step in range(steps):  # every number is tried before anything is generated
             turn(step)
         turn(0)
         yield on_step_end

@@ -90,7 +90,7 @@ def learnt(student: nn.Module, recipe: Recipe) -> list[str]:
 def _words(student: nn.Module) -> dict[str, set[str]]:
     """Which of `recipe.PARTS` every parameter belongs to."""
     words: dict[str, set[str]] = {name: set() for name, _ in student.named_parameters()}
-    lists = tuple(name + "." for _, name in family_of_model(student).kinds)
+    lists = tuple(name + "." for _, name in family_of_model(student).blocks.kinds)
     groups = tuple(name + "." for name in block_groups(student))
     modulated = tuple(f"{name}." for name in (*norms(student), "modulation"))
     for site, module in sparse_ffns(student).items():

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from d2m.dense import locate
-from d2m.draw import DEFAULTS_FILE, drawing_defaults, write_defaults
 from d2m.families import family_of
+from d2m.family_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
 from d2m.files import replace_dir, temporary_sibling, write_text
 from d2m.lorafile import LowRank, read_lora
 from d2m.loraparts import KINDS, Part, dense_linears, parts_of
@@ -75,7 +75,7 @@ def lora(
         _write(path, Path(out), shards, changes, parts, scale)
         _tell(Path(out), Path(file), scale, shares)
         if steps is not None:
-            own = drawing_defaults(path) if (path / DEFAULTS_FILE).is_file() else {}
+            own = generation_defaults(path) if (path / DEFAULTS_FILE).is_file() else {}
             write_defaults(Path(out), **own | {"num_inference_steps": steps})
     return {
         "layers": len(changes),

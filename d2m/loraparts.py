@@ -40,7 +40,7 @@ def dense_linears(config: Mapping[str, Any], family: Family) -> dict[str, tuple[
     """(outputs, inputs) of every Linear of the dense model that has this config, sparse or not."""
     import diffusers
 
-    cls = getattr(diffusers, family.dense_class)
+    cls = getattr(diffusers, family.names.dense_class)
     known = inspect.signature(cls.__init__).parameters
     with torch.device("meta"):
         model = cls(**{name: value for name, value in config.items() if name in known})
@@ -68,7 +68,7 @@ def parts_of(
 
     pieces = linear.split(".")
     block, inside = ".".join(pieces[:2]), ".".join(pieces[2:])
-    for site in family.sites:
+    for site in family.blocks.sites:
         if site.blocks != pieces[0] or inside not in (site.fc1, site.fc2):
             continue
         if neurons := place(f"{block}.{site.module}.neurons"):
@@ -114,7 +114,7 @@ def _second(ffn: str, order: Tensor, experts: int, dim: int, hidden: int) -> tup
 
 def _kind(pieces: list[str], inside: str, family: Family) -> str:
     """What a Linear that lies in the model as in the dense one is counted as."""
-    if inside in {each for site in family.sites for each in (site.fc1, site.fc2)}:
+    if inside in {each for site in family.blocks.sites for each in (site.fc1, site.fc2)}:
         return "dense"
     if any(piece.startswith("attn") for piece in pieces):
         return "attention"

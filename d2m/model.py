@@ -17,9 +17,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from d2m.adaln import share_adaln
-from d2m.families import FLUX, Family, hidden_sizes, spec_at
+from d2m.families import FLUX, Family
+from d2m.family_sites import spec_at
 from d2m.grouping import group_blocks, grouped_state_dict
-from d2m.recipe import Recipe, SparseSpec
+from d2m.recipe import Recipe, SparseSpec, hidden_sizes
 from d2m.structure import KINDS, adaln_from, blocks_from, check_shares, shares_from
 from d2m.surgery import convert_state_dict, set_top_k, sparsify, split_neurons
 
@@ -36,9 +37,9 @@ def sparse_class(family: Family) -> Any:
     model. `set_top_k(model, k)` and `d2m.groups.set_kappa` change what runs. Gates and routers stay
     float32 under `from_pretrained(..., torch_dtype=bfloat16)`.
     """
-    if family.name not in _classes:
-        _classes[family.name] = _make(family)
-    return _classes[family.name]
+    if family.names.name not in _classes:
+        _classes[family.names.name] = _make(family)
+    return _classes[family.names.name]
 
 
 _classes: dict[str, Any] = {}  # one class a family, or isinstance and pickles would not agree
@@ -60,7 +61,7 @@ SPARSE_FIELDS: dict[str, Any] = {
 
 
 def _make(family: Family) -> Any:
-    dense: Any = getattr(diffusers, family.dense_class)
+    dense: Any = getattr(diffusers, family.names.dense_class)
 
     def init(self: Any, *args: Any, **fields: Any) -> None:
         given = signature.bind(self, *args, **fields)
@@ -82,12 +83,12 @@ def _make(family: Family) -> Any:
     kept = getattr(dense, "_keep_in_fp32_modules", None) or []
     patterns = getattr(dense, "_skip_layerwise_casting_patterns", None) or []
     return type(
-        family.sparse_class,
+        family.names.sparse_class,
         (dense,),
         {
             # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
             "__module__": "d2m",
-            "__doc__": f"{family.dense_class} with SparseFFNs; see d2m.model.sparse_class.",
+            "__doc__": f"{family.names.dense_class} with SparseFFNs; see d2m.model.sparse_class.",
             "__init__": register_to_config(init),
             "_keep_in_fp32_modules": [*kept, "gate", "router"],
             "_skip_layerwise_casting_patterns": [*patterns, "gate", "router"],
@@ -103,7 +104,7 @@ def _sparsify(model: Any, family: Family, fields: Mapping[str, Any]) -> None:
     blocks |= {name: fields[name] or {} for name in ("groups", "drop")}
     made = blocks_from(blocks, "the config's blocks")
     sizes = shares_from(fields["shares"] or {}, made, "the config's shares")
-    depth = {kind: len(getattr(model, name)) for kind, name in family.kinds}
+    depth = {kind: len(getattr(model, name)) for kind, name in family.blocks.kinds}
     check_shares(sizes, dict.fromkeys(KINDS, 0) | depth)
     numbers = ("num_experts", "shared_ratio", "expert_ratio", "top_k", "renormalise")
     spec = SparseSpec(**{name: fields[name] for name in numbers}, shares=sizes)
@@ -150,12 +151,12 @@ def sparse_model_of(
     permutations = {}
     for name, score in scores.items():
         own = spec_at(spec, name, family)
-        shared, _ = hidden_sizes(score.numel() // family.ratio, score.numel(), own)
+        shared, _ = hidden_sizes(score.numel() // family.blocks.ratio, score.numel(), own)
         permutations[name] = split_neurons(score, shared, spec.num_experts)
     values = convert_state_dict(dense.state_dict(), permutations, spec, family, recipe.seed)
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)
     model.load_state_dict(values, assign=True)
-    family.restore(model)
+    family.blocks.restore(model)
     lend_buffers(dense, model)
     return model.to(next(dense.parameters()).device).eval()
 

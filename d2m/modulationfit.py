@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from d2m.adaln import SharedAdaLN, own_linear
 from d2m.adalnfit import fit_lowrank, fit_single
 from d2m.families import family_of_model
-from d2m.flow import generator_at
+from d2m.family_flow import generator_at
+from d2m.family_inputs import global_embedding
 from d2m.grouping import dense_name
-from d2m.inputs import global_embedding
 from d2m.recipe import Recipe
 from d2m.shards import Shards
 
@@ -78,5 +78,5 @@ def _embeddings(source: Shards, sparse: Any, recipe: Recipe) -> Tensor:
     n = recipe.calibration.batches * recipe.calibration.batch_size
     draw = generator_at(recipe.seed, "modulation")
     t = torch.sigmoid(torch.randn(n, generator=draw) * recipe.t_std + recipe.t_mean)
-    text = family_of_model(sparse).random_text(sparse.config, n, draw)
+    text = family_of_model(sparse).data.random_text(sparse.config, n, draw)
     return F.silu(global_embedding(sparse, text, t))

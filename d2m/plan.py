@@ -1,7 +1,7 @@
 """What a model will cost before it is made: parameters, FLOPs and memory, from numbers alone.
 
 Torch-free: a plan needs a model's config and a recipe, no weights. Figures are of one denoising
-step of one picture; `anatomy` says what is counted as a FLOP.
+step of one picture; `d2m.family_weights` says what is counted as a FLOP.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2m import recipe as recipes
-from d2m.anatomy import PARTS, Stack, Structure, dim_of, used_share
-from d2m.family import check_adaln
+from d2m.family import Family, check_adaln
+from d2m.family_weights import COMPONENTS, Stack, Structure, dim_of
 from d2m.preset import preset_file
+from d2m.recipe import SparseSpec, hidden_sizes
 from d2m.structure import KINDS, active_blocks, check_depth, check_shares
 from d2m.subject import Subject, subject_of
 
@@ -56,20 +57,21 @@ def plan(
     """
     subject = subject_of(model)
     depth = _kept(blocks, subject)
-    config = {**subject.config, **{field: depth[kind] for kind, field in subject.family.depths}}
+    family = subject.family
+    config = {**subject.config, **{field: depth[kind] for kind, field in family.blocks.depths}}
     structure, name = _structure(subject, depth, preset, recipe, top_k)
     asked = {"height": height, "width": width, "text_tokens": text_tokens}
     size = {k: int(getattr(subject, k)) if v is None else v for k, v in asked.items()}
     image, text = _tokens(size, subject.pixels)
-    anatomy = subject.family.anatomy
-    stacks = anatomy(config, structure, image, text)
-    whole = anatomy(subject.config, Structure(), image, text)
+    weights = family.plan.weights
+    stacks = weights(config, structure, image, text)
+    whole = weights(subject.config, Structure(), image, text)
     components = _components(stacks, whole)
     total = {key: sum(row[key] for row in components.values()) for key in FIELDS}
     spec = structure.spec
     return {
         "model": subject.title,
-        "family": subject.family.titled(subject.config),
+        "family": family.names.title_of(subject.config),
         "recipe": name,
         "blocks": _blocks(subject, depth, structure),
         "adaln": dataclasses.asdict(structure.adaln),
@@ -81,7 +83,7 @@ def plan(
         "activated_params": total["activated"],
         "flops": total["flops"],
         "flops_vs_dense": total["flops"] / total["dense_flops"],
-        "ffn_activated_share": used_share(dim_of(config), spec, subject.family),
+        "ffn_activated_share": used_share(dim_of(config), spec, family),
         "dense": {"params": total["dense_params"], "flops": total["dense_flops"]},
         "components": components,
         "memory": {dtype: _memory(stacks, bytes_) for dtype, bytes_ in BYTES.items()},
@@ -137,7 +139,7 @@ def _structure(
         return Structure(), None
     structure = _structure_in(made)
     check_depth(structure.blocks, depth)
-    subject.family.check_blocks(structure.blocks, depth)
+    subject.family.blocks.check_blocks(structure.blocks, depth)
     check_adaln(subject.family, structure.adaln.mode)
     check_shares(made.shares, depth)
     dim = dim_of(subject.config)
@@ -183,7 +185,7 @@ def _tokens(size: Mapping[str, int], pixels: int) -> tuple[int, int]:
 
 def _components(stacks: Sequence[Stack], whole: Sequence[Stack]) -> dict[str, dict[str, int]]:
     """Part -> its sums in the planned and in the dense model; parts of neither are left out."""
-    rows = {part: dict.fromkeys(FIELDS, 0) for part in PARTS}
+    rows = {part: dict.fromkeys(FIELDS, 0) for part in COMPONENTS}
     for stack in stacks:
         for weight in stack.weights:
             rows[weight.part]["params"] += stack.count * weight.size
@@ -194,6 +196,23 @@ def _components(stacks: Sequence[Stack], whole: Sequence[Stack]) -> dict[str, di
             rows[weight.part]["dense_params"] += stack.count * weight.size
             rows[weight.part]["dense_flops"] += stack.count * weight.flops
     return {part: row for part, row in rows.items() if any(row.values())}
+
+
+def used_share(dim: int, spec: SparseSpec | None, family: Family) -> float:
+    """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A.
+
+    The mean over all FFNs where they differ: two in a double block, one in a single.
+    """
+    if spec is None:
+        return 1.0
+    hidden = family.blocks.ratio * dim
+    used = []
+    for kind, name in family.blocks.kinds:
+        sites = sum(site.blocks == name for site in family.blocks.sites)
+        for i in range(len(spec.shares.of(kind)) or 1):
+            shared, expert = hidden_sizes(dim, hidden, spec.at(kind, i))
+            used += [(shared + spec.top_k * expert) / hidden] * sites
+    return sum(used) / len(used)
 
 
 def _blocks(

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "presets"
 
 def presets_for(family: Family, depth: Mapping[str, int]) -> dict[str, Path]:
     """Preset name -> its file, for a model of `family`; `depth`: blocks by "double", "single"."""
-    own = FOLDER / f"{family.name}-{depth['double']}d-{depth['single']}s"
+    own = FOLDER / f"{family.names.name}-{depth['double']}d-{depth['single']}s"
     files = {path.stem: path for path in (*FOLDER.glob("*.json"), *own.glob("*.json"))}
     return dict(sorted(files.items()))
 
@@ -30,9 +30,9 @@ def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
     files = presets_for(family, depth)
     if name not in files:
         raise ValueError(
-            f"preset {name!r} is not known; expected one of {', '.join(files)} for {family.title} "
-            f"with {depth['double']} double and {depth['single']} single blocks, or give a "
-            "recipe file."
+            f"preset {name!r} is not known; expected one of {', '.join(files)} for "
+            f"{family.names.title} with {depth['double']} double and {depth['single']} single "
+            "blocks, or give a recipe file."
         )
     return files[name]
 

@@ -56,6 +56,23 @@ class SparseSpec:
         )
 
 
+def hidden_sizes(dim: int, neurons: int, spec: SparseSpec) -> tuple[int, int]:
+    """(S, H) for an FFN of width D with N hidden neurons.
+
+    ValueError unless both are whole and S + E * H = N: no neuron may be lost.
+    """
+    shared, expert = dim * spec.shared_ratio, dim * spec.expert_ratio
+    whole = shared == int(shared) and expert == int(expert)
+    if not whole or int(shared) + spec.num_experts * int(expert) != neurons:
+        raise ValueError(
+            f"shared_ratio {spec.shared_ratio:g} and {spec.num_experts} experts of expert_ratio "
+            f"{spec.expert_ratio:g} do not make up the FFN's {neurons} neurons at width {dim}; "
+            f"expected shared_ratio + num_experts * expert_ratio = {neurons / dim:g}, with whole "
+            "hidden sizes."
+        )
+    return int(shared), int(expert)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How many batches of which size the importance of neurons is measured on (ours)."""

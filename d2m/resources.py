@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2m.anatomy import Stack, Structure, dim_of
+from d2m.family_weights import Stack, Structure, dim_of
 from d2m.plan import plan
 from d2m.subject import Subject, read_json, subject_of
 
@@ -79,18 +79,18 @@ def around_bytes(model: str | os.PathLike[str], *, drawn: bool = False, held: bo
     """
     root, family = Path(model), subject_of(model).family
     if not root.is_dir():
-        rows = [each for each in family.beside.values() if each.whole or not held]
-        return sum(2 * (each.drawn if drawn else each.params) for each in rows)
+        rows = [each for each in family.plan.encoders.values() if each.whole or not held]
+        return sum(2 * (each.bundled if drawn else each.params) for each in rows)
     if not (root / "model_index.json").is_file():
         return 0
-    sizes = {name: folder_bytes(root / name) for name in family.beside}
+    sizes = {name: folder_bytes(root / name) for name in family.plan.encoders}
     if held:
-        return sum(sizes[name] for name, each in family.beside.items() if each.whole)
+        return sum(sizes[name] for name, each in family.plan.encoders.items() if each.whole)
     if not drawn:
         return folder_bytes(root, without="transformer")
     left = (
-        sizes[name] * (each.params - each.drawn) // each.params
-        for name, each in family.beside.items()
+        sizes[name] * (each.params - each.bundled) // each.params
+        for name, each in family.plan.encoders.items()
     )
     return folder_bytes(root, without="transformer") - sum(left)
 
@@ -104,9 +104,9 @@ def largest_beside(model: str | os.PathLike[str]) -> int:
 
     root, family = Path(model), subject_of(model).family
     if not root.is_dir():
-        return max(2 * each.largest for each in family.beside.values())
+        return max(2 * each.largest for each in family.plan.encoders.values())
     found = [0]
-    for name in family.beside:
+    for name in family.plan.encoders:
         for file in (root / name).glob("*.safetensors"):
             shapes = header(file)
             count = sum(map(math.prod, shapes.values()))
@@ -169,7 +169,7 @@ def block_peak(subject: Subject, size: int) -> int:
 
 def block_stacks(subject: Subject) -> list[Stack]:
     """The dense model's kinds of blocks."""
-    stacks = subject.family.anatomy(subject.config, Structure(), 1, 1)
+    stacks = subject.family.plan.weights(subject.config, Structure(), 1, 1)
     return [stack for stack in stacks if stack.prefix and stack.count]
 
 
@@ -198,7 +198,7 @@ def export_needs(
     sparse = answer["num_experts"] is not None
     experts = expert_bytes(root) if link and sparse and size == own else 0
     weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
-    encoders, around = around_bytes(model, drawn=True), subject.family.beside
+    encoders, around = around_bytes(model, drawn=True), subject.family.plan.encoders
     graphs = 2 + len(around) + len(block_stacks(subject)) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
     held = around_bytes(model, held=True)
@@ -226,8 +226,8 @@ def expert_bytes(root: Path) -> int:
 
 def neuron_bytes(subject: Subject, sparse: bool) -> int:
     """Bytes of the permutations of neurons, which a bundle leaves out: 4 D numbers an FFN."""
-    lists = {blocks: kind for kind, blocks in subject.family.kinds}
-    sites = sum(subject.depth[lists[site.blocks]] for site in subject.family.sites)
+    lists = {blocks: kind for kind, blocks in subject.family.blocks.kinds}
+    sites = sum(subject.depth[lists[site.blocks]] for site in subject.family.blocks.sites)
     return 8 * 4 * dim_of(subject.config) * sites if sparse else 0
 
 
@@ -242,8 +242,8 @@ def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: fl
     levels = raw.get("block_out_channels")
     if "base_dim" in raw:  # Qwen-Image's
         levels = [raw["base_dim"] * times for times in raw["dim_mult"]]
-    widest = levels[:2][-1] if levels else subject.family.beside["vae"].widest
-    latents = height * width // 4 ** subject.family.halvings(raw)
+    widest = levels[:2][-1] if levels else subject.family.plan.encoders["vae"].widest
+    latents = height * width // 4 ** subject.family.plan.halvings(raw)
     attention = 2 * latents**2 if raw.get("mid_block_add_attention", True) else 0
     return max(int(tensors * widest * height * width), attention)
 

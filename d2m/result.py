@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import recipe as recipes
 from d2m.dense import licence_of
-from d2m.draw import DEFAULTS_FILE, drawing_defaults, pipeline_draw
+from d2m.draw import pipeline_draw
 from d2m.families import family_of
+from d2m.family_defaults import DEFAULTS_FILE, generation_defaults
 from d2m.files import library_errors, write_json, write_text
 from d2m.recipe import Recipe
 
@@ -89,7 +90,7 @@ def compare(
     try:
         for transformer, name in ((teacher, "dense"), (student, "sparse")):
             pipe.register_modules(transformer=transformer)
-            draw = pipeline_draw(pipe, **drawing_defaults(dense))
+            draw = pipeline_draw(pipe, **generation_defaults(dense))
             pictures[name] = draw(prompts, seeds) if prompts else []
             quiet("pictures and scores", len(pictures) + len(scores), total)
             if score:
@@ -119,10 +120,10 @@ def write_papers(
     shown: dict[str, Any] = {"name": facts["name"], "base_model": facts["base_model"]}
     shown |= {"parameters": facts["parameters"], "recipe": recipes.to_dict(recipe)}
     scores = facts["scores"] or None
-    about: dict[str, Any] = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
+    about: dict[str, Any] = {"defaults": generation_defaults(dense), "licence": licence_of(dense)}
     family = family_of(dense)
     config = json.loads((dense / "transformer" / "config.json").read_text("utf-8"))
-    about |= {"family": family.titled(config), "tags": family.tags}
+    about |= {"family": family.names.title_of(config), "tags": family.names.tags}
     write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
     if report is not None:
         write_report(folder, build_report(**shown, scores=facts["scores"], **report))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.flow import generator_at
+from d2m.family_flow import generator_at
+from d2m.family_inputs import noised, transformer_inputs
 from d2m.groups import TEXT_MASK, BlockGroup, block_groups, pool
-from d2m.inputs import noised, transformer_inputs
 from d2m.recipe import Recipe
 from d2m.surgery import unit_gates
 

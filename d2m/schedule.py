@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from d2m.family_inputs import global_embedding
 from d2m.groups import block_groups
-from d2m.inputs import global_embedding
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from d2m.activations import blocks_of
 from d2m.families import family_of_model
-from d2m.flow import generator_at, training_point
+from d2m.family_flow import generator_at, training_point
+from d2m.family_inputs import transformer_inputs
 from d2m.gather import part_of, received
 from d2m.groups import block_groups
-from d2m.inputs import transformer_inputs
 from d2m.learner import learnt
 from d2m.processes import Crew, anyone, tell
 from d2m.recipe import Recipe
@@ -99,10 +99,8 @@ def _wake(
     for name in names:
         student.get_parameter(name).requires_grad_(True)
     batch = batch_rows(batches, 0, crew.size, (crew.rank, crew.rank + 1))
-    noised = family_of_model(student).noised
-    x, t = training_point(
-        batch, generator_at(0, "wake"), recipe.t_mean, recipe.t_std, noised=noised
-    )
+    noised = family_of_model(student).data.noised
+    x, t = training_point(batch, generator_at(0, "wake"), recipe.t_mean, recipe.t_std, noised)
     inputs = transformer_inputs(student, batch, x, t)
     device = torch.device(crew.device).type
     half = recipe.precision == "bfloat16"

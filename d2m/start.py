@@ -44,8 +44,8 @@ def first_student(
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
     from d2m.adalnfit import compress_adaln
-    from d2m.flow import generator_at
-    from d2m.inputs import noised, transformer_inputs
+    from d2m.family_flow import generator_at
+    from d2m.family_inputs import noised, transformer_inputs
     from d2m.model import sparse_model_of
     from d2m.routerfit import spread_routers
     from d2m.surgery import identity_error

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import recipe as recipes
 from d2m.dense import dense_family, locate
-from d2m.families import Family, sites_of, spec_at
+from d2m.families import Family
+from d2m.family_sites import sites_of, spec_at
 from d2m.files import replace_dir, write_json
 from d2m.preset import preset_of
 from d2m.recipe import Recipe, SparseSpec
@@ -125,7 +126,7 @@ def convert_stream(
     for part in result.iterdir():
         if part.is_dir() and part != folder:
             shutil.rmtree(part)
-    write_around(result, family.sparse_class, path, recipe, neurons)
+    write_around(result, family.names.sparse_class, path, recipe, neurons)
     counts = _counts(source, written, recipe)
     facts: dict[str, Any] = {"name": out.name, "base_model": str(dense_dir), "scores": {}}
     write_papers(result, path, recipe, facts | {"parameters": counts}, None)
@@ -139,7 +140,7 @@ def convert_stream(
 def block_names(source: Shards, family: Family) -> list[str]:
     """Names of all blocks, `transformer_blocks.0`, in the order they run."""
     found = []
-    for _, name in family.kinds:
+    for _, name in family.blocks.kinds:
         inside = {key.split(".")[1] for key in source.where if key.startswith(f"{name}.")}
         found += [f"{name}.{index}" for index in sorted(map(int, inside))]
     return found
@@ -188,7 +189,7 @@ def _outside(
     inside = tuple(f"{block}." for block in blocks)
     tensors = source.read(key for key in source.where if not key.startswith(inside))
     tensors |= {key: value for key, value in shared.items() if key.startswith("modulation.")}
-    for kind, name in family.kinds:
+    for kind, name in family.blocks.kinds:
         for group in recipe.blocks.groups(kind):
             place, key = f"{name}.{group[0]}", f"{name}.{group[0]}.attn.to_q.weight"
             tensors |= group_router(place, len(group), source.read([key])[key], recipe.seed)
@@ -205,8 +206,9 @@ def _block(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A block's tensors in the sparse model, and the importance of its FFNs' neurons by site."""
     from d2m.adaln import own_linear
-    from d2m.families import hidden_sizes, read_ffn
+    from d2m.family_sites import read_ffn
     from d2m.grouping import renamed
+    from d2m.recipe import hidden_sizes
     from d2m.surgery import convert_state_dict, split_neurons
 
     dense = source.read(key for key in source.where if key.startswith(f"{block}."))
@@ -331,7 +333,8 @@ def _site_error(
     import torch.nn.functional as F
 
     from d2m.experts import SparseFFN
-    from d2m.families import hidden_sizes, read_ffn, read_rest
+    from d2m.family_sites import read_ffn, read_rest
+    from d2m.recipe import hidden_sizes
 
     wide = torch.float64 if next(iter(dense.values())).dtype == torch.float64 else torch.float32
     fc1_w, fc1_b, fc2_w, fc2_b = (t.to(wide) for t in read_ffn(dense.__getitem__, block, site))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2m.draw import drawing_defaults
 from d2m.families import FLUX, Family, family_of
+from d2m.family_defaults import generation_defaults
 from d2m.structure import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -43,7 +43,7 @@ class Subject:
     @property
     def depth(self) -> dict[str, int]:
         """Blocks by kind."""
-        found = {kind: self.config[field] for kind, field in self.family.depths}
+        found = {kind: self.config[field] for kind, field in self.family.blocks.depths}
         return {kind: found.get(kind, 0) for kind in KINDS}
 
 
@@ -83,15 +83,15 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
     if family_of(raw) is not family:
         raise ValueError(f"{str(file)!r} is of another family than its pipeline; copy it again.")
     sparse = None
-    if raw.get("_class_name") == family.sparse_class:
+    if raw.get("_class_name") == family.names.sparse_class:
         recipe = pipeline / "recipe.json" if pipeline else None
         told = read_json(recipe) if recipe and recipe.is_file() else {}
         sparse = {"name": told.get("name", "of its own"), **_sparse(raw)}
     drawing: dict[str, int] = {}
     if pipeline is not None:
-        values = drawing_defaults(pipeline)
+        values = generation_defaults(pipeline)
         drawing = {key: values[key] for key in ("height", "width")}
-        drawing["text_tokens"] = family.text_before + values["max_sequence_length"]
+        drawing["text_tokens"] = family.plan.text_before + values["max_sequence_length"]
         drawing["pixels"] = _pixels(pipeline / "vae" / "config.json", family)
     return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **drawing)
 
@@ -106,7 +106,7 @@ def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pixels(vae: Path, family: Family) -> int:
     """The side of an image token in pixels: a patch of 2 x 2 latents, halved by the VAE."""
-    return 2 * 2 ** family.halvings(read_json(vae)) if vae.is_file() else PIXELS
+    return 2 * 2 ** family.plan.halvings(read_json(vae)) if vae.is_file() else PIXELS
 
 
 def sizes(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def sizes(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     A config that names no class counts as FLUX's. The family's `others` are kept as they are.
     """
     family = family_of(raw) if "_class_name" in raw else FLUX
-    config = {name: raw.get(name, default) for name, default in family.sizes.items()}
+    config = {name: raw.get(name, default) for name, default in family.plan.sizes.items()}
     out = raw.get("out_channels")
     for name, value in (*config.items(), ("out_channels", 1 if out is None else out)):
         low = 0 if name.endswith("layers") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{source}: {name} is {value!r:.60}; expected {low} or more.")
-    config |= {name: raw.get(name) for name in family.others}
+    config |= {name: raw.get(name) for name in family.plan.others}
     return config | {"out_channels": out}
 
 

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from d2m.experts import AttentionPlusFFN, SparseFFN
-from d2m.families import (
-    Family,
-    Site,
-    family_of_model,
-    hidden_sizes,
-    read_ffn,
-    read_rest,
-    sites_of,
-    spec_at,
-)
+from d2m.families import Family, Site, family_of_model
+from d2m.family_sites import read_ffn, read_rest, sites_of, spec_at
 from d2m.groups import block_groups, set_kappa
-from d2m.recipe import SparseSpec
+from d2m.recipe import SparseSpec, hidden_sizes
 
 GATE_STD = 0.1  # ours: times D^-1/2, so that logits of normalised tokens start at about N(0, .1)
 

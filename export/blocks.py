@@ -101,7 +101,7 @@ def transformer_program(
     embed, final = family.embed(model), family.final(model)
     steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, opened)]
     members: dict[str, list[int]] = {}
-    for _, blocks in family_of_model(model).kinds:
+    for _, blocks in family_of_model(model).blocks.kinds:
         for prefix, block, group in placed_blocks(model, blocks):
             row = family.row(block)
             written = {name: inner[name] for name in row.outputs}

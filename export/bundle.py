@@ -261,7 +261,7 @@ def first_facts(
     return {
         "format": 1,
         "d2m": __version__,
-        "family": family_of(source).name,
+        "family": family_of(source).names.name,
         "kind": "sparse" if sparse else "dense",
         "name": source.resolve().name,
         "compute_dtype": DTYPES[dtype],

@@ -16,4 +16,4 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIX
 
 def export_family(model: Any) -> Family:
     """The row of a transformer in memory, dense or sparse."""
-    return FAMILIES[family_of_model(model).name]
+    return FAMILIES[family_of_model(model).names.name]

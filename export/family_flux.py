@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.draw import drawing_defaults
+from d2m.family_defaults import generation_defaults
 from export import modulation
 from export.attention import ExportAttention
 from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
@@ -122,7 +122,7 @@ def lengths(directory: Path) -> dict[str, int]:
     clip = config(directory, "text_encoder")
     return {
         "tokenizer": clip["max_position_embeddings"],
-        "tokenizer_2": drawing_defaults(directory)["max_sequence_length"],
+        "tokenizer_2": generation_defaults(directory)["max_sequence_length"],
     }
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m.draw import drawing_defaults
-from d2m.family_pixart import check_conditions, drawn
+from d2m.anatomy_pixart import check_conditions
+from d2m.family_defaults import generation_defaults
+from d2m.family_pixart import generate
 from export.attention import attended, heads
 from export.blocks import Program
 from export.components import IDS, TRANSFORMERS, VAE, eager, first, single
@@ -144,7 +145,7 @@ def environment(
 
 def lengths(directory: Path) -> dict[str, int]:
     """Tokens of T5."""
-    return {"tokenizer": drawing_defaults(directory)["max_sequence_length"]}
+    return {"tokenizer": generation_defaults(directory)["max_sequence_length"]}
 
 
 def latents(
@@ -205,7 +206,7 @@ def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings:
         if words is not None:
             given[f"{prefix}prompt_embeds"] = words["encoder_hidden_states"]
             given[f"{prefix}prompt_attention_mask"] = words[MASK]
-    return drawn(pipe, given).images
+    return generate(pipe, given).images
 
 
 def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:

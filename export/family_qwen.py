@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.draw import drawing_defaults
+from d2m.family_defaults import generation_defaults
 from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
 from export import modulation
 from export.attention import attended, heads, rms_norm, rotate
@@ -167,7 +167,7 @@ def last_states(output: Any) -> tuple[Tensor, ...]:
 
 def lengths(directory: Path) -> dict[str, int]:
     """Tokens of the template and of the prompt together."""
-    return {"tokenizer": TEMPLATE_TOKENS + drawing_defaults(directory)["max_sequence_length"]}
+    return {"tokenizer": TEMPLATE_TOKENS + generation_defaults(directory)["max_sequence_length"]}
 
 
 def latents(

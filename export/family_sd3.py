@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.adaln import SharedAdaLN
-from d2m.draw import drawing_defaults
+from d2m.family_defaults import generation_defaults
 from d2m.groups import Passed
 from export import modulation
 from export.attention import attended, heads, rms_norm
@@ -169,7 +169,7 @@ def lengths(directory: Path) -> dict[str, int]:
     from export.source import config
 
     clip = config(directory, "text_encoder")["max_position_embeddings"]
-    longest = drawing_defaults(directory)["max_sequence_length"]
+    longest = generation_defaults(directory)["max_sequence_length"]
     return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": longest}
 
 

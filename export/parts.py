@@ -71,13 +71,13 @@ def compare_ids(pipeline: Pipeline, reference: Recording, prompts: Sequence[str]
 
     A pipeline that is asked a prompt at a time, without padding, has left the last one's.
     """
-    worded = [pipeline.family.worded(prompt) for prompt in prompts]
+    texts = [pipeline.family.with_template(prompt) for prompt in prompts]
     rows = []
     encoders = [name for name in pipeline.family.components if name.startswith("text_encoder")]
     for name, tokenizer in zip(encoders, pipeline.family.tokenizers, strict=True):
         (expected,) = reference.components[name][0].values()
         spec = pipeline.manifest["tokenizers"][tokenizer]
-        found = TextTokenizer(tokenizer, pipeline.bundle.file(spec["file"]), spec)(worded)
+        found = TextTokenizer(tokenizer, pipeline.bundle.file(spec["file"]), spec)(texts)
         if len(expected) < len(found):
             found = found[-len(expected) :, : expected.shape[1]]
         rows.append(measure(name, "token ids", expected, found, limit=0.0))

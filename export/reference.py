@@ -129,15 +129,15 @@ def record(
     from export.families import FAMILIES
 
     family = family_of_pipeline(pipe)
-    row = FAMILIES[family.name]
+    row = FAMILIES[family.names.name]
     result = Recording()
     with torch.no_grad():
         with watch_encoders(pipe, row, result):
-            conditions = family.encode_text(pipe, list(prompts), text_tokens)
+            conditions = family.data.encode_text(pipe, list(prompts), text_tokens)
         result.conditions = {name: array(tensor) for name, tensor in conditions.items()}
         negative = None
-        if family.unconditional and guidance > 1:
-            negative = family.encode_text(pipe, [""] * len(prompts), text_tokens)
+        if family.data.unconditional and guidance > 1:
+            negative = family.data.encode_text(pipe, [""] * len(prompts), text_tokens)
             result.negative = {name: array(tensor) for name, tensor in negative.items()}
         latents = torch.from_numpy(noise)
         result.latents.append(noise)
@@ -204,7 +204,7 @@ def watch_transformer(
     family = family_of_model(model)
     names = {
         block: f"{name}.{index}."
-        for _, name in family.kinds
+        for _, name in family.blocks.kinds
         for index, block in enumerate(getattr(model, name))
         if not isinstance(block, Passed)
     }
@@ -228,7 +228,7 @@ def watch_transformer(
         if shared is not None:
             inputs[MODULATION] = array(shared(kwargs["temb"]))
         # A block that writes one stream returns the tensor itself.
-        streams = zip(family.streams, output if isinstance(output, tuple) else (output,))
+        streams = zip(family.blocks.streams, output if isinstance(output, tuple) else (output,))
         return inputs, {
             STREAMS[stream]: array(tensor) for stream, tensor in streams if tensor is not None
         }

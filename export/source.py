@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.draw import drawing_defaults
 from d2m.families import Family, family_of
+from d2m.family_defaults import generation_defaults
 from d2m.parameters import count
 from export.families import FAMILIES
 from export.weights import Checkpoint, parameter_getter
@@ -51,8 +51,8 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     """
     family = family_of(directory)
     index = json.loads((directory / "model_index.json").read_text("utf-8"))
-    row = FAMILIES[family.name]
-    classes_of = (family.dense_class, family.sparse_class, *family.aliases)
+    row = FAMILIES[family.names.name]
+    classes_of = (family.names.dense_class, family.names.sparse_class, *family.names.aliases)
     known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
     known |= {part.folder: (part.cls,) for part in row.parts if part is not None}
     known["scheduler"] = (row.scheduler,)
@@ -60,15 +60,16 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
         found = (index.get(name) or [None, None])[1]
         if found not in classes:
             raise ValueError(
-                f"{directory} has a {name} of class {found}, expected {' or '.join(classes)}; give"
-                f" a {family.title} pipeline, whole, as save_pretrained or d2m convert writes it."
+                f"{directory} has a {name} of class {found}, expected {' or '.join(classes)};"
+                f" give a {family.names.title} pipeline, whole, as save_pretrained or d2m convert"
+                " writes it."
             )
         if not (directory / name).is_dir():
             raise FileNotFoundError(
                 f"{directory} lacks the directory {name} that its model_index.json names; save the"
                 " pipeline again."
             )
-    sparse = index["transformer"][1] == family.sparse_class
+    sparse = index["transformer"][1] == family.names.sparse_class
     if sparse:
         check_exportable(directory)
     return family, index, sparse
@@ -141,7 +142,7 @@ def components(
         return transformer_program(skeleton, dtype, top_k, progress)
 
     found = []
-    for part in FAMILIES[family_of(directory).name].parts:
+    for part in FAMILIES[family_of(directory).names.name].parts:
         if part is None:
             found.append(
                 Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
@@ -164,7 +165,7 @@ def empty_transformer(directory: Path, sparse: bool) -> Any:
     from export.prepare import prepare
 
     family = family_of(directory)
-    cls: Any = getattr(diffusers, family.dense_class)
+    cls: Any = getattr(diffusers, family.names.dense_class)
     if sparse:
         from d2m.model import sparse_class
 
@@ -178,7 +179,7 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """name -> (the manifest's record, tokenizer.json's text); the file goes to record["file"]."""
     from transformers import AutoTokenizer
 
-    lengths = FAMILIES[family_of(directory).name].lengths(directory)
+    lengths = FAMILIES[family_of(directory).names.name].lengths(directory)
     result = {}
     for name, length in lengths.items():
         tokenizer = AutoTokenizer.from_pretrained(directory / name, local_files_only=True)
@@ -206,11 +207,11 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
 
     transformer, vae = config(directory, "transformer"), config(directory, "vae")
     scheduler = config(directory, "scheduler")
-    DRAWN[family_of(directory).name].check_scheduler(scheduler)
+    DRAWN[family_of(directory).names.name].check_scheduler(scheduler)
     # JSON has no infinity, which diffusers writes for "no limit", a default.
     finite = {key: each for key, each in scheduler.items() if not _endless(each)}
-    defaults = drawing_defaults(directory)
-    latents = FAMILIES[family_of(directory).name].latents(transformer, vae, directory)
+    defaults = generation_defaults(directory)
+    latents = FAMILIES[family_of(directory).names.name].latents(transformer, vae, directory)
     top_k = transformer.get("top_k") if sparse else None
     grouped = any((transformer.get("groups") or {}).values())
     kappa = transformer.get("kappa", 1) if grouped else None
@@ -223,7 +224,7 @@ def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, An
             "width": defaults["width"],
         },
         "latents": latents,
-        "model": family_of(directory).titled(transformer),
+        "model": family_of(directory).names.title_of(transformer),
         "scheduler": finite,
         "parameters": {key: parameters[key] for key in ("total", "activated")},
         "num_experts": transformer.get("num_experts") if sparse else None,

@@ -34,7 +34,7 @@ def tap(model: Any, family: Family) -> tuple[Any, list[str]]:
     import onnx
     from onnx import helper
 
-    streams = {site.module: site.stream for site in family.sites}
+    streams = {site.module: site.stream for site in family.blocks.sites}
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     names = []
@@ -105,7 +105,7 @@ def tapped_plans(
 
 def family_of(bundle: Bundle) -> Family:
     """d2m's row of a bundle's family."""
-    return next(family for family in FAMILIES if family.name == bundle.manifest["family"])
+    return next(family for family in FAMILIES if family.names.name == bundle.manifest["family"])
 
 
 def block_graphs(

@@ -14,11 +14,11 @@ from runtime.family_sd3 import SD3
 FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART, QWEN)}
 
 
-def titled(config: Mapping[str, Any]) -> str | None:
+def title_of(config: Mapping[str, Any]) -> str | None:
     """The title of the model that a transformer's config is of; None for a class not known."""
     name = config.get("_class_name")
     found = (family for family in FAMILIES.values() if name in family.classes)
-    return next((family.titled(config) for family in found), None)
+    return next((family.title_of(config) for family in found), None)
 
 
 def family_of(manifest: Mapping[str, Any]) -> Family:

@@ -13,21 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime import flux
+from runtime import family_flow_matching
+from runtime.family_latents import Settings, Size, Step
 
 Arrays = Mapping[str, np.ndarray]
-Settings = Mapping[str, Any]  # the manifest's `latents`
-Size = tuple[int, int]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
 MAX_SIDE = 16384  # pixels, where a model's positions have no end
-Step = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
-
-
-def euler(scheduler: Mapping[str, Any], levels: np.ndarray) -> Step:
-    """Flow matching's step: along the predicted velocity, from one of `levels` to the next."""
-    return lambda index, latents, velocity: flux.euler(
-        latents, velocity, levels[index], levels[index + 1]
-    )
 
 
 def rows(conditions: Arrays) -> int:
@@ -46,16 +37,16 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
 class Family:
     """A row of runtime/families.py.
 
-    name: as manifests have it; components: of a bundle, in the order in which a picture needs them,
+    name: as manifests have it; components: of a bundle, in the order in which an image needs them,
     each with the number of its outputs (0: any); tokenizers: their names; guided: drawn with
     classifier-free guidance, so that a negative prompt has a meaning and guidance over 1 runs the
     transformer on two rows an image.
 
     title: for people; classes: of its transformer, by which a pipeline directory is known.
-    titled(config): the title of one model, by its transformer's config.
+    title_of(config): the title of one model, by its transformer's config.
     check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be drawn with.
     largest(manifest): the longest side in pixels that the model takes.
-    worded(prompt): the text that tokenizers get, for models that read a template around it;
+    with_template(prompt): the text that tokenizers get, for models that read a template around it;
         dropped: tokens at its beginning that the transformer does not get.
     encode(run, prompts): the transformer's conditions [n, ...] by the names of its inputs; `run`
         (component, tokenizer, prompts) gives a text encoder's outputs, and where the family is
@@ -82,7 +73,7 @@ class Family:
     tokenizers: tuple[str, ...]
     title: str
     classes: tuple[str, ...]
-    titled: Callable[[Mapping[str, Any]], str]
+    title_of: Callable[[Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None]
     encode: Callable[[Run, Sequence[str]], dict[str, np.ndarray]]
     noise: Callable[[Sequence[int], int, int, int], np.ndarray]
@@ -99,8 +90,8 @@ class Family:
     guided: bool = False
     largest: Callable[[Mapping[str, Any]], int] = lambda manifest: MAX_SIDE
     guide: Callable[[np.ndarray, float], np.ndarray] = guide
-    worded: Callable[[str], str] = str
+    with_template: Callable[[str], str] = str
     masked: bool = False
     dropped: int = 0
-    check_scheduler: Callable[[dict[str, Any]], None] = flux.check_scheduler
-    sampler: Callable[[dict[str, Any], np.ndarray], Step] = euler
+    check_scheduler: Callable[[dict[str, Any]], None] = family_flow_matching.check_scheduler
+    sampler: Callable[[dict[str, Any], np.ndarray], Step] = family_flow_matching.sampler

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime import dpmsolver, flux
-from runtime.family import Arrays, Family, Run, Settings, Size, rows
-from runtime.family_sd3 import noise, tokens, velocity
+from runtime import family_dpm_solver as dpm_solver
+from runtime.family import Arrays, Family, Run, rows
+from runtime.family_latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
 from runtime.fields import integer, mapping, number, wrong
 
 
@@ -48,7 +48,7 @@ def sigmas(
             f"sigmas lists {len(given)} noise levels, expected none: PixArt-Sigma's scheduler draws"
             " at its own; leave them out and give steps."
         )
-    return dpmsolver.sigmas(config, steps)
+    return dpm_solver.sigmas(config, steps)
 
 
 def positions(settings: Settings, height: int, width: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def feeds(
     settings, config = manifest["latents"], manifest["scheduler"]
     height, width = (side // settings["patch"] for side in latent_size)
     inputs = {**conditions, "positions": positions(settings, height, width)}
-    times = dpmsolver.timestep_of(config, sigmas).astype(np.float32)
+    times = dpm_solver.timestep_of(config, sigmas).astype(np.float32)
     return [inputs | {"timestep": np.full(rows(conditions), time)} for time in times]
 
 
@@ -92,13 +92,13 @@ def predicted(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.n
 
     The channels after the first C are a variance, which the pipeline drops.
     """
-    joined = velocity(sample, settings, latent_size)
+    joined = unpatchify(sample, settings, latent_size)
     return np.ascontiguousarray(joined[:, : settings["channels"]])
 
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """[n, C, h, w], unscaled and not shifted."""
-    return flux.unscale(latents, settings["scaling_factor"], None)
+    return unscale(latents, settings["scaling_factor"], None)
 
 
 PIXART = Family(
@@ -112,18 +112,18 @@ PIXART = Family(
     components={"text_encoder": 2, "transformer": 0, "vae_decoder": 1},
     tokenizers=("tokenizer",),
     guided=True,
-    titled=lambda config: "PixArt-Sigma",
+    title_of=lambda config: "PixArt-Sigma",
     check=check,
     encode=encode,
-    noise=noise,
+    noise=spatial_noise,
     layouts=lambda images, channels, height, width: ((images, channels, height, width),),
     arrange=lambda latents: latents,
     image_tokens=lambda settings, size: size[0] * size[1] // settings["patch"] ** 2,
-    check_scheduler=dpmsolver.check_scheduler,
+    check_scheduler=dpm_solver.check_scheduler,
     sigmas=sigmas,
-    sampler=dpmsolver.sampler,
+    sampler=dpm_solver.sampler,
     feeds=feeds,
-    tokens=tokens,
+    tokens=lambda latents, settings: pack(latents, settings["patch"]),
     velocity=predicted,
     image_latents=image_latents,
 )

@@ -1,7 +1,7 @@
 """Qwen-Image in the runtime: what QwenImagePipeline does around its models.
 
-Read: diffusers 0.42. Packing, noise and noise levels are FLUX's (runtime/flux.py). Letters: n
-images, C latent channels, h x w latent pixels, T = (h / 2)(w / 2) tokens, L text tokens.
+Read: diffusers 0.42. Letters: n images, C latent channels, h x w latent pixels, T = (h / 2)(w / 2)
+tokens, L text tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from runtime import flux
-from runtime.family import Arrays, Family, Run, Settings, Size, rows
+from runtime.family import Arrays, Family, Run, rows
 from runtime.family import guide as guided
-from runtime.family_flux import check as check_flux
-from runtime.family_flux import layouts
+from runtime.family_flow_matching import sigmas, timestep
+from runtime.family_latents import (
+    Settings,
+    Size,
+    check_packed,
+    pack,
+    packed_layouts,
+    packed_noise,
+    unpack,
+)
 from runtime.fields import mapping, wrong
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
@@ -32,7 +39,7 @@ def check(manifest: Mapping[str, Any]) -> None:
 
     And unless a text is longer than the template's beginning.
     """
-    check_flux(manifest)
+    check_packed(manifest)
     latents = mapping(dict(manifest), "latents")
     for name, low in (("mean", -1e6), ("std", 1e-6)):
         values, count = latents.get(name), latents["channels"]
@@ -55,7 +62,7 @@ def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:
 def rope(length: int, size: Size, axes: Sequence[int], theta: float) -> tuple[Any, Any]:
     """Rotary cos and sin, each float32 [L + T, sum(axes)], every angle twice in a row.
 
-    A picture's rows and columns are counted from its middle, texts from its edge on, on all axes.
+    An image's rows and columns are counted from its middle, texts from its edge on, on all axes.
     Angles are float32 as in diffusers.
     """
     height, width = (side // 2 for side in size)
@@ -85,7 +92,7 @@ def feeds(
     length = conditions[STATES].shape[1]
     cos, sin = rope(length, latent_size, settings["rope_axes"], settings["rope_theta"])
     inputs = {**conditions, "rope_cos": cos, "rope_sin": sin}
-    times = (flux.timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
+    times = (timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
     return [inputs | {"timestep": time} for time in times]
 
 
@@ -102,7 +109,7 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """Packed latents -> [n, C, h, w], by the VAE's mean and deviation of every channel."""
-    spatial = flux.unpack(latents, *latent_size)
+    spatial = unpack(latents, *latent_size)
     mean, std = (np.array(settings[n], np.float32)[:, None, None] for n in ("mean", "std"))
     return spatial * std + mean
 
@@ -116,16 +123,16 @@ QWEN = Family(
     guided=True,
     masked=True,
     dropped=DROPPED,
-    worded=lambda prompt: f"{BEFORE}{prompt}{AFTER}",
+    with_template=lambda prompt: f"{BEFORE}{prompt}{AFTER}",
     guide=guide,
-    titled=lambda config: "Qwen-Image",
+    title_of=lambda config: "Qwen-Image",
     check=check,
     encode=encode,
-    noise=flux.noise,
-    layouts=layouts,
-    arrange=flux.pack,
+    noise=packed_noise,
+    layouts=packed_layouts,
+    arrange=pack,
     image_tokens=lambda settings, size: size[0] * size[1] // 4,
-    sigmas=flux.sigmas,
+    sigmas=sigmas,
     feeds=feeds,
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,

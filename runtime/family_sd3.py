@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from runtime import flux
-from runtime.family import Arrays, Family, Run, Settings, Size, rows
+from runtime.family import Arrays, Family, Run, rows
+from runtime.family_flow_matching import TRAIN_STEPS
+from runtime.family_flow_matching import sigmas as flow_sigmas
+from runtime.family_latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
 from runtime.fields import integer, mapping, wrong
 
 
-def titled(config: Mapping[str, Any]) -> str:
+def title_of(config: Mapping[str, Any]) -> str:
     """SD3, SD3.5 large (norms of queries and keys) or SD3.5 medium (two attentions a block)."""
     if not config.get("qk_norm"):
         return "Stable Diffusion 3"
@@ -64,13 +66,6 @@ def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     }
 
 
-def noise(seeds: Sequence[int], channels: int, height: int, width: int) -> np.ndarray:
-    """Initial latents [n, C, h, w], float32: one Philox stream per seed, as runtime.flux.noise."""
-    streams = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
-    shape = (channels, height, width)
-    return np.stack([stream.standard_normal(shape, np.float32) for stream in streams])
-
-
 def sigmas(
     config: dict[str, Any], steps: int, image_tokens: int, given: Sequence[float] | None = None
 ) -> np.ndarray:
@@ -79,7 +74,7 @@ def sigmas(
     (FluxPipeline gives its scheduler sigmas, StableDiffusion3Pipeline none.)
     """
     own = config if given is not None else {**config, "use_flow_sigmas": True}
-    return flux.sigmas(own, steps, image_tokens, given)
+    return flow_sigmas(own, steps, image_tokens, given)
 
 
 def positions(grid: int, height: int, width: int) -> np.ndarray:
@@ -103,30 +98,14 @@ def feeds(
     settings, config = manifest["latents"], manifest["scheduler"]
     height, width = (side // settings["patch"] for side in latent_size)
     inputs = {**conditions, "positions": positions(settings["grid"], height, width)}
-    count = np.float32(config.get("num_train_timesteps", flux.TRAIN_STEPS))
+    count = np.float32(config.get("num_train_timesteps", TRAIN_STEPS))
     times = (np.full(rows(conditions), np.float32(sigma) * count, np.float32) for sigma in sigmas)
     return [inputs | {"timestep": time} for time in times]
 
 
-def tokens(latents: np.ndarray, settings: Settings) -> np.ndarray:
-    """[n, C, h, w] -> patches [n, T, C p p], a channel after the other."""
-    n, channels, height, width = latents.shape
-    p = settings["patch"]
-    cut = latents.reshape(n, channels, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(cut.reshape(n, -1, channels * p * p))
-
-
-def velocity(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
-    """Patches [n, T, p p C], all channels of a pixel together -> [n, C, h, w]."""
-    p, (height, width) = settings["patch"], latent_size
-    cut = sample.reshape(len(sample), height // p, width // p, p, p, -1)
-    joined = cut.transpose(0, 5, 1, 3, 2, 4)
-    return np.ascontiguousarray(joined.reshape(len(sample), -1, height, width))
-
-
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """[n, C, h, w], unscaled."""
-    return flux.unscale(latents, settings["scaling_factor"], settings.get("shift_factor"))
+    return unscale(latents, settings["scaling_factor"], settings.get("shift_factor"))
 
 
 SD3 = Family(
@@ -142,17 +121,17 @@ SD3 = Family(
     },
     tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
     guided=True,
-    titled=titled,
+    title_of=title_of,
     check=check,
     largest=largest,
     encode=encode,
-    noise=noise,
+    noise=spatial_noise,
     layouts=lambda images, channels, height, width: ((images, channels, height, width),),
     arrange=lambda latents: latents,
     image_tokens=lambda settings, size: size[0] * size[1] // settings["patch"] ** 2,
     sigmas=sigmas,
     feeds=feeds,
-    tokens=tokens,
-    velocity=velocity,
+    tokens=lambda latents, settings: pack(latents, settings["patch"]),
+    velocity=unpatchify,
     image_latents=image_latents,
 )

@@ -16,7 +16,7 @@ from runtime.backends import backends, onnx_body
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
-from runtime.families import family_of, titled
+from runtime.families import family_of, title_of
 from runtime.fields import parse_json, printable
 from runtime.forecast import group_rows
 from runtime.manifest import inside
@@ -76,7 +76,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         "what": "sparse checkpoint" if sites else "dense pipeline",
         "path": str(root),
         "class": str(config.get("_class_name")),
-        "model": titled(config),
+        "model": title_of(config),
         "blocks": {
             "double": block_count(shapes, "transformer_blocks"),
             "single": block_count(shapes, "single_transformer_blocks"),

@@ -254,8 +254,8 @@ class Pipeline:
         """Prompts -> the transformer's conditions [n, ...] by name, float32."""
 
         def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-            worded = [self.family.worded(text) for text in texts]
-            ids, mask = self._tokenizers[tokenizer].tokens(worded)
+            whole = [self.family.with_template(text) for text in texts]
+            ids, mask = self._tokenizers[tokenizer].tokens(whole)
             found = self.execute(component, ids)
             return found | {"mask": mask} if self.family.masked else found
 

@@ -84,7 +84,7 @@ def main() -> None:
 
     from d2m.families import FAMILIES
 
-    beside = {family.name: family.beside["vae"] for family in FAMILIES}
+    beside = {family.names.name: family.plan.encoders["vae"] for family in FAMILIES}
     rows = []
     for name in options.decoders.split(","):
         with tempfile.TemporaryDirectory() as folder:

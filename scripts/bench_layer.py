@@ -30,9 +30,10 @@ from calib.batches import shapes_batches  # noqa: E402
 from calib.importance import neuron_importance  # noqa: E402
 from d2m.draw import load_pipeline  # noqa: E402
 from d2m.experts import SparseFFN  # noqa: E402
-from d2m.families import family_of_model, read_ffn, sites_of  # noqa: E402
-from d2m.flow import generator_at  # noqa: E402
-from d2m.inputs import noised, transformer_inputs  # noqa: E402
+from d2m.families import family_of_model  # noqa: E402
+from d2m.family_flow import generator_at  # noqa: E402
+from d2m.family_inputs import noised, transformer_inputs  # noqa: E402
+from d2m.family_sites import read_ffn, sites_of  # noqa: E402
 from d2m.losses import balance_loss, choices  # noqa: E402
 from d2m.recipe import Recipe, preset  # noqa: E402
 from d2m.surgery import convert_ffn, gate_weight, split_neurons  # noqa: E402

@@ -116,7 +116,7 @@ def surroundings(config: dict[str, Any], folder: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from d2m.draw import write_defaults
+    from d2m.family_defaults import write_defaults
 
     torch.manual_seed(0)
     clip, t5 = clip_tokenizer(), t5_tokenizer()

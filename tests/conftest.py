@@ -109,7 +109,7 @@ def tiny_guided_bundle(
     pytest.importorskip("diffusers")
     from tinyfamilies import SIZE, pixart
 
-    from d2m.draw import write_defaults
+    from d2m.family_defaults import write_defaults
 
     path = tmp_path_factory.mktemp("guided") / "guided"
     pixart().save_pretrained(path)

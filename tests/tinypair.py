@@ -32,7 +32,8 @@ def tiny_pair(
     """(student, teacher): the student is the teacher's conversion under random importance."""
     import torch
 
-    from d2m.families import family_of_model, sites_of
+    from d2m.families import family_of_model
+    from d2m.family_sites import sites_of
     from d2m.model import sparse_model_of
 
     teacher = tiny_transformer(seed, dtype, **config)

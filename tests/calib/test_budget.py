@@ -11,7 +11,8 @@ from calib import budget as budgets
 from calib.budget import chosen_before, recipe_for, stages_for
 from calib.costs import check_reach, costs_of, flops_of, resized, shares_of
 from d2m import recipe as recipes
-from d2m.families import FLUX, sites_of
+from d2m.families import FLUX
+from d2m.family_sites import sites_of
 from d2m.model import sparse_model_of
 from d2m.plan import plan
 from d2m.recipe import Calibration, preset

@@ -12,8 +12,9 @@ from calib.importance import (
     random,
     taylor,
 )
-from d2m.families import FLUX, read_ffn, sites_of
-from d2m.flow import generator_at, noisy
+from d2m.families import FLUX
+from d2m.family_flow import generator_at, noisy
+from d2m.family_sites import read_ffn, sites_of
 from d2m.recipe import Calibration, SparseSpec, preset
 from d2m.surgery import sparsify
 from tiny import tiny_inputs, tiny_transformer

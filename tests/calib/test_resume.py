@@ -12,7 +12,7 @@ from calib.data import chosen
 from calib.importance import neuron_importance
 from d2m import recipe as recipes
 from d2m.convert import convert
-from d2m.draw import drawing_defaults
+from d2m.family_defaults import generation_defaults
 from tiny import tiny_pipeline
 
 RECIPE = dataclasses.replace(
@@ -39,7 +39,12 @@ def dense(tmp_path_factory):
 def run(dense, out, how, cache=None, seen=None, **options):
     """Convert with `--data how`; `seen` gets every training batch by its step."""
     data = chosen(
-        how, lambda: drawing_defaults(dense), cache=cache, buffer=5, skip=2, log=lambda text: None
+        how,
+        lambda: generation_defaults(dense),
+        cache=cache,
+        buffer=5,
+        skip=2,
+        log=lambda text: None,
     )
 
     def batches(pipe, seed):

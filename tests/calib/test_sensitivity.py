@@ -7,7 +7,8 @@ import torch
 from tinypair import tiny_batches, tiny_pair
 
 from calib.sensitivity import Sensitivity, damage, left_out, sensitivity, sparse_sites
-from d2m.families import FLUX, sites_of
+from d2m.families import FLUX
+from d2m.family_sites import sites_of
 from d2m.recipe import Calibration, preset
 from d2m.structure import Shares
 from tiny import tiny_inputs

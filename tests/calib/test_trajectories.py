@@ -8,7 +8,7 @@ import tinydata
 from calib.data import chosen
 from calib.encodings import text_encoder
 from calib.trajectories import POINTS, trajectory
-from d2m.flow import generator_at, noisy, training_point
+from d2m.family_flow import flow_matching, generator_at, noisy, training_point
 from tiny import build_pipeline
 
 SETTINGS = {
@@ -103,11 +103,11 @@ def test_fewer_steps_than_points(pipe, tmp_path):
 def test_what_is_learnt_from(pipe, tmp_path):
     """Points as they are where a batch has them, else noise on its latents."""
     batch = batches(pipe, tmp_path / "p.txt")(0, 2)
-    x, t = training_point(batch, generator_at(0), 1.2, 1.2)
+    x, t = training_point(batch, generator_at(0), 1.2, 1.2, flow_matching)
     assert x is batch["noisy"] and t is batch["time"]
     plain = {"latents": batch["latents"]}
     expected = noisy(batch["latents"], generator_at(0), 1.2, 1.2)
-    found = training_point(plain, generator_at(0), 1.2, 1.2)
+    found = training_point(plain, generator_at(0), 1.2, 1.2, flow_matching)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 

@@ -15,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2m import flops
-from d2m.anatomy import Structure, anatomy, used_share
+from d2m.anatomy_flux import weights
+from d2m.families import FLUX
+from d2m.family_weights import Structure
 from d2m.model import SparseFluxTransformer2DModel
-from d2m.plan import structure_of
+from d2m.plan import structure_of, used_share
 from d2m.preset import FOLDER
 from d2m.recipe import SparseSpec
 from d2m.sorted_loop import forward_sorted
@@ -34,7 +36,7 @@ flops.register()
 def listed(config, structure):
     """Parameter name -> size; a block's weights stand for all blocks of its kind."""
     found = collections.Counter()
-    for stack in anatomy(config, structure, 16, 8):
+    for stack in weights(config, structure, 16, 8):
         for weight in stack.weights:
             places = range(stack.count) if "*" in stack.prefix else [0]
             for index in places if weight.size else ():
@@ -67,7 +69,7 @@ def test_every_weight_of_a_sparse_model(config, spec):
 
 
 def flops(config, structure, image, text):
-    stacks = anatomy(config, structure, image, text)
+    stacks = weights(config, structure, image, text)
     return sum(stack.active * weight.flops for stack in stacks for weight in stack.weights)
 
 
@@ -170,5 +172,5 @@ def test_flops_of_flux_dev_at_its_real_size(sparse):
 
 
 def test_share_of_an_ffn_that_a_token_uses():
-    assert used_share(3072, SPEC) == 0.375 and used_share(32, None) == 1.0
-    assert [used_share(128, SparseSpec(top_k=k)) for k in (0, 12)] == [0.25, 1.0]
+    assert used_share(3072, SPEC, FLUX) == 0.375 and used_share(32, None, FLUX) == 1.0
+    assert [used_share(128, SparseSpec(top_k=k), FLUX) for k in (0, 12)] == [0.25, 1.0]

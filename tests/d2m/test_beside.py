@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2m.beside import Beside
 from d2m.families import FAMILIES
+from d2m.family_encoders import EncoderSize
 from d2m.resources import (
     ALIVE,
     around_bytes,
@@ -98,20 +98,20 @@ BUILT["sd3"]["text_encoder_3"] = t5
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.names.name)
 def test_sizes_are_those_of_the_real_classes(family: Any) -> None:
     from export.families import FAMILIES as EXPORTED
 
-    assert family.beside.keys() == BUILT[family.name].keys()
-    for name, build in BUILT[family.name].items():
+    assert family.plan.encoders.keys() == BUILT[family.names.name].keys()
+    for name, build in BUILT[family.names.name].items():
         with torch.device("meta"):
             model, used = build()
         sizes = [p.numel() for p in used.parameters()]
         whole = model if isinstance(model, int) else sum(p.numel() for p in model.parameters())
-        known = family.beside[name]
-        assert (known.params, known.drawn, known.largest) == (whole, sum(sizes), max(sizes)), name
-    parts = {part.folder: part.whole for part in EXPORTED[family.name].parts if part}
-    assert {name: each.whole for name, each in family.beside.items()} == parts
+        known = family.plan.encoders[name]
+        assert (known.params, known.bundled, known.largest) == (whole, sum(sizes), max(sizes)), name
+    parts = {part.folder: part.whole for part in EXPORTED[family.names.name].parts if part}
+    assert {name: each.whole for name, each in family.plan.encoders.items()} == parts
 
 
 class Alive(TorchDispatchMode):
@@ -141,7 +141,7 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("size", [512, 1024])
 def test_decoding_holds_three_of_its_widest_tensors(config: str, size: int) -> None:
     with torch.device("meta"):
-        _, decoder = BUILT[subject_of(config).family.name]["vae"]()
+        _, decoder = BUILT[subject_of(config).family.names.name]["vae"]()
         latents = torch.empty(1, 16, size // 8, size // 8)
     with torch.no_grad(), Alive([*decoder.parameters(), latents]) as alive:
         decoder(latents)
@@ -165,8 +165,8 @@ def test_decoding_counts_the_directorys_own_vae(tiny_dense_dir: Path, tmp_path: 
 
 @pytest.mark.parametrize("config", shipped())
 def test_forecasts_count_the_familys_own_components(config: str) -> None:
-    beside = subject_of(config).family.beside
-    drawn = 2 * sum(each.drawn for each in beside.values())
+    beside = subject_of(config).family.plan.encoders
+    drawn = 2 * sum(each.bundled for each in beside.values())
     assert around_bytes(config) == 2 * sum(each.params for each in beside.values())
     assert around_bytes(config, drawn=True) == drawn
     assert largest_beside(config) == 2 * max(each.largest for each in beside.values())
@@ -195,4 +195,4 @@ def test_of_a_directory_its_files_count(tmp_path: Path) -> None:
     (root / "text_encoder" / "more.safetensors").unlink(missing_ok=True)
     save_file({"wide": torch.zeros(300, 400)}, root / "text_encoder" / "more.safetensors")
     assert largest_beside(root) == pytest.approx(4 * 300 * 400, rel=0.02)
-    assert isinstance(subject_of(root).family.beside["vae"], Beside)
+    assert isinstance(subject_of(root).family.plan.encoders["vae"], EncoderSize)

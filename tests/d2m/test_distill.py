@@ -12,8 +12,8 @@ from tinypair import EXPERTS, RECIPE, SHARED, recipe_with, tiny_batches, tiny_pa
 
 from d2m import learner
 from d2m.distill import distill
+from d2m.family_flow import generator_at, noisy
 from d2m.features import block_features, feature_errors, feature_names
-from d2m.flow import generator_at, noisy
 from d2m.surgery import set_top_k, sparse_ffns
 from tiny import tiny_inputs
 

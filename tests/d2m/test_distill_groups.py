@@ -10,8 +10,8 @@ from tinypair import BLOCKS, GROUPS, THREE, grouped_pair, tiny_batches
 
 from d2m import learner
 from d2m.distill import distill
+from d2m.family_flow import generator_at, noisy
 from d2m.features import block_features, feature_names, group_feature_names
-from d2m.flow import generator_at, noisy
 from d2m.groups import block_groups, set_kappa
 from d2m.recipe import with_stages
 from d2m.structure import Blocks

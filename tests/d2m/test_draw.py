@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2m.draw import drawing_defaults, load_pipeline, pipeline_draw, settings, write_defaults
+from d2m.draw import load_pipeline, pipeline_draw, settings
+from d2m.family_defaults import generation_defaults, write_defaults
 from tiny import IMAGE_SIZE, MAX_SEQUENCE_LENGTH
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a ring"]
@@ -35,7 +36,7 @@ def skeleton(path: Path, **configs: dict) -> Path:
 
 
 def test_fallbacks_come_from_the_configs(directory: Path) -> None:
-    assert drawing_defaults(directory) == {
+    assert generation_defaults(directory) == {
         "height": IMAGE_SIZE,
         "width": IMAGE_SIZE,
         "num_inference_steps": 28,
@@ -53,7 +54,7 @@ def test_fallbacks_of_flux_dev_and_schnell(tmp_path: Path) -> None:
             vae={"sample_size": 1024},
             tokenizer_2={"model_max_length": int(1e30)},
         )
-        assert drawing_defaults(path) == {
+        assert generation_defaults(path) == {
             "height": 1024,
             "width": 1024,
             "num_inference_steps": steps,
@@ -65,7 +66,7 @@ def test_fallbacks_of_flux_dev_and_schnell(tmp_path: Path) -> None:
 def test_defaults_file_wins_and_overrides_win_over_it(tmp_path: Path) -> None:
     path = skeleton(tmp_path, vae={"sample_size": 32})
     write_defaults(path, height=64, num_inference_steps=16)
-    values = drawing_defaults(path)
+    values = generation_defaults(path)
     assert (values["height"], values["width"], values["num_inference_steps"]) == (64, 32, 16)
     values = settings(path, height=None, num_inference_steps=2, guidance_scale=0.0)
     assert (values["height"], values["num_inference_steps"]) == (64, 2)
@@ -90,19 +91,19 @@ def test_a_bad_defaults_file_is_refused(tmp_path: Path, values: dict, word: str)
     assert not (path / "defaults.json").exists()
     (path / "defaults.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=word):
-        drawing_defaults(path)
+        generation_defaults(path)
 
 
 def test_broken_json_and_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
-        drawing_defaults(tmp_path)
+        generation_defaults(tmp_path)
     path = skeleton(tmp_path)
     (path / "defaults.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        drawing_defaults(path)
+        generation_defaults(path)
     (path / "defaults.json").write_text("[]")
     with pytest.raises(ValueError, match="a list, expected a JSON object"):
-        drawing_defaults(path)
+        generation_defaults(path)
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
         (path / "defaults.json").write_text("{}")
         settings(path, num_inference_steps=0)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from d2m.families import FLUX, family_of, family_of_model, read_ffn, read_rest, sites_of
+from d2m.families import FLUX, family_of, family_of_model
+from d2m.family_sites import read_ffn, read_rest, sites_of
 from tiny import tiny_inputs, tiny_transformer
 
 SITES = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2m import family_pixart as pixart
-from d2m.flow import generator_at, training_point
+from d2m.family_flow import generator_at, training_point
 from d2m.rows import cut
 from d2m.structure import Blocks
 
@@ -37,10 +37,8 @@ def test_rows_of_a_batch_get_its_draws() -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     batch = batch_of(6, DPMSolverMultistepScheduler())
-    whole = training_point(batch, generator_at(0), 1.2, 1.2, noised=pixart.noised)
-    part = training_point(
-        cut(batch, (2, 5)), generator_at(0), 1.2, 1.2, (2, 6), noised=pixart.noised
-    )
+    whole = training_point(batch, generator_at(0), 1.2, 1.2, pixart.noised)
+    part = training_point(cut(batch, (2, 5)), generator_at(0), 1.2, 1.2, pixart.noised, (2, 6))
     for mine, all_of_them in zip(part, whole, strict=True):
         torch.testing.assert_close(mine, all_of_them[2:5], rtol=0, atol=1e-6)
 

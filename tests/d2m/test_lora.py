@@ -107,7 +107,7 @@ def test_shares_are_those_of_the_products(tmp_path):
         product = (up @ down).square()
         sums["all"] += float(product.sum())
         block = ".".join(name.split(".")[:2])
-        for site in FLUX.sites:
+        for site in FLUX.blocks.sites:
             if site.blocks != name.split(".")[0]:
                 continue
             tail = student.get_submodule(f"{block}.{site.module}").neurons[32:]

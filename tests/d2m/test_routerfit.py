@@ -3,9 +3,9 @@
 import torch
 from tinypair import THREE, grouped_pair, tiny_batches
 
-from d2m.flow import generator_at, noisy
+from d2m.family_flow import generator_at, noisy
+from d2m.family_inputs import transformer_inputs
 from d2m.groups import block_groups, set_kappa
-from d2m.inputs import transformer_inputs
 from d2m.routerfit import SPREAD, spread, spread_routers
 
 

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2m import flops
 from d2m import recipe as recipes
-from d2m.anatomy import Structure, anatomy, used_share
-from d2m.families import family_of_model
+from d2m.anatomy_flux import weights
+from d2m.families import FLUX, family_of_model
+from d2m.family_weights import Structure
 from d2m.model import SparseFluxTransformer2DModel, sparse_model_of
-from d2m.plan import plan
+from d2m.plan import plan, used_share
 from d2m.recipe import SparseSpec, preset
 from d2m.structure import Blocks, Shares, check_shares, shares_from
 from d2m.surgery import identity_error, sparse_ffns
@@ -41,7 +42,9 @@ def test_what_the_shared_expert_has_less_the_experts_have_more():
     assert shares_from(json.loads(json.dumps(SHARES.to_dict())), Blocks()) == SHARES
     assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(RECIPE)))) == RECIPE
     # two FFNs in a double block, one in a single
-    assert used_share(32, spec) == pytest.approx((2 * 0.6875 + 2 * 0.375 + 0.21875 + 0.6875) / 6)
+    assert used_share(32, spec, FLUX) == pytest.approx(
+        (2 * 0.6875 + 2 * 0.375 + 0.21875 + 0.6875) / 6
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_every_weight_and_flop_is_counted():
     scores = {n: torch.rand(128) for n in _sites(teacher)}
     model = sparse_model_of(teacher, scores, recipe, family_of_model(teacher))
     config = {**TRANSFORMER_CONFIG, **deep, "patch_size": 1, "out_channels": None}
-    stacks = anatomy(config, Structure(recipe.spec, recipe.blocks, recipe.adaln), 16, 8)
+    stacks = weights(config, Structure(recipe.spec, recipe.blocks, recipe.adaln), 16, 8)
     counted = sum(stack.count * weight.size for stack in stacks for weight in stack.weights)
     assert counted == sum(p.numel() for p in model.parameters())
     flops.register()
@@ -112,7 +115,7 @@ def test_every_weight_and_flop_is_counted():
 
 
 def _sites(model):
-    from d2m.families import sites_of
+    from d2m.family_sites import sites_of
 
     return [name for name, _, _ in sites_of(model.state_dict(), family_of_model(model))]
 
@@ -130,7 +133,9 @@ def test_on_disk_and_in_a_plan(tiny_dense_dir, tmp_path):
     ours, theirs = plan(tmp_path / "transformer"), plan(tiny_dense_dir, recipe=path)
     assert ours["total_params"] == theirs["total_params"]
     assert (
-        ours["ffn_activated_share"] == theirs["ffn_activated_share"] == used_share(32, RECIPE.spec)
+        ours["ffn_activated_share"]
+        == theirs["ffn_activated_share"]
+        == used_share(32, RECIPE.spec, FLUX)
     )
     assert plan(tiny_dense_dir, preset="L")["ffn_activated_share"] == 0.375
     (tmp_path / "model_index.json").write_text(

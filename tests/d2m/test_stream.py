@@ -20,7 +20,7 @@ from d2m import recipe as recipes
 from d2m.adaln import norms
 from d2m.adalnfit import compress_adaln
 from d2m.families import FLUX
-from d2m.flow import generator_at
+from d2m.family_flow import generator_at
 from d2m.model import SparseFluxTransformer2DModel, sparse_model_of
 from d2m.shards import INDEX, STEM, open_shards
 from d2m.stream import block_names, check_blocks, convert_stream, sampled
@@ -155,7 +155,7 @@ def test_what_is_on_disk_is_checked(dense, tmp_path):
     run(dense, tmp_path / "out")
     source, written = (open_shards(path / "transformer") for path in (dense, tmp_path / "out"))
     blocks = block_names(source, FLUX)
-    assert blocks == [f"{kind}.{i}" for _, kind in FLUX.kinds for i in range(2)]
+    assert blocks == [f"{kind}.{i}" for _, kind in FLUX.blocks.kinds for i in range(2)]
     assert sampled(blocks, 0) == blocks
     for name in (
         "transformer_blocks.1.ff.experts.w2",

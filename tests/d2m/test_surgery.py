@@ -9,7 +9,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from d2m.experts import AttentionPlusFFN, SparseFFN
-from d2m.families import FLUX, read_ffn, read_rest, sites_of
+from d2m.families import FLUX
+from d2m.family_sites import read_ffn, read_rest, sites_of
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.recipe import SparseSpec
 from d2m.surgery import (

@@ -16,10 +16,11 @@ import torch
 from conftest import exported
 from tinyfamilies import FAMILIES, SIZE, Tiny
 
-from d2m.draw import write_defaults
-from d2m.families import family_of_pipeline, sites_of
-from d2m.flow import generator_at
-from d2m.inputs import noised, transformer_inputs
+from d2m.families import family_of_pipeline
+from d2m.family_defaults import write_defaults
+from d2m.family_flow import generator_at
+from d2m.family_inputs import noised, transformer_inputs
+from d2m.family_sites import sites_of
 from d2m.model import sparse_model_of
 from d2m.recipe import from_dict
 from d2m.structure import Blocks
@@ -58,9 +59,9 @@ def batches(pipe: Any) -> Any:
     def batch(step: int, size: int) -> dict[str, torch.Tensor]:
         draw = generator_at(0, "data", step)
         texts = [PROMPTS[i % 2] for i in range(size)]
-        found = family.encode_text(pipe, texts, LENGTH)
-        found["latents"] = torch.stack([family.noise(pipe, SIZE, SIZE, draw) for _ in texts])
-        return found | family.places(pipe, found, SIZE, SIZE)
+        found = family.data.encode_text(pipe, texts, LENGTH)
+        found["latents"] = torch.stack([family.data.noise(pipe, SIZE, SIZE, draw) for _ in texts])
+        return found | family.data.position_ids(pipe, found, SIZE, SIZE)
 
     return batch
 
@@ -172,7 +173,7 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
     family = family_of_pipeline(pipe)
     sparse.save_pretrained(tmp_path / "sparse" / "transformer")
     index = json.loads((dense_dir / "model_index.json").read_text())
-    index["transformer"] = ["d2m", family.sparse_class]
+    index["transformer"] = ["d2m", family.names.sparse_class]
     (tmp_path / "sparse" / "model_index.json").write_text(json.dumps(index))
     changes = factors(dense)
     answer = lora(
@@ -320,7 +321,7 @@ def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
             found = pipe.transformer(
                 **transformer_inputs(pipe.transformer, batch, x, t), return_dict=False
             )[0]
-        assert family_of_pipeline(pipe).predicted(found).shape == batch["latents"].shape
+        assert family_of_pipeline(pipe).data.predicted(found).shape == batch["latents"].shape
     with pytest.raises(ValueError, match="--data is shapes, but .* draws 16 pixels.* expected"):
         check_taught(dense_dir, chosen("shapes", lambda: told))
 
@@ -374,25 +375,30 @@ def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_di
 
 
 @pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
-def test_a_plan_counts_the_models_own_weights(pipe: Any, tiny: Tiny, mode: str) -> None:
-    from d2m.anatomy import Structure
+def test_a_plan_counts_the_models_own_weights(
+    pipe: Any, tiny: Tiny, dense_dir: Path, tmp_path: Path, mode: str
+) -> None:
+    from d2m.family_weights import Structure
     from d2m.model import sparse_class, structure
-    from d2m.recipe import SparseSpec
+    from d2m.plan import plan
+    from d2m.recipe import SparseSpec, to_dict
     from d2m.structure import AdaLN
     from d2m.subject import sizes
 
     family = family_of_pipeline(pipe)
     raw = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
-    config = sizes(json.loads(json.dumps(raw)) | {"_class_name": family.dense_class}, "test")
+    config = sizes(json.loads(json.dumps(raw)) | {"_class_name": family.names.dense_class}, "test")
     made = recipe(groups=tiny.groups, kappa=1)
     if mode != "full" and not tiny.modulated:
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(to_dict(dataclasses.replace(made, adaln=AdaLN(mode)))))
         with pytest.raises(ValueError, match="adaln.mode is .* expected full"):
-            family.anatomy(config, Structure(SparseSpec(), Blocks(), AdaLN(mode)), 16, 8)
+            plan(dense_dir, recipe=path)
         return
     with torch.device("meta"):
         model = sparse_class(family)(**raw, **structure(made), adaln=mode)
     blocks = Blocks(**{k: tuple(map(tuple, v)) for k, v in tiny.groups.items()})
-    stacks = family.anatomy(config, Structure(SparseSpec(), blocks, AdaLN(mode)), 16, 8)
+    stacks = family.plan.weights(config, Structure(SparseSpec(), blocks, AdaLN(mode)), 16, 8)
     total = sum(stack.count * w.size for stack in stacks for w in stack.weights)
     assert total == sum(p.numel() for p in model.parameters())
 
@@ -434,7 +440,7 @@ def test_draws_as_diffusers_does(
     family = family_of_pipeline(pipe)
     draw = generator_at(0, "draw")
     height, width = tiny.size
-    noise = torch.stack([family.noise(pipe, height, width, draw) for _ in PROMPTS])
+    noise = torch.stack([family.data.noise(pipe, height, width, draw) for _ in PROMPTS])
     drawer = runtime.load(bundle, "ort", threads=1)
     options: dict[str, Any] = {"height": height, "width": width}
     against = {"negative": "a black star"} if drawer.family.guided else {}
@@ -444,7 +450,7 @@ def test_draws_as_diffusers_does(
     with torch.no_grad():
         options |= {"latents": noise, "num_inference_steps": 3, "guidance_scale": guidance}
         options |= {"max_sequence_length": LENGTH, "output_type": "np"}
-        theirs = family.drawn(pipe, {"prompt": PROMPTS, **options}).images
+        theirs = family.data.generate(pipe, {"prompt": PROMPTS, **options}).images
     for mine, other in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(mine, np.float32) / 255 - other).max() < 1.5 / 255
     if not drawer.family.guided:
@@ -462,7 +468,7 @@ def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
     if not (masks := [name for name in conditions if name.endswith("mask")]):
         pytest.skip("this family masks nothing")
     mask, states = conditions[masks[0]], conditions["encoder_hidden_states"]
-    theirs = family_of_pipeline(pipe).encode_text(pipe, texts, LENGTH)
+    theirs = family_of_pipeline(pipe).data.encode_text(pipe, texts, LENGTH)
     assert np.array_equal(mask, theirs[masks[0]].numpy()) and 0 < mask.mean() < 1
     noise = drawer.noise(range(3), (8, 8))
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import flux
 from runtime.arguments import check_request, read_latents
+from runtime.family_latents import pack
 
 MANIFEST: dict[str, Any] = {
     "family": "flux",
@@ -136,7 +136,7 @@ def test_a_dense_bundle_has_no_top_k() -> None:
 def test_latents_packed_or_not() -> None:
     request = check_request(MANIFEST, "a", n=3)
     unpacked = np.random.default_rng(0).standard_normal((3, 4, 8, 12))
-    packed = flux.pack(unpacked).astype(np.float32)
+    packed = pack(unpacked).astype(np.float32)
     for given in (unpacked, packed, packed.astype(np.float16)):
         found = read_latents(given, request, MANIFEST)
         assert found.dtype == np.float32

@@ -1,4 +1,4 @@
-"""runtime.dpmsolver against diffusers' DPMSolverMultistepScheduler, from the same noise."""
+"""runtime.family_dpm_solver against diffusers' DPMSolverMultistepScheduler, from the same noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import dpmsolver
+from runtime import family_dpm_solver as dpm_solver
 
 SIGMA = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -29,14 +29,14 @@ def test_a_drawing_is_diffusers(name: str, steps: int) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     config = CONFIGS[name]
-    dpmsolver.check_scheduler(config)
+    dpm_solver.check_scheduler(config)
     scheduler = DPMSolverMultistepScheduler(**config)
     scheduler.set_timesteps(steps)
-    levels = dpmsolver.sigmas(config, steps)
+    levels = dpm_solver.sigmas(config, steps)
     np.testing.assert_allclose(levels, scheduler.sigmas.numpy(), rtol=1e-5)
-    times = dpmsolver.timestep_of(config, levels[:-1])
+    times = dpm_solver.timestep_of(config, levels[:-1])
     np.testing.assert_array_equal(times, scheduler.timesteps.numpy())
-    step = dpmsolver.sampler(config, levels)
+    step = dpm_solver.sampler(config, levels)
     ours = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
     theirs = torch.from_numpy(ours)
     for index, time in enumerate(scheduler.timesteps):
@@ -50,7 +50,7 @@ def test_a_drawing_is_diffusers(name: str, steps: int) -> None:
 def test_what_diffusers_writes_is_taken() -> None:
     """The config that save_pretrained writes, -Infinity and all."""
     diffusers = pytest.importorskip("diffusers")
-    dpmsolver.check_scheduler(dict(diffusers.DPMSolverMultistepScheduler().config))
+    dpm_solver.check_scheduler(dict(diffusers.DPMSolverMultistepScheduler().config))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_what_diffusers_writes_is_taken() -> None:
 )
 def test_what_is_not_done_is_refused(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        dpmsolver.check_scheduler({**SIGMA, **wrong})
+        dpm_solver.check_scheduler({**SIGMA, **wrong})
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
     with pytest.raises(ValueError, match="steps is 1000, expected fewer"):
-        dpmsolver.sigmas(SIGMA, 1000)
+        dpm_solver.sigmas(SIGMA, 1000)

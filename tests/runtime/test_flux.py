@@ -1,9 +1,10 @@
-"""Every function of runtime.flux against diffusers' own."""
+"""Flow matching and latents, every function against diffusers' own."""
 
 import numpy as np
 import pytest
 
-from runtime import flux
+from runtime import family_flow_matching as flow_matching
+from runtime import family_latents as latents_of
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -50,10 +51,10 @@ def reference(config: dict, steps: int, tokens: int):
 def test_sigmas(name: str, steps: int) -> None:
     for tokens in (64, 256, 1024, 4096, 16384):
         _, expected, timesteps = reference(CONFIGS[name], steps, tokens)
-        found = flux.sigmas(CONFIGS[name], steps, tokens)
+        found = flow_matching.sigmas(CONFIGS[name], steps, tokens)
         assert found.dtype == np.float32 and found.shape == (steps + 1,)
         np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
-        given = flux.timestep(found[0], 3, CONFIGS[name])
+        given = flow_matching.timestep(found[0], 3, CONFIGS[name])
         assert given.shape == (3,) and given.dtype == np.float32
         np.testing.assert_allclose(given, (timesteps[0] / 1000).item(), atol=1e-6)
 
@@ -67,7 +68,7 @@ def test_sigmas_of_the_schedulers_own_spacing(dynamic: bool) -> None:
     for steps in (2, 7, 28):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(steps, mu=calculate_shift(1024))
-        found = flux.sigmas({**config, "use_flow_sigmas": True}, steps, 1024)
+        found = flow_matching.sigmas({**config, "use_flow_sigmas": True}, steps, 1024)
         np.testing.assert_allclose(found, scheduler.sigmas.numpy(), atol=1e-6)
 
 
@@ -82,13 +83,13 @@ def test_given_sigmas_are_shifted_as_the_scheduler_shifts_them(name: str) -> Non
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu = calculate_shift(576, *(getattr(scheduler.config, field) for field in names))
     retrieve_timesteps(scheduler, 4, "cpu", sigmas=np.array(given), mu=mu)
-    found = flux.sigmas(config, 4, 576, given)
+    found = flow_matching.sigmas(config, 4, 576, given)
     np.testing.assert_allclose(found, scheduler.sigmas.numpy(), atol=1e-6)
 
 
 def test_one_step_starts_at_one() -> None:
     for name in ("dev", "schnell", "plain", "linear"):
-        assert flux.sigmas(CONFIGS[name], 1, 256).tolist() == [1.0, 0.0]
+        assert flow_matching.sigmas(CONFIGS[name], 1, 256).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -109,12 +110,12 @@ def test_one_step_starts_at_one() -> None:
 )
 def test_a_scheduler_that_is_not_fluxs_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*export again"):
-        flux.check_scheduler({**FLUX_DEV, **wrong})
+        flow_matching.check_scheduler({**FLUX_DEV, **wrong})
 
 
 def test_known_schedulers_pass() -> None:
     for config in CONFIGS.values():
-        flux.check_scheduler(config)
+        flow_matching.check_scheduler(config)
 
 
 def test_euler_steps_like_the_scheduler() -> None:
@@ -124,7 +125,7 @@ def test_euler_steps_like_the_scheduler() -> None:
     ours, theirs = latents, torch.from_numpy(latents)
     for index, timestep in enumerate(timesteps):
         velocity = rng.standard_normal(latents.shape, np.float32)
-        ours = flux.euler(ours, velocity, sigmas[index], sigmas[index + 1])
+        ours = flow_matching.euler(ours, velocity, sigmas[index], sigmas[index + 1])
         theirs = scheduler.step(torch.from_numpy(velocity), timestep, theirs)[0]
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-6)
@@ -135,10 +136,10 @@ def test_pack_and_unpack(size: tuple[int, int]) -> None:
     from diffusers import FluxPipeline
 
     latents = np.random.default_rng(1).standard_normal((3, 4, *size), np.float32)
-    packed = flux.pack(latents)
+    packed = latents_of.pack(latents)
     expected = FluxPipeline._pack_latents(torch.from_numpy(latents), 3, 4, *size)
     np.testing.assert_array_equal(packed, expected.numpy())
-    np.testing.assert_array_equal(flux.unpack(packed, *size), latents)
+    np.testing.assert_array_equal(latents_of.unpack(packed, *size), latents)
     pixels = (size[0] * 8, size[1] * 8)
     theirs = FluxPipeline._unpack_latents(expected, *pixels, 8)
     np.testing.assert_array_equal(theirs.numpy(), latents)
@@ -148,7 +149,7 @@ def test_position_ids() -> None:
     from diffusers import FluxPipeline
 
     image = FluxPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32).numpy()
-    found = flux.position_ids(7, 6, 10)
+    found = latents_of.position_ids(7, 6, 10)
     np.testing.assert_array_equal(found, np.concatenate([np.zeros((7, 3)), image]))
 
 
@@ -156,8 +157,8 @@ def test_position_ids() -> None:
 def test_rope(axes: tuple[int, int, int]) -> None:
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-    positions = flux.position_ids(9, 128, 96)
-    cos, sin = flux.rope(positions, axes)
+    positions = latents_of.position_ids(9, 128, 96)
+    cos, sin = latents_of.rope(positions, axes)
     expected = FluxPosEmbed(10000, list(axes))(torch.from_numpy(positions))
     assert cos.dtype == sin.dtype == np.float32
     for found, theirs in zip((cos, sin), expected, strict=True):
@@ -165,9 +166,9 @@ def test_rope(axes: tuple[int, int, int]) -> None:
 
 
 def test_noise_depends_on_its_seed_alone() -> None:
-    several = flux.noise([5, 6, 7], 4, 8, 6)
+    several = latents_of.packed_noise([5, 6, 7], 4, 8, 6)
     assert several.shape == (3, 12, 16) and several.dtype == np.float32
-    np.testing.assert_array_equal(several[1:2], flux.noise([6], 4, 8, 6))
+    np.testing.assert_array_equal(several[1:2], latents_of.packed_noise([6], 4, 8, 6))
     assert abs(float(several.mean())) < 0.2 and 0.8 < float(several.std()) < 1.2
     assert not np.array_equal(several[0], several[1])
 
@@ -175,17 +176,25 @@ def test_noise_depends_on_its_seed_alone() -> None:
 def test_noise_stays_what_it_is() -> None:
     # Images are to be drawn again from their metadata years later: the stream must not change.
     expected = [-0.24822916, -0.02676702, -0.28061485]
-    np.testing.assert_allclose(flux.noise([0], 4, 8, 8)[0, 0, :3], expected, atol=1e-6)
+    np.testing.assert_allclose(latents_of.packed_noise([0], 4, 8, 8)[0, 0, :3], expected, atol=1e-6)
 
 
 def test_unscale() -> None:
     latents = np.random.default_rng(2).standard_normal((1, 4, 2, 2), np.float32)
-    scaled = flux.unscale(latents, 0.3611, 0.1159)
+    scaled = latents_of.unscale(latents, 0.3611, 0.1159)
     expected = (torch.from_numpy(latents) / 0.3611) + 0.1159
     np.testing.assert_allclose(scaled, expected.numpy(), atol=1e-6)
-    np.testing.assert_allclose(flux.scale(scaled, 0.3611, 0.1159), latents, atol=1e-6)
-    assert flux.unscale(latents, 0.5, None).dtype == np.float32
+    assert latents_of.unscale(latents, 0.5, None).dtype == np.float32
 
 
-def test_guidance_vector() -> None:
-    assert flux.guidance_vector(3.5, 2).tolist() == [3.5, 3.5]
+def test_guidance_is_an_input_where_the_model_embeds_it() -> None:
+    from runtime.family_flux import FLUX
+
+    manifest = {
+        "components": {"transformer": {"inputs": {"guidance": {}}}},
+        "latents": {"rope_axes": [2, 2, 2], "rope_theta": 10000},
+        "scheduler": {},
+    }
+    conditions = {"encoder_hidden_states": np.zeros((2, 3, 4), np.float32)}
+    (given,) = FLUX.feeds(manifest, conditions, np.float32([1.0]), (4, 4), 3.5)
+    assert given["guidance"].tolist() == [3.5, 3.5] and given["guidance"].dtype == np.float32

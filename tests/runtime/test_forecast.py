@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tinygrouped import GROUPS
 
-from runtime import flux
+from runtime.family_flow_matching import sigmas
 from runtime.forecast import columns, schedule, span
 from runtime.pipeline import Pipeline
 
@@ -39,7 +39,7 @@ def test_the_schedule_is_torchs(pipeline: Pipeline, tiny_forecast_dir: Path, kap
         first = expected[row["name"]][:, 0].tolist()
         assert row["runs"] == [list(range(i, i + kappa)) for i in first]
     config, tokens = pipeline.manifest["scheduler"], 16
-    np.testing.assert_allclose(answer["sigmas"], flux.sigmas(config, 5, tokens)[:-1])
+    np.testing.assert_allclose(answer["sigmas"], sigmas(config, 5, tokens)[:-1])
 
 
 def test_drawing_asks_no_router_and_draws_the_same(

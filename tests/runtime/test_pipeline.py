@@ -9,7 +9,7 @@ import pytest
 from PIL.Image import Image
 
 import runtime
-from runtime import flux
+from runtime.family_latents import packed_noise, unpack
 from runtime.picture import save, settings_of
 from runtime.pipeline import Pipeline
 
@@ -59,7 +59,7 @@ def torch_images(directory: Path, noise: np.ndarray, top_k: int | None = None) -
     ).images
 
 
-NOISE = flux.noise([3, 4], 4, 8, 8)
+NOISE = packed_noise([3, 4], 4, 8, 8)
 SETTINGS: dict[str, Any] = {"steps": 6, "guidance": 3.0, "height": 16, "width": 16}
 
 
@@ -124,7 +124,7 @@ def test_seeds_and_batches(pipeline: Pipeline, tiny_bundle: Path) -> None:
 
 def test_latents_unpacked_and_packed(pipeline: Pipeline) -> None:
     first = pipeline(PROMPTS, latents=NOISE, steps=2)
-    second = pipeline(PROMPTS, latents=flux.unpack(NOISE, 8, 8), steps=2)
+    second = pipeline(PROMPTS, latents=unpack(NOISE, 8, 8), steps=2)
     assert pixels(first).tolist() == pixels(second).tolist()
     assert settings_of(first[0])["seed"] is None
 

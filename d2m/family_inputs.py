@@ -20,11 +20,11 @@ def transformer_inputs(
     """What `model(**inputs)` takes, tensors on the model's device.
 
     Args:
-        batch: the family's conditions (`Family.inputs`).
+        batch: the family's conditions (`Data.inputs`).
         x [B, ...]: noisy latents.
         t [B]: their times in [0, 1], 1 pure noise.
     """
-    inputs = family_of_model(model).inputs(model, batch, x, t)
+    inputs = family_of_model(model).data.inputs(model, batch, x, t)
     device = next(model.parameters()).device
     return {n: each.to(device) if hasattr(each, "to") else each for n, each in inputs.items()}
 
@@ -37,14 +37,14 @@ def noised(
     std: float = 1.2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents of a batch made noisy as `model` knows noise: (x_t, t [B], what it is to predict)."""
-    return family_of_model(model).noised(batch, generator, mean, std)
+    return family_of_model(model).data.noised(batch, generator, mean, std)
 
 
 def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -> Tensor:
     """temb [B, D], what feeds AdaLN and the groups' routers, as the model's forward computes it.
 
-    batch: what `Family.embedding` reads; t [B]: times in [0, 1].
+    batch: what `Data.embedding` reads; t [B]: times in [0, 1].
     """
     device = next(model.time_text_embed.parameters()).device  # type: ignore[union-attr]
     there = {name: each.to(device) for name, each in batch.items()}
-    return family_of_model(model).embedding(model, there, t.to(device))
+    return family_of_model(model).data.embedding(model, there, t.to(device))

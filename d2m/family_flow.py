@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from d2m.family import flow_matching
+Config = Mapping[str, Any]  # of a model, as its config.json
+Batch = Mapping[str, "Tensor"]
 
 
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
@@ -21,6 +24,8 @@ def generator_at(seed: int, *place: int | str) -> torch.Generator:
     What is drawn there depends on nothing that was drawn before, so a resumed run needs no saved
     random state; and on CUDA the draws are the CPU's.
     """
+    import torch
+
     text = "/".join(str(part) for part in (seed, *place))
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return torch.Generator().manual_seed(number % 2**63)
@@ -40,6 +45,8 @@ def noisy(
     t = sigmoid(N(mean, std)). A mean of log(s) is what shifting a sampler's schedule by s does to
     the logit-normal density (derived); 1.2 and 1.2 served best for the shapes teacher (ours).
     """
+    import torch
+
     first, whole = rows or (0, latents.shape[0])
     part = slice(first, first + latents.shape[0])
     t = torch.sigmoid(torch.randn(whole, generator=generator) * std + mean)[part]
@@ -49,18 +56,29 @@ def noisy(
     return torch.lerp(latents, noise, at), t, noise - latents
 
 
+def flow_matching(
+    batch: Batch,
+    generator: torch.Generator,
+    mean: float = 1.2,
+    std: float = 1.2,
+    rows: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`noisy` of a batch's latents: (x_t, t [B], velocity)."""
+    return noisy(batch["latents"], generator, mean, std, rows)
+
+
 def training_point(
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     generator: torch.Generator,
     mean: float,
     std: float,
+    noised: Callable[..., tuple[Tensor, Tensor, Tensor]],
     rows: tuple[int, int] | None = None,
-    noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching,
 ) -> tuple[Tensor, Tensor]:
     """Where teacher and student are compared: (x_t [B, ...], t [B]).
 
     The batch's own `noisy` and `time` where it has them, points of the teacher's own way; else
-    what the family's `noised` draws, of `rows` as in `noisy`.
+    what the family's `noised` makes, of `rows` as in `noisy`.
     """
     if "noisy" in batch:
         return batch["noisy"], batch["time"]

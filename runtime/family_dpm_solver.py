@@ -9,12 +9,13 @@ timesteps, S steps of a drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-Step = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+from runtime.family_latents import Step
+
 KNOWN = {
     "beta_schedule": ("linear", "scaled_linear"),
     "solver_order": (2, 1),

@@ -1,77 +1,23 @@
-"""Arithmetic around FLUX.1's transformer, in numpy: what diffusers' FluxPipeline does in torch.
+"""Flow matching in numpy: what diffusers' FlowMatchEulerDiscreteScheduler does in torch.
 
-Read: diffusers 0.42 FluxPipeline, FluxPosEmbed, FlowMatchEulerDiscreteScheduler; the tests hold
-every function here to them. Letters: n images, C latent channels, h x w latent pixels (pixels of
-the image divided by the VAE's scale factor), T tokens = (h / 2)(w / 2).
+Read: diffusers 0.42; the tests hold every function here to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from runtime.family_latents import Step
+
 TRAIN_STEPS = 1000  # diffusers' default num_train_timesteps
 
 
-def noise(seeds: Sequence[int], channels: int, height: int, width: int) -> np.ndarray:
-    """Packed initial latents [n, T, 4C], float32: one Philox stream per seed.
-
-    A stream depends on its seed and the shape alone, so image i of a batch drawn from `seed`
-    starts as the only image drawn from `seed + i`. (Ours: torch's own noise is not reproduced.)
-    """
-    shape = (channels, height, width)
-    streams = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
-    return pack(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
-
-
-def pack(latents: np.ndarray) -> np.ndarray:
-    """[n, C, h, w] -> [n, (h/2)(w/2), 4C]: every 2 x 2 patch becomes one token."""
-    n, channels, height, width = latents.shape
-    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
-    patches = patches.transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(patches.reshape(n, (height // 2) * (width // 2), channels * 4))
-
-
-def unpack(tokens: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[n, (h/2)(w/2), 4C] -> [n, C, h, w]; the inverse of `pack`."""
-    n, _, channels = tokens.shape
-    patches = tokens.reshape(n, height // 2, width // 2, channels // 4, 2, 2)
-    patches = patches.transpose(0, 3, 1, 4, 2, 5)
-    return np.ascontiguousarray(patches.reshape(n, channels // 4, height, width))
-
-
-def position_ids(text_tokens: int, height: int, width: int) -> np.ndarray:
-    """Positions [text + image tokens, 3], text first: zeros for text, (0, row, column) for images.
-
-    `height` and `width` are the latents' (h, w); a token is a 2 x 2 patch of them.
-    """
-    image = np.zeros((height // 2, width // 2, 3), np.float32)
-    image[..., 1] = np.arange(height // 2)[:, None]
-    image[..., 2] = np.arange(width // 2)[None, :]
-    text = np.zeros((text_tokens, 3), np.float32)
-    return np.concatenate([text, image.reshape(-1, 3)])
-
-
-def rope(
-    positions: np.ndarray, axes: Sequence[int], theta: float = 10000.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary cos and sin, each float32 [tokens, sum(axes)], every angle twice in a row.
-
-    Angles are float64 as in diffusers: in float32 they are off by 1e-4 at position 1000.
-    """
-    angles = [
-        np.outer(positions[:, axis], 1.0 / theta ** (np.arange(0, dim, 2) / dim))
-        for axis, dim in enumerate(axes)
-    ]
-    angle = np.repeat(np.concatenate(angles, axis=1), 2, axis=1)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
 def check_scheduler(config: dict[str, Any]) -> None:
-    """Refuse a FlowMatchEulerDiscreteScheduler config that asks for what FLUX never uses."""
+    """Refuse a FlowMatchEulerDiscreteScheduler config that asks for what no family uses."""
     for field in ("use_beta_sigmas", "stochastic_sampling", "invert_sigmas"):
         if config.get(field):
             raise ValueError(
@@ -106,7 +52,7 @@ def check_scheduler(config: dict[str, Any]) -> None:
 
 
 def shift_mu(config: dict[str, Any], image_tokens: int) -> float:
-    """The shift for a picture of `image_tokens`, on the line through the two lengths named."""
+    """The shift for an image of `image_tokens`, on the line through the two lengths named."""
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (high - low) / (long - short)
@@ -172,16 +118,8 @@ def euler(
     return latents + (np.float32(following) - np.float32(sigma)) * velocity
 
 
-def guidance_vector(guidance: float, batch: int) -> np.ndarray:
-    """The guidance input [batch], float32 (the x1000 happens in the transformer)."""
-    return np.full(batch, guidance, np.float32)
-
-
-def unscale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:
-    """From what the transformer draws to what the VAE decodes: latents / scaling + shift."""
-    return latents / np.float32(scaling_factor) + np.float32(shift_factor or 0.0)
-
-
-def scale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:
-    """The inverse of `unscale`."""
-    return (latents - np.float32(shift_factor or 0.0)) * np.float32(scaling_factor)
+def sampler(scheduler: Mapping[str, Any], levels: np.ndarray) -> Step:
+    """Euler's step along the predicted velocity, from one of `levels` to the next."""
+    return lambda index, latents, velocity: euler(
+        latents, velocity, levels[index], levels[index + 1]
+    )

@@ -1,0 +1,117 @@
+"""The weights of a FLUX.1 transformer by name: every one's size, and its use in a step.
+
+Put together from the pieces of d2m/family_weights.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from d2m.family_weights import (
+    TIME_CHANNELS,
+    Stack,
+    Structure,
+    Weight,
+    alike,
+    dim_of,
+    linear,
+    modulated,
+    output,
+    router,
+    shared_modulation,
+    sparse_ffn,
+    vector,
+)
+from d2m.recipe import SparseSpec
+from d2m.structure import lowrank_default
+
+LISTS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+RATIO = 4  # hidden neurons of an FFN over its width
+MODULATIONS = {"double": 12, "single": 3}  # vectors of D a block takes from AdaLN
+NORMS = {"double": ("norm1", "norm1_context"), "single": ("norm",)}
+
+
+def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
+    """See d2m.family_weights."""
+    dim = dim_of(config)
+    blocks, spec = structure.blocks, structure.spec
+    depth = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    left = {kind: count - len(blocks.dropped(kind)) for kind, count in depth.items()}
+    chunks = sum(MODULATIONS[kind] * count for kind, count in left.items())
+    tokens = {"double": (image, text), "single": (image + text,)}
+    inside = {"double": _double, "single": _single}
+    rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
+    first = (*_embedders(config, dim, image, text), *shared_modulation(structure.adaln, dim, rank))
+    stacks = [Stack("", 1, 1, first)]
+    for kind, name in LISTS.items():
+        for own, count, running in alike(blocks, spec, kind, depth[kind]):
+            inside_block = (
+                *inside[kind](config, own, dim, *tokens[kind]),  # type: ignore[operator]
+                *modulated(structure.adaln, norms_of(kind), dim, rank),
+            )
+            stacks.append(Stack(f"{name}.*.", count, running, inside_block))
+        for group in blocks.groups(kind):
+            own_router = tuple(router(dim, len(group), blocks))
+            stacks.append(Stack(f"{name}.{group[0]}.router.", 1, 1, own_router))
+    return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
+
+
+def norms_of(kind: str) -> list[tuple[str, int]]:
+    """(name, chunks of width D) of a block's modulated norms."""
+    return [(name, MODULATIONS[kind] // len(NORMS[kind])) for name in NORMS[kind]]
+
+
+def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
+    embeds = {"timestep_embedder": TIME_CHANNELS, "text_embedder": config["pooled_projection_dim"]}
+    if config["guidance_embeds"]:
+        embeds["guidance_embedder"] = TIME_CHANNELS
+    for name, inputs in embeds.items():
+        for last, width in (("linear_1", inputs), ("linear_2", dim)):
+            yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
+    yield from linear("embedders", "context_embedder", config["joint_attention_dim"], dim, text)
+    yield from linear("embedders", "x_embedder", config["in_channels"], dim, image)
+
+
+def _double(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
+) -> Iterator[Weight]:
+    part, head = "double_attention", config["attention_head_dim"]
+    streams = (
+        ("ff", image, ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")),
+        (
+            "ff_context",
+            text,
+            ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            ("norm_added_q", "norm_added_k"),
+        ),
+    )
+    for ffn, rows, linears, norms in streams:
+        for name in linears:
+            yield from linear(part, f"attn.{name}", dim, dim, rows)
+        for name in norms:
+            yield vector(part, f"attn.{name}.weight", head)
+        if spec is None:
+            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
+            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
+        else:
+            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)
+    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
+
+
+def _single(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, rows: int
+) -> Iterator[Weight]:
+    part = "single_attention"
+    for name in ("to_q", "to_k", "to_v"):
+        yield from linear(part, f"attn.{name}", dim, dim, rows)
+    for name in ("norm_q", "norm_k"):
+        yield vector(part, f"attn.{name}.weight", config["attention_head_dim"])
+    yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
+    if spec is None:  # proj_out maps attention and FFN together: its weight is counted in two parts
+        yield from linear("single_ffn", "proj_mlp", dim, RATIO * dim, rows)
+        yield from linear(part, "proj_out", dim, dim, rows, bias=False)
+        yield from linear("single_ffn", "proj_out", RATIO * dim, dim, rows)
+    else:
+        yield from linear(part, "proj_out.linear", dim, dim, rows, bias=False)
+        yield from sparse_ffn("single_ffn", "proj_mlp", dim, RATIO * dim, spec, rows)
