@@ -9,67 +9,21 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2m.families import family_of_model
 from export.body import routings, with_body
-from export.family import Row
 from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
-from export.modulation import MODULATION
+from export.program import BODY, MODULATION, BlockType, Program, Row, Tracing
 from export.rewrite import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs
 
-if TYPE_CHECKING:
-    import onnx
-
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
-BODY = "either"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
-
-
-@dataclass
-class BlockType:
-    """A kind of block: what it reads, writes and needs, and its graph per top_k ("" if unrouted).
-
-    `inputs` and `outputs` name entries of the program's environment; `weights` are local names,
-    `linears` those of them that a checkpoint holds as [out, in].
-    """
-
-    name: str
-    inputs: dict[str, Spec]
-    outputs: dict[str, Spec]
-    weights: dict[str, Spec]
-    linears: frozenset[str] = frozenset()
-    graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
-
-    @property
-    def routed(self) -> bool:
-        """Whether there is a graph per number of experts."""
-        return "" not in self.graphs
-
-
-@dataclass
-class Program:
-    """A component: block types by name and the calls (type, weight prefix) in order.
-
-    `groups`: name in the model -> the calls of which a router chooses.
-    """
-
-    types: dict[str, BlockType]
-    calls: list[tuple[str, str]]
-    inputs: dict[str, Spec]
-    outputs: dict[str, Spec]
-    groups: dict[str, Group] = field(default_factory=dict)
-
-    @property
-    def weighted(self) -> list[tuple[str, str]]:
-        """(type, weight prefix) of everything that has weights: the calls and the routers."""
-        return [*self.calls, *((group.type, group.prefix) for group in self.groups.values())]
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -82,6 +36,7 @@ def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
 
 def transformer_program(
     model: Any,
+    tracing: Tracing,
     dtype: torch.dtype,
     top_k: Sequence[int] = (),
     progress: Progress | None = None,
@@ -90,20 +45,17 @@ def transformer_program(
 
     A group of blocks becomes calls like any others and a router that says which of them run.
     """
-    from export.families import export_family
-
-    family = export_family(model)
-    inputs, inner, outputs = family.environment(model, dtype)
+    inputs, inner, outputs = tracing.environment(model, dtype)
     passed = {name for name in inputs if inner.get(name) is inputs[name]}  # to the blocks, as is
     first = {name: spec for name, spec in inputs.items() if name not in passed}
     opened = {name: inner[name] for name in inner if name not in passed}
-    last = {name: inner[name] for name in family.closes}
-    embed, final = family.embed(model), family.final(model)
+    last = {name: inner[name] for name in tracing.final_inputs}
+    embed, final = tracing.embed(model), tracing.final(model)
     steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, opened)]
     members: dict[str, list[int]] = {}
     for _, blocks in family_of_model(model).blocks.kinds:
         for prefix, block, group in placed_blocks(model, blocks):
-            row = family.row(block)
+            row = tracing.row(block)
             written = {name: inner[name] for name in row.outputs}
             if group is not None:
                 members.setdefault(group, []).append(len(steps))

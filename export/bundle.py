@@ -21,7 +21,7 @@ from d2m.siblings import temporary_dir
 if TYPE_CHECKING:
     import torch
 
-    from export.blocks import BlockType, Program
+    from export.program import BlockType, Program
     from export.source import Component
 
 Progress = Callable[[str, int, int], None]
@@ -205,7 +205,7 @@ def need_extra() -> None:
 
 def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:
     """The numbers of experts to export, ascending, the checkpoint's own among them."""
-    from export.source import config
+    from export.family_configs import config
 
     values = config(source, "transformer")
     experts, own = values.get("num_experts", 12), values.get("top_k", 2)
@@ -354,7 +354,7 @@ def check_graph(path: Path, weights: Sequence[Path]) -> None:
 
 def type_record(row: BlockType, paths: Mapping[str, str]) -> dict[str, Any]:
     """A block type as the manifest holds it."""
-    from export.blocks import BODY
+    from export.program import BODY
 
     record = {
         "graphs": dict(paths),

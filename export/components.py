@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.blocks import Program, block_type
-from export.family import Part
+from export.blocks import block_type
+from export.family import Encoder
+from export.program import Program
 from export.trace import Spec
 
 IDS = Spec(torch.int64, ("batch", "text_tokens"))
@@ -144,7 +145,7 @@ def first(output: Any) -> tuple[Tensor, ...]:
     return (output[0],)
 
 
-# The last fields of a Part for what most families share (export.family).
+# The last fields of a Encoder for what most families share (export.family).
 TRANSFORMERS = "transformers"
 T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
-VAE = Part("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)
+VAE = Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)

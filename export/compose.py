@@ -20,7 +20,7 @@ from export.trace import OUT, Spec
 if TYPE_CHECKING:
     import onnx
 
-    from export.blocks import BlockType, Program
+    from export.program import BlockType, Program
 
 BLOCKS = "d2m.blocks"  # domain of the functions that are block types
 STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}

@@ -16,7 +16,10 @@ from d2m.family_defaults import generation_defaults
 from export import modulation
 from export.attention import ExportAttention
 from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
-from export.family import Family, Part, Row, check_packed
+from export.family import Encoder, Family
+from export.family_configs import config
+from export.family_ends import Final, check_packed
+from export.program import Row, Tracing
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -49,19 +52,6 @@ class Embed(nn.Module):
         temb = self.time_text_embed(*times, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
         return image, text, temb, *modulation.written(self, temb)
-
-
-class Final(nn.Module):
-    """What FluxTransformer2DModel does after its blocks, and SD3's and Qwen-Image's do too."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.norm_out = model.norm_out
-        self.proj_out = model.proj_out
-
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """[B, T, D], [B, D] -> velocity [B, T, channels]; SD3: channels of a pixel together."""
-        return self.proj_out(self.norm_out(hidden_states, temb))
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
@@ -117,8 +107,6 @@ def environment(
 
 def lengths(directory: Path) -> dict[str, int]:
     """Tokens of CLIP and of T5."""
-    from export.source import config
-
     clip = config(directory, "text_encoder")
     return {
         "tokenizer": clip["max_position_embeddings"],
@@ -151,7 +139,7 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
     """FluxPipeline called with packed latents; it has no negative prompt."""
     return pipe(
         prompt_embeds=conditions["encoder_hidden_states"],
@@ -184,24 +172,27 @@ def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
 
 FLUX = Family(
     name="flux",
-    parts=(
-        Part("text_encoder", "text_encoder", TRANSFORMERS, "CLIPTextModel", clip_program, pooled),
+    components=(
+        Encoder(
+            "text_encoder", "text_encoder", TRANSFORMERS, "CLIPTextModel", clip_program, pooled
+        ),
         # T5 of FLUX.1 is 9.5 GB: like the transformer's, its weights are read one by one.
-        Part("text_encoder_2", "text_encoder_2", *T5, whole=False),
+        Encoder("text_encoder_2", "text_encoder_2", *T5, whole=False),
         None,
         VAE,
     ),
-    environment=environment,
-    embed=Embed,
-    final=Final,
-    row=lambda block: ROWS[type(block).__name__],
-    processor=ExportAttention,
+    tracing=Tracing(
+        environment=environment,
+        embed=Embed,
+        final=Final,
+        row=lambda block: ROWS[type(block).__name__],
+        processor=ExportAttention,
+    ),
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    draw=draw,
+    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
-    sample=lambda model, output: output,
     spatial=spatial,
 )

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m import family_pixart as pixart
 from d2m.anatomy_pixart import check_conditions
 from d2m.family_defaults import generation_defaults
-from d2m.family_pixart import generate
 from export.attention import attended, heads
-from export.blocks import Program
 from export.components import IDS, TRANSFORMERS, VAE, eager, first, single
-from export.family import Family, Part, Row
-from export.modulation import MODULATION
+from export.family import Encoder, Family
+from export.family_ends import patches, sample_patches
+from export.program import MODULATION, Program, Row, Tracing
 from export.trace import Spec
 
 MASK = "encoder_attention_mask"
@@ -199,14 +199,14 @@ def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
     """PixArtSigmaPipeline called with latents [n, C, h, w]."""
     given = {"negative_prompt": None, "latents": latents, "output_type": "latent", **settings}
     for prefix, words in (("", conditions), ("negative_", negative)):
         if words is not None:
             given[f"{prefix}prompt_embeds"] = words["encoder_hidden_states"]
             given[f"{prefix}prompt_attention_mask"] = words[MASK]
-    return generate(pipe, given).images
+    return pixart.generate(pipe, given).images
 
 
 def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -218,12 +218,11 @@ def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
     """The forward's keywords: latents cut into patches, and what their places add."""
-    patches, latents = model.pos_embed, given["hidden_states"]
-    patch = model.config.patch_size
+    embed, latents = model.pos_embed, given["hidden_states"]
     # What PatchEmbed adds, by itself: of no latents it is the projection's bias and the places.
-    added = patches(torch.zeros_like(latents[:1]))[0] - patches.proj.bias
+    added = embed(torch.zeros_like(latents[:1]))[0] - embed.proj.bias
     return {
-        "hidden_states": F.unfold(latents, patch, stride=patch).transpose(1, 2),
+        "hidden_states": patches(latents, model.config.patch_size),
         "encoder_hidden_states": given["encoder_hidden_states"],
         MASK: given[MASK].to(latents.dtype),
         "timestep": given["timestep"].float(),
@@ -231,18 +230,11 @@ def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any])
     }
 
 
-def beside(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def unread(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """temb, of which blocks get the modulation alone."""
     times, dtype = given["timestep"], given["hidden_states"].dtype
     emb = model.adaln_single.emb
     return {"temb": emb(times, None, None, batch_size=len(times), hidden_dtype=dtype)}
-
-
-def sample(model: Any, output: Tensor) -> Tensor:
-    """[n, 2 C, h, w] -> patches [n, T, p p 2 C], all channels of a pixel together."""
-    patch, channels = model.config.patch_size, output.shape[1]
-    cut = F.unfold(output, patch, stride=patch).transpose(1, 2)
-    return cut.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2)
 
 
 def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -250,7 +242,7 @@ def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
     return latents / pipe.vae.config.scaling_factor
 
 
-T5 = Part(
+T5 = Encoder(
     "text_encoder",
     "text_encoder",
     TRANSFORMERS,
@@ -258,24 +250,26 @@ T5 = Part(
     masked_t5_program,
     first,
     whole=False,
-    before=("attention_mask",),
+    passed_inputs=("attention_mask",),
 )
 PIXART = Family(
     name="pixart",
-    parts=(T5, None, VAE),
-    environment=environment,
-    embed=Embed,
-    final=Final,
-    row=row,
-    processor=Attention,
+    components=(T5, None, VAE),
+    tracing=Tracing(
+        environment=environment,
+        embed=Embed,
+        final=Final,
+        row=row,
+        processor=Attention,
+    ),
     lengths=lengths,
     latents=latents,
     text_tokens=lambda lengths: {"": lengths["tokenizer"], "text_encoder": lengths["tokenizer"]},
-    draw=draw,
+    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
-    beside=beside,
-    sample=sample,
+    unread=unread,
+    sample=sample_patches,
     spatial=spatial,
     scheduler="DPMSolverMultistepScheduler",
 )

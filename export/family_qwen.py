@@ -18,10 +18,11 @@ from d2m.family_defaults import generation_defaults
 from d2m.family_qwen import MASK, STATES, TEMPLATE_TOKENS
 from export import modulation
 from export.attention import attended, heads, rms_norm, rotate
-from export.blocks import Program, block_type
+from export.blocks import block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
-from export.family import Family, Part, Row, check_packed
-from export.family_flux import Final
+from export.family import Encoder, Family
+from export.family_ends import Final, check_packed
+from export.program import Program, Row, Tracing
 from export.qwenvae import vae_program
 from export.trace import Spec
 
@@ -152,7 +153,7 @@ def text_program(model: Any, dtype: torch.dtype) -> Program:
     return Program({"qwen": kind}, calls, {"input_ids": IDS}, outputs)
 
 
-def stored(name: str) -> str:
+def stored_name(name: str) -> str:
     """A parameter's name in files: transformers writes Qwen2.5-VL under its first release's."""
     for inside, written in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if name.startswith(inside):
@@ -202,7 +203,7 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
     """QwenImagePipeline called with packed latents."""
     against = {} if negative is None else {
         "negative_prompt_embeds": negative[STATES],
@@ -257,24 +258,25 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 TEXT = (TRANSFORMERS, "Qwen2_5_VLForConditionalGeneration", text_program, last_states)
 QWEN = Family(
     name="qwen",
-    parts=(
+    components=(
         # 15 GB: its weights are read one by one.
-        Part("text_encoder", "text_encoder", *TEXT, whole=False, stored=stored),
+        Encoder("text_encoder", "text_encoder", *TEXT, whole=False, stored_name=stored_name),
         None,
-        Part("vae_decoder", "vae", "diffusers", "AutoencoderKLQwenImage", vae_program, first),
+        Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKLQwenImage", vae_program, first),
     ),
-    environment=environment,
-    embed=Embed,
-    final=Final,
-    row=lambda block: Row("joint", READ, STREAMS[::-1], call_block),
-    processor=MaskedAttention,
+    tracing=Tracing(
+        environment=environment,
+        embed=Embed,
+        final=Final,
+        row=lambda block: Row("joint", READ, STREAMS[::-1], call_block),
+        processor=MaskedAttention,
+    ),
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    draw=draw,
+    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
-    sample=lambda model, output: output,
     spatial=spatial,
     decode=decode,
 )

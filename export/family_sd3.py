@@ -21,9 +21,10 @@ from d2m.groups import Passed
 from export import modulation
 from export.attention import attended, heads, rms_norm
 from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, pooled_and_states
-from export.family import Family, Part, Row
-from export.family_flux import Final
-from export.modulation import MODULATION
+from export.family import Encoder, Family
+from export.family_configs import config
+from export.family_ends import Final, patches, sample_patches
+from export.program import MODULATION, Row, Tracing
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -166,8 +167,6 @@ def environment(
 
 def lengths(directory: Path) -> dict[str, int]:
     """Tokens of both CLIPs, and of T5."""
-    from export.source import config
-
     clip = config(directory, "text_encoder")["max_position_embeddings"]
     longest = generation_defaults(directory)["max_sequence_length"]
     return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": longest}
@@ -203,7 +202,7 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def draw(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
+def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
     """StableDiffusion3Pipeline called with latents [n, C, h, w]."""
     against = {} if negative is None else {
         "negative_prompt_embeds": negative["encoder_hidden_states"],
@@ -233,16 +232,9 @@ def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any])
     top, left = (grid - height) // 2, (grid - width) // 2
     found = {n: given[n] for n in ("encoder_hidden_states", "pooled_projections", "timestep")}
     return found | {
-        "hidden_states": F.unfold(latents, patch, stride=patch).transpose(1, 2),
+        "hidden_states": patches(latents, patch),
         "positions": rows[top : top + height, left : left + width].reshape(-1),
     }
-
-
-def sample(model: Any, output: Tensor) -> Tensor:
-    """[n, C, h, w] -> patches [n, T, p p C], all channels of a pixel together."""
-    patch, channels = model.config.patch_size, output.shape[1]
-    cut = F.unfold(output, patch, stride=patch).transpose(1, 2)
-    return cut.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2)
 
 
 def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -254,25 +246,27 @@ def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
 CLIP = (TRANSFORMERS, "CLIPTextModelWithProjection", clip_projection_program, pooled_and_states)
 SD3 = Family(
     name="sd3",
-    parts=(
-        Part("text_encoder", "text_encoder", *CLIP),
-        Part("text_encoder_2", "text_encoder_2", *CLIP),
-        Part("text_encoder_3", "text_encoder_3", *T5, whole=False),
+    components=(
+        Encoder("text_encoder", "text_encoder", *CLIP),
+        Encoder("text_encoder_2", "text_encoder_2", *CLIP),
+        Encoder("text_encoder_3", "text_encoder_3", *T5, whole=False),
         None,
         VAE,
     ),
-    environment=environment,
-    embed=Embed,
-    final=Final,
-    row=row,
-    prepare=prepare,
-    processor=JointAttention,
+    tracing=Tracing(
+        environment=environment,
+        embed=Embed,
+        final=Final,
+        row=row,
+        processor=JointAttention,
+        prepare=prepare,
+    ),
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    draw=draw,
+    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
-    sample=sample,
+    sample=sample_patches,
     spatial=spatial,
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from export.program import MODULATION
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from export.trace import Spec
-
-MODULATION = "modulation"  # the tensor's name, and the dense model's submodule that writes it
 
 
 def lend(model: Any, embed: nn.Module) -> None:

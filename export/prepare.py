@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2m.adaln import SharedAdaLN
 from d2m.experts import SparseFFN, experts_op
+from export.program import Tracing
 
 
 class Sinusoid(nn.Module):
@@ -65,16 +66,13 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return torch.matmul(x, layer.weight.t()) + layer.bias
 
 
-def prepare(model: nn.Module) -> nn.Module:
+def prepare(model: nn.Module, tracing: Tracing) -> nn.Module:
     """Concatenate QKV and set the modules that export well, in place; returns the model.
 
     Afterwards the parameters are those that a bundle holds: attn.to_qkv, attn.to_added_qkv (or
     attn.to_q and attn.to_kv, where queries are of one stream and keys of the other). Norms
     with shared modulation take it instead of temb (see Embed): their shared module is none.
     """
-    from export.families import export_family
-
-    family = export_family(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseFFN):
             parent, _, child = name.rpartition(".")
@@ -91,6 +89,6 @@ def prepare(model: nn.Module) -> nn.Module:
             for part in parts if crossed else ("to_q", *parts):
                 if hasattr(module, part):
                     delattr(module, part)
-            module.set_processor(family.processor())
-    family.prepare(model)
+            module.set_processor(tracing.processor())
+    tracing.prepare(model)
     return model

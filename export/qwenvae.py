@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.attention import attended, heads
-from export.blocks import Program
 from export.components import single
+from export.program import Program
 from export.trace import Spec
 
 

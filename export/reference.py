@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.modulation import MODULATION
+from export.program import MODULATION
 
 if TYPE_CHECKING:
-    from export.family import Family, Part
+    from export.family import Encoder, Family
     from runtime.bundle import Bundle
 
 Arrays = dict[str, np.ndarray]
@@ -87,8 +87,8 @@ def as_stored(pipe: Any, bundle: Bundle) -> None:
     from export.families import FAMILIES
 
     halves = {"BF16": torch.bfloat16, "F16": torch.float16}
-    parts = FAMILIES[bundle.manifest["family"]].parts
-    folders = {part.name: part.folder for part in parts if part is not None}
+    models = FAMILIES[bundle.manifest["family"]].components
+    folders = {model.name: model.folder for model in models if model is not None}
     for component in bundle.manifest["components"]:
         stored = bundle.weights(component).tensors
         if not any(row.dtype in halves for row in stored.values()):
@@ -147,7 +147,7 @@ def record(
             return values
 
         with watch_transformer(pipe.transformer, row, result, recorded):
-            final = row.draw(
+            final = row.generate(
                 pipe,
                 conditions,
                 negative,
@@ -170,16 +170,19 @@ def record(
 def watch_encoders(pipe: Any, row: Family, result: Recording) -> Iterator[None]:
     """Keep the ids that the text encoders get, and what the pipeline takes from each."""
 
-    def keep(part: Part) -> Any:
+    def keep(part: Encoder) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             ids = args[0] if args else kwargs["input_ids"]
-            outputs = (*(kwargs[name].float() for name in part.before), *part.picked(output))
+            outputs = (
+                *(kwargs[name].float() for name in part.passed_inputs),
+                *part.outputs_of(output),
+            )
             taken = {str(i): array(tensor) for i, tensor in enumerate(outputs)}
             result.components[part.name] = ({"input_ids": ids.numpy()}, taken)
 
         return hook
 
-    encoders = [part for part in row.parts if part and part.name.startswith("text_encoder")]
+    encoders = [part for part in row.components if part and part.name.startswith("text_encoder")]
     handles = [
         getattr(pipe, part.folder).register_forward_hook(keep(part), with_kwargs=True)
         for part in encoders
@@ -262,11 +265,12 @@ def watch_transformer(
         sample = {"sample": array(row.sample(model, output[0]))}
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
-        beside = {name: array(each) for name, each in row.beside(model, kwargs).items()}
+        unread = {name: array(each) for name, each in row.unread(model, kwargs).items()}
         opened = ("hidden_states", "encoder_hidden_states", "temb", MODULATION)
-        embedded = {name: each for name, each in (first | beside).items() if name in opened}
+        embedded = {name: each for name, each in (first | unread).items() if name in opened}
         result.blocks[step]["embed"] = (inputs, embedded)
-        closing = {name: (last[0] | last[1] | beside)[name] for name in row.closes}
+        closing = last[0] | last[1] | unread
+        closing = {name: closing[name] for name in row.tracing.final_inputs}
         result.blocks[step]["final"] = (closing, sample)
         chosen = {name: site.last_logits for name, site in sites.items() if site.top_k}
         result.logits[step] = {

@@ -18,12 +18,13 @@ from d2m.families import Family, family_of
 from d2m.family_defaults import generation_defaults
 from d2m.parameters import count
 from export.families import FAMILIES
+from export.family_configs import config
 from export.weights import Checkpoint, parameter_getter
 
 if TYPE_CHECKING:
     import torch
 
-    from export.blocks import Program
+    from export.program import Program
 
     Progress = Callable[[str, int, int], None]
 
@@ -54,7 +55,7 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     row = FAMILIES[family.names.name]
     classes_of = (family.names.dense_class, family.names.sparse_class, *family.names.aliases)
     known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
-    known |= {part.folder: (part.cls,) for part in row.parts if part is not None}
+    known |= {model.folder: (model.cls,) for model in row.components if model is not None}
     known["scheduler"] = (row.scheduler,)
     for name, classes in known.items():
         found = (index.get(name) or [None, None])[1]
@@ -88,16 +89,6 @@ def check_exportable(directory: Path) -> None:
             )
 
 
-def config(directory: Path, name: str) -> dict[str, Any]:
-    """A component's config.json without diffusers' own fields."""
-    file = "scheduler_config.json" if name == "scheduler" else "config.json"
-    path = directory / name / file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, expected a component's config; save it again.")
-    values = json.loads(path.read_text("utf-8"))
-    return {key: value for key, value in values.items() if not key.startswith("_")}
-
-
 def components(
     directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
 ) -> list[Component]:
@@ -118,7 +109,7 @@ def components(
         return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
 
     def empty(
-        name: str, folder: str, cls: Any, trace: Any, stored: Callable[[str], str]
+        name: str, folder: str, cls: Any, trace: Any, stored_name: Callable[[str], str]
     ) -> Component:
         from accelerate import init_empty_weights
 
@@ -126,23 +117,24 @@ def components(
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_pretrained(directory / folder))
         model.tie_weights()
-        if {stored(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
+        if {stored_name(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
             return loaded(name, folder, cls, "dtype", trace)  # named as an older release did
         kind = checkpoint.main_dtype()
 
         def get(key: str) -> torch.Tensor:
-            return checkpoint.get(stored(key))
+            return checkpoint.get(stored_name(key))
 
         return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
 
+    row = FAMILIES[family_of(directory).names.name]
     skeleton = empty_transformer(directory, sparse)
     checkpoint = Checkpoint(directory / "transformer")
 
     def trace(dtype: torch.dtype) -> Program:
-        return transformer_program(skeleton, dtype, top_k, progress)
+        return transformer_program(skeleton, row.tracing, dtype, top_k, progress)
 
     found = []
-    for part in FAMILIES[family_of(directory).names.name].parts:
+    for part in row.components:
         if part is None:
             found.append(
                 Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
@@ -153,7 +145,7 @@ def components(
         if part.whole:
             found.append(loaded(part.name, part.folder, cls, keyword, part.program))
         else:
-            found.append(empty(part.name, part.folder, cls, part.program, part.stored))
+            found.append(empty(part.name, part.folder, cls, part.program, part.stored_name))
     return found
 
 
@@ -172,7 +164,7 @@ def empty_transformer(directory: Path, sparse: bool) -> Any:
         cls = sparse_class(family)
     with torch.device("meta"):
         model = cls.from_config(config(directory, "transformer"))
-    return prepare(model)
+    return prepare(model, FAMILIES[family.names.name].tracing)
 
 
 def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:

@@ -124,10 +124,12 @@ def block_graphs(
     import torch
 
     from export.blocks import transformer_program
+    from export.families import export_family
     from export.source import empty_transformer
 
     skeleton = empty_transformer(Path(sparse_dir), True)
-    program = transformer_program(skeleton, getattr(torch, dtype), (top_k,))
+    tracing = export_family(skeleton).tracing
+    program = transformer_program(skeleton, tracing, getattr(torch, dtype), (top_k,))
     return {
         (kind, key): graph
         for kind, found in program.types.items()

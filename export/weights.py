@@ -25,7 +25,7 @@ from runtime.weights import read_header
 if TYPE_CHECKING:
     import torch
 
-    from export.blocks import Program
+    from export.program import Program
 
 Progress = Callable[[str, int, int], None]
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector of any CPU

@@ -118,9 +118,11 @@ def bfloat16_graph(sparse: Path) -> str:
     import torch
 
     from export.blocks import transformer_program
+    from export.family_flux import FLUX
     from export.source import empty_transformer
 
-    program = transformer_program(empty_transformer(sparse, True), torch.bfloat16, (2,))
+    skeleton = empty_transformer(sparse, True)
+    program = transformer_program(skeleton, FLUX.tracing, torch.bfloat16, (2,))
     kind = next(row for name, row in program.types.items() if name.startswith("single"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "block.onnx")

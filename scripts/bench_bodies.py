@@ -135,8 +135,8 @@ def misses(run: Run, width: int, tokens: int) -> dict[str, float]:
 
 def measure(width: int, tokens: int, runs: int, threads: int) -> dict[str, Any]:
     """Medians of every way, taken in turns, and which of them pass."""
-    from export.blocks import BODY
     from export.body import BODIES
+    from export.program import BODY
 
     opened = {kind: open_run(kind, width, tokens, threads) for kind in (*BODIES, MOE)}
     missed = {kind: misses(run, width, tokens) for kind, run in opened.items()}
@@ -181,8 +181,8 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help=f"also (D, T) = {LARGE}")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_bodies.json")
     given = parser.parse_args()
-    from export.blocks import BODY
     from export.body import BODIES
+    from export.program import BODY
 
     names = [*BODIES, MOE]
     print("    D     T " + "".join(f"{name:>19}" for name in names) + "   (ms, best of runs)")

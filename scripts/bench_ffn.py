@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help=f"also (D, T) = {LARGE}")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_ffn.json")
     arguments = parser.parse_args()
-    from export.blocks import BODY
+    from export.program import BODY
 
     rows = []
     print(f"{'D':>5} {'T':>5} {'dense ms':>10} {'sparse ms':>10} {'speedup':>8}  range")

@@ -49,7 +49,7 @@ def program_of(bundle: Path, component: str) -> Any:
     """The component's Program, from its manifest and block graphs."""
     import torch
 
-    from export.blocks import BlockType, Program
+    from export.program import BlockType, Program
     from export.trace import Spec
     from export.weights import PARTS
 

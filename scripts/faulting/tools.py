@@ -155,7 +155,7 @@ def stored(part: Any, folder: Path) -> Any:
     import onnx
     import torch
 
-    from export.blocks import BlockType, Program
+    from export.program import BlockType, Program
     from export.trace import Spec
     from runtime.bundle import open_bundle
 

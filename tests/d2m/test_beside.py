@@ -110,8 +110,9 @@ def test_sizes_are_those_of_the_real_classes(family: Any) -> None:
         whole = model if isinstance(model, int) else sum(p.numel() for p in model.parameters())
         known = family.plan.encoders[name]
         assert (known.params, known.bundled, known.largest) == (whole, sum(sizes), max(sizes)), name
-    parts = {part.folder: part.whole for part in EXPORTED[family.names.name].parts if part}
-    assert {name: each.whole for name, each in family.plan.encoders.items()} == parts
+    models = [model for model in EXPORTED[family.names.name].components if model]
+    whole = {model.folder: model.whole for model in models}
+    assert {name: each.whole for name, each in family.plan.encoders.items()} == whole
 
 
 class Alive(TorchDispatchMode):

@@ -11,6 +11,7 @@ from torch import nn
 
 import export.blocks
 from export.blocks import transformer_program
+from export.family_flux import FLUX
 from export.prepare import prepare
 from export.schema import DOMAIN, OP
 from export.trace import EXAMPLE, OUT, Spec
@@ -134,7 +135,7 @@ def test_types_are_found_by_structure(monkeypatch: pytest.MonkeyPatch) -> None:
         return onnx.helper.make_model(graph)
 
     monkeypatch.setattr(export.blocks, "trace", trace)
-    program = transformer_program(prepare(model), torch.float32)
+    program = transformer_program(prepare(model, FLUX.tracing), FLUX.tracing, torch.float32)
     assert [kind for kind, _ in program.calls] == [
         "embed", "double", "double", "single", "single_2", "single", "final",
     ]  # fmt: skip
@@ -162,7 +163,7 @@ def test_half_precision_keeps_the_router_in_float(sparse: nn.Module) -> None:
     from export.family_flux import ROWS, environment
 
     model = copy.deepcopy(sparse)
-    state = {n: p.detach() for n, p in prepare(model).named_parameters()}
+    state = {n: p.detach() for n, p in prepare(model, FLUX.tracing).named_parameters()}
     _, inner, _ = environment(model, torch.float16)
     row = ROWS["FluxSingleTransformerBlock"]
     read, written = ({n: inner[n] for n in side} for side in (row.inputs, row.outputs))

@@ -29,7 +29,7 @@ from d2m.model import SparseFluxTransformer2DModel
 from d2m.structure import AdaLN
 from export.blocks import block_type, reads, transformer_program
 from export.compose import compose
-from export.family_flux import ROWS, environment
+from export.family_flux import FLUX, ROWS, environment
 from export.parity import parity
 from export.plans import build_plans
 from export.prepare import prepare
@@ -159,7 +159,7 @@ def test_lowrank_at_full_rank_is_full(tiny_sparse_dir: Path, tmp_path: Path) -> 
         expected = full(**given).sample
     model.save_pretrained(tmp_path / "model")
     checkpoint, weights = Checkpoint(tmp_path / "model"), tmp_path / "w.safetensors"
-    program = transformer_program(prepare(model), torch.float32, (2,))
+    program = transformer_program(prepare(model, FLUX.tracing), FLUX.tracing, torch.float32, (2,))
     write(weights, place(program, checkpoint.dtype), checkpoint.get)
     graph = compose(program, weights, 2).SerializeToString()
     (tmp_path / "m.onnx").write_bytes(graph)

@@ -11,6 +11,7 @@ from d2m.recipe import preset
 from d2m.structure import Shares
 from export.blocks import transformer_program
 from export.compose import compose
+from export.family_flux import FLUX
 from export.prepare import prepare
 from export.weights import Checkpoint, place, write
 from tiny import tiny_inputs
@@ -31,7 +32,7 @@ def test_two_sizes_are_two_types(tmp_path: Path) -> None:
     feed |= {"rope_cos": cos, "rope_sin": sin}
     model.save_pretrained(tmp_path / "model")
     checkpoint, weights = Checkpoint(tmp_path / "model"), tmp_path / "w.safetensors"
-    program = transformer_program(prepare(model), torch.float32, (2,))
+    program = transformer_program(prepare(model, FLUX.tracing), FLUX.tracing, torch.float32, (2,))
     kinds = [kind for kind, _ in program.calls]
     assert kinds == ["embed", "double", "double_2", "single", "single", "final"]
     shapes = [program.types[kind].weights["ff.experts.w1"].shape for kind in kinds[1:3]]

@@ -1,0 +1,50 @@
+"""What transformers and VAEs of several families have in common at their ends: patches, `Final`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Final(nn.Module):
+    """What FLUX's, SD3's and Qwen-Image's transformers do after their blocks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> velocity [B, T, channels]; SD3: channels of a pixel together."""
+        return self.proj_out(self.norm_out(hidden_states, temb))
+
+
+def patches(latents: Tensor, side: int) -> Tensor:
+    """[n, C, h, w] -> tokens [n, T, C p p], p = `side`; in a token one channel after the other."""
+    return F.unfold(latents, side, stride=side).transpose(1, 2)
+
+
+def sample_patches(model: Any, output: Tensor) -> Tensor:
+    """[n, C, h, w] -> patches [n, T, p p C], all channels of a pixel together."""
+    cut = patches(output, model.config.patch_size)
+    return cut.unflatten(-1, (output.shape[1], -1)).transpose(-1, -2).flatten(-2)
+
+
+def check_packed(transformer: Mapping[str, Any], channels: int, directory: Path) -> None:
+    """ValueError unless a token of the transformer is 2 x 2 latents of the VAE's `channels`."""
+    if transformer.get("in_channels") != 4 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
+            f" a VAE of {channels}, expected four times as many (2 x 2 latents a token); the"
+            " components are of different models."
+        )
+
+
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """What the pipeline's VAE makes of latents [n, C, h, w]: pixels [n, 3, H, W]."""
+    pixels: Tensor = pipe.vae.decode(latents, return_dict=False)[0]
+    return pixels
