@@ -40,6 +40,7 @@ def trajectory(
     import torch
 
     from d2m.families import family_of_pipeline
+    from d2m.family_inputs import generate_latents
 
     device = pipe.transformer.device
     states = [noise[None].to(device)]
@@ -48,9 +49,14 @@ def trajectory(
         states.append(tensors["latents"].clone())
         return {}
 
-    family = family_of_pipeline(pipe)
-    family.data.trajectory(pipe, text, states[0], settings, keep)
-    return {"states": torch.cat(states).cpu(), "times": family.data.times(pipe.scheduler)}
+    data, negative = family_of_pipeline(pipe).data, None
+    if data.unconditional:
+        negative = data.encode_text(pipe, [""], settings["max_sequence_length"])
+    names = ("height", "width", "num_inference_steps", "guidance_scale")
+    keywords = {name: settings[name] for name in names} | {"callback_on_step_end": keep}
+    prompt = {name: tensor[None] for name, tensor in text.items()}
+    generate_latents(pipe, states[0], prompt, negative, **keywords)
+    return {"states": torch.cat(states).cpu(), "times": data.times(pipe.scheduler)}
 
 
 def trajectory_decoder(

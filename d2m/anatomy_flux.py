@@ -15,6 +15,7 @@ from d2m.family_weights import (
     Weight,
     alike,
     dim_of,
+    joint_block,
     linear,
     modulated,
     output,
@@ -39,15 +40,18 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     depth = {"double": config["num_layers"], "single": config["num_single_layers"]}
     left = {kind: count - len(blocks.dropped(kind)) for kind, count in depth.items()}
     chunks = sum(MODULATIONS[kind] * count for kind, count in left.items())
-    tokens = {"double": (image, text), "single": (image + text,)}
-    inside = {"double": _double, "single": _single}
     rank = structure.adaln.rank or min(dim, lowrank_default(dim, chunks))
     first = (*_embedders(config, dim, image, text), *shared_modulation(structure.adaln, dim, rank))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
         for own, count, running in alike(blocks, spec, kind, depth[kind]):
+            if kind == "double":
+                streams = {"ff": image, "ff_context": text}
+                inside = joint_block(config, own, dim, RATIO * dim, streams)
+            else:
+                inside = _single(config, own, dim, image + text)
             inside_block = (
-                *inside[kind](config, own, dim, *tokens[kind]),  # type: ignore[operator]
+                *inside,
                 *modulated(structure.adaln, norms_of(kind), dim, rank),
             )
             stacks.append(Stack(f"{name}.*.", count, running, inside_block))
@@ -71,32 +75,6 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
             yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
     yield from linear("embedders", "context_embedder", config["joint_attention_dim"], dim, text)
     yield from linear("embedders", "x_embedder", config["in_channels"], dim, image)
-
-
-def _double(
-    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
-) -> Iterator[Weight]:
-    part, head = "double_attention", config["attention_head_dim"]
-    streams = (
-        ("ff", image, ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")),
-        (
-            "ff_context",
-            text,
-            ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            ("norm_added_q", "norm_added_k"),
-        ),
-    )
-    for ffn, rows, linears, norms in streams:
-        for name in linears:
-            yield from linear(part, f"attn.{name}", dim, dim, rows)
-        for name in norms:
-            yield vector(part, f"attn.{name}.weight", head)
-        if spec is None:
-            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
-            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
-        else:
-            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)
-    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
 
 
 def _single(

@@ -16,8 +16,8 @@ from d2m.family_weights import (
     Structure,
     Weight,
     dim_of,
+    ffn,
     linear,
-    sparse_ffn,
     vector,
 )
 from d2m.recipe import SparseSpec
@@ -75,12 +75,7 @@ def _block(
         yield from linear(part, f"{name}.to_v", width, dim, rows)
         yield from linear(part, f"{name}.to_out.0", dim, dim, image)
         yield Weight(part, name, 0, 0, 4 * image * rows * dim)
-    hidden = RATIO * dim
-    if spec is None:
-        yield from linear("double_ffn", "ff.net.0.proj", dim, hidden, image)
-        yield from linear("double_ffn", "ff.net.2", hidden, dim, image)
-    else:
-        yield from sparse_ffn("double_ffn", "ff", dim, hidden, spec, image)
+    yield from ffn("ff", dim, RATIO * dim, spec, image)
 
 
 def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:

@@ -15,15 +15,14 @@ from d2m.family_weights import (
     Weight,
     alike,
     dim_of,
+    joint_block,
     linear,
     modulated,
     output,
     router,
     shared_modulation,
-    sparse_ffn,
     vector,
 )
-from d2m.recipe import SparseSpec
 from d2m.structure import lowrank_default
 
 LIST = "transformer_blocks"
@@ -40,7 +39,7 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *shared))]
     for spec, count, running in alike(blocks, structure.spec, "double", depth):
         inside_block = (
-            *_block(config, spec, dim, image, text),
+            *joint_block(config, spec, dim, RATIO * dim, {"img_mlp": image, "txt_mlp": text}),
             *modulated(structure.adaln, NORMS, dim, rank, "1"),
         )
         stacks.append(Stack(f"{LIST}.*.", count, running, inside_block))
@@ -57,26 +56,3 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
     yield vector("embedders", "txt_norm.weight", config["joint_attention_dim"])
     yield from linear("embedders", "img_in", config["in_channels"], dim, image)
     yield from linear("embedders", "txt_in", config["joint_attention_dim"], dim, text)
-
-
-def _block(
-    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
-) -> Iterator[Weight]:
-    part, head = "double_attention", config["attention_head_dim"]
-    own = ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")
-    added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    streams = (
-        ("img_mlp", image, *own),
-        ("txt_mlp", text, added, ("norm_added_q", "norm_added_k")),
-    )
-    for ffn, rows, linears, norms in streams:
-        for name in linears:
-            yield from linear(part, f"attn.{name}", dim, dim, rows)
-        for name in norms:
-            yield vector(part, f"attn.{name}.weight", head)
-        if spec is None:
-            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
-            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
-        else:
-            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)
-    yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)

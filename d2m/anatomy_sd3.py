@@ -16,12 +16,12 @@ from d2m.family_weights import (
     Structure,
     Weight,
     dim_of,
+    ffn,
     linear,
     modulated,
     output,
     router,
     shared_modulation,
-    sparse_ffn,
     vector,
 )
 from d2m.recipe import SparseSpec
@@ -103,9 +103,5 @@ def _block(
         yield vector(part, f"{module}.{name}.weight", config["attention_head_dim"])
     if last:  # AdaLayerNormContinuous, which no mode of modulation shares
         yield from linear("adaln", "norm1_context.linear", dim, 2 * dim, 1)
-    for ffn, rows in (("ff", image), *(() if last else (("ff_context", text),))):
-        if spec is None:
-            yield from linear("double_ffn", f"{ffn}.net.0.proj", dim, RATIO * dim, rows)
-            yield from linear("double_ffn", f"{ffn}.net.2", RATIO * dim, dim, rows)
-        else:
-            yield from sparse_ffn("double_ffn", ffn, dim, RATIO * dim, spec, rows)
+    for name, rows in (("ff", image), *(() if last else (("ff_context", text),))):
+        yield from ffn(name, dim, RATIO * dim, spec, rows)

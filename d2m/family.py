@@ -104,10 +104,10 @@ class Data:
         position_ids(pipe, batch, height, width): `img_ids` [T, 3] (row and column of every image
             token in columns 1 and 2) and whatever else all samples of a batch share.
         noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
-        trajectory(pipe, text, noise, settings, keep): generate once from noise [1, ...]; `keep` is
-            the callback after every step.
-        times(scheduler): [steps + 1], the times t of that trajectory's points, from about 1 to 0.
+        times(scheduler): [steps + 1], the times t of the last generation's points, from about 1
+            to 0.
         generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+    prompt_embeds: the pipeline's keyword for an encoded prompt -> its name among the conditions.
     sources: which of SOURCES it can learn from. unconditional: the share of captions that are left
     empty, for models that generate with classifier-free guidance.
     """
@@ -119,7 +119,7 @@ class Data:
     encode_images: Callable[[Any, Tensor], Tensor]
     position_ids: Callable[[Any, Batch, int, int], dict[str, Tensor]]
     noise: Callable[[Any, int, int, Any], Tensor]
-    trajectory: Callable[[Any, Batch, Tensor, Mapping[str, Any], Callable[..., Any]], None]
+    prompt_embeds: Mapping[str, str]
     random_text: Callable[[Config, int, Any], dict[str, Tensor]] = lambda config, n, generator: {}
     noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching
     predicted: Callable[[Tensor], Tensor] = lambda output: output

@@ -6,7 +6,7 @@ most 256 tokens. Letters: B batch, T image tokens, C packed channels, L text tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.anatomy_flux import RATIO, weights
@@ -109,24 +109,6 @@ def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, 
     return {"img_ids": ids, "txt_ids": zeros}
 
 
-def trajectory(
-    pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
-) -> None:
-    """Generate from packed noise [1, T, C]; text: of one prompt, without the batch's dimension."""
-    device = pipe.transformer.device
-    pipe(
-        prompt_embeds=text["encoder_hidden_states"][None].to(device),
-        pooled_prompt_embeds=text["pooled_projections"][None].to(device),
-        latents=noise,
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        guidance_scale=settings["guidance_scale"],
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
-
-
 FLUX = Family(
     names=Names(
         name="flux",
@@ -170,7 +152,10 @@ FLUX = Family(
         encode_images=encode_images,
         position_ids=position_ids,
         noise=packed_noise,
-        trajectory=trajectory,
+        prompt_embeds={
+            "prompt_embeds": "encoder_hidden_states",
+            "pooled_prompt_embeds": "pooled_projections",
+        },
     ),
     plan=Plan(
         # read: diffusers' defaults, for fields that a config leaves out

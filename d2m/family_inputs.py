@@ -1,4 +1,4 @@
-"""From a batch of data to a transformer's keyword inputs, by its family.
+"""From a batch of data to what a transformer or its pipeline is called with, by its family.
 
 B batch, D width; latents are as the family's transformer takes them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.families import family_of_model
+from d2m.families import family_of_model, family_of_pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,3 +48,25 @@ def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -
     device = next(model.time_text_embed.parameters()).device  # type: ignore[union-attr]
     there = {name: each.to(device) for name, each in batch.items()}
     return family_of_model(model).data.embedding(model, there, t.to(device))
+
+
+def generate_latents(
+    pipe: Any,
+    latents: Tensor,
+    text: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None,
+    **settings: Any,
+) -> Tensor:
+    """The pipeline's last latents when it starts from `latents` [n, ...].
+
+    text: conditions [n, ...] of the prompts (`Data.encode_text`); negative: of what they are guided
+    against, None where that is nothing; settings: FluxPipeline's keywords.
+    """
+    data, device = family_of_pipeline(pipe).data, pipe.transformer.device
+    given = {"latents": latents, "output_type": "latent", **settings}
+    for prefix, words in (("", text), ("negative_", negative)):
+        if words is not None:
+            for keyword, name in data.prompt_embeds.items():
+                given[prefix + keyword] = words[name].to(device)
+    last: Tensor = data.generate(pipe, given).images
+    return last

@@ -141,28 +141,15 @@ def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, 
 def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     """The pipeline called at the very size asked for, with captions as they are.
 
-    It knows FluxPipeline's `callback_on_step_end` as `callback`, with other arguments.
+    It knows FluxPipeline's `callback_on_step_end` as `callback`, with other arguments, and has a
+    negative prompt by default, which encoded prompts exclude.
     """
+    if "prompt_embeds" in keywords:
+        keywords = {"negative_prompt": None, **keywords}
     keywords = {"use_resolution_binning": False, "clean_caption": False, **keywords}
     if keep := keywords.pop("callback_on_step_end", None):
         keywords["callback"] = lambda step, t, latents: keep(pipe, step, t, {"latents": latents})
     return pipe(**keywords)
-
-
-def trajectory(
-    pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
-) -> None:
-    """Generate from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
-    device = pipe.transformer.device
-    empty = encode_text(pipe, [""], settings["max_sequence_length"])
-    given = {"latents": noise, "output_type": "latent", "callback_on_step_end": keep}
-    for name in ("height", "width", "num_inference_steps", "guidance_scale"):
-        given[name] = settings[name]
-    mine = {name: text[name][None] for name in CONDITIONS}
-    for prefix, words in (("", mine), ("negative_", empty)):
-        states, mask = (words[name].to(device) for name in CONDITIONS)
-        given |= {f"{prefix}prompt_embeds": states, f"{prefix}prompt_attention_mask": mask}
-    generate(pipe, {"negative_prompt": None, **given})
 
 
 def times(scheduler: Any) -> Tensor:
@@ -203,7 +190,10 @@ PIXART = Family(
         encode_images=encode_images,
         position_ids=position_ids,
         noise=spatial_noise,
-        trajectory=trajectory,
+        prompt_embeds={
+            "prompt_embeds": "encoder_hidden_states",
+            "prompt_attention_mask": "encoder_attention_mask",
+        },
         times=times,
         generate=generate,
         unconditional=0.1,

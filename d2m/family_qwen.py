@@ -8,7 +8,7 @@ text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.anatomy_qwen import RATIO, weights
@@ -120,32 +120,12 @@ def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, 
     return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
 
 
-def trajectory(
-    pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
-) -> None:
-    """Generate from noise [1, T, C], guided against the empty prompt; text: of one prompt."""
-    device = pipe.transformer.device
-    empty = encode_text(pipe, [""], settings["max_sequence_length"])
-    pipe(
-        prompt_embeds=text[STATES][None].to(device),
-        prompt_embeds_mask=text[MASK][None].to(device),
-        negative_prompt_embeds=empty[STATES].to(device),
-        negative_prompt_embeds_mask=empty[MASK].to(device),
-        latents=noise,
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        true_cfg_scale=settings["guidance_scale"],
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
-
-
 def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     """The pipeline's answer: its guidance has a name of its own, and wants a negative prompt."""
     given = dict(keywords)
     scale = given.pop("guidance_scale", GUIDANCE)
-    given.setdefault("negative_prompt", [""] * len(given["prompt"]))
+    if "prompt" in given:
+        given.setdefault("negative_prompt", [""] * len(given["prompt"]))
     return pipe(**given, true_cfg_scale=scale)
 
 
@@ -177,7 +157,7 @@ QWEN = Family(
         encode_images=encode_images,
         position_ids=position_ids,
         noise=packed_noise,
-        trajectory=trajectory,
+        prompt_embeds={"prompt_embeds": STATES, "prompt_embeds_mask": MASK},
         generate=generate,
         unconditional=0.1,
     ),

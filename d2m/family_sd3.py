@@ -99,27 +99,6 @@ def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, 
     return {"img_ids": grid(height // patch, width // patch, batch["latents"].device)}
 
 
-def trajectory(
-    pipe: Any, text: Batch, noise: Tensor, settings: Mapping[str, Any], keep: Callable[..., Any]
-) -> None:
-    """Generate from noise [1, C, h, w], guided against the empty prompt; text: of one prompt."""
-    device = pipe.transformer.device
-    empty = encode_text(pipe, [""], settings["max_sequence_length"])
-    pipe(
-        prompt_embeds=text["encoder_hidden_states"][None].to(device),
-        pooled_prompt_embeds=text["pooled_projections"][None].to(device),
-        negative_prompt_embeds=empty["encoder_hidden_states"].to(device),
-        negative_pooled_prompt_embeds=empty["pooled_projections"].to(device),
-        latents=noise,
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        guidance_scale=settings["guidance_scale"],
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
-
-
 SD3 = Family(
     names=Names(
         name="sd3",
@@ -155,7 +134,10 @@ SD3 = Family(
         encode_images=spatial_latents,
         position_ids=position_ids,
         noise=spatial_noise,
-        trajectory=trajectory,
+        prompt_embeds={
+            "prompt_embeds": "encoder_hidden_states",
+            "pooled_prompt_embeds": "pooled_projections",
+        },
         unconditional=0.1,
     ),
     plan=Plan(

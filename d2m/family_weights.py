@@ -116,6 +116,39 @@ def output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
     yield from linear("output", "proj_out", dim, channels, image)
 
 
+def ffn(name: str, dim: int, neurons: int, spec: SparseSpec | None, rows: int) -> Iterator[Weight]:
+    """diffusers' FeedForward of so many hidden neurons, or its SparseFFN."""
+    if spec is None:
+        yield from linear("double_ffn", f"{name}.net.0.proj", dim, neurons, rows)
+        yield from linear("double_ffn", f"{name}.net.2", neurons, dim, rows)
+    else:
+        yield from sparse_ffn("double_ffn", name, dim, neurons, spec, rows)
+
+
+def joint_block(
+    config: Mapping[str, Any],
+    spec: SparseSpec | None,
+    dim: int,
+    neurons: int,
+    streams: Mapping[str, int],
+) -> Iterator[Weight]:
+    """A block of two streams that attend together, with norms of queries and keys.
+
+    streams: FFN -> tokens, of the image, then of the text.
+    """
+    part, head = "double_attention", config["attention_head_dim"]
+    own = ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    both = own, (added, ("norm_added_q", "norm_added_k"))
+    for (name, rows), (linears, norms) in zip(streams.items(), both):
+        for each in linears:
+            yield from linear(part, f"attn.{each}", dim, dim, rows)
+        for each in norms:
+            yield vector(part, f"attn.{each}.weight", head)
+        yield from ffn(name, dim, neurons, spec, rows)
+    yield Weight(part, "attn", 0, 0, 4 * sum(streams.values()) ** 2 * dim)
+
+
 def sparse_ffn(
     part: str, name: str, dim: int, neurons: int, spec: SparseSpec, rows: int
 ) -> Iterator[Weight]:

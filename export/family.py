@@ -54,8 +54,6 @@ class Family:
     text_tokens(lengths): component -> tokens that it reads, for the plans' profiles.
 
     For torch's side of `d2m parity` (export/reference.py):
-    generate(pipe, conditions, negative, latents, **settings): the pipeline called as users call it,
-        -> its last latents; `negative` is None where nothing is guided by one.
     block_inputs(keywords of a block): the tensors of the environment that it reads.
     model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
     sample(model, its output): the component's output.
@@ -70,7 +68,6 @@ class Family:
     lengths: Callable[[Path], dict[str, int]]
     latents: Callable[[Mapping[str, Any], Mapping[str, Any], Path], dict[str, Any]]
     text_tokens: Callable[[Mapping[str, int]], dict[str, int]]
-    generate: Callable[..., Tensor]
     block_inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
     model_inputs: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     spatial: Callable[[Any, Tensor, int, int], Tensor]

@@ -139,17 +139,6 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
-    """FluxPipeline called with packed latents; it has no negative prompt."""
-    return pipe(
-        prompt_embeds=conditions["encoder_hidden_states"],
-        pooled_prompt_embeds=conditions["pooled_projections"],
-        latents=latents,
-        output_type="latent",
-        **settings,
-    ).images
-
-
 def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
     cos, sin = given["image_rotary_emb"]
@@ -191,7 +180,6 @@ FLUX = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     spatial=spatial,

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m import family_pixart as pixart
 from d2m.anatomy_pixart import check_conditions
 from d2m.family_defaults import generation_defaults
 from export.attention import attended, heads
@@ -199,16 +198,6 @@ def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
-    """PixArtSigmaPipeline called with latents [n, C, h, w]."""
-    given = {"negative_prompt": None, "latents": latents, "output_type": "latent", **settings}
-    for prefix, words in (("", conditions), ("negative_", negative)):
-        if words is not None:
-            given[f"{prefix}prompt_embeds"] = words["encoder_hidden_states"]
-            given[f"{prefix}prompt_attention_mask"] = words[MASK]
-    return pixart.generate(pipe, given).images
-
-
 def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
     found = {name: given[name] for name in READ[:2]}
@@ -265,7 +254,6 @@ PIXART = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=lambda lengths: {"": lengths["tokenizer"], "text_encoder": lengths["tokenizer"]},
-    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     unread=unread,

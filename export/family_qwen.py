@@ -203,23 +203,6 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
-    """QwenImagePipeline called with packed latents."""
-    against = {} if negative is None else {
-        "negative_prompt_embeds": negative[STATES],
-        "negative_prompt_embeds_mask": negative[MASK],
-    }  # fmt: skip
-    return pipe(
-        prompt_embeds=conditions[STATES],
-        prompt_embeds_mask=conditions[MASK],
-        true_cfg_scale=settings.pop("guidance_scale"),
-        latents=latents,
-        output_type="latent",
-        **against,
-        **settings,
-    ).images
-
-
 def masked(given: Mapping[str, Any]) -> Tensor:
     """The mask as the program takes it; the pipeline leaves out one that masks nothing."""
     if given[MASK] is None:
@@ -274,7 +257,6 @@ QWEN = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     spatial=spatial,

@@ -202,22 +202,6 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def generate(pipe: Any, conditions: Any, negative: Any, latents: Tensor, **settings: Any) -> Tensor:
-    """StableDiffusion3Pipeline called with latents [n, C, h, w]."""
-    against = {} if negative is None else {
-        "negative_prompt_embeds": negative["encoder_hidden_states"],
-        "negative_pooled_prompt_embeds": negative["pooled_projections"],
-    }  # fmt: skip
-    return pipe(
-        prompt_embeds=conditions["encoder_hidden_states"],
-        pooled_prompt_embeds=conditions["pooled_projections"],
-        latents=latents,
-        output_type="latent",
-        **against,
-        **settings,
-    ).images
-
-
 def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
     return {name: given[name] for name in READ}
@@ -264,7 +248,6 @@ SD3 = Family(
     lengths=lengths,
     latents=latents,
     text_tokens=text_tokens,
-    generate=generate,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     sample=sample_patches,

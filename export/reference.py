@@ -126,6 +126,7 @@ def record(
     import torch
 
     from d2m.families import family_of_pipeline
+    from d2m.family_inputs import generate_latents
     from export.families import FAMILIES
 
     family = family_of_pipeline(pipe)
@@ -147,11 +148,11 @@ def record(
             return values
 
         with watch_transformer(pipe.transformer, row, result, recorded):
-            final = row.generate(
+            final = generate_latents(
                 pipe,
+                latents,
                 conditions,
                 negative,
-                latents,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=height,
