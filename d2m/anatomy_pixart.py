@@ -27,7 +27,7 @@ RATIO = 4  # hidden neurons of an FFN over its width
 
 
 def check_conditions(config: Mapping[str, Any]) -> None:
-    """ValueError for PixArt-Alpha's conditions on the picture's size, which Sigma has not.
+    """ValueError for PixArt-Alpha's conditions on the image's size, which Sigma has not.
 
     (Read: a config that does not say has them at sample_size 128.)
     """
@@ -36,7 +36,7 @@ def check_conditions(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the transformer has use_additional_conditions {asked!r} at sample_size"
             f" {config.get('sample_size', 128)}, expected false: PixArt-Sigma's is not told the"
-            " picture's size, PixArt-Alpha's is not known to d2m; give PixArt-Sigma's config."
+            " image's size, PixArt-Alpha's is not known to d2m; give PixArt-Sigma's config."
         )
 
 

@@ -47,7 +47,7 @@ def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
     """ValueError for groups and for blocks left out.
 
     A block here is given all blocks' modulation [B, 6 D] in place of the embedding [B, D] that a
-    group's router reads, and returns the picture's tokens alone.
+    group's router reads, and returns the image's tokens alone.
     """
     for group in blocks.groups("double"):
         raise ValueError(

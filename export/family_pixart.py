@@ -1,7 +1,7 @@
 """PixArt-Sigma for export: the transformer's ends and blocks, its text encoder and VAE.
 
 The graphs take patches of latents as tokens and what is added for their places as an input, so no
-size of a picture is in them. All blocks read one modulation [B, 6 D], which the embed call writes,
+size of an image is in them. All blocks read one modulation [B, 6 D], which the embed call writes,
 and a mask of the text, 1 at tokens and 0 at padding.
 """
 

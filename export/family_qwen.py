@@ -54,7 +54,7 @@ class Embed(nn.Module):
 
 
 class MaskedAttention:
-    """Processor for Qwen-Image's Attention with fused projections: text before the picture.
+    """Processor for Qwen-Image's Attention with fused projections: text before the image.
 
     The same arithmetic as diffusers' QwenDoubleStreamAttnProcessor2_0, in the form of
     export/attention.py; rotary tables are cosines and sines in place of complex numbers.
@@ -178,7 +178,7 @@ def latents(
     if other := [name for name in VARIANTS if transformer.get(name)]:
         raise ValueError(
             f"{directory} has a transformer with {other[0]}, which text-to-image models have not"
-            " and export does not compile; give a Qwen-Image pipeline that draws from text alone."
+            " and export does not compile; give a Qwen-Image pipeline that reads text alone."
         )
     channels = vae["z_dim"]
     check_packed(transformer, channels, directory)
@@ -218,7 +218,7 @@ def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """The forward's keywords, with rotary tables in place of a picture's shape."""
+    """The forward's keywords, with rotary tables in place of an image's shape."""
     found = {name: given[name] for name in (*STREAMS, "timestep")} | {MASK: masked(given)}
     return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
 

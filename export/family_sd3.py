@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 for export: the transformer's ends and blocks, its text encoders, VAE.
 
-The graphs take patches of latents as tokens, as FLUX's do, so that no size of a picture is in them:
+The graphs take patches of latents as tokens, as FLUX's do, so that no size of an image is in them:
 the runtime cuts and joins patches. Where a token is, the input `positions` says: rows of the
 model's own table of embeddings, which is a weight.
 """
@@ -63,7 +63,7 @@ class Embed(nn.Module):
 
 
 class JointAttention:
-    """Processor for SD3's Attention with fused projections: the picture's tokens before the text's.
+    """Processor for SD3's Attention with fused projections: the image's tokens before the text's.
 
     The same arithmetic as diffusers' JointAttnProcessor2_0, in the form of export/attention.py.
     """
@@ -102,7 +102,7 @@ def normed(x: Tensor, norm: Any) -> Tensor:
 def prepare(model: Any) -> None:
     """The table of positions becomes a weight; the last block's temb holds the modulation too.
 
-    Of the last block the picture's norm reads shared modulation [B, r] and the text's temb [B, D],
+    Of the last block the image's norm reads shared modulation [B, r] and the text's temb [B, D],
     but a block has one argument for both: they lie side by side there.
     """
     patches, block = model.pos_embed, model.transformer_blocks[-1]

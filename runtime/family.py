@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import family_flow_matching
+from runtime.family_flow_matching import check_scheduler, sampler
 from runtime.family_latents import Settings, Size, Step
 
 Arrays = Mapping[str, np.ndarray]
@@ -38,13 +38,13 @@ class Family:
     """A row of runtime/families.py.
 
     name: as manifests have it; components: of a bundle, in the order in which an image needs them,
-    each with the number of its outputs (0: any); tokenizers: their names; guided: drawn with
+    each with the number of its outputs (0: any); tokenizers: their names; guided: generates with
     classifier-free guidance, so that a negative prompt has a meaning and guidance over 1 runs the
     transformer on two rows an image.
 
     title: for people; classes: of its transformer, by which a pipeline directory is known.
     title_of(config): the title of one model, by its transformer's config.
-    check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be drawn with.
+    check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be used.
     largest(manifest): the longest side in pixels that the model takes.
     with_template(prompt): the text that tokenizers get, for models that read a template around it;
         dropped: tokens at its beginning that the transformer does not get.
@@ -54,10 +54,9 @@ class Family:
     noise(seeds, channels, h, w): initial latents, one stream a seed.
     layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
     arrange(latents): one of the others -> its own.
-    image_tokens(settings, (h, w)): T, which the schedule's shift may depend on.
-    check_scheduler(scheduler): ValueError, a sentence, for a config that is not drawn with.
+    check_scheduler(scheduler): ValueError, a sentence, for a config that is not supported.
     sigmas(scheduler, steps, T, given): noise levels [steps + 1].
-    sampler(scheduler, noise levels): the step of one drawing, (index, latents, prediction as
+    sampler(scheduler, noise levels): the step of one generation, (index, latents, prediction as
         latents) -> the next latents; asked in order, so that it may remember.
     feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
         hidden_states at each of `sigmas`, for as many rows as `conditions` have.
@@ -79,7 +78,6 @@ class Family:
     noise: Callable[[Sequence[int], int, int, int], np.ndarray]
     layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]]
     arrange: Callable[[np.ndarray], np.ndarray]
-    image_tokens: Callable[[Settings, Size], int]
     sigmas: Callable[[dict[str, Any], int, int, Sequence[float] | None], np.ndarray]
     feeds: Callable[
         [Mapping[str, Any], Arrays, np.ndarray, Size, float], list[dict[str, np.ndarray]]
@@ -93,5 +91,5 @@ class Family:
     with_template: Callable[[str], str] = str
     masked: bool = False
     dropped: int = 0
-    check_scheduler: Callable[[dict[str, Any]], None] = family_flow_matching.check_scheduler
-    sampler: Callable[[dict[str, Any], np.ndarray], Step] = family_flow_matching.sampler
+    check_scheduler: Callable[[dict[str, Any]], None] = check_scheduler
+    sampler: Callable[[dict[str, Any], np.ndarray], Step] = sampler

@@ -3,7 +3,7 @@
 Read: diffusers 0.42 and Lu et al. 2022; the tests hold it to diffusers' scheduler. A model that
 predicts noise on a discrete schedule: x = alpha (x_0 + sigma noise), alpha = 1 / sqrt(1 + sigma^2).
 `config` is the scheduler's; fields left out have diffusers' defaults. Letters: N training
-timesteps, S steps of a drawing.
+timesteps, S steps of a generation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     for field in UNKNOWN:
         if config.get(field):
             raise ValueError(
-                f"the scheduler has {field} set, which the runtime does not draw with;"
+                f"the scheduler has {field} set, which the runtime does not support;"
                 " unset it in the model's scheduler_config.json and export again."
             )
     count = config.get("num_train_timesteps", 1000)
@@ -95,7 +95,7 @@ def table(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def timesteps(config: Mapping[str, Any], steps: int) -> np.ndarray:
-    """The timesteps of a drawing [S], int64, falling."""
+    """The timesteps of a generation [S], int64, falling."""
     count, spacing = config.get("num_train_timesteps", 1000), config.get("timestep_spacing")
     if spacing == "leading":
         places = np.arange(steps + 1) * (count // (steps + 1)) + config.get("steps_offset", 0)
@@ -130,10 +130,10 @@ def timestep_of(config: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
 
 
 def sampler(config: Mapping[str, Any], levels: np.ndarray) -> Step:
-    """A drawing's step(index, latents, predicted noise) -> the next latents, float32.
+    """A generation's step(index, latents, predicted noise) -> the next latents, float32.
 
     levels: [S + 1] of `sigmas`. It remembers x_0 as the step before saw it, so the steps of one
-    drawing are taken in order, each once.
+    generation are taken in order, each once.
     """
     steps, order = len(levels) - 1, config.get("solver_order", 2)
     final = (

@@ -21,7 +21,7 @@ def check_scheduler(config: dict[str, Any]) -> None:
     for field in ("use_beta_sigmas", "stochastic_sampling", "invert_sigmas"):
         if config.get(field):
             raise ValueError(
-                f"the scheduler has {field} set, which the runtime does not draw with;"
+                f"the scheduler has {field} set, which the runtime does not support;"
                 f" unset it in the model's scheduler_config.json and export again."
             )
     lengths = ("base_image_seq_len", "max_image_seq_len")

@@ -22,11 +22,16 @@ Step = Callable[
 ]  # (index, latents, prediction) -> latents
 
 
+def image_tokens(settings: Settings, latent_size: Size) -> int:
+    """T of latents of (h, w), which the noise levels' shift may depend on."""
+    return latent_size[0] * latent_size[1] // settings["patch"] ** 2
+
+
 def spatial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> np.ndarray:
     """Initial latents [n, C, h, w], float32: one Philox stream per seed.
 
-    A stream depends on its seed and the shape alone, so image i of a batch drawn from `seed`
-    starts as the only image drawn from `seed + i`. (Ours: torch's own noise is not reproduced.)
+    A stream depends on its seed and the shape alone, so image i of a batch generated from `seed`
+    starts as the only image generated from `seed + i`. (Ours: torch's own noise is not reproduced.)
     """
     streams = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
     shape = (channels, height, width)
@@ -113,5 +118,5 @@ def unpatchify(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.
 
 
 def unscale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:
-    """From what the transformer draws to what the VAE decodes: latents / scaling + shift."""
+    """From what the transformer predicts to what the VAE decodes: latents / scaling + shift."""
     return latents / np.float32(scaling_factor) + np.float32(shift_factor or 0.0)

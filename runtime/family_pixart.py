@@ -45,8 +45,8 @@ def sigmas(
     """Noise levels [steps + 1] of the scheduler; ValueError where others are given."""
     if given is not None:
         raise ValueError(
-            f"sigmas lists {len(given)} noise levels, expected none: PixArt-Sigma's scheduler draws"
-            " at its own; leave them out and give steps."
+            f"sigmas lists {len(given)} noise levels, expected none: PixArt-Sigma's scheduler has"
+            " its own; leave them out and give steps."
         )
     return dpm_solver.sigmas(config, steps)
 
@@ -54,7 +54,7 @@ def sigmas(
 def positions(settings: Settings, height: int, width: int) -> np.ndarray:
     """What is added to the tokens [T, D], float32: sines and cosines of column, then of row.
 
-    height, width: in tokens. A picture of any size spans the range of the one trained with
+    height, width: in tokens. An image of any size spans the range of the one trained with
     (read: diffusers' get_2d_sincos_pos_embed). Angles are float64, as there.
     """
     span, quarter = np.float32(settings["base"]), settings["width"] // 4
@@ -118,7 +118,6 @@ PIXART = Family(
     noise=spatial_noise,
     layouts=lambda images, channels, height, width: ((images, channels, height, width),),
     arrange=lambda latents: latents,
-    image_tokens=lambda settings, size: size[0] * size[1] // settings["patch"] ** 2,
     check_scheduler=dpm_solver.check_scheduler,
     sigmas=sigmas,
     sampler=dpm_solver.sampler,

@@ -131,7 +131,6 @@ QWEN = Family(
     noise=packed_noise,
     layouts=packed_layouts,
     arrange=pack,
-    image_tokens=lambda settings, size: size[0] * size[1] // 4,
     sigmas=sigmas,
     feeds=feeds,
     tokens=lambda latents, settings: latents,

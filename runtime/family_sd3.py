@@ -27,7 +27,7 @@ def title_of(config: Mapping[str, Any]) -> str:
 
 
 def check(manifest: Mapping[str, Any]) -> None:
-    """ValueError (a clause) unless the default picture fits the table of positions.
+    """ValueError (a clause) unless the default image fits the table of positions.
 
     And unless both CLIPs write what `encode` reads.
     """
@@ -128,7 +128,6 @@ SD3 = Family(
     noise=spatial_noise,
     layouts=lambda images, channels, height, width: ((images, channels, height, width),),
     arrange=lambda latents: latents,
-    image_tokens=lambda settings, size: size[0] * size[1] // settings["patch"] ** 2,
     sigmas=sigmas,
     feeds=feeds,
     tokens=lambda latents, settings: pack(latents, settings["patch"]),

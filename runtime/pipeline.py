@@ -24,6 +24,7 @@ from runtime.executor import (
 from runtime.experts import check_experts
 from runtime.families import family_of
 from runtime.family import Arrays, rows
+from runtime.family_latents import image_tokens
 from runtime.forecast import forecast
 from runtime.groups import known_beforehand
 from runtime.offload import check_offload
@@ -269,7 +270,7 @@ class Pipeline:
         self, steps: int, latent_size: tuple[int, int], given: Sequence[float] | None = None
     ) -> np.ndarray:
         """The noise levels [steps + 1] of the bundle's scheduler, or those that follow `given`."""
-        tokens = self.family.image_tokens(self.manifest["latents"], latent_size)
+        tokens = image_tokens(self.manifest["latents"], latent_size)
         return self.family.sigmas(self.manifest["scheduler"], steps, tokens, given)
 
     def denoise(
