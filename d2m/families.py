@@ -65,17 +65,18 @@ def _by_class(name: str, what: str) -> Family:
 
 def family_of_model(model: nn.Module) -> Family:
     """The family of a transformer in memory, by its class or a base class of it."""
-    for cls in type(model).__mro__:
-        for family in FAMILIES:
-            if cls.__name__ in (family.names.dense_class, family.names.sparse_class):
-                return family
-    return _by_class(type(model).__name__, "this model")
+    return _by_object(model, "this model")
 
 
 def family_of_pipeline(pipe: Any) -> Family:
     """The family of a pipeline in memory, by its class or a base class of it."""
-    for cls in type(pipe).__mro__:
+    return _by_object(pipe, "this pipeline")
+
+
+def _by_object(found: Any, what: str) -> Family:
+    for cls in type(found).__mro__:
         for family in FAMILIES:
-            if cls.__name__ in family.names.pipelines:
+            own = family.names
+            if cls.__name__ in (*own.pipelines, own.dense_class, own.sparse_class):
                 return family
-    return _by_class(type(pipe).__name__, "this pipeline")
+    return _by_class(type(found).__name__, what)

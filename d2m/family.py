@@ -135,6 +135,15 @@ def halved(vae: Config) -> int:
     return len(levels) - 1 if isinstance(levels, list) and levels else 3
 
 
+def longest_text(read: Callable[[str], Config], tokenizer: str, most: int) -> int:
+    """Tokens that a tokenizer of the directory takes, at most `most`.
+
+    (transformers writes 1e30 for one without a limit.)
+    """
+    length = read(f"{tokenizer}/tokenizer_config.json").get("model_max_length", most)
+    return min(length if isinstance(length, int) else most, most)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is known of a model from its configs alone, torch-free: for `d2m plan` and defaults.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.anatomy_flux import RATIO, weights
-from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site, longest_text
 from d2m.family_encoders import CLIP_L, T5_XXL, VAE_16
 from d2m.family_flow import Batch, Config
 from d2m.family_latents import packed_noise, random_pooled_text, spatial_latents
@@ -35,14 +35,12 @@ def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     size = read("vae/config.json").get("sample_size", 1024)
     size = size if isinstance(size, int) else 1024
     steps, guidance, most = DEFAULTS[guided]
-    length = read("tokenizer_2/tokenizer_config.json").get("model_max_length", most)
     return {
         "height": size,
         "width": size,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
-        # transformers writes 1e30 for a tokenizer without a limit
-        "max_sequence_length": min(length if isinstance(length, int) else most, most),
+        "max_sequence_length": longest_text(read, "tokenizer_2", most),
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.anatomy_pixart import RATIO, weights
-from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site, halved, longest_text
 from d2m.family_encoders import T5_XXL, VAE_4
 from d2m.family_flow import Batch, Config, noisy
 from d2m.family_latents import grid, pixels_of, spatial_noise
@@ -31,15 +31,13 @@ TRAIN_STEPS = 1000  # N (read); times are counted in N-ths
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     """See d2m.family_defaults."""
     config = read("transformer/config.json")
-    levels = read("vae/config.json").get("block_out_channels", (0, 0, 0, 0))
-    side = int(config.get("sample_size", 128)) * 2 ** (len(levels) - 1)
-    length = read("tokenizer/tokenizer_config.json").get("model_max_length", LONGEST)
+    side = int(config.get("sample_size", 128)) * 2 ** halved(read("vae/config.json"))
     return {
         "height": side,
         "width": side,
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "max_sequence_length": min(length if isinstance(length, int) else LONGEST, LONGEST),
+        "max_sequence_length": longest_text(read, "tokenizer", LONGEST),
     }
 
 

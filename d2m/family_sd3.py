@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.anatomy_sd3 import RATIO, weights
-from d2m.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.family import BlockLayout, Data, Family, Names, Plan, Site, halved, longest_text
 from d2m.family_encoders import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
 from d2m.family_flow import Batch, Config
 from d2m.family_latents import grid, random_pooled_text, spatial_latents, spatial_noise
@@ -39,15 +39,13 @@ def title_of(config: Config) -> str:
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     """See d2m.family_defaults; guidance 4.5 for 3.5 (read: its card) and 7.0 for 3."""
     config = read("transformer/config.json")
-    levels = read("vae/config.json").get("block_out_channels", (0, 0, 0, 0))
-    side = int(config.get("sample_size", 128)) * 2 ** (len(levels) - 1)
-    length = read("tokenizer_3/tokenizer_config.json").get("model_max_length", LONGEST)
+    side = int(config.get("sample_size", 128)) * 2 ** halved(read("vae/config.json"))
     return {
         "height": side,
         "width": side,
         "num_inference_steps": STEPS,
         "guidance_scale": 4.5 if config.get("qk_norm") else 7.0,
-        "max_sequence_length": min(length if isinstance(length, int) else LONGEST, LONGEST),
+        "max_sequence_length": longest_text(read, "tokenizer_3", LONGEST),
     }
 
 

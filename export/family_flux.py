@@ -19,7 +19,7 @@ from export.components import T5, TRANSFORMERS, VAE, clip_program, pooled
 from export.family import Encoder, Family
 from export.family_configs import config
 from export.family_ends import Final, check_packed
-from export.program import Row, Tracing
+from export.program import Environment, Row, Tracing
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -74,9 +74,7 @@ ROWS = {
 }
 
 
-def environment(
-    model: Any, dtype: torch.dtype
-) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program: the component's inputs, those between blocks, its outputs.
 
     timestep (sigma in [0, 1]), guidance and the rotary tables are float32 in any bundle. A model

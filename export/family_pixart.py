@@ -21,7 +21,7 @@ from export.attention import attended, heads
 from export.components import IDS, TRANSFORMERS, VAE, eager, first, single
 from export.family import Encoder, Family
 from export.family_ends import patches, sample_patches
-from export.program import MODULATION, Program, Row, Tracing
+from export.program import MODULATION, Environment, Program, Row, Tracing
 from export.trace import Spec
 
 MASK = "encoder_attention_mask"
@@ -116,9 +116,7 @@ def row(block: nn.Module) -> Row:
     return Row("cross", READ, ("hidden_states",), call_block)
 
 
-def environment(
-    model: Any, dtype: torch.dtype
-) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program; timestep and positions are float32 in any bundle."""
     config = model.config
     width, area = model.inner_dim, config.patch_size**2

@@ -22,7 +22,7 @@ from export.blocks import block_type
 from export.components import IDS, TRANSFORMERS, causal_mask, eager, first
 from export.family import Encoder, Family
 from export.family_ends import Final, check_packed
-from export.program import Program, Row, Tracing
+from export.program import Environment, Program, Row, Tracing
 from export.qwenvae import vae_program
 from export.trace import Spec
 
@@ -103,9 +103,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def environment(
-    model: Any, dtype: torch.dtype
-) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program.
 
     timestep (sigma in [0, 1]), the mask (1 where text is) and rotary tables are float32 everywhere.

@@ -24,7 +24,7 @@ from export.components import T5, TRANSFORMERS, VAE, clip_projection_program, po
 from export.family import Encoder, Family
 from export.family_configs import config
 from export.family_ends import Final, patches, sample_patches
-from export.program import MODULATION, Row, Tracing
+from export.program import MODULATION, Environment, Row, Tracing
 from export.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
@@ -142,9 +142,7 @@ def row(block: nn.Module) -> Row:
     return Row(kind, READ, STREAMS[::-1], call_block)
 
 
-def environment(
-    model: Any, dtype: torch.dtype
-) -> tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]:
+def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program; timestep is float32 in any bundle, positions int64."""
     config = model.config
     width, area = model.inner_dim, config.patch_size**2

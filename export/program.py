@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from export.groups import Group
     from export.trace import Spec
 
-    Environment = tuple[dict[str, Spec], dict[str, Spec], dict[str, Spec]]
-
+Environment = tuple[dict[str, "Spec"], dict[str, "Spec"], dict[str, "Spec"]]
 MODULATION = "modulation"  # the tensor's name, and the dense model's submodule that writes it
 BODY = "either"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
 
