@@ -10,16 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2m.family_weights import (
-    TIME_CHANNELS,
-    Stack,
-    Structure,
-    Weight,
-    dim_of,
-    ffn,
-    linear,
-    vector,
-)
+from d2m import family_weights as shared
+from d2m.family_weights import TIME_CHANNELS, Stack, Structure, Weight
 from d2m.recipe import SparseSpec
 
 LIST = "transformer_blocks"
@@ -43,7 +35,7 @@ def check_conditions(config: Mapping[str, Any]) -> None:
 def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
     """See d2m.family_weights."""
     check_conditions(config)
-    dim, depth = dim_of(config), int(config["num_layers"])
+    dim, depth = shared.dim_of(config), int(config["num_layers"])
     stacks = [Stack("", 1, 1, tuple(_embedders(config, dim, image, text)))]
     specs = [structure.spec.at("double", i) if structure.spec else None for i in range(depth)]
     for spec in dict.fromkeys(specs):
@@ -54,31 +46,31 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
 
 def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
     patch = config["patch_size"] ** 2 * config["in_channels"]
-    yield from linear("embedders", "pos_embed.proj", patch, dim, image)
+    yield from shared.linear("embedders", "pos_embed.proj", patch, dim, image)
     time = "adaln_single.emb.timestep_embedder"
-    yield from linear("embedders", f"{time}.linear_1", TIME_CHANNELS, dim, 1)
-    yield from linear("embedders", f"{time}.linear_2", dim, dim, 1)
+    yield from shared.linear("embedders", f"{time}.linear_1", TIME_CHANNELS, dim, 1)
+    yield from shared.linear("embedders", f"{time}.linear_2", dim, dim, 1)
     caption = config["caption_channels"]
-    yield from linear("embedders", "caption_projection.linear_1", caption, dim, text)
-    yield from linear("embedders", "caption_projection.linear_2", dim, dim, text)
-    yield from linear("adaln", "adaln_single.linear", dim, 6 * dim, 1)
+    yield from shared.linear("embedders", "caption_projection.linear_1", caption, dim, text)
+    yield from shared.linear("embedders", "caption_projection.linear_2", dim, dim, text)
+    yield from shared.linear("adaln", "adaln_single.linear", dim, 6 * dim, 1)
 
 
 def _block(
     config: Mapping[str, Any], spec: SparseSpec | None, dim: int, image: int, text: int
 ) -> Iterator[Weight]:
     part, cross = "double_attention", config["cross_attention_dim"]
-    yield vector("adaln", "scale_shift_table", 6 * dim)
+    yield shared.vector("adaln", "scale_shift_table", 6 * dim)
     for name, width, rows in (("attn1", dim, image), ("attn2", cross, text)):
-        yield from linear(part, f"{name}.to_q", dim, dim, image)
-        yield from linear(part, f"{name}.to_k", width, dim, rows)
-        yield from linear(part, f"{name}.to_v", width, dim, rows)
-        yield from linear(part, f"{name}.to_out.0", dim, dim, image)
+        yield from shared.linear(part, f"{name}.to_q", dim, dim, image)
+        yield from shared.linear(part, f"{name}.to_k", width, dim, rows)
+        yield from shared.linear(part, f"{name}.to_v", width, dim, rows)
+        yield from shared.linear(part, f"{name}.to_out.0", dim, dim, image)
         yield Weight(part, name, 0, 0, 4 * image * rows * dim)
-    yield from ffn("ff", dim, RATIO * dim, spec, image)
+    yield from shared.ffn("ff", dim, RATIO * dim, spec, image)
 
 
 def _output(config: Mapping[str, Any], dim: int, image: int) -> Iterator[Weight]:
     channels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
-    yield vector("output", "scale_shift_table", 2 * dim)
-    yield from linear("output", "proj_out", dim, channels, image)
+    yield shared.vector("output", "scale_shift_table", 2 * dim)
+    yield from shared.linear("output", "proj_out", dim, channels, image)

@@ -10,20 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2m.family_weights import (
-    TIME_CHANNELS,
-    Stack,
-    Structure,
-    Weight,
-    dim_of,
-    ffn,
-    linear,
-    modulated,
-    output,
-    router,
-    shared_modulation,
-    vector,
-)
+from d2m import family_weights as shared
+from d2m.family_weights import TIME_CHANNELS, Stack, Structure, Weight
 from d2m.recipe import SparseSpec
 from d2m.structure import lowrank_default
 
@@ -34,7 +22,7 @@ Kind = tuple[SparseSpec | None, bool, bool]  # FFNs, second attention, last
 
 def weights(config: Mapping[str, Any], structure: Structure, image: int, text: int) -> list[Stack]:
     """See d2m.family_weights; text: tokens of the CLIPs and of T5 together."""
-    dim, depth, blocks = dim_of(config), int(config["num_layers"]), structure.blocks
+    dim, depth, blocks = shared.dim_of(config), int(config["num_layers"]), structure.blocks
     dual = set(config.get("dual_attention_layers") or ())
     spec = structure.spec
     kinds: dict[int, Kind] = {
@@ -44,22 +32,19 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     }
     chunks = [number for kind in kinds.values() for _, number in norms_of(kind)]
     rank = structure.adaln.rank or min(dim, lowrank_default(dim, sum(chunks)))
-    shared = shared_modulation(structure.adaln, dim, rank, max(chunks, default=6))
-    stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *shared))]
+    common = shared.modulation(structure.adaln, dim, rank, max(chunks, default=6))
+    stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *common))]
     skipped = {i for group in blocks.groups("double") for i in group[: len(group) - blocks.kappa]}
     for kind in dict.fromkeys(kinds.values()):
         mine = [i for i in kinds if kinds[i] == kind]
         inside_block = (
             *_block(config, kind, dim, image, text),
-            *modulated(structure.adaln, norms_of(kind), dim, rank),
+            *shared.modulated(structure.adaln, norms_of(kind), dim, rank),
         )
         running = sum(i not in skipped for i in mine)
         stacks.append(Stack(f"{LIST}.*.", len(mine), running, inside_block, tuple(mine)))
-    for group in blocks.groups("double"):
-        stacks.append(
-            Stack(f"{LIST}.{group[0]}.router.", 1, 1, tuple(router(dim, len(group), blocks)))
-        )
-    return [*stacks, Stack("", 1, 1, tuple(output(config, dim, image)))]
+    stacks += shared.routers(LIST, "double", dim, blocks)
+    return [*stacks, Stack("", 1, 1, tuple(shared.output(config, dim, image)))]
 
 
 def norms_of(kind: Kind) -> tuple[tuple[str, int], ...]:
@@ -71,15 +56,16 @@ def norms_of(kind: Kind) -> tuple[tuple[str, int], ...]:
 
 def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> Iterator[Weight]:
     patch = config["patch_size"] ** 2 * config["in_channels"]
-    yield from linear("embedders", "pos_embed.proj", patch, dim, image)
+    yield from shared.linear("embedders", "pos_embed.proj", patch, dim, image)
     table = 4 * config["pos_embed_max_size"] ** 2 * dim
     yield Weight("embedders", "pos_embed.pos_embed", 0, 0, buffer=table)
     embeds = {"timestep_embedder": TIME_CHANNELS, "text_embedder": config["pooled_projection_dim"]}
     for name, inputs in embeds.items():
         for last, width in (("linear_1", inputs), ("linear_2", dim)):
-            yield from linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
+            yield from shared.linear("embedders", f"time_text_embed.{name}.{last}", width, dim, 1)
     wide = config["caption_projection_dim"]
-    yield from linear("embedders", "context_embedder", config["joint_attention_dim"], wide, text)
+    joint = config["joint_attention_dim"]
+    yield from shared.linear("embedders", "context_embedder", joint, wide, text)
 
 
 def _block(
@@ -98,10 +84,10 @@ def _block(
     yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
     for module, names, rows in linears:
         for name in names:
-            yield from linear(part, f"{module}.{name}", dim, dim, rows)
+            yield from shared.linear(part, f"{module}.{name}", dim, dim, rows)
     for module, name in norms if normed else ():
-        yield vector(part, f"{module}.{name}.weight", config["attention_head_dim"])
+        yield shared.vector(part, f"{module}.{name}.weight", config["attention_head_dim"])
     if last:  # AdaLayerNormContinuous, which no mode of modulation shares
-        yield from linear("adaln", "norm1_context.linear", dim, 2 * dim, 1)
+        yield from shared.linear("adaln", "norm1_context.linear", dim, 2 * dim, 1)
     for name, rows in (("ff", image), *(() if last else (("ff_context", text),))):
-        yield from ffn(name, dim, RATIO * dim, spec, rows)
+        yield from shared.ffn(name, dim, RATIO * dim, spec, rows)

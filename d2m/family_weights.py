@@ -184,7 +184,7 @@ def modulated(
             yield from linear("adaln", f"{name}.{own}", dim, outputs, 1)
 
 
-def shared_modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Iterator[Weight]:
+def modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Iterator[Weight]:
     """What all blocks share of AdaLN: PixArt's Linear(D, 6 D), or a Linear(D, rank) (ours).
 
     chunks: those of the norm that has most.
@@ -195,7 +195,15 @@ def shared_modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Ite
         yield from linear("adaln", "modulation.linear", dim, rank, 1, bias=False)
 
 
-def router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
+def routers(name: str, kind: str, dim: int, blocks: Blocks) -> list[Stack]:
+    """The routers of a kind's groups in the model's list `name`."""
+    return [
+        Stack(f"{name}.{group[0]}.router.", 1, 1, tuple(_router(dim, len(group), blocks)))
+        for group in blocks.groups(kind)
+    ]
+
+
+def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
     """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, D] (read).
 
     It is not asked where all m blocks run, and looks at no token with alpha = 0.

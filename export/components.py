@@ -70,18 +70,24 @@ def t5_program(model: Any, dtype: torch.dtype) -> Program:
 
 def vae_program(model: Any, dtype: torch.dtype) -> Program:
     """The decoding half of diffusers' AutoencoderKL, for any size."""
-    decoder = Decoder(model)
+    config = model.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    channels = config.latent_channels, config.out_channels
+    return decoder_program(Decoder(model), dtype, channels, factor)
+
+
+def decoder_program(
+    decoder: nn.Module, dtype: torch.dtype, channels: tuple[int, int], factor: int
+) -> Program:
+    """Latents [B, C, h, w] -> image [B, 3, f h, f w]; channels: of both, f = `factor`."""
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
         image: Tensor = run(tensors["latents"])
         return image
 
-    config = model.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
     sides = ("latent_height", "latent_width")
-    latents = Spec(dtype, ("batch", config.latent_channels, *sides))
-    pixels = tuple(f"{factor}*{side}" for side in sides)
-    image = Spec(dtype, ("batch", config.out_channels, *pixels))
+    latents = Spec(dtype, ("batch", channels[0], *sides))
+    image = Spec(dtype, ("batch", channels[1], *(f"{factor}*{side}" for side in sides)))
     return single("vae", decoder, call, {"latents": latents}, {"image": image}, dtype)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.attention import attended, heads
-from export.components import single
+from export.components import decoder_program
 from export.program import Program
-from export.trace import Spec
 
 
 class FrameConv(nn.Module):
@@ -73,12 +71,4 @@ def vae_program(model: Any, dtype: torch.dtype) -> Program:
     """The decoding half, for any size."""
     config = model.config
     factor = 2 ** len(config.temperal_downsample)
-    sides = ("latent_height", "latent_width")
-    latents = Spec(dtype, ("batch", config.z_dim, *sides))
-    image = Spec(dtype, ("batch", 3, *(f"{factor}*{side}" for side in sides)))
-
-    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
-        pixels: Tensor = run(tensors["latents"])
-        return pixels
-
-    return single("vae", Decoder(model), call, {"latents": latents}, {"image": image}, dtype)
+    return decoder_program(Decoder(model), dtype, (config.z_dim, 3), factor)

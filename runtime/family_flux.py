@@ -11,20 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime import family_latents as shared
 from runtime.family import Arrays, Family, Run, rows
 from runtime.family_flow_matching import sigmas, timestep
-from runtime.family_latents import (
-    Settings,
-    Size,
-    check_packed,
-    pack,
-    packed_layouts,
-    packed_noise,
-    position_ids,
-    rope,
-    unpack,
-    unscale,
-)
+from runtime.family_latents import Settings, Size
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -54,8 +44,8 @@ def feeds(
     """See runtime.family; guidance is an input where the model embeds it."""
     settings, batch = manifest["latents"], rows(conditions)
     length = conditions["encoder_hidden_states"].shape[1]
-    positions = position_ids(length, *latent_size)
-    cos, sin = rope(positions, settings["rope_axes"], settings["rope_theta"])
+    positions = shared.position_ids(length, *latent_size)
+    cos, sin = shared.rope(positions, settings["rope_axes"], settings["rope_theta"])
     inputs = {**conditions, "rope_cos": cos, "rope_sin": sin}
     if guided(manifest):
         inputs["guidance"] = np.full(batch, guidance, np.float32)
@@ -65,8 +55,8 @@ def feeds(
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """Packed latents -> [n, C, h, w], unscaled."""
-    spatial = unpack(latents, *latent_size)
-    return unscale(spatial, settings["scaling_factor"], settings.get("shift_factor"))
+    spatial = shared.unpack(latents, *latent_size)
+    return shared.unscale(spatial, settings["scaling_factor"], settings.get("shift_factor"))
 
 
 FLUX = Family(
@@ -76,11 +66,11 @@ FLUX = Family(
     title="FLUX.1",
     classes=("FluxTransformer2DModel", "SparseFluxTransformer2DModel"),
     title_of=title_of,
-    check=check_packed,
+    check=shared.check_packed,
     encode=encode,
-    noise=packed_noise,
-    layouts=packed_layouts,
-    arrange=pack,
+    noise=shared.packed_noise,
+    layouts=shared.packed_layouts,
+    arrange=shared.pack,
     sigmas=sigmas,
     feeds=feeds,
     tokens=lambda latents, settings: latents,

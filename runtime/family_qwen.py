@@ -11,18 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime import family_latents as shared
 from runtime.family import Arrays, Family, Run, rows
 from runtime.family import guide as guided
 from runtime.family_flow_matching import sigmas, timestep
-from runtime.family_latents import (
-    Settings,
-    Size,
-    check_packed,
-    pack,
-    packed_layouts,
-    packed_noise,
-    unpack,
-)
+from runtime.family_latents import Settings, Size
 from runtime.fields import mapping, wrong
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
@@ -39,7 +32,7 @@ def check(manifest: Mapping[str, Any]) -> None:
 
     And unless a text is longer than the template's beginning.
     """
-    check_packed(manifest)
+    shared.check_packed(manifest)
     latents = mapping(dict(manifest), "latents")
     for name, low in (("mean", -1e6), ("std", 1e-6)):
         values, count = latents.get(name), latents["channels"]
@@ -109,7 +102,7 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """Packed latents -> [n, C, h, w], by the VAE's mean and deviation of every channel."""
-    spatial = unpack(latents, *latent_size)
+    spatial = shared.unpack(latents, *latent_size)
     mean, std = (np.array(settings[n], np.float32)[:, None, None] for n in ("mean", "std"))
     return spatial * std + mean
 
@@ -128,9 +121,9 @@ QWEN = Family(
     title_of=lambda config: "Qwen-Image",
     check=check,
     encode=encode,
-    noise=packed_noise,
-    layouts=packed_layouts,
-    arrange=pack,
+    noise=shared.packed_noise,
+    layouts=shared.packed_layouts,
+    arrange=shared.pack,
     sigmas=sigmas,
     feeds=feeds,
     tokens=lambda latents, settings: latents,
