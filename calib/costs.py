@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from calib.choice import Piece, smallest
-from d2m.anatomy_flux import LISTS
 from d2m.family import check_adaln
 from d2m.family_weights import Stack, Structure
 from d2m.recipe import Recipe
@@ -69,7 +68,7 @@ def costs_of(subject: Subject, base: Recipe, options: Sequence[float]) -> Costs:
     stacks: Sequence[Stack] = ()
     for share in options:
         stacks = _stacks(subject, resized(base, share))
-        for kind, name in LISTS.items():
+        for kind, name in subject.family.blocks.kinds:
             inside = [stack for stack in stacks if stack.prefix == f"{name}.*."]
             for i, row in enumerate(block[kind]):
                 own = (stack for stack in inside if not stack.blocks or i in stack.blocks)
