@@ -287,8 +287,8 @@ def plan(
         print_table(*fits_table(found))
         print("\n" + formula())
         return
+    from d2m.early import needs, needs_table
     from d2m.machine import machine
-    from d2m.needs import needs, needs_table
     from d2m.plan import plan as function
     from d2m.plantable import conclusion, table
 
@@ -335,7 +335,7 @@ def doctor(
     """Show what is installed and works, what fits this machine, and what to do about the rest."""
     from d2m.doctor import doctor as function
     from d2m.doctor import lines
-    from d2m.needs import needs_table
+    from d2m.early import needs_table
     from runtime.executor import MODULES
 
     answer = function(str(path), MODULES)

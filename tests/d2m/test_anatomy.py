@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2m import flops
 from d2m.anatomy import Structure, anatomy, used_share
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.plan import structure_of
@@ -23,6 +22,7 @@ from d2m.recipe import SparseSpec
 from d2m.sorted_loop import forward_sorted
 from d2m.structure import AdaLN, Blocks
 from d2m.subject import sizes, subject_of
+from tests.d2m import flops
 from tiny import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny_transformer
 
 FLUX_DEV = subject_of("flux-dev").config

@@ -136,8 +136,8 @@ def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
 def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -> None:
     """Shared modulation, groups, and losses that are finite and fall."""
-    from d2m.adalnfit import compress_adaln, modulation_moments
     from d2m.distill import distill
+    from d2m.modulationfit import compress_adaln, modulation_moments
     from d2m.structure import AdaLN
 
     made = recipe(groups=tiny.groups, kappa=1)
