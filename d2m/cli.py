@@ -112,7 +112,7 @@ def convert(
         lambda: drawing_defaults(locate(dense)),
         cache=cache,
         size=size,
-        buffer=shuffle,
+        window=shuffle,
         skip=skip,
         columns=columns,
         log=say,

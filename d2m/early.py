@@ -1,4 +1,4 @@
-"""What each stage needs, against this machine: what fits is told, what surely does not is refused."""
+"""What each stage needs, against this machine: what fits is told, what cannot is refused early."""
 
 from __future__ import annotations
 

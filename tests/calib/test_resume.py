@@ -39,7 +39,7 @@ def dense(tmp_path_factory):
 def run(dense, out, how, cache=None, seen=None, **options):
     """Convert with `--data how`; `seen` gets every training batch by its step."""
     data = chosen(
-        how, lambda: drawing_defaults(dense), cache=cache, buffer=5, skip=2, log=lambda text: None
+        how, lambda: drawing_defaults(dense), cache=cache, window=5, skip=2, log=lambda text: None
     )
 
     def batches(pipe, seed):
