@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m import recipe as recipes
-from d2m.preset import preset_of
+from d2m.preset import recipe_named
 from d2m.recipe import Recipe
 from reproduction import baselines
 
@@ -45,7 +45,7 @@ class Row:
 
 
 def _preset(name: str) -> Callable[[str], Recipe]:
-    return lambda dense: recipes.load(preset_of(name, dense))
+    return lambda dense: recipe_named(name, dense)
 
 
 def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str], Recipe]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import converted
 
 import tinydata
 from calib.data import chosen
 from calib.importance import neuron_importance
 from d2m import recipe as recipes
-from d2m.convert import convert
 from d2m.draw import drawing_defaults
 from tiny import tiny_pipeline
 
@@ -53,8 +53,8 @@ def run(dense, out, how, cache=None, seen=None, **options):
 
         return batch
 
-    settings = {"report": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
-    return convert(dense, out, RECIPE, batches, neuron_importance, **settings | options)
+    settings = {"written": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
+    return converted(dense, out, RECIPE, batches, neuron_importance, **settings | options)
 
 
 def contents(folder):
