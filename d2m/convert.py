@@ -120,6 +120,7 @@ def convert(
     conversion = begin(dense_dir, out_dir, recipe, options.resume, log, **known)
     if conversion is None:
         return {"out": str(Path(out_dir)), "already_converted": True}
+    # All arguments are good as far as JSON can tell; the first slow import and the first load.
     from d2m.start import first_student, kept_importance, start_importance
 
     dense_path, work, result = conversion.dense, conversion.work, conversion.result
@@ -139,6 +140,8 @@ def convert(
         student, error = first_student(
             dense, neurons, recipe, conversion.family, calibration, work, start
         )
+    # Until here a resume computes again what is cheap and reads the rest from `work`; training has
+    # checkpoints of its own there.
     history: list[dict[str, Any]] = []
     if recipe.steps:
         from d2m.distill import distill
@@ -152,7 +155,7 @@ def convert(
         history = distill(student, dense, recipe, batches(pipe, recipe.seed), **told)
     seconds |= stage_seconds(history)
 
-    # From here on nothing is kept for a resume but the last checkpoint: what follows is quick.
+    # A kill from here on goes on from training's last checkpoint, and does all of this once more.
     shutil.rmtree(result, ignore_errors=True)  # half of one, of a kill
     write_sparse(result, student, dense_path, recipe, neurons)
     if crew.size > 1:
@@ -160,6 +163,7 @@ def convert(
         kind: Any = type(student)
         student = kind.from_pretrained(result / "transformer", torch_dtype=dense.dtype).eval()
         student.to(pipe.to(device).device)
+    # Scores come before the papers because the model card shows them, with a report or without.
     with timed(seconds, "pictures and scores"):
         shown = report.prompts if report.written else ()
         score = report.score

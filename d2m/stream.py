@@ -81,6 +81,8 @@ def convert_stream(
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()  # of a kill
+    # Shard 1 is what belongs to no block; then two a block, so that a block is done when both of
+    # its files are there, and a resume needs no record of its own.
     blocks = block_names(source, family)
     count = 2 * len(blocks) + 1
     files = [shard_name(i + 1, count) for i in range(count)]
@@ -103,6 +105,7 @@ def convert_stream(
                 write_shard(folder / file, {k: v for k, v in tensors.items() if k not in apart})
         if progress:
             progress(PHASE, len(blocks), len(blocks))
+    # From the files alone, not from memory: what a reader will find is what is checked.
     written = write_index(folder, files)
     _check_complete(written, sparse)
     sparse.save_config(folder)
