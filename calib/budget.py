@@ -22,7 +22,7 @@ from d2m.convert import CALIBRATION
 from d2m.dense import dense_family, locate
 from d2m.families import FLUX
 from d2m.family_weights import dim_of
-from d2m.preset import preset_of, presets_for
+from d2m.preset import presets_for, recipe_named
 from d2m.recipe import Recipe, Stage
 from d2m.structure import KINDS, Blocks, Shares
 from d2m.subject import Subject, subject_of
@@ -159,7 +159,6 @@ def for_conversion(
     batches: Callable[[Any, int], Batches],
     importance: Callable[..., dict[str, Tensor]],
     *,
-    seed: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Recipe, Callable[..., dict[str, Tensor]], dict[str, Any]]:
@@ -172,12 +171,9 @@ def for_conversion(
     if resume and (made := chosen_before(out, budget)):
         return made, importance, {}
     check_free(Path(out), work_of(Path(out)), resume)
-    if not isinstance(base, Recipe):
-        is_file = isinstance(base, Path) or base.endswith(".json")
-        base = recipes.load(base if is_file else preset_of(str(base), dense))
-    if seed is not None:
-        base = dataclasses.replace(base, seed=seed)
-    recipe, facts, scores = measured(dense, budget, base, batches, importance, progress=progress)
+    recipe, facts, scores = measured(
+        dense, budget, recipe_named(base, dense), batches, importance, progress=progress
+    )
     return recipe, lambda *args, **options: scores, facts
 
 

@@ -55,7 +55,7 @@ def chosen(
     *,
     cache: str | os.PathLike[str] | None = None,
     size: int | None = None,
-    buffer: int = 1000,
+    window: int = 1000,
     skip: int = 100,
     columns: str | None = None,
     log: Callable[[str], None] = print,
@@ -69,13 +69,13 @@ def chosen(
             pictures are cut and trajectories made; called when the pipeline is there.
         size: height and width in pixels, in place of those.
         cache: folder for encodings and trajectories; None keeps none.
-        buffer: samples that are mixed. skip: unreadable samples before the run stops.
+        window: samples of a shard that are mixed. skip: unreadable samples before the run stops.
         columns: "PICTURE,CAPTION", in place of those found by their names.
 
     Raises FileNotFoundError, ImportError or ValueError, in one sentence, if there is no such data.
     """
-    if buffer < 1:
-        raise ValueError(f"--shuffle is {buffer}, expected a number of samples from 1 on")
+    if window < 1:
+        raise ValueError(f"--shuffle is {window}, expected a number of samples from 1 on")
     folder = None if cache is None else Path(cache)
     if size is not None and size < 1:
         raise ValueError(f"--size is {size}, expected pixels such as 512")
@@ -101,7 +101,7 @@ def chosen(
     def batches(pipe: DiffusionPipeline, seed: int) -> Batches:
         values = {**settings()} | ({"height": size, "width": size} if size else {})
         return source_batches(
-            pipe, source, seed, values, unreadable, cache=folder, buffer=buffer, log=log
+            pipe, source, seed, values, unreadable, cache=folder, window=window, log=log
         )
 
     def prompts(count: int) -> list[str]:
@@ -116,7 +116,7 @@ def chosen(
     def facts() -> dict[str, Any]:
         return {"source": source.name, "left_out": len(unreadable.reasons)}
 
-    label = f"{source.digest}, {size or 'own'} pixels, mixed in {buffer}"
+    label = f"{source.digest}, {size or 'own'} pixels, windows of {window}"
     kind = "pictures" if source.pictures else "prompts"
     return Data(batches, label, prompts, (), facts, kind)
 
@@ -218,7 +218,7 @@ def source_batches(
     unreadable: Unreadable,
     *,
     cache: Path | None = None,
-    buffer: int = 1000,
+    window: int = 1000,
     log: Callable[[str], None] = print,
 ) -> Batches:
     """A function (step, batch size) -> one batch of the source, encoded by `pipe`.
@@ -242,7 +242,7 @@ def source_batches(
         def decode(epoch: int, data: bytes, caption: str) -> dict[str, Tensor]:
             return picture(data) | text("" if emptied(epoch, caption) else caption)
 
-        samples = feed(source, seed, buffer, lengths, unreadable, decode)
+        samples = feed(source, seed, window, lengths, unreadable, decode)
 
         def pictures(step: int, size: int) -> dict[str, Tensor]:
             return collate(pipe, samples(step * size, size), height, width)
@@ -252,7 +252,7 @@ def source_batches(
         from calib.trajectories import trajectory_batches, trajectory_decoder
 
         ways = trajectory_decoder(pipe, seed, settings, cache, log)
-        prompts = feed(source, seed, buffer, lengths, unreadable, ways)
+        prompts = feed(source, seed, window, lengths, unreadable, ways)
         made = trajectory_batches(pipe, prompts, settings)
 
     def batch(step: int, size: int) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Unreadable:
 def feed(
     source: Source,
     seed: int,
-    buffer: int,
+    window: int,
     lengths: MutableMapping[str, int],
     unreadable: Unreadable,
     decode: Callable[[int, bytes, str], Decoded],
@@ -70,7 +70,7 @@ def feed(
         reach = base + len(ahead)
         if coming is None or not base <= position <= reach:
             ahead.clear()
-            base, coming = position, order(source, seed, buffer, lengths, position)
+            base, coming = position, order(source, seed, window, lengths, position)
         while base + len(ahead) <= position:
             ahead.append(next(coming))
         return ahead[position - base]

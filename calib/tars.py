@@ -1,7 +1,7 @@
 """WebDataset shards: tar files of pictures and captions, `KEY.jpg` beside `KEY.txt` or `KEY.json`.
 
 Read with the standard library, headers first: a sample is an offset into its file, so that a run
-goes on in the middle of a shard without reading what lies before, a buffer of samples holds no
+goes on in the middle of a shard without reading what lies before, a window of samples holds no
 pictures, and nothing is decoded but pictures, text and JSON. (The webdataset library streams: it
 cannot start in the middle, its decoders unpickle `.pyd` and `.pth`, and `pipe:` names run a shell.)
 """

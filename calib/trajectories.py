@@ -124,7 +124,8 @@ def trajectory_batches(
 ) -> Callable[[int, int], dict[str, Tensor]]:
     """A function (step, batch size) -> batch, of `calib.feed.feed` over a trajectory decoder.
 
-    The batch is that of `calib.stream` with `noisy` [B, T, C], `time` [B] and `guidance` [B].
+    The batch is that of `calib.data.source_batches` with `noisy` [B, T, C], `time` [B] and
+    `guidance` [B] besides.
     """
     ways: dict[int, list[Encoding]] = {}
 

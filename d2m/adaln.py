@@ -151,7 +151,7 @@ def rank_of(adaln: AdaLN, dim: int, chunks: int) -> int | None:
 def share_adaln(model: nn.Module, adaln: AdaLN, family: Family | None = None) -> nn.Module:
     """Replace every block's norm for the mode of `adaln`, in place; returns the model.
 
-    Only structure; `d2m.adalnfit` has values. With mode full nothing changes.
+    Only structure; `d2m.modulationfit` has values. With mode full nothing changes.
     """
     if adaln.mode == "full":
         return model

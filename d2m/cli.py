@@ -102,17 +102,19 @@ def convert(
     from calib.importance import chosen
     from calib.statistics import routing_table
     from calib.suite import evaluate as judge
+    from d2m.convert import Options, Report
     from d2m.convert import convert as function
     from d2m.dense import locate
     from d2m.family_defaults import generation_defaults
-    from d2m.recipe import Recipe
+    from d2m.preset import recipe_named
+    from d2m.recipe import changed
 
     taught = chosen_data(
         data,
         lambda: generation_defaults(locate(dense)),
         cache=cache,
         size=size,
-        buffer=shuffle,
+        window=shuffle,
         skip=skip,
         columns=columns,
         log=say,
@@ -121,7 +123,7 @@ def convert(
     neurons, scores, label = chosen(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
         check_taught(dense, taught)
-    made: Any = recipe or preset
+    made = changed(recipe_named(recipe or preset, dense), seed=seed)
     facts: dict[str, Any] = {}
     if budget is not None:
         from calib.budget import for_conversion, told
@@ -134,20 +136,16 @@ def convert(
                 made,
                 taught.batches,
                 neurons,
-                seed=seed,
                 resume=resume,
                 progress=progress,
             )
         if facts:
             say(told(facts))
-    if not isinstance(made, Recipe):
+    elif launched().leads:
         from d2m.early import check_convert
 
         streamed = init_only and scores is not None
-        if launched().leads:
-            check_convert(
-                dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume
-            )
+        check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
     if init_only and scores is not None:
         from d2m.stream import convert_stream
 
@@ -155,19 +153,36 @@ def convert(
             raise ValueError("--init-only trains nothing; leave --stages and --start out")
         with progress_bars() as progress:
             answer = convert_stream(
-                dense,
-                out,
-                made,
-                scores,
-                label,
-                seed=seed,
-                resume=resume,
-                progress=progress,
-                log=say,
+                dense, out, made, scores, label, resume=resume, progress=progress, log=say
             )
         print_json(answer) if json_ else print_tree(brief(answer))
         return
+    made = changed(
+        made,
+        steps=steps,
+        stages=[name.strip() for name in stages.split(",") if name.strip()],
+        init_only=init_only,
+        precision=precision,
+        ema=ema,
+    )
     crew = ALONE if init_only else join()
+    how = Options(
+        start=start,
+        resume=resume,
+        data=taught.label,
+        crew=crew,
+        parts=accumulate,
+        checkpointing=gradient_checkpointing,
+        offload=offload_activations,
+        save_seconds=save_seconds,
+    )
+    shown = Report(
+        statistics=partial(routing_table, categories=taught.categories),
+        score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
+        prompts=taught.prompts(6) if report else (),
+        known=known,
+        written=report,
+    )
     with progress_bars() as progress:
         answer = function(
             dense,
@@ -175,25 +190,8 @@ def convert(
             made,
             taught.batches,
             neurons,
-            steps=steps,
-            stages=[name.strip() for name in stages.split(",") if name.strip()],
-            start=start,
-            init_only=init_only,
-            seed=seed,
-            resume=resume,
-            statistics=partial(routing_table, categories=taught.categories),
-            score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
-            prompts=taught.prompts(6) if report else (),
-            data=taught.label,
-            known=known,
-            report=report,
-            precision=precision,
-            ema=ema,
-            crew=crew,
-            parts=accumulate,
-            checkpointing=gradient_checkpointing,
-            offload=offload_activations,
-            save_seconds=save_seconds,
+            options=how,
+            report=shown,
             progress=progress,
             log=say,
         )
@@ -287,8 +285,8 @@ def plan(
         print_table(*fits_table(found))
         print("\n" + formula())
         return
+    from d2m.early import needs, needs_table
     from d2m.machine import machine
-    from d2m.needs import needs, needs_table
     from d2m.plan import plan as function
     from d2m.plantable import conclusion, table
 
@@ -335,7 +333,7 @@ def doctor(
     """Show what is installed and works, what fits this machine, and what to do about the rest."""
     from d2m.doctor import doctor as function
     from d2m.doctor import lines
-    from d2m.needs import needs_table
+    from d2m.early import needs_table
     from runtime.executor import MODULES
 
     answer = function(str(path), MODULES)

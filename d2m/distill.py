@@ -128,13 +128,16 @@ def _train(
     recipe, crew, workdir, seed = run.recipe, run.crew, run.workdir, run.seed
     folder, log_file = workdir / "checkpoints", workdir / "log.jsonl"
     device = next(student.parameters()).device
+    # eval: dropout, where a family has any, is a difference from the teacher that nobody can learn.
     student.eval()
     teacher.eval().requires_grad_(False)
-    if crew.size == 1:
+    if crew.size == 1:  # shards have the precision they were made in
         student.float()
         if recipe.precision == "float32":
             teacher.float()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    # All stages at once, before the first step: a word that names nothing to train is told now and
+    # not after hours, and what any stage will move stops being the teacher's memory.
     learning = [{} if stage.skip else learner.trainable(student, stage) for stage in recipe.stages]
     learner.unshare(student, teacher, {name for group in learning for name in group})
     dense_sites = [dense_name(site) for site in sparse_ffns(student)]
@@ -147,10 +150,12 @@ def _train(
     if record:
         facts, first, step = record["facts"], record["stage"], record["step"]
         done, pending, seconds = facts["done"], facts["pending"], facts["seconds"]
+        # Weights of the stages before and of this one; moments and averages when the stage starts.
         own = learner.parts(dict(student.named_parameters()), crew)
         learner.copy_into(learner.part(tensors, "student"), own)
         if crew.leads:
             log(f"resuming {workdir} after {done} of {total} steps.")
+    # Lines after the checkpoint are of steps that are taken again.
     history = trainlog.rewind(log_file, done) if crew.leads else []
     started = time.monotonic() - seconds
 
@@ -160,7 +165,7 @@ def _train(
         facts = {"done": done, "pending": pending, "seconds": time.monotonic() - started}
         own = learner.parts(learnt, crew)
         state = {f"student/{name}": part.detach() for name, part in own.items()} | state
-        if crew.leads:
+        if crew.leads:  # before the checkpoint: a log may run ahead of it, never behind
             trainlog.sync(log_file)
         if crew.size == 1:
             checkpoint.save(folder, stage, step, state, facts | {"identity": identity})
@@ -185,6 +190,8 @@ def _train(
             features = block_features(student, seen.names), block_features(teacher, seen.names)
             with features[0] as mine, features[1] as aims, without_padding(student):
                 while step < stage.steps:
+                    # Every part of the batch takes its rows of one draw, so the step is the same
+                    # however many processes and parts share it.
                     for rows in shares(stage.batch_size, crew, run.parts):
                         draw = generator_at(seed, index, step)
                         batch = batch_rows(run.batches, past + step, stage.batch_size, rows)
@@ -197,11 +204,12 @@ def _train(
                             with torch.no_grad():
                                 target = calls.predicted(teacher(**inputs, return_dict=False)[0])
                             guess = calls.predicted(student(**inputs, return_dict=False)[0])
+                        # Outside autocast: losses are float32 whatever the passes ran in.
                         mask = inputs.get(TEXT_MASK)
                         both = mine, aims
                         loss, figures = terms(stage, guess, target, both, seen, crew, mask)
                         (loss / run.parts).backward()
-                        mine.clear()
+                        mine.clear()  # or the graph of this part would live on into the next
                         aims.clear()
                         forget(seen)
                         trainlog.add(window, {n: each / run.parts for n, each in figures.items()})
@@ -220,6 +228,8 @@ def _train(
                     if progress and crew.leads:
                         progress(f"stage {stage.name}", step, stage.steps)
 
+                    # One process's clock or signal decides for all: a checkpoint is a meeting, and
+                    # one that stopped alone would leave the others waiting.
                     due = crew.leads and time.monotonic() - saved >= run.save_seconds
                     due, stop = anyone(crew, [due, stop_asked()])
                     if step < stage.steps and (due or stop):
@@ -230,6 +240,8 @@ def _train(
                     if step < stage.steps and stop:
                         interrupt(done, total, workdir, log if crew.leads else _silent)
 
+            # The end of a stage is the beginning of the next in a checkpoint: no moments, no
+            # window, and weights that are the stage's average where it has one.
             learner.finish(student, pupil)
             step = 0
             save(index + 1, step, {})

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2m.console import EXTRAS
+from d2m.early import needs
 from d2m.machine import machine
-from d2m.needs import needs
 from d2m.resources import shown
 
 BASE = ("numpy", "onnxruntime", "tokenizers", "safetensors", "PIL", "typer", "rich")
@@ -26,7 +26,7 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
 
     backends: name -> (module, how to install it). Returns JSON values: python, d2m, machine,
     packages (module -> version, extra, works, reason), extras (name -> works), backends (name ->
-    works, reason), stages (FLUX.1 [dev] with preset L, see d2m.needs) and advice (sentences).
+    works, reason), stages (FLUX.1 [dev] with preset L, see d2m.early) and advice (sentences).
     """
     found = machine(path)
     names = {**dict.fromkeys(BASE, "base"), **EXTRAS, **MORE}

@@ -1,4 +1,4 @@
-"""What distillation takes of every GPU, foretold: how many GPUs of which memory a recipe needs.
+"""What distillation takes of every GPU, estimated: how many GPUs of which memory a recipe needs.
 
 Torch-free, from a config and a recipe. Weights, gradients and moments are counted one by one;
 activations are what one block saves for its backward pass, counted on a CPU (see SAVED). Nothing

@@ -1,7 +1,9 @@
 """Parts of sharded tensors and the whole of them: gathered, handed out, written, clipped.
 
 A process's part of a parameter is an ordinary tensor in the parameter's own memory, so AdamW and
-averages need to know nothing of sharding.
+averages need to know nothing of sharding. Whole tensors exist one at a time: torch's
+`get_model_state_dict` would gather all of them in the first process before the first is written,
+and `set_model_state_dict` sends every process every whole tensor, in the dtype it has.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from d2m import checkpoint
 from d2m.processes import Crew, mean, tell
@@ -24,8 +26,7 @@ def local(parameter: Tensor) -> Tensor:
     """This process's part of a parameter, in the same memory; an unsharded one as it is."""
     if not isinstance(parameter, DTensor):
         return parameter
-    part = nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
-    return part
+    return nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
 
 
 def gathered(part: Tensor, like: Tensor) -> Tensor:
@@ -53,8 +54,8 @@ def spread(tensors: Mapping[str, Tensor], student: nn.Module, crew: Crew) -> dic
     parameters = dict(student.named_parameters())
     for name, (shape, dtype) in tell(crew, told).items():
         like = parameters.get(name.partition("/")[2])
-        whole = received(tensors.get(name), shape, dtype, crew)
-        found[name] = part_of(whole, like).cpu().clone()
+        part = handed_out(tensors.get(name), shape, dtype, like, crew)
+        found[name] = local(part).detach().cpu().clone()
     return found
 
 
@@ -137,25 +138,20 @@ def clip_shared(
     return norm
 
 
-def received(value: Tensor | None, shape: torch.Size, dtype: torch.dtype, crew: Crew) -> Tensor:
-    """A tensor of the first process, in all of them."""
+def handed_out(
+    value: Tensor | None, shape: torch.Size, dtype: torch.dtype, like: Tensor | None, crew: Crew
+) -> Tensor:
+    """A tensor of the first process in all of them, laid out as `like`; whole without sharding.
+
+    Sharded ones are scattered: a process is sent its own part alone.
+    """
     device = torch.device(crew.device)
     if crew.leads:
         assert value is not None and value.shape == shape
         whole = value.detach().to(device, dtype).contiguous()
     else:
         whole = torch.empty(shape, dtype=dtype, device=device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements)
     dist.broadcast(whole, src=0)
-    return whole
-
-
-def part_of(whole: Tensor, like: Tensor | None) -> Tensor:
-    """This process's part of a whole tensor, laid out as `like`; all of it without sharding."""
-    if not isinstance(like, DTensor):
-        return whole
-    (placement,) = like.placements
-    assert isinstance(placement, Shard)
-    mesh = like.device_mesh
-    chunks = whole.chunk(mesh.size(), placement.dim)
-    rank = mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)
+    return whole.clone()  # never the memory of the first process's own model

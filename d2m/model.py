@@ -134,7 +134,7 @@ def sparse_model_of(
 ) -> nn.Module:
     """The sparse model of a dense transformer, on its device, before any training.
 
-    Its modulation is the dense model's whatever the recipe says: `adalnfit.compress_adaln` is next.
+    Its modulation is the dense model's whatever the recipe says: `compress_adaln` is next.
 
     Args:
         dense: stays as it is; whatever is no FFN shares its tensors with the result.

@@ -180,7 +180,7 @@ Cache = Annotated[
 Size = Annotated[
     int | None, typer.Option("--size", help="Pixels of --data's pictures; the pipeline's own.")
 ]
-Shuffle = Annotated[int, typer.Option("--shuffle", help="Samples of --data mixed in a buffer.")]
+Shuffle = Annotated[int, typer.Option("--shuffle", help="Samples of a shard that are mixed.")]
 Skip = Annotated[int, typer.Option("--skip", help="Unreadable samples left out before it stops.")]
 Columns = Annotated[
     str | None, typer.Option("--columns", help="PICTURE,CAPTION: columns or endings of --data.")

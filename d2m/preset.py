@@ -1,4 +1,4 @@
-"""Which preset a name means for a model: groups are lists of block indices, so they fit one depth.
+"""Which recipe a name means for a model: groups are lists of block indices, so they fit one depth.
 
 Presets are recipes in `d2m/presets/`. Those in the folder itself fit a model of any depth; those in
 `FAMILY-<x>d-<y>s/` are for models with x double and y single blocks and go before the others of the
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from d2m.dense import locate
 from d2m.families import Family
+from d2m.recipe import Recipe, load
 from d2m.subject import subject_of
 
 FOLDER = Path(__file__).parent / "presets"
@@ -51,3 +52,15 @@ def preset_of(name: str, dense: str | os.PathLike[str]) -> Path:
         )
     subject = subject_of(locate(dense))
     return preset_file(name, subject.family, subject.depth)
+
+
+def recipe_named(recipe: Recipe | str | Path, dense: str | os.PathLike[str]) -> Recipe:
+    """A recipe as it is, in a file (a Path, or text that ends in .json), or as a preset's name.
+
+    Errors as `d2m.recipe.load` and `preset_of`.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path) or recipe.endswith(".json"):
+        return load(recipe)
+    return load(preset_of(recipe, dense))

@@ -269,6 +269,43 @@ def with_stages(recipe: Recipe, chosen: Sequence[int | str]) -> Recipe:
     return dataclasses.replace(recipe, stages=tuple(stages))
 
 
+def changed(
+    recipe: Recipe,
+    *,
+    steps: int | None = None,
+    stages: Sequence[int | str] = (),
+    init_only: bool = False,
+    seed: int | None = None,
+    precision: str | None = None,
+    ema: float | None = None,
+) -> Recipe:
+    """The recipe with what one run has otherwise; None and () leave it as it is.
+
+    steps, stages: as `with_steps` and `with_stages`, in that order. A stage takes the same steps
+    and data on its own as among the others. init_only: split the FFNs and train nothing. ema: of
+    every stage. ValueError for values that cannot be, or that contradict one another.
+    """
+    if init_only and steps is not None:
+        raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
+    if init_only and stages:
+        raise ValueError(
+            f"stages is {list(stages)} but init_only trains nothing; give one of them."
+        )
+    _check(precision in (None, *PRECISIONS), "precision", precision, " or ".join(PRECISIONS))
+    fine = ema is None or 0 <= ema < 1
+    _check(fine, "ema", ema, "0 (none) or a decay under 1, such as 0.999")
+    values: dict[str, Any] = {"seed": seed, "precision": precision}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in values.items() if v is not None})
+    if init_only:
+        return dataclasses.replace(recipe, stages=())
+    recipe = recipe if steps is None else with_steps(recipe, steps)
+    recipe = with_stages(recipe, stages) if stages else recipe
+    if ema is None:
+        return recipe
+    averaged = tuple(dataclasses.replace(stage, ema=ema) for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=averaged)
+
+
 # ---------------------------------------------------------------- validation
 
 

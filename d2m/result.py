@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import licence_of
 from d2m.draw import pipeline_draw
-from d2m.families import family_of
 from d2m.family_defaults import DEFAULTS_FILE, generation_defaults
-from d2m.files import library_errors, write_json, write_text
+from d2m.files import library_errors, replace_dir, write_json, write_text
 from d2m.recipe import Recipe
+from d2m.workdir import Conversion
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,31 +102,34 @@ def compare(
     return [dict(zip(("prompt", "seed", "dense", "sparse"), row)) for row in rows], scores
 
 
-def write_papers(
-    folder: Path,
-    dense: Path,
-    recipe: Recipe,
-    facts: Mapping[str, Any],
+def publish(
+    conversion: Conversion,
+    parameters: Mapping[str, Any],
+    scores: Mapping[str, Any],
     report: Mapping[str, Any] | None,
-) -> None:
-    """Write README.md (the model card) and, unless `report` is None, report.html and report.json.
+) -> dict[str, Any]:
+    """Write the model card and, unless `report` is None, the report; let OUT appear, clean up.
 
-    `facts` and `report` are keywords of `d2m.report.build_report`; `facts` those of which the card
-    needs some: name, base_model, parameters, scores.
+    report: further keywords of `d2m.report.build_report`. Returns what every conversion answers:
+    out, base_model, recipe (its name) and parameters.
     """
     from d2m.card import model_card
     from d2m.report import build_report, write_report
 
-    shown: dict[str, Any] = {"name": facts["name"], "base_model": facts["base_model"]}
-    shown |= {"parameters": facts["parameters"], "recipe": recipes.to_dict(recipe)}
-    scores = facts["scores"] or None
+    folder, dense, recipe = conversion.result, conversion.dense, conversion.recipe
+    shown: dict[str, Any] = {"name": conversion.out.name, "base_model": conversion.base_model}
+    shown |= {"parameters": parameters, "recipe": recipes.to_dict(recipe)}
     about: dict[str, Any] = {"defaults": generation_defaults(dense), "licence": licence_of(dense)}
-    family = family_of(dense)
     config = json.loads((dense / "transformer" / "config.json").read_text("utf-8"))
-    about |= {"family": family.names.title_of(config), "tags": family.names.tags}
-    write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
+    names = conversion.family.names
+    about |= {"family": names.title_of(config), "tags": names.tags}
+    write_text(folder / "README.md", model_card(**shown, scores=scores or None, **about))
     if report is not None:
-        write_report(folder, build_report(**shown, scores=facts["scores"], **report))
+        write_report(folder, build_report(**shown, scores=scores, **report))
+    replace_dir(folder, conversion.out)
+    shutil.rmtree(conversion.work, ignore_errors=True)
+    answer = {"out": str(conversion.out), "base_model": conversion.base_model}
+    return answer | {"recipe": recipe.name, "parameters": parameters}
 
 
 def stage_seconds(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

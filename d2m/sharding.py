@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from d2m.activations import blocks_of
 from d2m.families import family_of_model
 from d2m.family_flow import generator_at, training_point
 from d2m.family_inputs import transformer_inputs
-from d2m.gather import part_of, received
+from d2m.gather import handed_out
 from d2m.groups import block_groups
 from d2m.learner import learnt
 from d2m.processes import Crew, anyone, tell
@@ -172,25 +172,13 @@ def _fill(model: nn.Module, whole: nn.Module | None, crew: Crew, done: set[str])
     have = (
         {} if whole is None else {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     )
-    device = torch.device(crew.device)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in done:
             continue
-        value = received(have.get(name), tensor.shape, tensor.dtype, crew)
+        found = handed_out(have.get(name), tensor.shape, tensor.dtype, tensor, crew)
         place, _, leaf = name.rpartition(".")
         module = model.get_submodule(place)
-        part = part_of(value, tensor).to(device, copy=True).contiguous()
-        if isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(
-                part,
-                tensor.device_mesh,
-                tensor.placements,
-                run_check=False,
-                shape=tensor.shape,
-                stride=tensor.stride(),
-            )
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        elif isinstance(tensor, nn.Parameter):
-            setattr(module, leaf, nn.Parameter(part, requires_grad=False))
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(found, requires_grad=False))
         else:
-            module._buffers[leaf] = part
+            module._buffers[leaf] = found

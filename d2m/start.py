@@ -43,10 +43,10 @@ def first_student(
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
-    from d2m.adalnfit import compress_adaln
     from d2m.family_flow import generator_at
     from d2m.family_inputs import noised, transformer_inputs
     from d2m.model import sparse_model_of
+    from d2m.modulationfit import compress_adaln
     from d2m.routerfit import spread_routers
     from d2m.surgery import identity_error
 
@@ -148,7 +148,7 @@ def _moments(
     dense: nn.Module, calibration: Batches, recipe: Recipe, work: Path
 ) -> dict[str, Tensor]:
     """The calibration of shared modulation, from the work directory if it was done before."""
-    from d2m.adalnfit import modulation_moments
+    from d2m.modulationfit import modulation_moments
 
     return kept(
         work / "modulation.safetensors",

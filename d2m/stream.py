@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m import recipe as recipes
-from d2m.dense import dense_family, locate
 from d2m.families import Family
 from d2m.family_sites import sites_of, spec_at
-from d2m.files import replace_dir, write_json
-from d2m.preset import preset_of
+from d2m.files import write_json
+from d2m.preset import recipe_named
 from d2m.recipe import Recipe, SparseSpec
-from d2m.result import timed, write_around, write_papers
+from d2m.result import publish, timed, write_around
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
-from d2m.workdir import RECORD, check_free, finished, identity_of, work_of
+from d2m.workdir import RECORD, begin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +42,6 @@ def convert_stream(
     scores: Scores,
     importance: str,
     *,
-    seed: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
@@ -65,34 +63,27 @@ def convert_stream(
 
     Raises as `d2m.convert.convert`.
     """
-    import torch
-
-    if not isinstance(recipe, Recipe):
-        is_file = isinstance(recipe, Path) or recipe.endswith(".json")
-        recipe = recipes.load(recipe if is_file else preset_of(str(recipe), dense_dir))
-    recipe = dataclasses.replace(recipe, stages=(), seed=recipe.seed if seed is None else seed)
+    recipe = dataclasses.replace(recipe_named(recipe, dense_dir), stages=())
     if importance in recipes.SPLITS:
         recipe = dataclasses.replace(recipe, split=importance)
-    out = Path(out_dir)
-    work = work_of(out)
-    if resume and finished(out, recipe):
-        shutil.rmtree(work, ignore_errors=True)
-        log(f"{out} is already converted with this recipe; nothing is left to do.")
-        return {"out": str(out), "already_converted": True}
-    check_free(out, work, resume)
-    path = locate(dense_dir)
-    family = dense_family(path, recipe)
-    identity = identity_of(work, path, recipe, None, importance=importance)
+    conversion = begin(dense_dir, out_dir, recipe, resume, log, importance=importance)
+    if conversion is None:
+        return {"out": str(Path(out_dir)), "already_converted": True}
+    import torch
+
+    path, family, work = conversion.dense, conversion.family, conversion.work
     source = open_shards(path / "transformer")
     sparse = _structure(path / "transformer", recipe, family)
-    write_json(work / RECORD, identity)
+    write_json(work / RECORD, conversion.identity)
 
     seconds: dict[str, float] = {}
-    result = work / "result"
+    result = conversion.result
     folder = result / "transformer"
     folder.mkdir(parents=True, exist_ok=True)
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()  # of a kill
+    # Shard 1 is what belongs to no block; then two a block, so that a block is done when both of
+    # its files are there, and a resume needs no record of its own.
     blocks = block_names(source, family)
     count = 2 * len(blocks) + 1
     files = [shard_name(i + 1, count) for i in range(count)]
@@ -115,6 +106,7 @@ def convert_stream(
                 write_shard(folder / file, {k: v for k, v in tensors.items() if k not in apart})
         if progress:
             progress(PHASE, len(blocks), len(blocks))
+    # From the files alone, not from memory: what a reader will find is what is checked.
     written = write_index(folder, files)
     _check_complete(written, sparse)
     sparse.save_config(folder)
@@ -127,14 +119,8 @@ def convert_stream(
         if part.is_dir() and part != folder:
             shutil.rmtree(part)
     write_around(result, family.names.sparse_class, path, recipe, neurons)
-    counts = _counts(source, written, recipe)
-    facts: dict[str, Any] = {"name": out.name, "base_model": str(dense_dir), "scores": {}}
-    write_papers(result, path, recipe, facts | {"parameters": counts}, None)
-    replace_dir(result, out)
-    shutil.rmtree(work, ignore_errors=True)
-    answer: dict[str, Any] = {"out": str(out), "base_model": str(dense_dir)}
-    answer |= {"recipe": recipe.name, "importance": importance, "parameters": counts}
-    return answer | {"checked": checked, "seconds": seconds}
+    answer = publish(conversion, _counts(source, written, recipe), {}, None)
+    return answer | {"importance": importance, "checked": checked, "seconds": seconds}
 
 
 def block_names(source: Shards, family: Family) -> list[str]:

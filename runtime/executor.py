@@ -76,8 +76,8 @@ class Executor(Protocol):
     ) -> dict[str, np.ndarray]:
         """Outputs by name; None of `top_k` and `kappa` means the bundle's default.
 
-        `starts`: what the routers of a schedule chose beforehand (see runtime.plan); none of them
-        is asked again.
+        `starts`: what the routers of a schedule chose beforehand (see runtime.forecast); none of
+        them is asked again.
         """
         ...
 

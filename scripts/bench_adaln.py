@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from calib.batches import shapes_batches
 from d2m.adaln import norms
-from d2m.adalnfit import compress_adaln, modulation_moments
 from d2m.draw import load_pipeline
 from d2m.family_flow import generator_at, noisy
 from d2m.family_inputs import global_embedding, transformer_inputs
+from d2m.modulationfit import compress_adaln, modulation_moments
 from d2m.recipe import preset
 from d2m.structure import AdaLN, lowrank_default
 

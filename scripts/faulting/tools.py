@@ -67,11 +67,11 @@ class Tools:
         """Importance, surgery, distillation; a checkpoint after every step."""
 
         def work() -> Any:
-            from d2m.convert import convert
+            from d2m.convert import Options, Report, convert
 
-            options: dict[str, Any] = {"report": False, "save_seconds": 0, "resume": True}
+            options, report = Options(resume=True, save_seconds=0), Report(written=False)
             args = (self.dense, out, self.recipe, self.batches, self.importance)
-            answer = convert(*args, **options, log=lambda text: None)
+            answer = convert(*args, options=options, report=report, log=lambda text: None)
             return answer["out"]
 
         return work

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from d2m import ablations
 from d2m import recipe as recipes
-from d2m.preset import preset_of
+from d2m.preset import recipe_named
 from d2m.recipe import Recipe
+from reproduction import baselines
 
 STEPS = 600  # of stages 1 and 2 together; stage 3 takes as many more, as in the presets
 DEPTH = {"double": 6, "single": 12}
@@ -45,7 +45,7 @@ class Row:
 
 
 def _preset(name: str) -> Callable[[str], Recipe]:
-    return lambda dense: recipes.load(preset_of(name, dense))
+    return lambda dense: recipe_named(name, dense)
 
 
 def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str], Recipe]:
@@ -59,7 +59,7 @@ def _budget(dense: str) -> Recipe:
 
 
 def _lean(by: int) -> Callable[[str], Recipe]:
-    return _from("L", ablations.leaner, by)
+    return _from("L", baselines.leaner, by)
 
 
 def _together(by: int) -> Callable[[str], Recipe]:
@@ -67,7 +67,7 @@ def _together(by: int) -> Callable[[str], Recipe]:
 
     def made(dense: str) -> Recipe:
         lean = _lean(by)(dense)
-        joint = ablations.joint(lean)
+        joint = baselines.joint(lean)
         (stage,) = joint.stages
         return replace(joint, stages=(replace(stage, lr=lean.stages[0].lr),))
 
@@ -76,7 +76,7 @@ def _together(by: int) -> Callable[[str], Recipe]:
 
 def _narrow(by: int) -> Callable[[str], Recipe]:
     """FFNs cut to as many neurons as `_lean` activates: L's 1.5 x the width, over `by`."""
-    return lambda dense: ablations.width_pruned(_lean(by)(dense), 1.5 / by)
+    return lambda dense: baselines.width_pruned(_lean(by)(dense), 1.5 / by)
 
 
 def _long(name: str, says: str, of: str, times: float, start: str | None = None) -> Row:
@@ -96,42 +96,42 @@ _TRAINED = (
     Row(
         "width-1.5",
         "FFNs cut to the same width as 1S12E2A",
-        _from("L", ablations.width_pruned, 1.5),
+        _from("L", baselines.width_pruned, 1.5),
     ),
     Row(
         "depth-first",
         "S with fixed blocks: the first of every group",
-        _from("S", ablations.depth_pruned, DEPTH, "first"),
+        _from("S", baselines.depth_pruned, DEPTH, "first"),
         start="L",
     ),
     Row(
         "depth-middle",
         "S with fixed blocks: a run from the middle left out",
-        _from("S", ablations.depth_pruned, DEPTH, "middle"),
+        _from("S", baselines.depth_pruned, DEPTH, "middle"),
         start="L",
     ),
-    Row("random", "L, neurons dealt at random", _from("L", ablations.random_split)),
-    Row("width-2", "FFNs cut to 2.0", _from("L", ablations.width_pruned, 2.0)),
-    Row("joint", "S, all stages at once", _from("S", ablations.joint)),
+    Row("random", "L, neurons dealt at random", _from("L", baselines.random_split)),
+    Row("width-2", "FFNs cut to 2.0", _from("L", baselines.width_pruned, 2.0)),
+    Row("joint", "S, all stages at once", _from("S", baselines.joint)),
     Row("XS", "and MoB: 11 + 16, here 4 + 4", _preset("XS"), start="L"),
-    Row("no-stage-1", "L without stage 1", _from("L", ablations.without_stage_one)),
-    Row("renormalised", "L, gates that sum to 1", _from("L", ablations.renormalised)),
+    Row("no-stage-1", "L without stage 1", _from("L", baselines.without_stage_one)),
+    Row("renormalised", "L, gates that sum to 1", _from("L", baselines.renormalised)),
     Row(
         "S-frozen",
         "S, blocks outside groups frozen in stage 3",
-        _from("S", ablations.frozen),
+        _from("S", baselines.frozen),
         start="L",
     ),
     Row("budget", "S's FLOPs, groups and experts' sizes by `--budget`", _budget),
     Row(
         "depth-first-joint",
         "depth-first, all stages at once",
-        lambda dense: ablations.joint(ablations.depth_pruned(_preset("S")(dense), DEPTH, "first")),
+        lambda dense: baselines.joint(baselines.depth_pruned(_preset("S")(dense), DEPTH, "first")),
     ),
     Row(
         "XS-first",
         "XS with fixed blocks: the first of every group",
-        _from("XS", ablations.depth_pruned, DEPTH, "first"),
+        _from("XS", baselines.depth_pruned, DEPTH, "first"),
         start="L",
     ),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
@@ -151,7 +151,7 @@ ROWS = (
     Row(
         "XS-joint-long",
         "XS, all stages at once, as many steps as XS-long",
-        _from("XS", ablations.joint),
+        _from("XS", baselines.joint),
         times=LONG_JOINT,
     ),
     Row("L-quarter", "L's experts 4 times smaller: 1S60E2A", _lean(4)),

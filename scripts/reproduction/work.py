@@ -134,7 +134,7 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
     """Convert, or go on where it stopped; losses and seconds of the training."""
     from calib.batches import shapes_batches
     from calib.importance import neuron_importance
-    from d2m.convert import convert
+    from d2m.convert import Options, convert
 
     start = model_dir(named(row.start), seed, settings) if row.start else None
     answer = convert(
@@ -143,9 +143,7 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
         recipe_of(row, settings.dense, settings.steps, seed),
         lambda pipe, seed: shapes_batches(pipe, seed=seed),
         neuron_importance,
-        start=start,
-        resume=True,
-        report=True,  # its JSON keeps the curves
+        options=Options(start=start, resume=True),
         progress=_Told(row, seed),
         log=lambda text: print(text, flush=True),
     )

@@ -143,7 +143,7 @@ def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
 
 def test_lengths_of_shards_are_kept(pipe, tmp_path):
     pattern, cache = tinydata.shards(tmp_path / "set"), tmp_path / "cache"
-    batches(pipe, pattern, cache, buffer=1)(0, 12)
+    batches(pipe, pattern, cache, window=1)(0, 12)
     [path] = (cache / "lengths").iterdir()
     found = read_lengths(cache, path.stem)
     assert len(found) >= 2 and set(found.values()) <= {5, 2}

@@ -69,7 +69,7 @@ def test_every_sample_comes_with_its_caption(place):
 
 
 def test_batches_are_pure_in_seed_and_step_and_an_epoch_has_every_sample(pipe, place):
-    make = data_of(place, buffer=5).batches
+    make = data_of(place, window=5).batches
     first = make(pipe, 1)
     four = [first(step, 4) for step in range(4)]
     assert equal(make(pipe, 1)(2, 4), four[2])  # as a resumed run asks
@@ -298,7 +298,7 @@ def test_no_pictures():
         ("*.tar", {}, "no file matches"),
         ("file.bin", {}, "of no known kind"),
         ("prompts.txt", {"columns": "a"}, "--columns is 'a', expected two names"),
-        ("prompts.txt", {"buffer": 0}, "--shuffle is 0"),
+        ("prompts.txt", {"window": 0}, "--shuffle is 0"),
         ("prompts.txt", {"size": 0}, "--size is 0"),
         ("prompts.txt", {"cache": "file.bin"}, "--cache is 'file.bin', a file"),
         ("shapes", {"cache": "x"}, "--cache is 'x', but shapes"),
@@ -340,7 +340,7 @@ def test_prompts_for_the_report_and_labels(tmp_path):
     data = data_of(path)
     assert len(set(data.prompts(6)) & set(tinydata.CAPTIONS)) == 6
     assert data.categories == ()
-    labels = {data_of(path, **o).label for o in ({}, {"size": 16}, {"buffer": 7})}
+    labels = {data_of(path, **o).label for o in ({}, {"size": 16}, {"window": 7})}
     (path / "003.png").unlink()
     assert len(labels | {data_of(path).label}) == 4  # another order of samples is another run
     assert dataclasses.is_dataclass(data)

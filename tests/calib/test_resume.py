@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import converted
 
 import tinydata
 from calib.data import chosen
 from calib.importance import neuron_importance
 from d2m import recipe as recipes
-from d2m.convert import convert
 from d2m.family_defaults import generation_defaults
 from tiny import tiny_pipeline
 
@@ -42,7 +42,7 @@ def run(dense, out, how, cache=None, seen=None, **options):
         how,
         lambda: generation_defaults(dense),
         cache=cache,
-        buffer=5,
+        window=5,
         skip=2,
         log=lambda text: None,
     )
@@ -58,8 +58,8 @@ def run(dense, out, how, cache=None, seen=None, **options):
 
         return batch
 
-    settings = {"report": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
-    return convert(dense, out, RECIPE, batches, neuron_importance, **settings | options)
+    settings = {"written": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
+    return converted(dense, out, RECIPE, batches, neuron_importance, **settings | options)
 
 
 def contents(folder):

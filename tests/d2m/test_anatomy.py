@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2m import flops
 from d2m.anatomy_flux import weights
 from d2m.families import FLUX
 from d2m.family_weights import Structure
@@ -25,6 +24,7 @@ from d2m.recipe import SparseSpec
 from d2m.sorted_loop import forward_sorted
 from d2m.structure import AdaLN, Blocks
 from d2m.subject import sizes, subject_of
+from tests.d2m import flops
 from tiny import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny_transformer
 
 FLUX_DEV = subject_of("flux-dev").config

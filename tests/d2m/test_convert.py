@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import converted
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -20,7 +21,6 @@ from calib.statistics import routing_table
 from calib.suite import evaluate
 from calib.world import World
 from d2m import recipe as recipes
-from d2m.convert import convert
 from d2m.surgery import split_neurons
 from tiny import tiny_pipeline
 
@@ -44,7 +44,7 @@ def score(draw):
 def run(dense, out, recipe=RECIPE, **options):
     options = {"log": lambda text: None, "statistics": routing_table, "score": score} | options
     options = {"prompts": ["a red circle", "two blue squares"]} | options
-    return convert(dense, out, recipe, batches, neuron_importance, **options)
+    return converted(dense, out, recipe, batches, neuron_importance, **options)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_only_what_the_stages_train_has_moved(dense, whole):
 
 def test_init_only_and_random_split(dense, tmp_path):
     recipe = dataclasses.replace(RECIPE, split="random", precision="bfloat16")
-    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, report=False, score=None)
+    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, written=False, score=None)
     assert answer["scores"] == {} and not (tmp_path / "out" / "report.html").exists()
     assert answer["steps"] == 0 and answer["losses"] == {}
     assert recipes.load(tmp_path / "out" / "recipe.json").seed == 3
@@ -191,7 +191,7 @@ def test_data_that_cannot_be_made_leaves_nothing_behind(dense, tmp_path):
         raise ValueError("no such world")
 
     with pytest.raises(ValueError, match="no such world"):
-        convert(dense, tmp_path / "out", RECIPE, failing, neuron_importance)
+        converted(dense, tmp_path / "out", RECIPE, failing, neuron_importance)
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from d2m import early, machine
 from d2m.cli import main
-from d2m.needs import needs, needs_table
+from d2m.early import needs, needs_table
 from d2m.resources import GB, Needs, convert_needs, run_needs, shown
 
 LARGE = {

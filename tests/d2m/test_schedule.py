@@ -5,8 +5,8 @@ import torch
 from tinypair import BLOCKS, grouped_pair, tiny_pair
 
 from d2m.groups import block_groups, set_kappa
-from d2m.schedule import block_schedule
 from d2m.structure import Blocks
+from tests.d2m.block_schedule import block_schedule
 from tiny import build_pipeline, tiny_inputs
 
 KNOWN = Blocks(BLOCKS.double, BLOCKS.single, alpha=0.0)

@@ -9,7 +9,6 @@ from tinypair import tiny_pair
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2m import flops
 from d2m import recipe as recipes
 from d2m.anatomy_flux import weights
 from d2m.families import FLUX, family_of_model
@@ -20,6 +19,7 @@ from d2m.recipe import SparseSpec, preset
 from d2m.structure import Blocks, Shares, check_shares, shares_from
 from d2m.surgery import identity_error, sparse_ffns
 from runtime.inspect import inspect
+from tests.d2m import flops
 from tiny import TRANSFORMER_CONFIG, tiny_inputs, tiny_transformer
 
 # At width 32: shared 80, 32 and 8 neurons, experts of 4, 8 and 10.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import converted
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -18,7 +19,6 @@ from calib.batches import shapes_batches
 from calib.importance import neuron_importance
 from calib.world import World
 from d2m import recipe as recipes
-from d2m.convert import convert
 from d2m.grouping import dense_name
 from d2m.groups import block_groups
 from d2m.structure import AdaLN, Blocks
@@ -42,8 +42,8 @@ def run(dense, out, recipe=RECIPE, **options):
     def batches(pipe, seed):
         return shapes_batches(pipe, World(size=32), seed)
 
-    options = {"log": lambda text: None, "report": False} | options
-    return convert(dense, out, recipe, batches, neuron_importance, **options)
+    options = {"log": lambda text: None, "written": False} | options
+    return converted(dense, out, recipe, batches, neuron_importance, **options)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ import d2m  # noqa: F401 - diffusers finds our class in a module that is importe
 from calib.importance import magnitude, magnitudes
 from d2m import recipe as recipes
 from d2m.adaln import norms
-from d2m.adalnfit import compress_adaln
 from d2m.families import FLUX
 from d2m.family_flow import generator_at
 from d2m.model import SparseFluxTransformer2DModel, sparse_model_of
+from d2m.modulationfit import compress_adaln
 from d2m.shards import INDEX, STEM, open_shards
 from d2m.stream import block_names, check_blocks, convert_stream, sampled
 from d2m.structure import AdaLN, Blocks

@@ -24,8 +24,8 @@ from hostdevice import (
 from tinybundle import damaged, manifest_of, program_of, relative, session
 
 from d2m.adaln import share_adaln
-from d2m.adalnfit import compress_adaln
 from d2m.model import SparseFluxTransformer2DModel
+from d2m.modulationfit import compress_adaln
 from d2m.structure import AdaLN
 from export.blocks import block_type, reads, transformer_program
 from export.compose import compose

@@ -137,8 +137,8 @@ def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
 def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -> None:
     """Shared modulation, groups, and losses that are finite and fall."""
-    from d2m.adalnfit import compress_adaln, modulation_moments
     from d2m.distill import distill
+    from d2m.modulationfit import compress_adaln, modulation_moments
     from d2m.structure import AdaLN
 
     made = recipe(groups=tiny.groups, kappa=1)
@@ -332,15 +332,21 @@ def sparse_dir(tiny: Tiny, pipe: Any, dense_dir: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from calib.importance import chosen
-    from d2m.convert import convert
+    from d2m.convert import Options, Report, convert
     from d2m.structure import AdaLN
 
     out = dense_dir.with_name(f"{tiny.family}-{tiny.build.__name__}")
     neurons, _, _ = chosen("magnitude")
-    options: dict[str, Any] = {"init_only": True, "report": False, "device": "cpu"}
     made = dataclasses.replace(recipe(groups=tiny.groups, kappa=1), adaln=AdaLN(mode_of(tiny)))
     answer = convert(
-        dense_dir, out, made, lambda p, seed: batches(p), neurons, log=lambda _: None, **options
+        dense_dir,
+        out,
+        dataclasses.replace(made, stages=()),
+        lambda p, seed: batches(p),
+        neurons,
+        options=Options(device="cpu"),
+        report=Report(written=False),
+        log=lambda _: None,
     )
     assert answer["identity_error"] < 1e-5
     file = out / "transformer" / "diffusion_pytorch_model.safetensors"

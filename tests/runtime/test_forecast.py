@@ -25,7 +25,7 @@ def test_the_schedule_is_torchs(pipeline: Pipeline, tiny_forecast_dir: Path, kap
 
     from d2m.draw import load_pipeline
     from d2m.groups import set_kappa
-    from d2m.schedule import block_schedule
+    from tests.d2m.block_schedule import block_schedule
 
     answer = schedule(pipeline, PROMPT, steps=5, kappa=kappa)
     pipe = load_pipeline(tiny_forecast_dir, device="cpu", dtype="fp32")

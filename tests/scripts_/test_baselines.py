@@ -7,25 +7,25 @@ import pytest
 import torch
 from tinypair import THREE, grouped_pair, tiny_batches, tiny_pair
 
-from d2m import ablations
 from d2m.distill import distill
 from d2m.parameters import count, shapes_of
 from d2m.recipe import from_dict, preset, to_dict
 from d2m.surgery import sparse_ffns
+from scripts.reproduction import baselines
 from tiny import tiny_inputs
 
 DEPTH = {"double": 4, "single": 5}
 ALL = {
-    "random": ablations.random_split,
-    "renormalised": ablations.renormalised,
-    "no-stage-1": ablations.without_stage_one,
-    "joint": ablations.joint,
-    "frozen": ablations.frozen,
-    "width-1.5": lambda recipe: ablations.width_pruned(recipe, 1.5),
-    "width-2": lambda recipe: ablations.width_pruned(recipe, 2.0),
-    "2-times-leaner": lambda recipe: ablations.leaner(recipe, 2),
-    "depth-first": lambda recipe: ablations.depth_pruned(recipe, DEPTH, "first"),
-    "depth-middle": lambda recipe: ablations.depth_pruned(recipe, DEPTH, "middle"),
+    "random": baselines.random_split,
+    "renormalised": baselines.renormalised,
+    "no-stage-1": baselines.without_stage_one,
+    "joint": baselines.joint,
+    "frozen": baselines.frozen,
+    "width-1.5": lambda recipe: baselines.width_pruned(recipe, 1.5),
+    "width-2": lambda recipe: baselines.width_pruned(recipe, 2.0),
+    "2-times-leaner": lambda recipe: baselines.leaner(recipe, 2),
+    "depth-first": lambda recipe: baselines.depth_pruned(recipe, DEPTH, "first"),
+    "depth-middle": lambda recipe: baselines.depth_pruned(recipe, DEPTH, "middle"),
 }
 
 
@@ -53,7 +53,7 @@ def test_each_trains(name, tmp_path):
 
 def test_width_pruning_works_as_much_as_the_moe():
     """The same activated matrices as 1S12E2A: r = 1.5; and a smaller FFN that forgets the rest."""
-    recipe = ablations.width_pruned(preset("L"), 1.5)
+    recipe = baselines.width_pruned(preset("L"), 1.5)
     assert (recipe.num_experts, recipe.shared_ratio, recipe.top_k) == (10, 1.5, 0)
     student, teacher = tiny_pair(recipe=recipe)
     counts = count(shapes_of(student), 0)
@@ -66,52 +66,52 @@ def test_width_pruning_works_as_much_as_the_moe():
 
 
 def test_a_leaner_moe_has_the_same_neurons_in_smaller_experts():
-    recipe = ablations.leaner(preset("L"), 4)
+    recipe = baselines.leaner(preset("L"), 4)
     assert (recipe.shared_ratio, recipe.expert_ratio) == (0.25, 0.0625)
     assert (recipe.num_experts, recipe.top_k) == (60, 2)
     student, _ = tiny_pair(recipe=recipe)
     assert count(shapes_of(student), 2)["ffn_share"] == pytest.approx(0.375 / 4, rel=0.01)
-    pruned = ablations.width_pruned(recipe, 0.375)
+    pruned = baselines.width_pruned(recipe, 0.375)
     assert (pruned.shared_ratio, pruned.num_experts, pruned.top_k) == (0.375, 58, 0)
 
 
 @pytest.mark.parametrize("by", [0, -1])
 def test_leaner_by_less_than_one_is_refused(by):
     with pytest.raises(ValueError, match="expected a whole number from 1"):
-        ablations.leaner(preset("L"), by)
+        baselines.leaner(preset("L"), by)
 
 
 def test_depth_pruning_by_hand():
     """Groups 1-3 of the double, 0-1 and 2-4 of the single blocks, one of each is kept."""
-    first = ablations.depth_pruned(THREE, DEPTH, "first").blocks
+    first = baselines.depth_pruned(THREE, DEPTH, "first").blocks
     assert (first.drop_double, first.drop_single) == ((2, 3), (1, 3, 4))
-    middle = ablations.depth_pruned(THREE, DEPTH, "middle")
+    middle = baselines.depth_pruned(THREE, DEPTH, "middle")
     assert (middle.blocks.drop_double, middle.blocks.drop_single) == ((1, 2), (1, 2, 3))
     assert [stage.train for stage in middle.stages][-1] == ("blocks",)
     assert middle.stages[:2] == THREE.stages[:2]
 
 
 def test_joint_and_without_stage_one_by_hand():
-    (stage,) = ablations.joint(THREE).stages
+    (stage,) = baselines.joint(THREE).stages
     assert stage.train == ("shared", "experts", "gate", "groups", "router")
     assert set(stage.losses) == {"output", "feature", "balance", "group", "group_balance"}
     assert (stage.steps, stage.kappa, stage.top_k) == (18, 1, 2)
-    assert [s.steps for s in ablations.without_stage_one(THREE).stages] == [9, 9]
+    assert [s.steps for s in baselines.without_stage_one(THREE).stages] == [9, 9]
 
 
 def test_what_cannot_be():
     with pytest.raises(ValueError, match="ratio is 1.6; expected one that leaves a whole number"):
-        ablations.width_pruned(THREE, 1.6)
+        baselines.width_pruned(THREE, 1.6)
     with pytest.raises(ValueError, match="by is 2; expected a whole number from 1 that leaves"):
-        ablations.leaner(replace(preset("L"), expert_ratio=0.75, num_experts=4), 2)
+        baselines.leaner(replace(preset("L"), expert_ratio=0.75, num_experts=4), 2)
     with pytest.raises(ValueError, match="expected way first or middle, and a recipe with groups"):
-        ablations.depth_pruned(preset("L"), DEPTH, "first")
+        baselines.depth_pruned(preset("L"), DEPTH, "first")
     with pytest.raises(ValueError, match="trains shared experts alone; nothing is left"):
-        ablations.without_stage_one(replace(THREE, stages=THREE.stages[:1]))
+        baselines.without_stage_one(replace(THREE, stages=THREE.stages[:1]))
 
 
 def test_frozen_blocks_are_those_outside_groups():
     last = THREE.stages[-1]
     wide = replace(THREE, stages=(*THREE.stages[:-1], replace(last, train=("blocks", "router"))))
-    assert ablations.frozen(wide).stages[-1].train == ("groups", "router")
-    assert ablations.frozen(wide).stages[:-1] == THREE.stages[:-1]
+    assert baselines.frozen(wide).stages[-1].train == ("groups", "router")
+    assert baselines.frozen(wide).stages[:-1] == THREE.stages[:-1]

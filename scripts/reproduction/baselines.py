@@ -36,7 +36,7 @@ def without_stage_one(recipe: Recipe) -> Recipe:
 def joint(recipe: Recipe) -> Recipe:
     """All that the stages train, with all of their losses, in one stage as long as all of them.
 
-    What the stages disagree on is the last one's: it is what the model is drawn with.
+    What the stages disagree on is the last one's: it is what images are generated with.
     """
     last = recipe.stages[-1]
     words = dict.fromkeys(word for stage in recipe.stages for word in stage.train)

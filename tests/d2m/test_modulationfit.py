@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from tinypair import RECIPE, grouped_pair, tiny_batches, tiny_pair
 
 from d2m.adaln import norms
-from d2m.adalnfit import compress_adaln, fit_lowrank, fit_single, modulation_moments
 from d2m.family_flow import generator_at, noisy
 from d2m.family_inputs import transformer_inputs
+from d2m.modulationfit import compress_adaln, fit_lowrank, fit_single, modulation_moments
 from d2m.structure import AdaLN
 from d2m.surgery import identity_error
 from tiny import tiny_inputs, tiny_transformer
