@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2m.files import write_bytes, write_json
+from runtime.files.atomic import write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

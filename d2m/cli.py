@@ -619,7 +619,7 @@ def evaluate(
     from calib.suite import evaluate as function
     from calib.suite import save_grid
     from calib.world import World
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     harder = options.pairs("--world", world, World.__dataclass_fields__)
     asked = World(**harder)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import dense_family, locate
 from d2m.draw import load_pipeline
-from d2m.files import replace_dir
 from d2m.pareto import beside, own_rows
 from d2m.preset import preset_of
 from d2m.processes import ALONE, Crew
@@ -32,6 +31,7 @@ from d2m.result import (
     write_sparse,
 )
 from d2m.workdir import check_free, finished, identity_of, work_of
+from runtime.files.atomic import replace_dir
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

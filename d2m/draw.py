@@ -54,7 +54,7 @@ def drawing_defaults(directory: str | Path) -> dict[str, Any]:
 
 def write_defaults(directory: str | Path, **values: Any) -> Path:
     """Write `defaults.json` into a pipeline directory; fields as in `drawing_defaults`."""
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     path = Path(directory) / DEFAULTS_FILE
     return write_json(path, _checked(values, path))

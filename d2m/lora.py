@@ -21,10 +21,10 @@ from torch import Tensor
 from d2m.dense import locate
 from d2m.draw import DEFAULTS_FILE, drawing_defaults, write_defaults
 from d2m.families import family_of
-from d2m.files import replace_dir, temporary_sibling, write_text
 from d2m.lorafile import LowRank, read_lora
 from d2m.loraparts import KINDS, Part, dense_linears, parts_of
 from d2m.shards import INDEX, Shards, open_shards, write_index, write_shard
+from runtime.files.atomic import replace_dir, temporary_sibling, write_text
 
 
 def lora(

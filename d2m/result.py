@@ -14,8 +14,9 @@ from d2m import recipe as recipes
 from d2m.dense import licence_of
 from d2m.draw import DEFAULTS_FILE, drawing_defaults, pipeline_draw
 from d2m.families import family_of
-from d2m.files import library_errors, write_json, write_text
 from d2m.recipe import Recipe
+from d2m.shards import library_errors
+from runtime.files.atomic import write_json, write_text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

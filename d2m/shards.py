@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2m.files import write_json, write_pieces
+from runtime.files.atomic import write_json, write_pieces
 
 if TYPE_CHECKING:
     from torch import Size, Tensor, dtype
@@ -172,3 +174,17 @@ def write_index(folder: Path, files: Iterable[str]) -> Shards:
             size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": told})
     return open_shards(folder)
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Within: a disk that the safetensors library cannot write to is an OSError, as elsewhere."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number)) from error
+        raise

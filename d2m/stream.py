@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.dense import dense_family, locate
 from d2m.families import Family, sites_of, spec_at
-from d2m.files import replace_dir, write_json
 from d2m.preset import preset_of
 from d2m.recipe import Recipe, SparseSpec
 from d2m.result import timed, write_around, write_papers
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from d2m.workdir import RECORD, check_free, finished, identity_of, work_of
+from runtime.files.atomic import replace_dir, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from d2m.files import write_json
+from runtime.files.atomic import write_json
 
 ALIKE = ("plans", "trace", "kernels")  # first words of phases
 LIMIT = 100  # phases kept

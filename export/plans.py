@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from d2m.files import write_bytes
 from export.body import with_body
 from export.families import FAMILIES
 from export.fuse import attentions, fuse
 from export.layers import check_plan, host_tensors, layers
 from export.toolchain import build, check_sm, load_api, target_name
 from runtime.families import family_of as runtime_family
+from runtime.files.atomic import write_bytes
 from runtime.schedule import measure, profile, terms
 
 log = logging.getLogger("export")

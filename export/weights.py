@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.weights import Tensor as Place
-from runtime.weights import read_header
+from runtime.files.tensors import Tensor as Place
+from runtime.files.tensors import read_header
 
 if TYPE_CHECKING:
     import torch

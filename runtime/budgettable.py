@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.fields import parse_json
-from runtime.hashes import cache_dir, write_cached
+from runtime.files.checked_json import parse_json
+from runtime.files.hashes import cache_dir, write_cached
 from runtime.threads import physical_cores, thread_count
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime import hashes
 from runtime import manifest as manifests
-from runtime.fields import parse_json, printable
-from runtime.weights import SafeTensors
+from runtime.files.checked_json import parse_json, printable
+from runtime.files.hashes import first_wrong, sha256
+from runtime.files.tensors import SafeTensors
 
 MAX_MANIFEST = 8 << 20  # bytes; that of FLUX.1 has some 200,000
 MAX_TENSORS = 1_000_000  # that the calls of a component may name
@@ -68,7 +68,7 @@ def open_bundle(
     """Open and check a bundle directory.
 
     `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
-    (see runtime.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
+    (see runtime.files.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
     looking, not for drawing. With `key`, a public key's file, the manifest must be signed by it.
     Raises FileNotFoundError, ValueError or ImportError with one sentence.
     """
@@ -99,7 +99,9 @@ def open_bundle(
     for name, row in files.items():
         check_file(root, name, row, full=False)  # sizes first: they are known at once
     if check != "sizes":
-        check_hashes(root, files, again=check == "full")
+        wanted = {name: row["sha256"] for name, row in files.items()}
+        if wrong := first_wrong(root, wanted, anew=check == "full"):
+            raise wrong_hash(root, *wrong)
     bundle = Bundle(root, manifest, digest)
     for component in manifest["components"]:
         check_weights(bundle, component)
@@ -133,23 +135,13 @@ def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> Non
     size = path.stat().st_size
     if size != row["size"]:
         raise broken(root, f"its file {name} has {size} bytes, expected {row['size']}")
-    if full and (found := hashes.sha256(path)) != row["sha256"]:
-        raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
+    if full and (found := sha256(path)) != row["sha256"]:
+        raise wrong_hash(root, name, found)
 
 
-def check_hashes(root: Path, files: dict[str, Any], *, again: bool) -> None:
-    """Every file's hash; what was computed is remembered, even where a later file is wrong."""
-    seen = hashes.recall(root)
-    before = dict(seen)
-    try:
-        for name, row in files.items():
-            found = hashes.sha256(root / name, seen, again=again)
-            if found != row["sha256"]:
-                raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
-    finally:
-        if seen != before:
-            here = {str((root / name).resolve()) for name in files}
-            hashes.remember(root, {name: row for name, row in seen.items() if name in here})
+def wrong_hash(root: Path, name: str, found: str) -> ValueError:
+    """The error for a file of which the manifest states another hash."""
+    return broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
 
 
 def check_weights(bundle: Bundle, component: str) -> None:

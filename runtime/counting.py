@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from runtime.weights import Tensor
+from runtime.files.tensors import Tensor
 
 BUFFERS = ("neurons", "pos_embed")  # stored with the weights, but no parameters
 EXPERT_TENSORS = ("experts.w1", "experts.b1", "experts.w2")  # leading dimension: experts

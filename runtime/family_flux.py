@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime import flux
 from runtime.family import Arrays, Family, Run, Size, rows
-from runtime.fields import mapping, number, one_of, wrong
+from runtime.files.checked_json import mapping, number, one_of, wrong
 
 
 def titled(config: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from runtime import dpmsolver, flux
 from runtime.family import Arrays, Family, Run, Settings, Size, rows
 from runtime.family_sd3 import noise, tokens, velocity
-from runtime.fields import integer, mapping, number, wrong
+from runtime.files.checked_json import integer, mapping, number, wrong
 
 
 def check(manifest: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime import flux
 from runtime.family import Arrays, Family, Run, Settings, Size, rows
-from runtime.fields import integer, mapping, wrong
+from runtime.files.checked_json import integer, mapping, wrong
 
 
 def titled(config: Mapping[str, Any]) -> str:

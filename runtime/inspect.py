@@ -17,10 +17,10 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
 from runtime.families import family_of, titled
-from runtime.fields import parse_json, printable
+from runtime.files.checked_json import parse_json, printable
+from runtime.files.tensors import Tensor, read_header
 from runtime.forecast import group_rows
 from runtime.manifest import inside
-from runtime.weights import Tensor, read_header
 
 MAX_JSON = 16 << 20
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle import check_file, read_small
-from runtime.fields import (
+from runtime.files.checked_json import (
     integer,
     listed,
     mapping,

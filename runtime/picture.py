@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.siblings import write_bytes
+from runtime.files.atomic import write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,10 +57,7 @@ def save(image: Image, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, expected the name of an image file.")
-    data = to_png(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, data)
-    return path
+    return write_bytes(path, to_png(image))
 
 
 def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:

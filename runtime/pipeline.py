@@ -24,11 +24,11 @@ from runtime.executor import (
 from runtime.experts import check_experts
 from runtime.families import family_of
 from runtime.family import Arrays, rows
+from runtime.files.tensors import to_dtype, to_float32
 from runtime.forecast import forecast
 from runtime.groups import known_beforehand
 from runtime.offload import check_offload
 from runtime.text import TextTokenizer
-from runtime.weights import to_dtype, to_float32
 
 if TYPE_CHECKING:
     from PIL.Image import Image

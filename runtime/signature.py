@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import broken, open_bundle, read_small
-from runtime.fields import parse_json
-from runtime.siblings import write_bytes
+from runtime.files.atomic import write_bytes
+from runtime.files.checked_json import parse_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.arguments import Request, check_request, show, whole
 from runtime.budgettable import Unmeasured
-from runtime.fields import refuse
+from runtime.files.checked_json import refuse
 from runtime.serve.batch import key_of
 
 MAX_BODY = 64 << 10  # bytes

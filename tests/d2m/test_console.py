@@ -11,8 +11,8 @@ import pytest
 
 from d2m import console
 from d2m.console import clock, explain, one_line, print_json, print_table, print_tree
-from d2m.siblings import temporary_dir
 from d2m.stopping import Terminated, terminated_on_signal
+from runtime.files.atomic import temporary_dir
 
 
 @pytest.mark.parametrize(

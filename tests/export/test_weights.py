@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.weights import ALIGNMENT, Checkpoint, Placed, build, refuse_unknown, sources_of, write
-from runtime.weights import SafeTensors, read_header
+from runtime.files.tensors import SafeTensors, read_header
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.counting import block_count, parameters
-from runtime.weights import Tensor
+from runtime.files.tensors import Tensor
 
 
 def tensor(*shape: int) -> Tensor:

@@ -14,13 +14,13 @@ from executorinputs import inputs
 from longbundle import long_bundle
 
 from runtime.bundle import Bundle, open_bundle
+from runtime.files.tensor_reader import TensorFiles
+from runtime.files.tensors import SafeTensors
 from runtime.offload import Streamed, layout
 from runtime.ort import Blocks, Graph, open_component
 from runtime.picture import to_png
 from runtime.pipeline import Cancelled, Pipeline, default_bundle
 from runtime.places import Host
-from runtime.tensorfiles import TensorFiles
-from runtime.weights import SafeTensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from runtime.weights import MAX_HEADER, SafeTensors, narrow, read_header, widen
+from runtime.files.tensors import MAX_HEADER, SafeTensors, narrow, read_header, widen
 
 BOUNDED = settings(
     max_examples=300,

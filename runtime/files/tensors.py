@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.fields import parse_json, printable
+from runtime.files.checked_json import parse_json, printable
 
 # Name in the file -> numpy type of the raw bytes.
 RAW_DTYPES = {
