@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime import manifest as manifests
-from runtime.files.checked_json import parse_json, printable
-from runtime.files.hashes import first_wrong, sha256
+from runtime.files.checked_json import parse_json
+from runtime.files.hashes import first_wrong
 from runtime.files.tensors import SafeTensors
+from runtime.reading import broken, check_file, read_small, wrong_hash
 
-MAX_MANIFEST = 8 << 20  # bytes; that of FLUX.1 has some 200,000
 MAX_TENSORS = 1_000_000  # that the calls of a component may name
 CHECKS = ("cached", "full", "sizes")
 
@@ -84,7 +84,7 @@ def open_bundle(
     data = read_small(root, "manifest.json")
     digest = hashlib.sha256(data).hexdigest()
     if key is not None:
-        from runtime.signature import check_signature
+        from runtime.signature import check_signature  # needs cryptography
 
         check_signature(root, digest, key)
     try:
@@ -113,37 +113,6 @@ def required_key() -> str | None:
     return os.environ.get("D2M_PUBLIC_KEY") or None
 
 
-def read_small(root: Path, name: str, most: int = MAX_MANIFEST) -> bytes:
-    """A file of the bundle, of at most `most` bytes, that is no link out of it."""
-    path = root / name
-    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
-        raise broken(root, f"its {name} is no file of it")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)  # its stated size may be 0, in /proc
-    if len(data) > most:
-        raise broken(root, f"its {name} has more than {most} bytes")
-    return data
-
-
-def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> None:
-    """One listed file: there, inside the bundle, of the stated size, with the stated hash."""
-    path = root / name
-    if not path.is_file():
-        raise broken(root, f"its file {name} is missing")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise broken(root, f"its file {name} is a link that leaves the directory")
-    size = path.stat().st_size
-    if size != row["size"]:
-        raise broken(root, f"its file {name} has {size} bytes, expected {row['size']}")
-    if full and (found := sha256(path)) != row["sha256"]:
-        raise wrong_hash(root, name, found)
-
-
-def wrong_hash(root: Path, name: str, found: str) -> ValueError:
-    """The error for a file of which the manifest states another hash."""
-    return broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
-
-
 def check_weights(bundle: Bundle, component: str) -> None:
     """Every weight that the component's program names exists in its file, with that shape."""
     row = bundle.component(component)
@@ -159,9 +128,3 @@ def check_weights(bundle: Bundle, component: str) -> None:
             if list(found) != expected["shape"]:
                 what = f"tensor {name[:80]} has shape {list(found)}, expected {expected['shape']}"
                 raise broken(bundle.path, f"in {row['weights']} {what}")
-
-
-def broken(root: Path, what: str) -> ValueError:
-    """The error for a bundle whose contents are wrong."""
-    what = printable(what)
-    return ValueError(f"bundle {root} cannot be used: {what}; fetch it or export it again.")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime.backends import backends, onnx_body
+from runtime.blocktable import group_rows
 from runtime.bundle import Bundle, open_bundle
 from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
 from runtime.families import family_of, titled
 from runtime.files.checked_json import parse_json, printable
 from runtime.files.tensors import Tensor, read_header
-from runtime.forecast import group_rows
 from runtime.manifest import inside
 
 MAX_JSON = 16 << 20
@@ -258,7 +258,7 @@ def experts(
 
 
 def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups that a sparse transformer's config names, as runtime.forecast.group_rows."""
+    """The groups that a sparse transformer's config names, as runtime.blocktable.group_rows."""
     lists = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
     named = config.get("groups") or {}
     return [

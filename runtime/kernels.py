@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import check_file, read_small
 from runtime.files.checked_json import (
     integer,
     listed,
@@ -29,6 +28,7 @@ from runtime.files.checked_json import (
     wrong,
 )
 from runtime.manifest import check_files
+from runtime.reading import check_file, read_small
 
 FORMAT = 1
 MANIFEST = "kernels.json"

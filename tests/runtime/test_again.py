@@ -13,7 +13,8 @@ from PIL import Image
 import runtime
 from runtime.again import draw_again
 from runtime.picture import KEY, save, settings_of, to_png
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled
 
 PROMPT = "a photo of a red circle"
 

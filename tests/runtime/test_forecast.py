@@ -8,7 +8,7 @@ import pytest
 from tinygrouped import GROUPS
 
 from runtime import flux
-from runtime.forecast import columns, schedule, span
+from runtime.blocktable import columns, schedule, span
 from runtime.pipeline import Pipeline
 
 PROMPT = "two rings above a star"

@@ -18,7 +18,7 @@ from runtime.blocks import Blocks
 from runtime.bundle import Bundle, open_bundle
 from runtime.executor import gpu_count
 from runtime.files.tensors import narrow
-from runtime.pipeline import default_bundle
+from runtime.opened import default_bundle
 from runtime.places import Cuda, Host
 from runtime.sessions import CPU, check_provider
 
