@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from d2m.machine import disk_free, existing, memory
-from d2m.resources import Needs, convert_needs, export_needs, folder_bytes, shown
+from d2m.resources import Needs, convert_needs, export_needs, folder_bytes
+from d2m.units import shown
 
 SURE = 0.75  # memory is refused when short by more than the formulas may be wrong
 STREAM = "--init-only --importance magnitude converts block by block"

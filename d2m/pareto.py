@@ -16,9 +16,9 @@ from typing import Any
 from d2m.axes import percent_tick
 from d2m.fields import check, number
 from d2m.markup import Html, el, figure, percent, section
-from d2m.parameters import human
 from d2m.plan import plan
 from d2m.scatter import Dot, Kind, key, scatter_chart
+from d2m.units import human
 
 Row = Mapping[str, Any]
 

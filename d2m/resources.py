@@ -18,8 +18,8 @@ from typing import Any
 from d2m.anatomy import Stack, Structure, dim_of
 from d2m.plan import plan
 from d2m.subject import Subject, read_json, subject_of
+from d2m.units import GB
 
-GB = 10**9
 # Resident bytes of a process that has done nothing yet but import (measured, CPU build of torch).
 CONVERTING = 0.72 * GB
 EXPORTING = 0.71 * GB
@@ -272,8 +272,3 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
     work = float(steps) * answer["flops"]
     disk = answer["memory"]["bf16"] + encoders
     return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)
-
-
-def shown(size: float) -> str:
-    """12.3 GB, 840 MB."""
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"

@@ -146,11 +146,16 @@ def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 
 def parameters_of(pipe: DiffusionPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """`d2m.parameters.count` of the dense and of the sparse transformer."""
-    from d2m.parameters import count, shapes_of
+    """`runtime.files.parameters.count` of the dense and of the sparse transformer."""
+    from runtime.files.parameters import count
 
     sparse = count(shapes_of(student), recipe.top_k, recipe.blocks.kappa)
     return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a module (a model on the meta device will do)."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @contextmanager

@@ -357,7 +357,7 @@ def _site_error(
 
 
 def _counts(source: Shards, written: Shards, recipe: Recipe) -> dict[str, Any]:
-    from d2m.parameters import count
+    from runtime.files.parameters import count
 
     sparse = count(written.shapes, recipe.top_k, recipe.blocks.kappa)
     return {"dense": count(source.shapes), "sparse": sparse}

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.draw import drawing_defaults
 from d2m.families import Family, family_of
-from d2m.parameters import count
 from export.families import FAMILIES
 from export.weights import Checkpoint, parameter_getter
+from runtime.files.parameters import count
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from typing import Any
 from runtime.backends import backends, onnx_body
 from runtime.blocktable import group_rows
 from runtime.bundle import Bundle, open_bundle
-from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
 from runtime.families import family_of, titled
 from runtime.files.checked_json import parse_json, printable
-from runtime.files.tensors import Tensor, read_header
+from runtime.files.parameters import block_count, modulation, totals
+from runtime.files.tensors import Tensor, read_header, shapes_of
 from runtime.manifest import inside
 
 MAX_JSON = 16 << 20
@@ -56,7 +56,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{root / 'transformer'} has no .safetensors files, expected the transformer's weights."
         )
-    shapes = {name: tensor.shape for name, tensor in tensors["transformer"].items()}
+    shapes = shapes_of(tensors["transformer"])
     sites = [name.removesuffix(".experts.w1") for name in shapes if name.endswith(".experts.w1")]
     top_k = config.get("top_k") if sites else None
     if sites and (type(top_k) is not int or not 0 <= top_k <= shapes[f"{sites[0]}.experts.w1"][0]):
@@ -81,11 +81,13 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             "double": block_count(shapes, "transformer_blocks"),
             "single": block_count(shapes, "single_transformer_blocks"),
         },
-        "adaln": modulation(tensors["transformer"]),
+        "adaln": modulation(shapes),
         "groups": config_groups(config),
         "kappa": kappa,
         "experts": experts(shapes, sites, top_k) if sites else None,
-        "parameters": {name: parameters(found, top_k, kappa) for name, found in tensors.items()},
+        "parameters": {
+            name: totals(shapes_of(found), top_k, kappa) for name, found in tensors.items()
+        },
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
         "recipe": read_json(recipe).get("name") if recipe.is_file() else None,
         "files": files,
@@ -110,7 +112,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "compute_dtype": manifest["compute_dtype"],
         "storage_dtype": manifest["storage_dtype"],
         "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
-        "adaln": modulation(bundle.weights("transformer").tensors),
+        "adaln": modulation(shapes_of(bundle.weights("transformer").tensors)),
         "groups": group_rows(bundle.component("transformer")),
         "kappa": manifest.get("kappa"),
         "experts": None
@@ -122,8 +124,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "onnx_body": onnx_body(manifest),
         },
         "parameters": {
-            name: parameters(
-                bundle.weights(name).tensors, manifest.get("top_k"), manifest.get("kappa")
+            name: totals(
+                shapes_of(bundle.weights(name).tensors),
+                manifest.get("top_k"),
+                manifest.get("kappa"),
             )
             for name in manifest["components"]
         },

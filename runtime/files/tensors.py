@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ def parse_header(path: Path, text: bytes, total: int) -> dict[str, Tensor]:
         name: Tensor(tensor.dtype, tensor.shape, tensor.start + shift, tensor.end + shift)
         for name, tensor in tensors.items()
     }
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, as runtime.files.parameters counts."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def read_tensor(path: Path, name: str, entry: Any) -> Tensor:

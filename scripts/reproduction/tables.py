@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.parameters import human
+from d2m.units import human
 from runtime.files.atomic import write_text
 
 BEGIN, END = "<!-- reproduce: by scripts/reproduce.py --table -->", "<!-- /reproduce -->"

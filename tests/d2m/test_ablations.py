@@ -9,9 +9,10 @@ from tinypair import THREE, grouped_pair, tiny_batches, tiny_pair
 
 from d2m import ablations
 from d2m.distill import distill
-from d2m.parameters import count, shapes_of
 from d2m.recipe import from_dict, preset, to_dict
+from d2m.result import shapes_of
 from d2m.surgery import sparse_ffns
+from runtime.files.parameters import count
 from tiny import tiny_inputs
 
 DEPTH = {"double": 4, "single": 5}
