@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from d2m.families import family_of
 from d2m.recipe import Recipe
 from d2m.shards import library_errors
 from runtime.files.atomic import write_json, write_text
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +50,7 @@ def write_around(
     """Everything of a sparse pipeline directory that is not its transformer."""
     from safetensors.torch import save_file
 
-    index = json.loads((dense / "model_index.json").read_text("utf-8"))
+    index = read_json(dense / "model_index.json")
     for name, value in index.items():
         if isinstance(value, list) and name != "transformer" and (dense / name).is_dir():
             shutil.copytree(dense / name, folder / name)
@@ -122,7 +122,7 @@ def write_papers(
     scores = facts["scores"] or None
     about: dict[str, Any] = {"defaults": drawing_defaults(dense), "licence": licence_of(dense)}
     family = family_of(dense)
-    config = json.loads((dense / "transformer" / "config.json").read_text("utf-8"))
+    config = read_json(dense / "transformer" / "config.json")
     about |= {"family": family.titled(config), "tags": family.tags}
     write_text(folder / "README.md", model_card(**shown, scores=scores, **about))
     if report is not None:

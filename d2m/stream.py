@@ -8,7 +8,6 @@ in shards of their own: a bundle takes them as they are, and may share the files
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from d2m.result import timed, write_around, write_papers
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from d2m.workdir import RECORD, check_free, finished, identity_of, work_of
 from runtime.files.atomic import replace_dir, write_json
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     from d2m.adaln import norms, rank_of
     from d2m.model import sparse_class, structure
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_json(folder / "config.json")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
         whole = sparse_class(family)(**config)

@@ -13,6 +13,7 @@ from typing import Any
 from d2m import recipe as recipes
 from d2m.dense import fingerprint
 from d2m.recipe import Recipe
+from runtime.files.checked_json import read_json
 
 RECORD = "run.json"
 KNOWN = {
@@ -64,7 +65,7 @@ def identity_of(
     now: dict[str, Any] = {"dense": fingerprint(dense), "recipe": recipes.to_dict(recipe)}
     now |= {"start": fingerprint(start) if start else None, **more}
     record = work / RECORD
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else now
+    before = read_json(record) if record.is_file() else now
     return _same(before, json.loads(json.dumps(now)), work)
 
 

@@ -7,7 +7,6 @@ are loaded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from d2m.draw import drawing_defaults
 from d2m.families import Family, family_of
 from export.families import FAMILIES
 from export.weights import Checkpoint, parameter_getter
+from runtime.files.checked_json import read_json
 from runtime.files.parameters import count
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     FileNotFoundError or ValueError, one sentence, where it is no pipeline that export knows.
     """
     family = family_of(directory)
-    index = json.loads((directory / "model_index.json").read_text("utf-8"))
+    index = read_json(directory / "model_index.json")
     row = FAMILIES[family.name]
     classes_of = (family.dense_class, family.sparse_class, *family.aliases)
     known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
@@ -90,10 +90,7 @@ def check_exportable(directory: Path) -> None:
 def config(directory: Path, name: str) -> dict[str, Any]:
     """A component's config.json without diffusers' own fields."""
     file = "scheduler_config.json" if name == "scheduler" else "config.json"
-    path = directory / name / file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, expected a component's config; save it again.")
-    values = json.loads(path.read_text("utf-8"))
+    values = read_json(directory / name / file)
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 

@@ -17,12 +17,11 @@ from runtime.blocktable import group_rows
 from runtime.bundle import Bundle, open_bundle
 from runtime.executor import choose
 from runtime.families import family_of, titled
-from runtime.files.checked_json import parse_json, printable
+from runtime.files.checked_json import printable, read_json
 from runtime.files.parameters import block_count, modulation, totals
-from runtime.files.tensors import Tensor, read_header, shapes_of
+from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
 from runtime.manifest import inside
 
-MAX_JSON = 16 << 20
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
@@ -283,33 +282,11 @@ def loadable(row: Any) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The headers of a component's safetensors files; of the index's shards where it has one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = read_json(indexes[0]).get("weight_map")
-        values = shards.values() if isinstance(shards, dict) else ()
-        names = sorted({Path(str(name)).name for name in values})
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    """The headers of a component's safetensors files."""
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors.update(read_header(folder / name))
+    for path in weight_files(folder):
+        tensors.update(read_header(path))
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, expected it in a pipeline directory.")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}.")
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore the file.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; restore the file.")
-    return value
 
 
 def walk(root: Path) -> dict[str, int]:
