@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.files.atomic import write_bytes
+from runtime.files.checked_json import parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,15 +62,24 @@ def save(image: Image, path: str | os.PathLike[str]) -> Path:
 
 
 def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
-    """How an image (or a PNG file of ours) was made; {} where it does not say."""
+    """How an image (or a PNG file of ours) was made; {} where it does not say.
+
+    ValueError, one sentence, where it says so in another form, or has more pixels than PIL takes.
+    """
     from PIL import Image as images
 
     if not isinstance(image, images.Image):
-        with images.open(image) as opened:
-            opened.load()
-            return settings_of(opened)
+        try:
+            with images.open(image) as opened:
+                opened.load()
+                return settings_of(opened)
+        except images.DecompressionBombError as error:
+            raise ValueError(f"{image} is no image of d2m: {str(error)[:100]}.") from None
     value = image.info.get(KEY)
-    said = json.loads(value) if isinstance(value, str) else {}
+    try:
+        said = parse_json(value.encode("utf-8")) if isinstance(value, str) else {}
+    except ValueError as error:
+        raise ValueError(f"the image's {KEY} text is not valid JSON ({error}).") from None
     if not isinstance(said, dict):
         raise ValueError(f"the image's {KEY} text is {str(value)[:60]!r}, expected a JSON object.")
     return said

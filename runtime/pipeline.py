@@ -91,9 +91,7 @@ class Pipeline(Opened):
             )
         return images if request.many else images[0]
 
-    def within(
-        self, request: Request, budget: float, knobs: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def within(self, request: Request, budget: float, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """steps, top_k and kappa for a request within `budget` seconds (runtime.budgettable)."""
         from runtime.budgettable import key_of, within
 

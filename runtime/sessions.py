@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from runtime.files.checked_json import printable
 from runtime.onnxfile import check_onnx
 from runtime.reading import broken
 
@@ -61,7 +62,7 @@ def open_session(
             disabled_optimizers=disabled,
         )
     except Exception as error:  # its exceptions share no base class but Exception
-        text = " ".join(str(error).split())[:300]
+        text = printable(" ".join(str(error).split()))[:300]
         raise ValueError(
             f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
             f" export the bundle again or install the version named in its constraints."
