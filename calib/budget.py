@@ -27,6 +27,7 @@ from d2m.recipe import Recipe, Stage
 from d2m.structure import KINDS, Blocks, Shares
 from d2m.subject import Subject, subject_of
 from d2m.workdir import RECORD, check_free, work_of
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -200,7 +201,7 @@ def chosen_before(out: str | os.PathLike[str], budget: float) -> Recipe | None:
     if finished.is_file():
         recipe = recipes.load(finished)
     elif work.is_file():
-        recipe = recipes.from_dict(json.loads(work.read_text("utf-8"))["recipe"], str(work))
+        recipe = recipes.from_dict(read_json(work)["recipe"], str(work))
     else:
         return None
     if not recipe.name.endswith(f"-budget-{budget:g}"):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2m.files import write_bytes, write_json
+from runtime.files.atomic import write_bytes, write_json
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,7 +80,7 @@ def read_lengths(folder: Path | None, digest: str) -> dict[str, int]:
     path = folder / "lengths" / f"{digest}.json" if folder else None
     if path is None or not path.is_file():
         return {}
-    values: dict[str, int] = json.loads(path.read_text("utf-8"))
+    values: dict[str, int] = read_json(path)
     return values
 
 

@@ -6,7 +6,6 @@ batch depends on nothing but its arguments. So a run that was killed goes on wit
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from calib.source import UNREADABLE, Source
 from calib.world import CATEGORIES, World, eval_scenes
 from d2m.families import family_of, family_of_pipeline
 from d2m.family_defaults import generation_defaults
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -166,7 +166,7 @@ def shapes_size(root: Path) -> int:
     Where its VAE names none, what it draws.
     """
     try:
-        found = json.loads((root / "vae" / "config.json").read_text("utf-8")).get("sample_size")
+        found = read_json(root / "vae" / "config.json").get("sample_size")
     except (OSError, ValueError, AttributeError):
         found = None
     return found if isinstance(found, int) else int(generation_defaults(root)["height"])

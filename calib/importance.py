@@ -211,7 +211,7 @@ def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, s
     Returns (scores of a whole model, as `neuron_importance` has them; scores of one FFN from its
     weights alone, None where the model has to run; a label that tells it from others).
     """
-    from d2m.files import sha256
+    from runtime.files.hashes import sha256
 
     if how == "calibration":
         return neuron_importance, None, how

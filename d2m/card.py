@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2m.markup import percent
-from d2m.parameters import human
+from d2m.units import human
 
 TAGS = ("d2m", "dense2moe", "mixture-of-experts", "text-to-image")
 

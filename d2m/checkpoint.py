@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from d2m.files import library_errors, replace_dir, sha256, write_json
 from d2m.recipe import Recipe, to_dict
-from d2m.shards import write_one_by_one
-from d2m.siblings import temporary_sibling
+from d2m.shards import library_errors, write_one_by_one
+from runtime.files.atomic import replace_dir, temporary_sibling, write_json
+from runtime.files.checked_json import read_json
+from runtime.files.hashes import sha256
 
 KEPT = 2
 _NAME = re.compile(r"\d{2}-\d{7}")
@@ -82,7 +83,7 @@ def latest(
 
     for path in reversed(_checkpoints(folder)):
         try:
-            record = json.loads((path / "state.json").read_text("utf-8"))
+            record = read_json(path / "state.json")
             if record.pop("sha256") != _digest(record):
                 raise ValueError("state.json does not match its SHA-256")
             if record.pop("tensors") != sha256(path / "state.safetensors"):

@@ -617,7 +617,7 @@ def evaluate(
     from calib.suite import evaluate as function
     from calib.suite import save_grid
     from calib.world import World
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     harder = options.pairs("--world", world, World.__dataclass_fields__)
     asked = World(**harder)
@@ -785,8 +785,8 @@ def inspect(
     before drawing (alpha 0).
     """
     if schedule is not None:
-        from runtime.forecast import columns
-        from runtime.forecast import schedule as blocks
+        from runtime.blocktable import columns
+        from runtime.blocktable import schedule as blocks
         from runtime.pipeline import Pipeline
 
         pipeline = Pipeline(path, backend, mode="blocks")
@@ -807,7 +807,7 @@ def keygen(
     debug: options.Debug = False,
 ) -> None:
     """Make a pair of Ed25519 keys to sign bundles with: KEY, which stays secret, and KEY.pub."""
-    from runtime.signature import make_key
+    from runtime.signing import make_key
 
     answer = make_key(path)
     print_json(answer) if json_ else print_tree(answer)
@@ -821,7 +821,7 @@ def sign(
     debug: options.Debug = False,
 ) -> None:
     """Check every file of BUNDLE and sign its manifest, which holds all their hashes."""
-    from runtime.signature import sign as function
+    from runtime.signing import sign as function
 
     answer = function(bundle, key)
     print_json(answer) if json_ else print_tree(answer)
@@ -835,7 +835,7 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Compute every hash of BUNDLE anew and check its signature; --key: by whom it must be."""
-    from runtime.signature import verify as function
+    from runtime.signing import verify as function
 
     answer = function(bundle, key)
     print_json(answer) if json_ else print_tree(answer)

@@ -19,6 +19,7 @@ from typing import Any
 from d2m.processes import Lost
 from d2m.stopping import Terminated
 from d2m.timings import expected, remember
+from d2m.units import clock
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,13 +49,6 @@ QUIET = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the largest file allowed
 # Seconds between two progress lines where stderr is a file or a pipe.
 LINE_EVERY = 10.0
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextmanager

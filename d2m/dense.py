@@ -6,7 +6,6 @@ Torch-free, so that a wrong path is answered at once.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from d2m.families import Family, family_of
 from d2m.family import check_adaln
 from d2m.recipe import Recipe, hidden_sizes
 from d2m.structure import KINDS, check_depth, check_shares
+from runtime.files.checked_json import read_json
 
 
 def locate(dense: str | os.PathLike[str]) -> Path:
@@ -51,21 +51,17 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     already sparse, of other sizes than the recipe's ratios make up, or without blocks it names.
     """
     family = family_of(path)
-    index = json.loads((path / "model_index.json").read_text("utf-8"))
+    index = read_json(path / "model_index.json")
     name = (index.get("transformer") or [None, None])[1]
     if name not in (family.names.dense_class, *family.names.aliases):
         raise ValueError(
             f"the transformer of {path} is a {name}; expected a dense {family.names.dense_class}."
         )
     file = path / "transformer" / "config.json"
+    config = read_json(file)
     try:
-        config = json.loads(file.read_text("utf-8"))
         width = int(config["num_attention_heads"] * config["attention_head_dim"])
         depth = {kind: int(config[key]) for kind, key in family.blocks.depths if key in config}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{file} is missing; expected the transformer's config there: copy the pipeline again."
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not a {family.names.dense_class}'s config "

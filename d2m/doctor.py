@@ -13,7 +13,7 @@ from typing import Any
 from d2m.console import EXTRAS
 from d2m.early import needs
 from d2m.machine import machine
-from d2m.resources import shown
+from d2m.units import shown
 
 BASE = ("numpy", "onnxruntime", "tokenizers", "safetensors", "PIL", "typer", "rich")
 MORE = {"fastapi": "serve", "uvicorn": "serve", "triton": "dev"}

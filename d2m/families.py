@@ -6,7 +6,6 @@ not another branch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from d2m.family_flux import FLUX
 from d2m.family_pixart import PIXART
 from d2m.family_qwen import QWEN
 from d2m.family_sd3 import SD3
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,14 +44,11 @@ def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
         raise FileNotFoundError(
             f"{source} {what}; expected a diffusers pipeline directory, as save_pretrained writes."
         )
-    try:
-        config = json.loads(index.read_text("utf-8"))
-        name = str(config["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
+    name = read_json(index).get("_class_name")
+    if not isinstance(name, str):
         raise ValueError(
-            f"{index} is not a diffusers pipeline index ({type(error).__name__}: {error}); "
-            "expected JSON with a _class_name."
-        ) from error
+            f"{index} is not a diffusers pipeline index; expected JSON with a _class_name."
+        )
     return _by_class(name, str(source))
 
 

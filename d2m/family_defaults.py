@@ -5,12 +5,12 @@ Its optional `defaults.json`, and where that is silent, what its component confi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from d2m.families import family_of
-from d2m.files import write_json
+from runtime.files.atomic import write_json
+from runtime.files.checked_json import read_json
 
 DEFAULTS_FILE = "defaults.json"
 FIELDS: dict[str, type] = {
@@ -53,15 +53,7 @@ def write_defaults(directory: str | Path, **values: Any) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, expected a JSON object")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _checked(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from d2m import recipe as recipes
 from d2m.family_weights import Stack, Structure, Weight, dim_of
 from d2m.plan import plan, structure_of
 from d2m.preset import preset_file
-from d2m.resources import around_bytes, shown
+from d2m.resources import around_bytes
 from d2m.subject import subject_of
+from d2m.units import GB, shown
 
-GB = 10**9
 RESERVE = 6 * GB  # CUDA's context, NCCL's buffers, fragmentation: a guess, on the safe side
 SAVED = 27  # numbers of 2 bytes a token and D that a block saves (counted: double, top_k 2, bf16)
 FORMULA = """\

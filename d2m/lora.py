@@ -7,7 +7,6 @@ one was the dense one (ours).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections import defaultdict
@@ -21,10 +20,11 @@ from torch import Tensor
 from d2m.dense import locate
 from d2m.families import family_of
 from d2m.family_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
-from d2m.files import replace_dir, temporary_sibling, write_text
 from d2m.lorafile import LowRank, read_lora
 from d2m.loraparts import KINDS, Part, dense_linears, parts_of
 from d2m.shards import INDEX, Shards, open_shards, write_index, write_shard
+from runtime.files.atomic import replace_dir, temporary_sibling, write_text
+from runtime.files.checked_json import read_json
 
 
 def lora(
@@ -59,7 +59,7 @@ def lora(
         raise ValueError(f"--steps is {steps}; expected 1 or more, and an output with -o.")
     if out is not None and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another output, or remove it.")
-    config = json.loads((path / "transformer/config.json").read_text("utf-8"))
+    config = read_json(path / "transformer/config.json")
     shards = open_shards(path / "transformer")
     changes = read_lora(file, dense_linears(config, family))
     parts = {name: parts_of(name, config, shards, family) for name in changes}

@@ -19,9 +19,8 @@ from d2m.adaln import SharedAdaLN, norms, own_linear, rank_of, share_adaln
 from d2m.families import family_of_model
 from d2m.family import check_adaln
 from d2m.family_flow import generator_at
-from d2m.family_inputs import global_embedding
+from d2m.family_inputs import global_embedding, noised
 from d2m.grouping import dense_name
-from d2m.inputs import noised
 from d2m.recipe import Recipe
 from d2m.shards import Shards
 from d2m.structure import AdaLN

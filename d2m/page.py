@@ -10,9 +10,9 @@ from typing import Any
 from d2m.charts import Line, interval_chart, legend
 from d2m.figures import experts, importance, training
 from d2m.markup import Child, Html, document, el, figure, join, percent, section, table
-from d2m.parameters import human
 from d2m.pareto import pareto
 from d2m.routemaps import block_choices, dead, positions
+from d2m.units import human
 
 Report = Mapping[str, Any]
 

@@ -7,7 +7,6 @@ activated_params. `scripts/reproduce.py` writes a list of them, `rows`, into sum
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 from d2m.axes import percent_tick
 from d2m.fields import check, number
 from d2m.markup import Html, el, figure, percent, section
-from d2m.parameters import human
 from d2m.plan import plan
 from d2m.scatter import Dot, Kind, key, scatter_chart
+from d2m.units import human
+from runtime.files.checked_json import read_json
 
 Row = Mapping[str, Any]
 
@@ -49,11 +49,7 @@ def known_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"{path} is no file; give the summary.json that scripts/reproduce.py writes."
         )
-    try:
-        obj = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-    rows: Any = obj.get("rows") if isinstance(obj, dict) else None
+    rows: Any = read_json(path).get("rows")
     check(isinstance(rows, list), f"{path}: rows", rows, "a list, as scripts/reproduce.py writes")
     return [_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows) if _judged(row)]
 

@@ -6,7 +6,6 @@ Torch-free. Read from and written to JSON; presets are JSON files in `d2m/preset
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from d2m.fields import number as _number
 from d2m.fields import record as _record
 from d2m.fields import whole as _whole
 from d2m.structure import AdaLN, Blocks, Shares, adaln_from, blocks_from, shares_from
+from runtime.files.checked_json import read_json
 
 # What a stage may train. The first three are parts of SparseFFN; adaln: every block's modulation;
 # groups: all of the blocks in groups; router: the groups' routers; blocks: all of every block.
@@ -207,11 +207,7 @@ def load(path: str | os.PathLike[str]) -> Recipe:
         raise FileNotFoundError(
             f"recipe {path} is no file; give a JSON file such as a converted model's recipe.json."
         )
-    try:
-        obj = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"recipe {path} is not valid JSON ({error}).") from error
-    return from_dict(obj, f"recipe {path}")
+    return from_dict(read_json(path, "recipe"), f"recipe {path}")
 
 
 def presets() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.files import write_text
+from runtime.files.atomic import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,6 @@ machine that other programs use: right within a factor of two.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Any
 
 from d2m.family_weights import Stack, Structure, dim_of
 from d2m.plan import plan
-from d2m.subject import Subject, read_json, subject_of
+from d2m.subject import Subject, subject_of
+from d2m.units import GB
+from runtime.files.checked_json import read_json
 
-GB = 10**9
 # Resident bytes of a process that has done nothing yet but import (measured, CPU build of torch).
 CONVERTING = 0.72 * GB
 EXPORTING = 0.71 * GB
@@ -100,7 +100,7 @@ def largest_beside(model: str | os.PathLike[str]) -> int:
 
     Of a directory by its files, else the family's published components in 16 bits.
     """
-    from d2m.shards import header
+    from runtime.files.tensors import read_header
 
     root, family = Path(model), subject_of(model).family
     if not root.is_dir():
@@ -108,10 +108,7 @@ def largest_beside(model: str | os.PathLike[str]) -> int:
     found = [0]
     for name in family.plan.encoders:
         for file in (root / name).glob("*.safetensors"):
-            shapes = header(file)
-            count = sum(map(math.prod, shapes.values()))
-            each = file.stat().st_size / max(1, count)  # bytes of a number
-            found += [int(each * math.prod(shape)) for shape in shapes.values()]
+            found += [tensor.end - tensor.start for tensor in read_header(file).values()]
     return max(found)
 
 
@@ -211,14 +208,14 @@ def export_needs(
 
 def expert_bytes(root: Path) -> int:
     """Bytes of shards that hold experts alone, by the checkpoint's index (0 without one)."""
-    import json
+    from runtime.files.tensors import read_index
 
     folder = root / "transformer"
     found = next(iter(sorted(folder.glob("*.index.json"))), None)
     if found is None:
         return 0
     where: dict[str, list[str]] = {}
-    for name, file in json.loads(found.read_text("utf-8"))["weight_map"].items():
+    for name, file in read_index(found).items():
         where.setdefault(file, []).append(name)
     only = [file for file, names in where.items() if all(".experts." in name for name in names)]
     return sum((folder / file).stat().st_size for file in only if (folder / file).is_file())
@@ -272,8 +269,3 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
     work = float(steps) * answer["flops"]
     disk = answer["memory"]["bf16"] + encoders
     return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)
-
-
-def shown(size: float) -> str:
-    """12.3 GB, 840 MB."""
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from d2m import recipe as recipes
 from d2m.dense import licence_of
 from d2m.draw import pipeline_draw
 from d2m.family_defaults import DEFAULTS_FILE, generation_defaults
-from d2m.files import library_errors, replace_dir, write_json, write_text
 from d2m.recipe import Recipe
+from d2m.shards import library_errors
 from d2m.workdir import Conversion
+from runtime.files.atomic import replace_dir, write_json, write_text
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +51,7 @@ def write_around(
     """Everything of a sparse pipeline directory that is not its transformer."""
     from safetensors.torch import save_file
 
-    index = json.loads((dense / "model_index.json").read_text("utf-8"))
+    index = read_json(dense / "model_index.json")
     for name, value in index.items():
         if isinstance(value, list) and name != "transformer" and (dense / name).is_dir():
             shutil.copytree(dense / name, folder / name)
@@ -120,7 +121,7 @@ def publish(
     shown: dict[str, Any] = {"name": conversion.out.name, "base_model": conversion.base_model}
     shown |= {"parameters": parameters, "recipe": recipes.to_dict(recipe)}
     about: dict[str, Any] = {"defaults": generation_defaults(dense), "licence": licence_of(dense)}
-    config = json.loads((dense / "transformer" / "config.json").read_text("utf-8"))
+    config = read_json(dense / "transformer" / "config.json")
     names = conversion.family.names
     about |= {"family": names.title_of(config), "tags": names.tags}
     write_text(folder / "README.md", model_card(**shown, scores=scores or None, **about))
@@ -149,11 +150,16 @@ def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 
 def parameters_of(pipe: DiffusionPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """`d2m.parameters.count` of the dense and of the sparse transformer."""
-    from d2m.parameters import count, shapes_of
+    """`runtime.files.parameters.count` of the dense and of the sparse transformer."""
+    from runtime.files.parameters import count
 
     sparse = count(shapes_of(student), recipe.top_k, recipe.blocks.kappa)
     return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of a module (a model on the meta device will do)."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @contextmanager

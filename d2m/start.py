@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
-from d2m.files import write_json
 from d2m.recipe import Recipe
+from runtime.files.atomic import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

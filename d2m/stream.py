@@ -8,7 +8,6 @@ in shards of their own: a bundle takes them as they are, and may share the files
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from d2m import recipe as recipes
 from d2m.families import Family
 from d2m.family_sites import sites_of, spec_at
-from d2m.files import write_json
 from d2m.preset import recipe_named
 from d2m.recipe import Recipe, SparseSpec
 from d2m.result import publish, timed, write_around
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from d2m.workdir import RECORD, begin
+from runtime.files.atomic import write_json
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +153,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     from d2m.adaln import norms, rank_of
     from d2m.model import sparse_class, structure
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_json(folder / "config.json")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device("meta"):
         whole = sparse_class(family)(**config)
@@ -346,7 +346,7 @@ def _site_error(
 
 
 def _counts(source: Shards, written: Shards, recipe: Recipe) -> dict[str, Any]:
-    from d2m.parameters import count
+    from runtime.files.parameters import count
 
     sparse = count(written.shapes, recipe.top_k, recipe.blocks.kappa)
     return {"dense": count(source.shapes), "sparse": sparse}

@@ -5,7 +5,6 @@ Reads JSON only, never a weight, and needs no torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from d2m.families import FLUX, Family, family_of
 from d2m.family_defaults import generation_defaults
 from d2m.structure import KINDS
+from runtime.files.checked_json import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 PIXELS = 16  # read: the VAEs are f8 and a token is a patch of 2 x 2 latents
@@ -123,16 +123,3 @@ def sizes(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise ValueError(f"{source}: {name} is {value!r:.60}; expected {low} or more.")
     config |= {name: raw.get(name) for name in family.plan.others}
     return config | {"out_channels": out}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected it there: copy the directory again.")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {value!r:.60}; expected a JSON object.")
-    return value

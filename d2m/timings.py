@@ -7,11 +7,11 @@ what the person at the terminal is told.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from d2m.files import write_json
+from runtime.files.atomic import write_json
+from runtime.files.checked_json import read_json
 
 ALIKE = ("plans", "trace", "kernels")  # first words of phases
 LIMIT = 100  # phases kept
@@ -46,9 +46,7 @@ def remember(phase: str, seconds: float, items: int) -> None:
 def known() -> dict[str, float]:
     """Phase -> seconds by item; {} where there is no file, or something else in it."""
     try:
-        told = json.loads(file().read_text("utf-8"))
+        told = read_json(file())
     except (OSError, ValueError):
-        return {}
-    if not isinstance(told, dict):
         return {}
     return {k: float(v) for k, v in told.items() if isinstance(v, (int, float)) and 0 <= v < 1e6}

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from d2m.files import write_text
 from d2m.losses import load_figures
+from runtime.files.atomic import write_text
 
 GROUP = "group/"  # before a group's name: its windows' choices in a step's figures
 Window = dict[str, Tensor]  # sums over the steps since the last line, on the model's device

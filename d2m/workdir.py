@@ -18,6 +18,7 @@ from d2m import recipe as recipes
 from d2m.dense import dense_family, fingerprint, locate
 from d2m.families import Family
 from d2m.recipe import Recipe
+from runtime.files.checked_json import read_json
 
 RECORD = "run.json"
 KNOWN = {
@@ -115,7 +116,7 @@ def identity_of(work: Path, dense: Path, recipe: Recipe, **facts: str | None) ->
     found |= {name: value for name, value in facts.items() if value is not None}
     now: dict[str, Any] = json.loads(json.dumps(found))
     record = work / RECORD
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else now
+    before = read_json(record) if record.is_file() else now
     for what in {**before, **now}:
         if before.get(what) != now.get(what):
             words = KNOWN.get(what, "another recipe, seed or steps")

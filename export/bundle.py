@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
 from d2m.families import family_of
-from d2m.files import replace_dir, sha256, write_bytes, write_json, write_text
-from d2m.siblings import temporary_dir
+from runtime.files.atomic import (
+    replace_dir,
+    temporary_dir,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from runtime.files.hashes import sha256
 
 if TYPE_CHECKING:
     import torch

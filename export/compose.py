@@ -41,7 +41,7 @@ def compose(
     """
     from onnx import TensorProto, helper
 
-    from runtime.weights import read_header
+    from runtime.files.tensors import read_header
 
     header = {
         name: (tensor, file.name)

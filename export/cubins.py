@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2m.files import write_bytes
 from export.segments import Experts, cut
+from runtime.files.atomic import write_bytes
 
 Progress = Callable[[str, int, int], None]
 PORTABLE = (80, 89, 120)  # kernels beside portable plans: one for each of CUDA's families there

@@ -16,10 +16,9 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from d2m.files import replace_dir, write_text
-from d2m.siblings import temporary_dir
 from export.links import REFUSALS
 from runtime.bundle import Bundle, open_bundle
+from runtime.files.atomic import replace_dir, temporary_dir, write_text
 from runtime.signature import FILE as SIGNATURE
 
 log = logging.getLogger("export")

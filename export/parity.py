@@ -27,6 +27,7 @@ from export.reference import as_stored, load_reference, record
 from runtime.arguments import check_kappa
 from runtime.bundle import open_bundle
 from runtime.pipeline import Pipeline
+from runtime.sampling import prepare_latents
 
 PROMPTS = ("a red circle", "two blue squares and a green triangle")
 # Per compute dtype: largest relative error of a tensor, smallest PSNR of the picture in dB, gate
@@ -74,7 +75,7 @@ def parity(
     tell("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())
-    noise = pipeline.noise(range(seed, seed + len(prompts)), (latent[0], latent[1]))
+    noise = prepare_latents(pipeline, range(seed, seed + len(prompts)), (latent[0], latent[1]))
     recorded = sorted({0, count // 2, count - 1})
     pipe = load_reference(sparse_dir, manifest["kind"], k, kept)
     as_stored(pipe, opened)

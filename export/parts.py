@@ -20,6 +20,7 @@ from runtime.bundle import Bundle
 from runtime.executor import PLAN_BACKENDS, open_component
 from runtime.groups import choosing, groups_of, windows
 from runtime.pipeline import Pipeline
+from runtime.sampling import decode, denoise
 from runtime.text import TextTokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -187,7 +188,8 @@ def compare_trajectory(
 ) -> dict[str, Any]:
     """Both draw from the same noise and torch's embeddings; the latents after each step."""
     found: list[np.ndarray] = []
-    final = pipeline.denoise(
+    final = denoise(
+        pipeline,
         noise,
         reference.conditions,
         latent_size=(latent[0], latent[1]),
@@ -202,7 +204,7 @@ def compare_trajectory(
         measure("latents", f"step {step}", expected, latents, limit=float("inf"))
         for step, (expected, latents) in enumerate(zip(reference.latents[1:], found, strict=True))
     ]
-    images = to_unit(pipeline.decode(final, (latent[0], latent[1])))
+    images = to_unit(decode(pipeline, final, (latent[0], latent[1])))
     return {
         "steps": [
             {"step": i, "relative_error": row.relative_error, "cosine": row.cosine}

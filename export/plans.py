@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from d2m.files import write_bytes
 from export.body import with_body
 from export.families import FAMILIES
 from export.fuse import attentions, fuse
 from export.layers import check_plan, host_tensors, layers
 from export.toolchain import build, check_sm, load_api, target_name
 from runtime.families import family_of as runtime_family
+from runtime.files.atomic import write_bytes
+from runtime.files.checked_json import read_json
 from runtime.schedule import measure, profile, terms
 
 log = logging.getLogger("export")
@@ -117,7 +118,6 @@ def plugin_plan(
     """{"folder", "plan"} of the kernels that a graph's experts run as plugins, or None."""
     if kernels is None:
         return None
-    import json
 
     import onnx
 
@@ -127,7 +127,7 @@ def plugin_plan(
     found = {routing.top_k for routing in routings(onnx.load(str(path)))}
     if not found:
         return None
-    manifest = json.loads(Path(kernels, "kernels.json").read_text(encoding="utf-8"))
+    manifest = read_json(Path(kernels, "kernels.json"))
     stream = "image" if tokens >= 2048 else "text"  # tiles differ, any number of tokens runs
     return {
         "folder": kernels,

@@ -7,7 +7,6 @@ are loaded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
 from d2m.family_defaults import generation_defaults
-from d2m.parameters import count
 from export.families import FAMILIES
 from export.family_configs import config
 from export.weights import Checkpoint, parameter_getter
+from runtime.files.checked_json import read_json
+from runtime.files.parameters import count
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     FileNotFoundError or ValueError, one sentence, where it is no pipeline that export knows.
     """
     family = family_of(directory)
-    index = json.loads((directory / "model_index.json").read_text("utf-8"))
+    index = read_json(directory / "model_index.json")
     row = FAMILIES[family.names.name]
     classes_of = (family.names.dense_class, family.names.sparse_class, *family.names.aliases)
     known: dict[str, tuple[str, ...]] = {"transformer": classes_of}

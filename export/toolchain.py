@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.files.checked_json import read_json
+
 log = logging.getLogger("export")
 
 APIS = ("tensorrt", "tensorrt_rtx")
@@ -141,7 +143,7 @@ def build(
                 f"{trt.__name__} {trt.__version__} ended with status {done.returncode} while"
                 f" building plan {name}, expected a plan ({tail or 'it said nothing'})."
             )
-        outcome = json.loads(result.read_text())
+        outcome = read_json(result)
         if "error" in outcome:
             raise ERRORS[outcome["error"]](outcome["message"])
         if not outcome["reproducible"]:

@@ -9,18 +9,17 @@ tensors of a multiple of 64 bytes come first, so that nearly all can be used whe
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.weights import Tensor as Place
-from runtime.weights import read_header
+from runtime.files.atomic import write_pieces
+from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, pieces_of, read_header, weight_files
+from runtime.files.tensors import Tensor as Place
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from export.program import Program
 
 Progress = Callable[[str, int, int], None]
-ALIGNMENT = 64  # bytes; a cache line, and the widest vector of any CPU
 # Concatenated projection -> the checkpoint's parts, in order.
 PARTS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -59,25 +57,19 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        index = sorted(directory.glob("*.safetensors.index.json"))
-        if index:
-            files = set(json.loads(index[0].read_text("utf-8"))["weight_map"].values())
-        else:
-            files = {path.name for path in directory.glob("*.safetensors")}
-        if not files or any("/" in name or not (directory / name).is_file() for name in files):
+        files = weight_files(directory)
+        if not files or not all(path.is_file() for path in files):
             raise FileNotFoundError(
                 f"{directory} lacks .safetensors files, expected the weights of a diffusers model;"
                 " save it with save_pretrained (pickled .bin weights are not read)."
             )
         self._where: dict[str, tuple[str, Place]] = {}
-        for name in sorted(files):
+        for path in files:
             try:
-                header = read_header(directory / name)
-            except (ValueError, OSError) as error:
-                raise ValueError(
-                    f"{directory / name} cannot be read ({error}); restore the file."
-                ) from None
-            self._where |= {key: (name, place) for key, place in header.items()}
+                header = read_header(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error}); restore the file.") from None
+            self._where |= {key: (path.name, place) for key, place in header.items()}
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -204,34 +196,24 @@ def write(
     """Write the tensors in the order of `placed`; the file is synced. Returns its SHA-256, hex."""
     import torch
 
-    rows = list(placed)
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    header: dict[str, Any] = {}
-    position = 0
-    for row in rows:
-        end = position + row.size
-        header[row.name] = {
-            "dtype": names[row.dtype],
-            "shape": list(row.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    head = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(head)
-    with open(path, "wb") as file:
-        file.write(head)
-        for done, row in enumerate(rows):
+    placed, digest = list(placed), hashlib.sha256()
+    names = {row.dtype: DTYPE_NAMES[str(row.dtype).removeprefix("torch.")] for row in placed}
+    rows = [(row.name, names[row.dtype], row.shape) for row in placed]
+
+    def data() -> Iterator[memoryview]:
+        for done, row in enumerate(placed):
             if progress is not None:
-                progress(f"write {path.name}", done, len(rows))
-            data = build(row, get).reshape(-1).view(torch.uint8).numpy().data
-            file.write(data)
-            digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
+                progress(f"write {path.name}", done, len(placed))
+            yield build(row, get).reshape(-1).view(torch.uint8).numpy().data
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces_of(rows, data()):
+            yield piece
+            digest.update(piece)
+
+    write_pieces(path, hashed())
     if progress is not None:
-        progress(f"write {path.name}", len(rows), len(rows))
+        progress(f"write {path.name}", len(placed), len(placed))
     return digest.hexdigest()
 
 

@@ -83,7 +83,7 @@ def run(
     Arguments left out come from the bundle; see `runtime.pipeline.Pipeline.__call__`. The
     pipeline opened last is kept, so that calling again with the same bundle costs no loading.
     """
-    from runtime.pipeline import default_bundle
+    from runtime.opened import default_bundle
 
     path = os.path.realpath(default_bundle() if bundle is None else bundle)
     try:

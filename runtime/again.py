@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.arguments import whole
+from runtime.files.checked_json import printable
 from runtime.picture import settings_of
 from runtime.pipeline import Pipeline
 
@@ -39,7 +40,7 @@ def draw_again(
     from latents that were given, or from another bundle than this one.
     """
     said = settings_of(path)
-    if not isinstance(said.get("bundle"), str) or "prompt" not in said:
+    if not all(isinstance(said.get(name), str) for name in ("bundle", "prompt")):
         raise ValueError(f"{path} does not say how it was made, expected a PNG that d2m has drawn.")
     if said.get("seed") is None:
         raise ValueError(f"{path} was drawn from latents that were given, expected from a seed.")
@@ -58,7 +59,7 @@ def draw_again(
     digest = pipeline.bundle.digest
     if said["bundle"] != digest:
         raise ValueError(
-            f"{path} was drawn from bundle {said['bundle'][:12]}... named"
+            f"{path} was drawn from bundle {printable(said['bundle'][:12])}... named"
             f" {str(said.get('name'))[:60]!r}, but {pipeline.bundle.path} is {digest[:12]}...;"
             f" name the bundle that it was drawn from."
         )

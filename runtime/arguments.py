@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,18 @@ def check_request(
         many=not one or n > 1,
         sigmas=levels,
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
+    )
+
+
+def with_knobs(
+    manifest: dict[str, Any], request: Request, *, steps: int, top_k: Any, kappa: Any
+) -> Request:
+    """A checked request with other steps, top_k and kappa, of which these alone are checked."""
+    steps = whole(steps, "steps", 1, MAX_STEPS)
+    return replace(
+        request,
+        top_k=check_top_k(manifest, top_k, steps),
+        kappa=check_kappa(manifest, kappa, steps),
     )
 
 

@@ -18,7 +18,8 @@ from runtime.benchfacts import differences, facts, machine, memory
 from runtime.blocktimes import BlockTimer
 from runtime.blocktimes import table as block_table
 from runtime.coldstart import cold
-from runtime.pipeline import Pipeline, default_bundle
+from runtime.opened import default_bundle
+from runtime.pipeline import Pipeline
 
 Progress = Callable[[str, int, int], None]
 Rows = dict[str, list[dict[str, float | None]]]
@@ -177,12 +178,13 @@ def drawn(
 def step_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
     """The transformer's inputs in the first step of one image, as its executor takes them."""
     from runtime.arguments import check_request
+    from runtime.sampling import encode, feeds_of, noise_levels, prepare_latents
 
     request = check_request(pipeline.manifest, PROMPT, **knobs)
     size = request.latent_size
-    sigmas = pipeline.levels(len(request.top_k), size)[:1]
-    noise, conditions = pipeline.noise([0], size), pipeline.encode([PROMPT])
-    (feed,) = pipeline.feeds(noise, conditions, sigmas, size, request.guidance)
+    sigmas = noise_levels(pipeline, len(request.top_k), size)[:1]
+    noise, conditions = prepare_latents(pipeline, [0], size), encode(pipeline, [PROMPT])
+    (feed,) = feeds_of(pipeline, noise, conditions, sigmas, size, request.guidance)
     return pipeline.cast(feed)
 
 

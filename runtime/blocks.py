@@ -167,7 +167,7 @@ class Blocks:
                 graph,
                 self.threads,
                 fully=single,
-                place=self.place,
+                providers=self.place.providers,
                 arena=self.arena,
                 tail=self.tail(graph),
             )

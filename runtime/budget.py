@@ -2,8 +2,7 @@
 
 `measure` draws the same pictures with fewer steps, experts and blocks than the bundle's own, and
 notes for each setting how long it took and how far its pictures are from those of the bundle's own
-setting. `within` picks the setting that is nearest to it among those that fit. A table counts only
-for the bundle, machine, backend and size of picture that it was measured with.
+setting. runtime.budgettable picks from the table that is written.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.arguments import Request, check_request, show, whole
-from runtime.budgettable import KNOBS, key_of, read_table, write_table
+from runtime.arguments import check_request, whole
+from runtime.budgettable import KNOBS, key_of, write_table
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -25,62 +24,6 @@ if TYPE_CHECKING:
 PROMPTS = ("a photo of a red circle", "a photo of two blue squares above a green triangle")
 STEPS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 50)
 Setting = tuple[int, int | None, int | None]  # steps, top_k, kappa
-
-
-def within(
-    pipeline: Pipeline, request: Request, budget: float, knobs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """steps, top_k and kappa for a request of which `knobs` were given; None: to be picked.
-
-    Raises ValueError where nothing was measured for such a request, or nothing fits.
-    """
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-        raise ValueError(f"budget is {show(budget)}, expected seconds above 0.")
-    given = {name: value for name, value in knobs.items() if value is not None}
-    if request.sigmas is not None:
-        given["steps"] = len(request.sigmas)
-    for name, value in given.items():
-        if isinstance(value, list | tuple | np.ndarray):
-            raise ValueError(
-                f"{name} is {show(value)} with a budget, expected one number or none: lists were"
-                " not measured."
-            )
-    images = len(request.prompts)
-    row = pick(read_table(pipeline, request.height, request.width, images), budget, given)
-    return {name: row[name] for name in KNOBS}
-
-
-def pick(
-    table: Mapping[str, Any], budget: float, given: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    """The row nearest to the bundle's own setting whose slowest drawing took `budget` at most.
-
-    `given`: knobs that are settled. Raises ValueError where no row is left.
-    """
-    given = given or {}
-    rows = [r for r in table["rows"] if all(r[name] == value for name, value in given.items())]
-    key = table["for"]
-    what = (
-        f"{key['images']} image{'s' if key['images'] > 1 else ''} of {key['width']} x"
-        f" {key['height']} on {key['backend']}"
-    )
-    if not rows:
-        asked = ", ".join(f"{name} {value}" for name, value in given.items())
-        raise ValueError(
-            f"the budget's table has no {asked} among what was measured for {what}; measure it"
-            f" with: d2m measure --{next(iter(given)).replace('_', '-')} ..."
-        )
-    fitting = [row for row in rows if row["slowest"] <= budget]
-    if not fitting:
-        quick = min(rows, key=lambda row: row["slowest"])
-        took = ", ".join(f"{name} {quick[name]}" for name in KNOBS if quick[name] is not None)
-        raise ValueError(
-            f"budget is {budget:g} s, but the fastest of {len(rows)} measured settings took"
-            f" {quick['slowest']:.3g} s for {what} ({took}), expected that much at least; give it"
-            " more time or draw a smaller picture."
-        )
-    best: dict[str, Any] = min(fitting, key=lambda row: (row["deviation"], row["slowest"]))
-    return best
 
 
 def measure(
@@ -137,7 +80,7 @@ def measure(
     if progress:
         progress("measure", done, total)
     table: dict[str, Any] = {
-        "for": key_of(pipeline, own.height, own.width, images),
+        "for": key_of(pipeline.setting(), own.height, own.width, images),
         "date": time.strftime("%Y-%m-%d"),
         "repeats": repeats,
         "prompts": list(prompts),

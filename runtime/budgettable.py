@@ -1,4 +1,8 @@
-"""A budget's measurements in a file, bound to bundle, machine, backend and size of picture."""
+"""A latency budget: the measured setting that fits into some seconds and is nearest to the best.
+
+The table of measurements is a file, bound to bundle, machine, backend and size of image;
+runtime.budget writes it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from runtime.fields import parse_json
-from runtime.hashes import cache_dir, write_cached
-from runtime.threads import physical_cores, thread_count
+import numpy as np
 
-if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
+from runtime.arguments import Request, show
+from runtime.files.checked_json import parse_json
+from runtime.files.hashes import cache_dir, write_cached
+from runtime.threads import physical_cores
 
 KNOBS = ("steps", "top_k", "kappa")
 MAX_TABLE = 4 << 20  # bytes
@@ -25,17 +29,77 @@ class Unmeasured(ValueError):
     """There is no table for such a call; the sentence names paths of this machine."""
 
 
+def within(
+    key: Mapping[str, Any],
+    bundle: Path,
+    request: Request,
+    budget: float,
+    knobs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """steps, top_k and kappa for a request of which `knobs` were given; None: to be picked.
+
+    `key`: what the call is measured by (`key_of`); bundle: its path, which errors name. Raises
+    ValueError where nothing was measured for such a request, or nothing fits.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise ValueError(f"budget is {show(budget)}, expected seconds above 0.")
+    given = {name: value for name, value in knobs.items() if value is not None}
+    if request.sigmas is not None:
+        given["steps"] = len(request.sigmas)
+    for name, value in given.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            raise ValueError(
+                f"{name} is {show(value)} with a budget, expected one number or none: lists were"
+                " not measured."
+            )
+    row = pick(read_table(key, bundle), budget, given)
+    return {name: row[name] for name in KNOBS}
+
+
+def pick(
+    table: Mapping[str, Any], budget: float, given: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The row nearest to the bundle's own setting whose slowest drawing took `budget` at most.
+
+    `given`: knobs that are settled. Raises ValueError where no row is left.
+    """
+    given = given or {}
+    rows = [r for r in table["rows"] if all(r[name] == value for name, value in given.items())]
+    key = table["for"]
+    what = (
+        f"{key['images']} image{'s' if key['images'] > 1 else ''} of {key['width']} x"
+        f" {key['height']} on {key['backend']}"
+    )
+    if not rows:
+        asked = ", ".join(f"{name} {value}" for name, value in given.items())
+        raise ValueError(
+            f"the budget's table has no {asked} among what was measured for {what}; measure it"
+            f" with: d2m measure --{next(iter(given)).replace('_', '-')} ..."
+        )
+    fitting = [row for row in rows if row["slowest"] <= budget]
+    if not fitting:
+        quick = min(rows, key=lambda row: row["slowest"])
+        took = ", ".join(f"{name} {quick[name]}" for name in KNOBS if quick[name] is not None)
+        raise ValueError(
+            f"budget is {budget:g} s, but the fastest of {len(rows)} measured settings took"
+            f" {quick['slowest']:.3g} s for {what} ({took}), expected that much at least; give it"
+            " more time or draw a smaller picture."
+        )
+    best: dict[str, Any] = min(fitting, key=lambda row: (row["deviation"], row["slowest"]))
+    return best
+
+
 def write_table(table: Mapping[str, Any]) -> None:
     """Keep a table in the user's cache; ValueError where there is none, OSError."""
     write_cached(place_of(table["for"]), json.dumps(table, indent=1))
 
 
-def read_table(pipeline: Pipeline, height: int, width: int, images: int) -> dict[str, Any]:
+def read_table(key: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
     """What was measured for this bundle, machine, backend and size; ValueError for nothing."""
-    key = key_of(pipeline, height, width, images)
     place = place_of(key)
+    height, width, images = key["height"], key["width"], key["images"]
     size = f"--height {height} --width {width}" + (f" -n {images}" if images > 1 else "")
-    cure = f"measure it with: d2m measure {pipeline.bundle.path} --backend {key['backend']} {size}"
+    cure = f"measure it with: d2m measure {bundle} --backend {key['backend']} {size}"
     try:
         with open(place, "rb") as file:
             table = parse_json(file.read(MAX_TABLE))
@@ -62,24 +126,10 @@ def sound(rows: Any) -> bool:
     )
 
 
-def key_of(pipeline: Pipeline, height: int, width: int, images: int) -> dict[str, Any]:
-    """What a table is bound to."""
-    row = pipeline.bundle.component("transformer")
-    size = pipeline.manifest["files"][row["weights"]]["size"]
-    return {
-        "bundle": pipeline.bundle.digest,
-        "backend": pipeline.backend,
-        "machine": machine(),
-        "threads": thread_count(pipeline.threads, size),
-        "offload": pipeline.offload,
-        "experts": pipeline.experts,
-        "mode": pipeline.mode,
-        "max_batch": pipeline.max_batch,
-        "min_batch": pipeline.min_batch,
-        "height": height,
-        "width": width,
-        "images": images,
-    }
+def key_of(setting: Mapping[str, Any], height: int, width: int, images: int) -> dict[str, Any]:
+    """What a table is bound to; `setting` is that of an opened bundle."""
+    size = {"height": height, "width": width, "images": images}
+    return {**setting, "machine": machine(), **size}
 
 
 def machine() -> dict[str, Any]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime import hashes
 from runtime import manifest as manifests
-from runtime.fields import parse_json, printable
-from runtime.weights import SafeTensors
+from runtime.files.checked_json import parse_json
+from runtime.files.hashes import first_wrong
+from runtime.files.tensors import SafeTensors
+from runtime.reading import broken, check_file, read_small, wrong_hash
 
-MAX_MANIFEST = 8 << 20  # bytes; that of FLUX.1 has some 200,000
 MAX_TENSORS = 1_000_000  # that the calls of a component may name
 CHECKS = ("cached", "full", "sizes")
 
@@ -68,7 +68,7 @@ def open_bundle(
     """Open and check a bundle directory.
 
     `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
-    (see runtime.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
+    (see runtime.files.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
     looking, not for drawing. With `key`, a public key's file, the manifest must be signed by it.
     Raises FileNotFoundError, ValueError or ImportError with one sentence.
     """
@@ -84,7 +84,7 @@ def open_bundle(
     data = read_small(root, "manifest.json")
     digest = hashlib.sha256(data).hexdigest()
     if key is not None:
-        from runtime.signature import check_signature
+        from runtime.signature import check_signature  # needs cryptography
 
         check_signature(root, digest, key)
     try:
@@ -99,7 +99,9 @@ def open_bundle(
     for name, row in files.items():
         check_file(root, name, row, full=False)  # sizes first: they are known at once
     if check != "sizes":
-        check_hashes(root, files, again=check == "full")
+        wanted = {name: row["sha256"] for name, row in files.items()}
+        if wrong := first_wrong(root, wanted, anew=check == "full"):
+            raise wrong_hash(root, *wrong)
     bundle = Bundle(root, manifest, digest)
     for component in manifest["components"]:
         check_weights(bundle, component)
@@ -109,47 +111,6 @@ def open_bundle(
 def required_key() -> str | None:
     """The public key by which whatever is drawn from must be signed; $D2M_PUBLIC_KEY."""
     return os.environ.get("D2M_PUBLIC_KEY") or None
-
-
-def read_small(root: Path, name: str, most: int = MAX_MANIFEST) -> bytes:
-    """A file of the bundle, of at most `most` bytes, that is no link out of it."""
-    path = root / name
-    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
-        raise broken(root, f"its {name} is no file of it")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)  # its stated size may be 0, in /proc
-    if len(data) > most:
-        raise broken(root, f"its {name} has more than {most} bytes")
-    return data
-
-
-def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> None:
-    """One listed file: there, inside the bundle, of the stated size, with the stated hash."""
-    path = root / name
-    if not path.is_file():
-        raise broken(root, f"its file {name} is missing")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise broken(root, f"its file {name} is a link that leaves the directory")
-    size = path.stat().st_size
-    if size != row["size"]:
-        raise broken(root, f"its file {name} has {size} bytes, expected {row['size']}")
-    if full and (found := hashes.sha256(path)) != row["sha256"]:
-        raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
-
-
-def check_hashes(root: Path, files: dict[str, Any], *, again: bool) -> None:
-    """Every file's hash; what was computed is remembered, even where a later file is wrong."""
-    seen = hashes.recall(root)
-    before = dict(seen)
-    try:
-        for name, row in files.items():
-            found = hashes.sha256(root / name, seen, again=again)
-            if found != row["sha256"]:
-                raise broken(root, f"its file {name} has SHA-256 {found[:12]}..., expected another")
-    finally:
-        if seen != before:
-            here = {str((root / name).resolve()) for name in files}
-            hashes.remember(root, {name: row for name, row in seen.items() if name in here})
 
 
 def check_weights(bundle: Bundle, component: str) -> None:
@@ -167,9 +128,3 @@ def check_weights(bundle: Bundle, component: str) -> None:
             if list(found) != expected["shape"]:
                 what = f"tensor {name[:80]} has shape {list(found)}, expected {expected['shape']}"
                 raise broken(bundle.path, f"in {row['weights']} {what}")
-
-
-def broken(root: Path, what: str) -> ValueError:
-    """The error for a bundle whose contents are wrong."""
-    what = printable(what)
-    return ValueError(f"bundle {root} cannot be used: {what}; fetch it or export it again.")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.fields import mapping, number, one_of, wrong
+from runtime.files.checked_json import mapping, number, one_of, wrong
 
 Settings = Mapping[str, Any]  # the manifest's `latents`
 Size = tuple[int, int]

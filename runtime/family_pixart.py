@@ -14,7 +14,7 @@ import numpy as np
 from runtime import family_dpm_solver as dpm_solver
 from runtime.family import Arrays, Family, Run, rows
 from runtime.family_latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
-from runtime.fields import integer, mapping, number, wrong
+from runtime.files.checked_json import integer, mapping, number, wrong
 
 
 def check(manifest: Mapping[str, Any]) -> None:

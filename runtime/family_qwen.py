@@ -16,7 +16,7 @@ from runtime.family import Arrays, Family, Run, rows
 from runtime.family import guide as guided
 from runtime.family_flow_matching import sigmas, timestep
 from runtime.family_latents import Settings, Size
-from runtime.fields import mapping, wrong
+from runtime.files.checked_json import mapping, wrong
 
 STATES, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 DROPPED = 34  # read: tokens of the template before the prompt, which the transformer does not get

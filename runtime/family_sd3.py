@@ -15,7 +15,7 @@ from runtime.family import Arrays, Family, Run, rows
 from runtime.family_flow_matching import TRAIN_STEPS
 from runtime.family_flow_matching import sigmas as flow_sigmas
 from runtime.family_latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
-from runtime.fields import integer, mapping, wrong
+from runtime.files.checked_json import integer, mapping, wrong
 
 
 def title_of(config: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.fields import mapping, number, one_of, text, wrong
+from runtime.files.checked_json import mapping, number, one_of, text, wrong
 
 Starts = Mapping[str, np.ndarray]  # group -> first call that runs, [B], counted in the group
 Runs = Mapping[int, np.ndarray]  # call -> the rows that run it; a call that is not here runs all

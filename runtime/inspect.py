@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from runtime.backends import backends, onnx_body
+from runtime.blocktable import group_rows
 from runtime.bundle import Bundle, open_bundle
-from runtime.counting import block_count, modulation, parameters
 from runtime.executor import choose
 from runtime.families import family_of, title_of
-from runtime.fields import parse_json, printable
-from runtime.forecast import group_rows
+from runtime.files.checked_json import printable, read_json
+from runtime.files.parameters import block_count, modulation, totals
+from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
 from runtime.manifest import inside
-from runtime.weights import Tensor, read_header
 
-MAX_JSON = 16 << 20
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
@@ -56,7 +55,7 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{root / 'transformer'} has no .safetensors files, expected the transformer's weights."
         )
-    shapes = {name: tensor.shape for name, tensor in tensors["transformer"].items()}
+    shapes = shapes_of(tensors["transformer"])
     sites = [name.removesuffix(".experts.w1") for name in shapes if name.endswith(".experts.w1")]
     top_k = config.get("top_k") if sites else None
     if sites and (type(top_k) is not int or not 0 <= top_k <= shapes[f"{sites[0]}.experts.w1"][0]):
@@ -81,11 +80,13 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             "double": block_count(shapes, "transformer_blocks"),
             "single": block_count(shapes, "single_transformer_blocks"),
         },
-        "adaln": modulation(tensors["transformer"]),
+        "adaln": modulation(shapes),
         "groups": config_groups(config),
         "kappa": kappa,
         "experts": experts(shapes, sites, top_k) if sites else None,
-        "parameters": {name: parameters(found, top_k, kappa) for name, found in tensors.items()},
+        "parameters": {
+            name: totals(shapes_of(found), top_k, kappa) for name, found in tensors.items()
+        },
         "dtypes": dict(Counter(t.dtype for found in tensors.values() for t in found.values())),
         "recipe": read_json(recipe).get("name") if recipe.is_file() else None,
         "files": files,
@@ -110,7 +111,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "compute_dtype": manifest["compute_dtype"],
         "storage_dtype": manifest["storage_dtype"],
         "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
-        "adaln": modulation(bundle.weights("transformer").tensors),
+        "adaln": modulation(shapes_of(bundle.weights("transformer").tensors)),
         "groups": group_rows(bundle.component("transformer")),
         "kappa": manifest.get("kappa"),
         "experts": None
@@ -122,8 +123,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             "onnx_body": onnx_body(manifest),
         },
         "parameters": {
-            name: parameters(
-                bundle.weights(name).tensors, manifest.get("top_k"), manifest.get("kappa")
+            name: totals(
+                shapes_of(bundle.weights(name).tensors),
+                manifest.get("top_k"),
+                manifest.get("kappa"),
             )
             for name in manifest["components"]
         },
@@ -258,7 +261,7 @@ def experts(
 
 
 def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups that a sparse transformer's config names, as runtime.forecast.group_rows."""
+    """The groups that a sparse transformer's config names, as runtime.blocktable.group_rows."""
     lists = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
     named = config.get("groups") or {}
     return [
@@ -279,33 +282,11 @@ def loadable(row: Any) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The headers of a component's safetensors files; of the index's shards where it has one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = read_json(indexes[0]).get("weight_map")
-        values = shards.values() if isinstance(shards, dict) else ()
-        names = sorted({Path(str(name)).name for name in values})
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    """The headers of a component's safetensors files."""
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors.update(read_header(folder / name))
+    for path in weight_files(folder):
+        tensors.update(read_header(path))
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, expected it in a pipeline directory.")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON}.")
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore the file.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; restore the file.")
-    return value
 
 
 def walk(root: Path) -> dict[str, int]:

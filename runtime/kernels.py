@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import check_file, read_small
-from runtime.fields import (
+from runtime.files.checked_json import (
     integer,
     listed,
     mapping,
@@ -29,6 +28,7 @@ from runtime.fields import (
     wrong,
 )
 from runtime.manifest import check_files
+from runtime.reading import check_file, read_small
 
 FORMAT = 1
 MANIFEST = "kernels.json"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runtime.pieces import Copy
-from runtime.schedule import Launch, Schedule
+from runtime.pieces import Copy, Launch
+from runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from runtime.arena import Buffer

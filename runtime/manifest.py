@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from runtime.families import FAMILIES
-from runtime.fields import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.files.checked_json import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.files.tensors import naturals
 from runtime.groups import check_groups, check_kappa
-from runtime.weights import naturals
 
 FORMAT = 1
 KINDS = ("sparse", "dense")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.arena import SIZES, aligned
-from runtime.weights import SafeTensors, narrow, to_float32
+from runtime.files.tensors import SafeTensors, narrow, to_float32
 
 
 class Memory:

@@ -20,7 +20,8 @@ import numpy as np
 
 from runtime.arguments import Request, check_request
 from runtime.picture import to_png
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled
 from runtime.serve.batch import call_of, key_of
 from runtime.serve.floor import Floors
 

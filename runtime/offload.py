@@ -13,11 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.arena import SIZES
-from runtime.tensorfiles import TensorFiles
+from runtime.files.tensor_reader import TensorFiles
 
 if TYPE_CHECKING:
+    from runtime.files.tensors import SafeTensors
     from runtime.places import Place, Room
-    from runtime.weights import SafeTensors
 
 OFFLOADS = ("none", "block")
 ALIGNED = 256  # bytes; as runtime.places

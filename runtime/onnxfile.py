@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.fields import printable
+from runtime.files.checked_json import printable
 from runtime.folding import Body, Key, Step, folding_limit
 
 MAX_BYTES = 1 << 30  # of a graph; weights lie outside it

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.siblings import write_bytes
+from runtime.files.atomic import write_bytes
+from runtime.files.checked_json import parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,22 +58,28 @@ def save(image: Image, path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, expected the name of an image file.")
-    data = to_png(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, data)
-    return path
+    return write_bytes(path, to_png(image))
 
 
 def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
-    """How an image (or a PNG file of ours) was made; {} where it does not say."""
+    """How an image (or a PNG file of ours) was made; {} where it does not say.
+
+    ValueError, one sentence, where it says so in another form, or has more pixels than PIL takes.
+    """
     from PIL import Image as images
 
     if not isinstance(image, images.Image):
-        with images.open(image) as opened:
-            opened.load()
-            return settings_of(opened)
+        try:
+            with images.open(image) as opened:
+                opened.load()
+                return settings_of(opened)
+        except images.DecompressionBombError as error:
+            raise ValueError(f"{image} is no image of d2m: {str(error)[:100]}.") from None
     value = image.info.get(KEY)
-    said = json.loads(value) if isinstance(value, str) else {}
+    try:
+        said = parse_json(value.encode("utf-8")) if isinstance(value, str) else {}
+    except ValueError as error:
+        raise ValueError(f"the image's {KEY} text is not valid JSON ({error}).") from None
     if not isinstance(said, dict):
         raise ValueError(f"the image's {KEY} text is {str(value)[:60]!r}, expected a JSON object.")
     return said

@@ -1,7 +1,8 @@
-"""A piece of a program of plans, and copies of rows where samples of a batch choose for themselves.
+"""What a program of plans consists of: launches, copies of rows, and pieces of the program.
 
-What runtime.schedule works out for programs with groups of blocks: until a group's router has been
-asked, its launches are not known, so the program is cut before every group (runtime.groups).
+What runtime.schedule works out. Rows are copied where samples of a batch choose for themselves;
+until a group's router has been asked, its launches are not known, so a program with groups of
+blocks is cut before every group (runtime.groups).
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from runtime.groups import Runs
 
 if TYPE_CHECKING:
     from runtime.arena import Buffer
-    from runtime.schedule import Launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One plan, or the experts' kernels, run once: tensor name -> buffer, or weight's full name."""
+
+    plan: str
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+    weights: Mapping[str, str]
 
 
 @dataclass(frozen=True)

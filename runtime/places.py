@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from runtime.files.tensors import SafeTensors
 from runtime.memory import Memory, numpy_dtype
 from runtime.sessions import CPU
-from runtime.weights import SafeTensors
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -15,17 +15,7 @@ from typing import Any
 
 from runtime.arena import Buffer, place_buffers
 from runtime.executor import graph_key, run_program
-from runtime.pieces import BufferRows, Copy, Piece
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One plan, or the experts' kernels, run once: tensor name -> buffer, or weight's full name."""
-
-    plan: str
-    inputs: Mapping[str, Buffer]
-    outputs: Mapping[str, Buffer]
-    weights: Mapping[str, str]
+from runtime.pieces import BufferRows, Copy, Launch, Piece
 
 
 @dataclass(frozen=True)

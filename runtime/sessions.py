@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle import broken
+from runtime.files.checked_json import printable
 from runtime.onnxfile import check_onnx
+from runtime.reading import broken
 
 if TYPE_CHECKING:
     import onnxruntime
 
     from runtime.bundle import Bundle
-    from runtime.places import Place
 
 FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 FOLDING_SINCE = (1, 32)  # the oldest release on which the limit was seen to work
@@ -27,15 +27,15 @@ def open_session(
     threads: int,
     *,
     fully: bool = True,
-    place: Place | None = None,
+    providers: Sequence[Any] = (CPU,),
     arena: bool = True,
     tail: bytes = b"",
 ) -> onnxruntime.InferenceSession:
     """A deterministic session on one of the bundle's graphs; `fully`: with all optimisations.
 
-    `place`: where it computes, None for the CPU. Without an `arena` memory on the CPU goes back
-    after every call instead of staying with the session. `tail` is put behind the file's bytes
-    (runtime.taps); a graph with one names no tensors of other files.
+    `providers`: where it computes; the first of them must take it. Without an `arena` memory on
+    the CPU goes back after every call instead of staying with the session. `tail` is put behind
+    the file's bytes (runtime.taps); a graph with one names no tensors of other files.
     """
     try:
         import onnxruntime
@@ -54,25 +54,24 @@ def open_session(
     options.enable_cpu_mem_arena = arena
     path = bundle.file(graph)
     disabled = guard(bundle, graph, options, onnxruntime.__version__)
-    wanted = place.providers if place is not None else [CPU]
     try:
         session = onnxruntime.InferenceSession(
             path.read_bytes() + tail if tail else str(path),
             options,
-            providers=wanted,
+            providers=list(providers),
             disabled_optimizers=disabled,
         )
     except Exception as error:  # its exceptions share no base class but Exception
-        text = " ".join(str(error).split())[:300]
+        text = printable(" ".join(str(error).split()))[:300]
         raise ValueError(
             f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
             f" export the bundle again or install the version named in its constraints."
         ) from None
-    check_provider(session, wanted)
+    check_provider(session, providers)
     return session
 
 
-def check_provider(session: onnxruntime.InferenceSession, wanted: list[Any]) -> None:
+def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any]) -> None:
     """ONNX Runtime goes over to the CPU by itself where a provider does not load: OSError then."""
     first = wanted[0] if isinstance(wanted[0], str) else wanted[0][0]
     found = session.get_providers()

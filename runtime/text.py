@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.fields import printable
+from runtime.files.checked_json import printable
 from runtime.vocabulary import read_tokenizer
 
 log = logging.getLogger("runtime")

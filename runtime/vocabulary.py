@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.fields import parse_json, show
+from runtime.files.checked_json import parse_json, show
 
 MAX_BYTES = 64 << 20  # T5's own has 2.4 million
 MAX_STEPS = 16

@@ -34,13 +34,14 @@ PROMPT = "a red circle above a blue square"
 def inputs_of(pipeline: Any, batch: int) -> dict[str, np.ndarray]:
     """The transformer's inputs half-way through a generation of the bundle's default picture."""
     from runtime.arguments import check_request
+    from runtime.sampling import encode, feeds_of, prepare_latents
 
     request = check_request(pipeline.manifest, PROMPT, n=batch)
-    conditions = pipeline.encode(request.prompts)
-    noise = pipeline.noise(range(batch), request.latent_size)
+    conditions = encode(pipeline, request.prompts)
+    noise = prepare_latents(pipeline, range(batch), request.latent_size)
     sigma = np.array([0.5], np.float32)
     size = request.latent_size, request.guidance
-    (feed,) = pipeline.feeds(noise, conditions, sigma, *size)
+    (feed,) = feeds_of(pipeline, noise, conditions, sigma, *size)
     return pipeline.cast(feed)
 
 

@@ -63,7 +63,7 @@ def folder_name(device: str) -> str:
 
 def write(path: Path, answer: dict[str, Any]) -> None:
     """At once or not at all: a killed run must not lose what earlier ones measured."""
-    from d2m.files import write_text
+    from runtime.files.atomic import write_text
 
     write_text(path, json.dumps(answer, indent=1, sort_keys=True) + "\n")  # NaN is an answer here
 

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from d2m.cli import main as d2m
-from d2m.console import clock
-from d2m.files import write_bytes
+from d2m.units import clock
+from runtime.files.atomic import write_bytes
 
 PROMPT = "a photo of a red circle"
 

@@ -83,7 +83,7 @@ def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
     from faulting.tools import Tools
     from faulting.tries import attempt
 
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     rows = kept(asked)
     kills_asked = asked.kills or TRIES["kill"][0]

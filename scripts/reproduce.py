@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "shapes" / "reproduce"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from d2m.files import write_json, write_text  # noqa: E402
 from reproduction import page, tables  # noqa: E402
 from reproduction.rows import ROWS, STEPS, Row, chain, named  # noqa: E402
 from reproduction.summary import gather, summary  # noqa: E402
 from reproduction.work import Settings, finished, model_dir  # noqa: E402
+from runtime.files.atomic import write_json, write_text  # noqa: E402
 
 Task = tuple[Row, int]
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from calib.world import World, heldout_pairs
 from d2m.charts import Line, line_chart
-from d2m.files import write_json, write_text
+from runtime.files.atomic import write_json, write_text
 
 STAGES = {
     "vae": "VAE",

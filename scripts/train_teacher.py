@@ -76,7 +76,7 @@ def main() -> None:
     import torch
 
     from calib.world import World
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
     from teacher.cache import make_cache
     from teacher.flow import train_flow, train_guidance
     from teacher.labels import patch_labels

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.weights import SafeTensors
+from runtime.files.tensors import SafeTensors
 
 
 def long_bundle(small: Path, out: Path, times: int, dtype: str | None = None) -> Path:
@@ -52,7 +52,7 @@ def long_bundle(small: Path, out: Path, times: int, dtype: str | None = None) ->
 
 def write(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     """A safetensors file of float32 arrays, stored as F32 or BF16."""
-    from runtime.weights import narrow
+    from runtime.files.tensors import narrow
 
     header, position = {}, 0
     arrays = {name: narrow(a) if dtype == "BF16" else a for name, a in tensors.items()}

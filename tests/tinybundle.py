@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from runtime.weights import SafeTensors, read_header
+from runtime.files.tensors import SafeTensors, read_header
 
 
 def session(model: onnx.ModelProto | Path) -> ort.InferenceSession:

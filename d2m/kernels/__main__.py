@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2m.kernels.plan import Sizes
+from runtime.files.checked_json import read_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def sizes_of(sparse: Path, dtype: str) -> Sizes:
     """D, E, H of a sparse pipeline (or of its transformer's directory)."""
     for path in (sparse / "transformer" / "config.json", sparse / "config.json"):
         if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             break
     else:
         raise FileNotFoundError(

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from d2m import __version__
-from d2m.files import replace_dir, write_json
 from d2m.kernels.compile import Compiled, compile_launch
 from d2m.kernels.configs import BYTES, IMAGE_TOKENS, shared_limit, tiles_for
 from d2m.kernels.extents import Extent, counts, fit
 from d2m.kernels.plan import Launch, Plan, Sizes, forward_plan
 from d2m.kernels.ptx import VERSION, reorder
-from d2m.siblings import temporary_dir
+from runtime.files.atomic import replace_dir, temporary_dir, write_json
 
 FORMAT = 1
 MANIFEST = "kernels.json"

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import logging
 import time
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +13,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from runtime.arguments import one_or_all
-from runtime.budget import within
 from runtime.serve.asked import MAX_BODY, Refused, read_asked
 from runtime.serve.guard import Guard
 from runtime.serve.jobs import Drawn, Job
@@ -45,8 +43,8 @@ def make_app(
             # A browser sends this type to another site only after asking it, and we say no.
             raise Refused(415, f"the body is {kind[:60]!r}, expected application/json.")
         body = await read_body(request)
-        pick = partial(within, service.pipeline)
-        asked = read_asked(body, service.pipeline.manifest, service.limits, pick)
+        pipeline = service.pipeline
+        asked = read_asked(body, pipeline.manifest, service.limits, pipeline.within)
         if log_prompts:
             against = f", negative {asked.request.negative[0]!r}" if asked.request.negative else ""
             log.info("prompt %r%s", asked.request.prompts[0], against)

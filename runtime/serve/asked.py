@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.arguments import Request, check_request, show, whole
+from runtime.arguments import Request, check_request, show, whole, with_knobs
 from runtime.budgettable import Unmeasured
-from runtime.fields import refuse
+from runtime.files.checked_json import refuse
 from runtime.serve.batch import key_of
 
 MAX_BODY = 64 << 10  # bytes
@@ -88,7 +88,7 @@ def read_asked(
 ) -> Asked:
     """Parse and check; what is left out comes from the bundle, the seed at random.
 
-    `within` picks knobs for a budget (runtime.budget's, with the pipeline). Raises Refused: 404
+    `within` picks knobs for a budget (a pipeline's). Raises Refused: 404
     for another model, 400 for anything else.
     """
     fields = parse(body)
@@ -135,8 +135,8 @@ def read_asked(
         if budget is not None:
             if within is None:
                 raise ValueError("budget is not known here, expected none; leave it out.")
-            knobs |= within(request, budget, {name: knobs.get(name) for name in PICKED})
-            request = check_request(manifest, given["prompt"], **fixed, **knobs)
+            picked = within(request, budget, {name: knobs.get(name) for name in PICKED})
+            request = with_knobs(manifest, request, **picked)
     except Unmeasured:  # whose sentence names paths of this machine
         raise wrong(
             "budget",

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from runtime.picture import to_png
-from runtime.pipeline import Cancelled
+from runtime.sampling import Cancelled
 from runtime.serve.batch import call_of
 from runtime.serve.jobs import Drawn, Job, Jobs
 from runtime.serve.usage import usage

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.ort import Graph
+from runtime.sampling import decode, denoise, encode, prepare_latents
 
 if TYPE_CHECKING:
     from runtime.arguments import Request
@@ -110,14 +111,15 @@ def sample(
     prompts[place], seeds[place] = PROMPTS[0], 0
     against = [PROMPTS[int(i)] for i in random.integers(1, len(PROMPTS), size=size)]
     against[place] = PROMPTS[1]
-    encoded = pipeline.encode([*prompts, *against] if guided else prompts)
-    packed = pipeline.denoise(
-        pipeline.noise(seeds, latent_size),
+    encoded = encode(pipeline, [*prompts, *against] if guided else prompts)
+    packed = denoise(
+        pipeline,
+        prepare_latents(pipeline, seeds, latent_size),
         {name: array[:size] for name, array in encoded.items()},
         negative={name: array[size:] for name, array in encoded.items()} if guided else None,
         latent_size=latent_size,
         top_k=[top_k] * STEPS,
         guidance=pipeline.manifest["defaults"]["guidance"],
     )
-    pixels: np.ndarray = pipeline.decode(packed, latent_size)[place]
+    pixels: np.ndarray = decode(pipeline, packed, latent_size)[place]
     return pixels

@@ -12,7 +12,9 @@ from runtime.arguments import check_request, whole
 from runtime.bundle import open_bundle, required_key
 from runtime.executor import GPU_BACKENDS
 from runtime.expertload import Meter
-from runtime.pipeline import Cancelled, Pipeline, default_bundle
+from runtime.opened import default_bundle
+from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled
 from runtime.serve.asked import Asked, Limits, Refused
 from runtime.serve.drawing import Drawing
 from runtime.serve.floor import Floors

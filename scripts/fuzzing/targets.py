@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import kernels, manifest, onnxfile, vocabulary
-from runtime.fields import parse_json
+from runtime.files.checked_json import parse_json
+from runtime.files.tensors import parse_header
 from runtime.text import TextTokenizer
-from runtime.weights import parse_header
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE.parent.parent / "runtime/default"

@@ -8,9 +8,9 @@ from typing import Any
 from d2m.charts import heat_map, scale
 from d2m.figures import RISING
 from d2m.markup import Child, Html, document, el, figure, join, percent, section, table
-from d2m.parameters import human
 from d2m.pareto import charts, dots_of, pareto
 from d2m.scatter import file_of
+from d2m.units import human
 from reproduction.tables import HEAD, cells, found, short
 
 Summary = Mapping[str, Any]

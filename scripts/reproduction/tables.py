@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.files import write_text
-from d2m.parameters import human
+from d2m.units import human
+from runtime.files.atomic import write_text
 
 BEGIN, END = "<!-- reproduce: by scripts/reproduce.py --table -->", "<!-- /reproduce -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)

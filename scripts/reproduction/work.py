@@ -85,7 +85,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     from calib.world import World
     from d2m.draw import load_pipeline, pipeline_draw
     from d2m.draw import settings as drawing
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     began, made = time.monotonic(), None
     folder = model_dir(row, seed, settings)
@@ -152,7 +152,7 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
-    from d2m.files import write_json
+    from runtime.files.atomic import write_json
 
     write_json(path, recipes.to_dict(recipe))
 

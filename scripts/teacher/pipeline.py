@@ -15,8 +15,8 @@ from diffusers import (
 )
 
 from calib.world import World
-from d2m.files import replace_dir, write_json
 from d2m.subject import read_json
+from runtime.files.atomic import replace_dir, write_json
 from teacher.text import LENGTH, TextStage, Tokenizers
 
 # What a person or another script put beside the weights stays when they are written again.

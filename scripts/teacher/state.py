@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from d2m.files import write_bytes
+from runtime.files.atomic import write_bytes
 
 OPTIMIZER = "opt0."
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from d2m.card import model_card
-from d2m.parameters import count
 from d2m.recipe import preset, to_dict
+from runtime.files.parameters import count
 
 D = 32
 SPARSE = {

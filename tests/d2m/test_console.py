@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 
 from d2m import console
-from d2m.console import clock, explain, one_line, print_json, print_table, print_tree
-from d2m.siblings import temporary_dir
+from d2m.console import explain, one_line, print_json, print_table, print_tree
 from d2m.stopping import Terminated, terminated_on_signal
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (75, "1:15"), (3600, "1:00:00")],
-)
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+from runtime.files.atomic import temporary_dir
 
 
 def test_lines_say_phase_elapsed_and_left(capsys: pytest.CaptureFixture[str]) -> None:

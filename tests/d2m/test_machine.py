@@ -8,7 +8,8 @@ import pytest
 from d2m import early, machine
 from d2m.cli import main
 from d2m.early import needs, needs_table
-from d2m.resources import GB, Needs, convert_needs, run_needs, shown
+from d2m.resources import Needs, convert_needs, run_needs
+from d2m.units import GB, shown
 
 LARGE = {
     "cores": 8,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from d2m.parameters import count, shapes_of
 from d2m.plan import plan
 from d2m.plantable import conclusion, figure, table
 from d2m.preset import FOLDER
+from d2m.result import shapes_of
+from runtime.files.parameters import count
 
 ROOT = Path(__file__).resolve().parents[2]
 # read: activated parameters (10^9), FLOPs (10^12) and their share of the dense model's.

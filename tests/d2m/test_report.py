@@ -14,9 +14,9 @@ from d2m.axes import log_ticks, number, ticks
 from d2m.charts import Line, heat_map, interval_chart, line_chart
 from d2m.markup import VOID, Html, el, join
 from d2m.page import duration, power, render
-from d2m.parameters import count
 from d2m.recipe import preset, to_dict
 from d2m.report import build_report, data_uri, importance_curve, thin, write_report
+from runtime.files.parameters import count
 
 SITES = ["transformer_blocks.0.ff", "transformer_blocks.0.ff_context"]
 SITES += [f"single_transformer_blocks.{i}.proj_mlp" for i in range(2)]

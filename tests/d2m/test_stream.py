@@ -202,15 +202,15 @@ def test_bad_checkpoints(dense, tmp_path):
     shard = folder / "transformer" / sorted(set(told["weight_map"].values()))[1]
     whole = shard.read_bytes()
     for content, words in (
-        (whole[:-1], "is not a whole safetensors file"),
-        (whole[:3], "is not a whole safetensors file"),
-        (b"\xff" * 8 + whole[8:], "is not a whole safetensors file"),
+        (whole[:-1], "is not valid safetensors"),
+        (whole[:3], "is not valid safetensors"),
+        (b"\xff" * 8 + whole[8:], "is not valid safetensors"),
     ):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=words):
             run(folder, tmp_path / "out")
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match="is missing; copy the checkpoint again"):
+    with pytest.raises(FileNotFoundError, match="is missing, expected weights"):
         run(folder, tmp_path / "out")
     shard.write_bytes(whole)
     name = next(key for key, file in told["weight_map"].items() if file != shard.name)
@@ -222,9 +222,14 @@ def test_bad_checkpoints(dense, tmp_path):
     index.write_text(json.dumps(told))
     with pytest.raises(ValueError, match=f"lacks {name}, which"):
         run(folder, tmp_path / "out")
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="is not an index of shards"):
-        run(folder, tmp_path / "out")
+    for text, words in (
+        ("[]", "expected a JSON object"),
+        ("{}", "is not an index of shards"),
+        ('{"weight_map": {"a": 1}}', "is not an index of shards"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
 

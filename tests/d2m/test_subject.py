@@ -48,7 +48,7 @@ def test_a_sparse_models_structure_is_its_configs(tiny_sparse_dir):
     [
         ({}, "has neither model_index.json nor config.json"),
         ({"config.json": "{"}, "is not valid JSON"),
-        ({"config.json": "[]"}, r"holds \[\]; expected a JSON object"),
+        ({"config.json": "[]"}, r"holds \[\], expected a JSON object"),
         ({"config.json": '{"_class_name": "UNet"}'}, "of class UNet, which d2m does not know"),
         (
             {"config.json": '{"_class_name": "FluxTransformer2DModel", "num_layers": "x"}'},

@@ -20,7 +20,7 @@ from conftest import exported
 from d2m.model import SparseFluxTransformer2DModel
 from d2m.surgery import set_top_k
 from export.bundle import export_bundle
-from runtime.weights import SafeTensors, read_header
+from runtime.files.tensors import SafeTensors, read_header
 from tiny import tiny_inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -10,7 +10,7 @@ import torch
 from tinybundle import manifest_of, program_of, relative, session
 
 from export.compose import BLOCKS, compose
-from runtime.weights import read_header
+from runtime.files.tensors import read_header
 from tiny import tiny_inputs
 
 

@@ -26,8 +26,8 @@ from d2m.surgery import set_top_k
 from export.bundle import export_bundle
 from export.choose import choose_function
 from runtime.bundle import open_bundle
+from runtime.files.tensors import read_header
 from runtime.ort import open_component
-from runtime.weights import read_header
 from tiny import tiny_inputs
 
 Pair = tuple[Any, Path]

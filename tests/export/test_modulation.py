@@ -36,11 +36,11 @@ from export.prepare import prepare
 from export.source import empty_transformer
 from export.weights import Checkpoint, place, write
 from runtime.bundle import open_bundle
+from runtime.files.tensors import read_header
 from runtime.inspect import inspect, lines
 from runtime.ort import open_component
 from runtime.schedule import make_schedule
 from runtime.trt import Plans
-from runtime.weights import read_header
 from tiny import tiny_inputs
 
 MODES = ("single", "lowrank")

@@ -14,7 +14,7 @@ from export.fuse import fuse
 from export.plans import tensors
 from export.rewrite import with_top_k
 from export.segments import Experts, cut, plain
-from runtime.weights import SafeTensors
+from runtime.files.tensors import SafeTensors
 
 KINDS = {"double": "transformer_blocks.1.", "single": "single_transformer_blocks.0."}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.weights import ALIGNMENT, Checkpoint, Placed, build, refuse_unknown, sources_of, write
-from runtime.weights import SafeTensors, read_header
+from export.weights import Checkpoint, Placed, build, refuse_unknown, sources_of, write
+from runtime.files.tensors import ALIGNMENT, SafeTensors, read_header
 
 
 @pytest.fixture(scope="module")
@@ -135,5 +135,5 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not valid safetensors"):
         Checkpoint(tmp_path)

@@ -467,20 +467,21 @@ def test_draws_as_diffusers_does(
 def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
     """Where a family masks its text: the masks are diffusers', and they are exact."""
     import runtime
+    from runtime.sampling import denoise, encode, prepare_latents
 
     drawer = runtime.load(bundle, "ort", threads=1)
     texts = ["", "A red <pad> Circle ", PROMPTS[1]]
-    conditions = drawer.encode(texts)
+    conditions = encode(drawer, texts)
     if not (masks := [name for name in conditions if name.endswith("mask")]):
         pytest.skip("this family masks nothing")
     mask, states = conditions[masks[0]], conditions["encoder_hidden_states"]
     theirs = family_of_pipeline(pipe).data.encode_text(pipe, texts, LENGTH)
     assert np.array_equal(mask, theirs[masks[0]].numpy()) and 0 < mask.mean() < 1
-    noise = drawer.noise(range(3), (8, 8))
+    noise = prepare_latents(drawer, range(3), (8, 8))
 
     def draw(states: np.ndarray) -> np.ndarray:
         given = conditions | {"encoder_hidden_states": states}
-        return drawer.denoise(noise, given, latent_size=(8, 8), top_k=[2, 2], guidance=1.0)
+        return denoise(drawer, noise, given, latent_size=(8, 8), top_k=[2, 2], guidance=1.0)
 
     drawn = draw(states)
     assert np.array_equal(drawn, draw(np.where(mask[..., None] > 0, states, np.float32(50))))

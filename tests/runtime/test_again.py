@@ -12,8 +12,9 @@ from PIL import Image
 
 import runtime
 from runtime.again import draw_again
-from runtime.picture import KEY, save, settings_of, to_png
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.picture import KEY, save, settings_of, to_image, to_png
+from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled, decode
 
 PROMPT = "a photo of a red circle"
 
@@ -62,9 +63,7 @@ def test_a_callback_sees_every_step(pipeline: Pipeline) -> None:
     size = (8, 8)
     tokens = filled.manifest["latents"]["channels"] * 4
     assert seen[0][2].shape == (2, 16, tokens) and not np.array_equal(seen[0][2], seen[1][2])
-    decoded = filled.decode(seen[1][2], size)
-    from runtime.picture import to_image
-
+    decoded = decode(filled, seen[1][2], size)
     assert [to_image(p).tobytes() for p in decoded] == [i.tobytes() for i in images[:2]]
 
 
@@ -140,3 +139,38 @@ def test_cancel_stops_at_the_next_step(pipeline: Pipeline) -> None:
     with pytest.raises(Cancelled):
         runtime.run(PROMPT, cancel=lambda: True)
     assert pipeline(PROMPT, steps=1)  # and it draws on
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"a": NaN}', "is not valid JSON"),
+        ('["a"]', "expected a JSON object"),
+        ('{"bundle": "x", "prompt": ["a"], "seed": 1}', "does not say how it was made"),
+        (
+            '{"bundle": "\\u001b[2J", "prompt": "a", "seed": 1, "backend": "ort",'
+            ' "name": "\\u001b"}',
+            r"from bundle \\x1b\[2J\.\.\. named '\\x1b'",
+        ),
+    ],
+)
+def test_what_an_image_says_is_not_trusted(tmp_path: Path, said: str, words: str) -> None:
+    from PIL import Image
+
+    image = Image.new("RGB", (2, 2))
+    image.info["d2m"] = said
+    with pytest.raises(ValueError, match=words) as caught:
+        draw_again(save(image, tmp_path / "a.png"), threads=1)
+    assert str(caught.value).isprintable()
+
+
+def test_an_image_of_more_pixels_than_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    path = save(Image.new("RGB", (64, 64)), tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="is no image of d2m: Image size"):
+        draw_again(path, threads=1)

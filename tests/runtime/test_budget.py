@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from runtime import budgettable
-from runtime.budget import columns, measure, pick
+from runtime.budget import columns, measure
+from runtime.budgettable import pick
 from runtime.picture import settings_of, to_png
 from runtime.pipeline import Pipeline
 

@@ -8,7 +8,7 @@ from tinygrouped import GROUPS, KAPPAS, differing, feed_of, load_transformer
 from runtime.bundle import Bundle
 from runtime.forecast import forecast
 from runtime.ort import open_component as open_ort
-from runtime.schedule import Launch
+from runtime.pieces import Launch
 
 Given = tuple[Bundle, dict[str, np.ndarray]]
 

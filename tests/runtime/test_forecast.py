@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tinygrouped import GROUPS
 
+from runtime.blocktable import columns, schedule, span
 from runtime.family_flow_matching import sigmas
-from runtime.forecast import columns, schedule, span
 from runtime.pipeline import Pipeline
 
 PROMPT = "two rings above a star"

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from runtime import vocabulary
 from runtime.bundle import open_bundle
 from runtime.inspect import inspect, lines
-from runtime.pipeline import Pipeline, default_bundle
+from runtime.opened import default_bundle
+from runtime.pipeline import Pipeline
 from runtime.text import TextTokenizer
 
 SECONDS = 3.0  # of this process's own time, to open or refuse anything here

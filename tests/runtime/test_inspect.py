@@ -117,7 +117,7 @@ def test_refusals(tiny_dense_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not valid safetensors"):
         inspect(path)
     (path / "model_index.json").write_text("[")
-    with pytest.raises(ValueError, match=r"model_index\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"model_index\.json is not valid JSON"):
         inspect(path)
     (path / "model_index.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has no \.safetensors files"):

@@ -14,13 +14,15 @@ from executorinputs import inputs
 from longbundle import long_bundle
 
 from runtime.bundle import Bundle, open_bundle
+from runtime.files.tensor_reader import TensorFiles
+from runtime.files.tensors import SafeTensors
 from runtime.offload import Streamed, layout
+from runtime.opened import default_bundle
 from runtime.ort import Blocks, Graph, open_component
 from runtime.picture import to_png
-from runtime.pipeline import Cancelled, Pipeline, default_bundle
+from runtime.pipeline import Pipeline
 from runtime.places import Host
-from runtime.tensorfiles import TensorFiles
-from runtime.weights import SafeTensors
+from runtime.sampling import Cancelled
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
@@ -72,7 +74,7 @@ def test_velocities_are_the_same_to_the_bit(tiny_bundle: Path) -> None:
 
 def test_alpha_0_reads_only_what_will_run(tiny_forecast_bundle: Path) -> None:
     """A schedule known beforehand: blocks that no step runs are never read."""
-    from runtime.forecast import schedule
+    from runtime.blocktable import schedule
 
     pipeline = Pipeline(tiny_forecast_bundle, "ort", threads=1, offload="block")
     kappas = [1, 2, 1, 3]

@@ -20,8 +20,8 @@ from hostilegraph import HOSTILE
 
 from runtime.bundle import open_bundle
 from runtime.onnxfile import check_model, check_onnx
+from runtime.opened import default_bundle
 from runtime.ort import open_session
-from runtime.pipeline import default_bundle
 
 FILES = {"w.safetensors": 56}
 SECONDS = 2.0  # of this process's own time, for any of them

@@ -171,7 +171,7 @@ def test_refusals(pipeline: Pipeline, tiny_dense_bundle: Path) -> None:
 def test_auto_falls_back_with_the_reason(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from runtime import pipeline as module
+    from runtime import opened as module
 
     real = module.open_component
 

@@ -17,10 +17,10 @@ from runtime import ort, places
 from runtime.blocks import Blocks
 from runtime.bundle import Bundle, open_bundle
 from runtime.executor import gpu_count
-from runtime.pipeline import default_bundle
+from runtime.files.tensors import narrow
+from runtime.opened import default_bundle
 from runtime.places import Cuda, Host
 from runtime.sessions import CPU, check_provider
-from runtime.weights import narrow
 
 
 class Stand(HostDevice):

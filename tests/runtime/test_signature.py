@@ -13,8 +13,9 @@ pytest.importorskip("cryptography")
 
 import runtime
 from runtime.bundle import open_bundle
-from runtime.pipeline import default_bundle
-from runtime.signature import FILE, make_key, sign, verify
+from runtime.opened import default_bundle
+from runtime.signature import FILE
+from runtime.signing import make_key, sign, verify
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from runtime.bundle import Bundle
 from runtime.forecast import forecast
 from runtime.groups import starts_of
 from runtime.ort import open_component as open_ort
-from runtime.pieces import Copy, spans
-from runtime.schedule import Launch
+from runtime.pieces import Copy, Launch, spans
 from runtime.trt import Plans
 
 Given = tuple[Bundle, dict[str, np.ndarray], dict[int, list[list[int]]]]

@@ -8,9 +8,10 @@ import torch
 from tinypair import THREE, grouped_pair, tiny_batches, tiny_pair
 
 from d2m.distill import distill
-from d2m.parameters import count, shapes_of
 from d2m.recipe import from_dict, preset, to_dict
+from d2m.result import shapes_of
 from d2m.surgery import sparse_ffns
+from runtime.files.parameters import count
 from scripts.reproduction import baselines
 from tiny import tiny_inputs
 

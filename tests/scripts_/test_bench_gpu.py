@@ -96,8 +96,8 @@ def test_the_torch_transformer_is_the_bundles() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     from gpubench.shapes import Transformer, load_bundle
     from runtime.bundle import open_bundle
+    from runtime.opened import default_bundle
     from runtime.ort import open_component
-    from runtime.pipeline import default_bundle
 
     bundle, rng = open_bundle(default_bundle()), np.random.default_rng(0)
     sizes = {"batch": 2, "image_tokens": 16, "text_tokens": 16, "tokens": 32}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.budgettable import Unmeasured
 from runtime.bundle import open_bundle
-from runtime.pipeline import default_bundle
+from runtime.opened import default_bundle
 from runtime.serve.asked import Limits, Refused, read_asked
 from runtime.serve.usage import usage
 

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 from runtime.expertload import Meter
-from runtime.pipeline import Cancelled, Pipeline
+from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled
 from runtime.serve.asked import Limits, read_asked
 from runtime.serve.drawing import Drawing
 from runtime.serve.floor import Floors, find_floor, sample, whole
@@ -126,10 +127,10 @@ def test_groups_share_batches_in_the_whole_graph_alone(pipeline: Pipeline) -> No
 class Fragile(Pipeline):
     """Fails wherever the prompt is "bad"."""
 
-    def encode(self, prompts: Sequence[str]) -> Any:
-        if "bad" in prompts:
+    def __call__(self, prompt: str | Sequence[str], **arguments: Any) -> Any:
+        if "bad" in prompt:
             raise ValueError("the prompt is bad.")
-        return super().encode(prompts)
+        return super().__call__(prompt, **arguments)
 
 
 def test_a_failure_is_that_requests_alone(pipeline: Pipeline) -> None:

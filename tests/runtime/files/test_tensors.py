@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from runtime.weights import MAX_HEADER, SafeTensors, narrow, read_header, widen
+from runtime.files.tensors import MAX_HEADER, SafeTensors, narrow, read_header, widen
 
 BOUNDED = settings(
     max_examples=300,
@@ -137,7 +137,7 @@ def test_a_header_length_that_the_file_does_not_justify(tmp_path: Path, length: 
 
 
 def test_no_file_and_no_header(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is not a file"):
+    with pytest.raises(FileNotFoundError, match="is missing, expected weights"):
         read_header(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"1234567")
     with pytest.raises(ValueError, match="header length is -1 bytes in a file of 7"):

@@ -1,6 +1,6 @@
-"""SHA-256 of files, computed once for as long as a file stays: remembered between processes too.
+"""SHA-256 of files, computed once for as long as a file stays: remembered between processes.
 
-What is remembered lies in the user's cache directory, never in a bundle: a file for every bundle
+What is remembered lies in the user's cache directory, never in a bundle: one file a bundle
 directory. A hash is taken from there only where size, inode, modification and change time are
 those of then. A program can set a modification time at will, a change time only by the system's
 clock. A file that changed within the last seconds, or by its times will change in the future (a
@@ -14,19 +14,18 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.fields import parse_json
-from runtime.siblings import write_bytes
+from runtime.files.atomic import write_text
+from runtime.files.checked_json import parse_json
 
 log = logging.getLogger("runtime")
 SETTLED = 2.0  # seconds since the last change; some file systems keep times to two seconds
 KEPT = 256  # bundles remembered
 MAX_BYTES = 8 << 20  # of such a file
 Stamp = list[int]
-
-_known: dict[str, tuple[Stamp, str]] = {}  # of this process: path -> (stamp, hash)
 
 
 def cache_dir() -> Path | None:
@@ -38,39 +37,50 @@ def cache_dir() -> Path | None:
     return Path(base, "d2m") if os.path.isabs(base) else None
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(path: str | os.PathLike[str]) -> Stamp:
     """What must stay the same for a file to be the same."""
-    stat = path.stat()
+    stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def sha256(path: Path, seen: dict[str, Any] | None = None, *, again: bool = False) -> str:
-    """Hex SHA-256 of a file; from memory where it is the same file, unless `again`.
-
-    `seen` is what `recall` gave, and takes what is worth remembering. ValueError where the file
-    changes while it is read.
-    """
-    name, now = str(path.resolve()), stamp(path)
-    if not again:
-        if name in _known and _known[name][0] == now:
-            return _known[name][1]
-        row = seen.get(name) if seen else None
-        if isinstance(row, list) and row[:-1] == now and isinstance(row[-1], str):
-            return row[-1]
-    began = time.time()
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file; ValueError where it changes while it is read."""
+    now = stamp(path)
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if stamp(path) != now:
         raise ValueError(f"{path} changed while it was read, expected a file that stays.")
-    if max(now[1], now[2]) / 1e9 + SETTLED < began:
-        _known[name] = now, found
-        if seen is not None:
-            seen[name] = [*now, found]
     return found
 
 
+def first_wrong(
+    root: Path, wanted: Mapping[str, str], *, anew: bool = False
+) -> tuple[str, str] | None:
+    """(name, its hash) of the first file of a directory that has not the hash wanted; None: none.
+
+    Hashes come from memory where files are the same, unless `anew`. What was computed is
+    remembered, even where a later file is wrong.
+    """
+    before = recall(root)
+    seen = {name: before[name] for name in wanted if name in before}
+    try:
+        for name, expected in wanted.items():
+            now, row = stamp(root / name), seen.pop(name, None)
+            same = isinstance(row, list) and row[:-1] == now and isinstance(row[-1], str)
+            began = time.time()
+            found: str = row[-1] if same and not anew else sha256(root / name)
+            if same or max(now[1], now[2]) / 1e9 + SETTLED < began:
+                seen[name] = [*now, found]
+            if found != expected:
+                return name, found
+    finally:
+        if seen != before:
+            remember(root, seen)
+    return None
+
+
 def recall(root: Path) -> dict[str, Any]:
-    """What is remembered of a directory's files: path -> stamp and hash; {} where nothing is."""
+    """What is remembered of a directory's files: name -> stamp and hash; {} where nothing is."""
     place = place_of(root)
     try:
         if place is None or place.stat().st_uid != os.getuid() or place.is_symlink():
@@ -99,7 +109,7 @@ def remember(root: Path, seen: dict[str, Any]) -> None:
 def write_cached(place: Path, text: str) -> None:
     """Write a file of the cache, at once, and tidy its folder up; OSError."""
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_bytes(place, text.encode("utf-8"), sync=False)  # what is lost is computed again
+    write_text(place, text, lasting=False)  # what is lost is computed again
     tidy(place.parent)
 
 

@@ -1,25 +1,25 @@
-"""Temporary siblings: a dead maker's are swept, a living one's are left alone."""
+"""Whole files and directories or none; a dead maker's leftovers are swept, a living one's not."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import d2m.siblings
-import runtime.siblings
-from d2m import files
-from d2m.siblings import ASIDE, sweep, temporary_dir, temporary_file, temporary_sibling
+from runtime.files import atomic as files
+from runtime.files.atomic import ASIDE, sweep, temporary_dir, temporary_file, temporary_sibling
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 pytest.importorskip("fcntl")
 
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from d2m.siblings import temporary_dir, temporary_file
+from runtime.files.atomic import temporary_dir, temporary_file
 path = Path(sys.argv[1])
 with temporary_dir(path / "a") as folder, temporary_file(path / "b") as (file, _):
     (folder / "half").write_text("x")
@@ -52,19 +52,11 @@ def test_the_next_one_of_that_name_sweeps(left: Path) -> None:
     assert names(left) == ["b"]
 
 
-def test_the_runtime_sweeps_files(left: Path) -> None:
-    runtime.siblings.write_bytes(left / "b", b"whole")
-    assert (left / "b").read_bytes() == b"whole"
-    assert [name for name in names(left) if not name.startswith(".a.")] == ["b"]
-
-
-@pytest.mark.parametrize("module", [d2m.siblings, runtime.siblings])
-def test_what_a_living_process_writes_stays(module: Any, tmp_path: Path) -> None:
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with module.temporary_file(path) as (file, temporary):
+    with temporary_file(path) as (file, temporary):
         os.utime(temporary, (0, 0))
-        d2m.siblings.sweep(path)
-        runtime.siblings.sweep(path)
+        sweep(path)
         file.write(b"mine")
         file.flush()
         os.replace(temporary, path)
@@ -75,34 +67,27 @@ def test_what_a_living_process_writes_stays(module: Any, tmp_path: Path) -> None
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    for maker in (temporary_dir, temporary_file, runtime.siblings.temporary_file):
+    for maker in (temporary_dir, temporary_file):
         with pytest.raises(RuntimeError), maker(tmp_path / "x"):
             raise RuntimeError
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("module", "maker"),
-    [
-        (d2m.siblings, temporary_file),
-        (d2m.siblings, temporary_dir),
-        (runtime.siblings, runtime.siblings.temporary_file),
-    ],
-)
+@pytest.mark.parametrize("maker", [temporary_file, temporary_dir])
 def test_a_sibling_swept_before_its_lock_is_made_again(
-    module: Any, maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maker: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moment between a name's creation and its lock, in which another process may sweep."""
-    real, gone = module._lock, []
+    real, gone = files._lock, []
 
     def lock(descriptor: int) -> bool | None:
         if not gone:
             gone.extend(tmp_path.iterdir())
             for each in gone:
                 each.rmdir() if each.is_dir() else each.unlink()
-        return real(descriptor)  # type: ignore[no-any-return]
+        return real(descriptor)
 
-    monkeypatch.setattr(module, "_lock", lock)
+    monkeypatch.setattr(files, "_lock", lock)
     with maker(tmp_path / "x"):
         assert len(gone) == 1 and len(names(tmp_path)) == 1
         assert names(tmp_path) != [gone[0].name]
@@ -174,10 +159,45 @@ def test_a_rival_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["final"]
 
 
-def test_a_library_that_cannot_write_raises_oserror(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
+# ---------------------------------------------------------------- files
 
-    with pytest.raises(OSError, match="No such file") as caught, files.library_errors():
-        save_file({"x": torch.zeros(1)}, tmp_path / "none" / "x.safetensors")
-    assert caught.value.errno == 2
+
+def test_write_and_replace(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    assert files.write_bytes(path, b"one") == path
+    files.write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+def test_json_is_stable(tmp_path):
+    path = files.write_json(tmp_path / "x.json", {"b": 1, "a": "\u00e9"})
+    assert path.read_text("utf-8") == '{\n  "a": "\u00e9",\n  "b": 1\n}\n'
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text("utf-8"))["b"] == 1
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = files.write_text(tmp_path / "x.txt", "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_temporary_siblings_are_fresh_hidden_neighbours(tmp_path):
+    names = {temporary_sibling(tmp_path / "out") for _ in range(10)}
+    assert len(names) == 10
+    assert all(n.parent == tmp_path and n.name.startswith(".out.") for n in names)
+
+
+def test_rights_hold_from_the_beginning(tmp_path: Path) -> None:
+    with temporary_file(tmp_path / "secret", 0o600) as (_, temporary):
+        assert temporary.stat().st_mode & 0o777 == 0o600
+    assert files.write_bytes(tmp_path / "secret", b"x", 0o600).stat().st_mode & 0o777 == 0o600

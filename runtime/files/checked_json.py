@@ -1,12 +1,38 @@
-"""The fields of a JSON object that came from outside, each taken with its type and range."""
+"""JSON that comes from outside: read in one place, its fields taken with their type and range."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any
 
+MAX_BYTES = 64 << 20  # of a file
 MAX_VALUES = 2_000_000  # brackets and commas of a JSON text: some 100 bytes of memory each
+
+
+def read_json(
+    path: str | os.PathLike[str], what: str = "", most: int = MAX_BYTES
+) -> dict[str, Any]:
+    """The JSON object in a file; `what` stands before the path in errors: "recipe".
+
+    FileNotFoundError where there is no file; ValueError, one sentence, for one of more than `most`
+    bytes, text that is not UTF-8 or not JSON, and any other value than an object.
+    """
+    said = f"{what} {printable(str(path))}".strip()
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{said} is missing, expected a JSON file; copy it there again.")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{said} has more than {most} bytes, which no such file has; restore it.")
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{said} is not valid JSON ({error}); restore the file.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{said} holds {show(value)}, expected a JSON object; restore the file.")
+    return value
 
 
 def parse_json(data: bytes) -> Any:

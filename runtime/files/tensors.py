@@ -1,4 +1,4 @@
-"""Tensors of a .safetensors file as numpy arrays, mapped from disk, the header trusted in nothing.
+"""Safetensors files: tensors as numpy arrays mapped from disk, headers trusted in nothing; written.
 
 Format (read: the safetensors specification): 8 bytes little-endian header length, a JSON object
 {name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the tensors' bytes end to end. numpy
@@ -7,15 +7,17 @@ has no bfloat16: such tensors are float32 after a 16-bit shift, or uint16 as the
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.fields import parse_json, printable
+from runtime.files.checked_json import parse_json, printable, read_json
 
 # Name in the file -> numpy type of the raw bytes.
 RAW_DTYPES = {
@@ -33,9 +35,16 @@ RAW_DTYPES = {
     "F32": "<f4",
     "F64": "<f8",
 }
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+DTYPE_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int64": "I64",
+}
 MAX_HEADER = 16 << 20  # bytes: some 100,000 tensors; FLUX.1 has 800
 MAX_RANK = 8
+ALIGNMENT = 64  # bytes, of where data begin: a cache line, and the widest vector of any CPU
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file, expected weights in .safetensors format.")
+        raise FileNotFoundError(
+            f"{path} is missing, expected weights in .safetensors format; copy it there again."
+        )
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if total >= 8 else -1
@@ -97,6 +108,57 @@ def parse_header(path: Path, text: bytes, total: int) -> dict[str, Tensor]:
         name: Tensor(tensor.dtype, tensor.shape, tensor.start + shift, tensor.end + shift)
         for name, tensor in tensors.items()
     }
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file of a checkpoint in shards, by its index; ValueError where it is none."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise ValueError(
+            f"{path} is not an index of shards: it has no weight_map of names; copy the"
+            " checkpoint again."
+        )
+    for file in where.values():
+        if Path(file).name != file:
+            raise ValueError(f"{path} names {file!r:.80}, expected files of its own directory.")
+    return where
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A component's safetensors: those that its index names, or all that are there, in order."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        return [folder / file for file in sorted(set(read_index(indexes[0]).values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def pieces_of(
+    rows: Sequence[tuple[str, str, Sequence[int]]],
+    data: Iterable[memoryview],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[bytes | memoryview]:
+    """A file's bytes, piece by piece: header, then the tensors, each asked for when its turn comes.
+
+    rows: (name, dtype as files name it, shape) in the file's order; data: the bytes of each.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    sizes, position = [], 0
+    for name, dtype, shape in rows:
+        sizes.append(math.prod(shape) * np.dtype(RAW_DTYPES[dtype]).itemsize)
+        offsets = [position, position + sizes[-1]]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for (name, *_), size, piece in zip(rows, sizes, data, strict=True):
+        assert piece.nbytes == size, name
+        yield piece
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, as runtime.files.parameters counts."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def read_tensor(path: Path, name: str, entry: Any) -> Tensor:

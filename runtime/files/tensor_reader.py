@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.weights import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow, read_header
+from runtime.files.tensors import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow, read_header
 
 PIECE = 1 << 20  # elements that are converted at a time
 

@@ -1,5 +1,6 @@
 """A hash is computed once for as long as a file stays, and never taken for another file's."""
 
+import hashlib
 import json
 import os
 import time
@@ -8,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime import hashes
+from runtime.files import hashes
 
 OLD = 2.5  # seconds after which a change counts as settled, with some to spare
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were read through, in order; memory of this process left out."""
+    """Names of the files that were read through, in order."""
     found: list[str] = []
     digest = hashes.hashlib.file_digest
 
@@ -24,7 +25,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return digest(file, kind)
 
     monkeypatch.setattr(hashes.hashlib, "file_digest", noted)
-    monkeypatch.setattr(hashes, "_known", {})
     return found
 
 
@@ -49,13 +49,11 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda seconds: moved.__setitem__(0, seconds)
 
 
-def again(root: Path, path: Path) -> str:
-    """The hash as another process would find it: from the cache alone."""
-    hashes._known.clear()
-    seen = hashes.recall(root)
-    found = hashes.sha256(path, seen)
-    hashes.remember(root, seen)
-    return found
+def again(root: Path, path: Path, anew: bool = False) -> str:
+    """The hash of a file in `root`, which is not the one wanted."""
+    wrong = hashes.first_wrong(root, {path.name: ""}, anew=anew)
+    assert wrong is not None and wrong[0] == path.name
+    return wrong[1]
 
 
 def test_another_process_reads_it_no_more(tmp_path: Path, cache: Path, read, later) -> None:
@@ -63,7 +61,7 @@ def test_another_process_reads_it_no_more(tmp_path: Path, cache: Path, read, lat
     later(OLD)
     first = again(path.parent, path)
     assert again(path.parent, path) == first and read == ["a"]
-    assert hashes.sha256(path, hashes.recall(path.parent), again=True) == first
+    assert again(path.parent, path, anew=True) == first
     assert read == ["a", "a"]  # --verify full
     assert [p.parent for p in cache.rglob("*.json")] == [cache / "hashes"]
     assert not list(cache.rglob("*.tmp"))
@@ -89,6 +87,18 @@ def test_a_changed_file_is_read_again(
     assert read == ["a", "a"]
 
 
+def test_only_what_changed_is_read_again(tmp_path: Path, cache: Path, read, later) -> None:
+    root = tmp_path / "bundle"
+    wanted = {name: hashes.sha256(settled(root / name, name.encode())) for name in "abc"}
+    read.clear()
+    later(OLD)
+    assert hashes.first_wrong(root, wanted | {"b": "0"}) == ("b", wanted["b"])
+    assert read == ["a", "b"]  # and both are remembered though one was wrong
+    assert hashes.first_wrong(root, wanted) is None and read == ["a", "b", "c"]
+    (root / "b").write_bytes(b"other")
+    assert hashes.first_wrong(root, wanted) is not None and read == ["a", "b", "c", "b"]
+
+
 def test_times_in_the_future_are_not_believed(tmp_path: Path, cache: Path, read) -> None:
     path = settled(tmp_path / "bundle/a", b"x")
     os.utime(path, (4e9, 4e9))
@@ -105,7 +115,7 @@ def test_a_broken_cache_is_no_obstacle(tmp_path: Path, cache: Path, read, later,
     (place,) = cache.rglob("*.json")
     place.write_bytes(junk)
     assert again(path.parent, path) == first and read == ["a", "a"]
-    place.write_text(json.dumps({str(path.resolve()): [None]}))
+    place.write_text(json.dumps({"a": [None]}))
     assert again(path.parent, path) == first and read == ["a", "a", "a"]
 
 
@@ -139,6 +149,11 @@ def test_what_was_killed_and_what_is_old_goes(tmp_path: Path, cache: Path, later
     hashes.remember(tmp_path / "bundle", {})
     names = {path.name for path in folder.iterdir()}
     assert len(names) == hashes.KEPT and "0.json" not in names and ".x.json.0.tmp" not in names
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = os.urandom((1 << 20) + 17)
+    assert hashes.sha256(settled(tmp_path / "x", data)) == hashlib.sha256(data).hexdigest()
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:

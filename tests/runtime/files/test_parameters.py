@@ -2,7 +2,8 @@
 
 import pytest
 
-from d2m.parameters import count, human, shapes_of
+from d2m.result import shapes_of
+from runtime.files.parameters import block_count, count, modulation, totals
 
 
 def sites(d: int, number: int = 1) -> dict[str, tuple[int, ...]]:
@@ -81,15 +82,6 @@ def test_real_flux_sizes_from_the_meta_device():
     assert round((counts["activated"] - modulation + shared) / 1e9, 3) == 5.147
 
 
-def test_human():
-    assert [human(n) for n in (96, 812_000, 11_400_000, 5_147_000_000)] == [
-        "96",
-        "812 k",
-        "11.4 M",
-        "5.15 B",
-    ]
-
-
 def test_groups_count_the_blocks_that_run():
     """Against the model without the blocks that are skipped: equal in size, so equal in count."""
     import torch
@@ -117,3 +109,41 @@ def test_groups_count_the_blocks_that_run():
     assert every["activated"] == counted(None, 4, 5)["activated"] + routers
     dense = FluxTransformer2DModel(**TRANSFORMER_CONFIG)
     assert count(shapes_of(dense), None, 1)["activated"] == count(shapes_of(dense))["total"]
+
+
+GROUPED = {
+    "embed.weight": (5,),
+    "transformer_blocks.0.w": (7,),
+    "transformer_blocks.1.router.tokens.weight": (3, 8),
+    **{f"transformer_blocks.1.blocks.{i}.w": (7,) for i in range(3)},
+    **{f"transformer_blocks.1.blocks.{i}.ff.experts.w1": (12, 2, 2) for i in range(3)},
+    "transformer_blocks.1.blocks.0.neurons": (100,),
+}
+
+
+@pytest.mark.parametrize(("kappa", "run"), [(None, 3), (1, 1), (2, 2), (3, 3), (9, 3)])
+def test_blocks_that_a_group_skips_are_not_activated(kappa: int | None, run: int) -> None:
+    counted = totals(GROUPED, top_k=2, kappa=kappa)
+    assert counted["total"] == 5 + 7 + 24 + 3 * (7 + 48)
+    assert counted["activated"] == 5 + 7 + 24 + run * (7 + 8)
+
+
+def test_without_experts_everything_is_activated() -> None:
+    counted = totals({"a": (2, 3), "b": ()})
+    assert counted == {"total": 7, "activated": 7}
+
+
+def test_blocks_of_a_group_count_each_for_itself() -> None:
+    assert block_count(GROUPED, "transformer_blocks") == 4
+    assert block_count(GROUPED, "single_transformer_blocks") == 0
+
+
+def test_what_a_hostile_header_may_say_is_counted() -> None:
+    assert totals({"a.experts.w1": (0, 2), "b.experts.w1": ()}, 2) == {"total": 1, "activated": 1}
+
+
+def test_modulation_by_names() -> None:
+    shared = {"modulation.linear.weight": (18, 3)}
+    assert modulation({}) == {"mode": "full", "rank": None}
+    assert modulation(shared | {"a.table": (6, 3)}) == {"mode": "single", "rank": None}
+    assert modulation(shared) == {"mode": "lowrank", "rank": 3}

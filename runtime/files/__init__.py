@@ -1,0 +1,9 @@
+"""What every other folder stands on: files on disk, with the standard library and numpy alone.
+
+atomic.py         writing files and directories: whole or not at all
+checked_json.py   reading JSON that comes from outside, and taking its fields
+hashes.py         SHA-256 of files, remembered for as long as a file stays
+tensors.py        safetensors: headers read and checked, tensors mapped, files written
+tensor_reader.py  tensors read into memory that is there already
+parameters.py     counting parameters from names and shapes
+"""

@@ -1,0 +1,174 @@
+"""A bundle opened on a backend: its family, its tokenizers and its components' executors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.bundle import Bundle, open_bundle, required_key
+from runtime.executor import (
+    GPU_BACKENDS,
+    PLAN_BACKENDS,
+    Executor,
+    batch_limit,
+    choose,
+    open_component,
+)
+from runtime.experts import check_experts
+from runtime.families import family_of
+from runtime.files.tensors import to_dtype, to_float32
+from runtime.offload import check_offload
+from runtime.text import TextTokenizer
+from runtime.threads import thread_count
+
+if TYPE_CHECKING:
+    from runtime.groups import Starts
+
+log = logging.getLogger("runtime")
+Witness = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
+VERIFY = ("cached", "full")
+
+
+def default_bundle() -> Path:
+    """The bundle that ships with the package."""
+    return Path(__file__).parent / "default"
+
+
+def check_of(verify: str) -> str:
+    """What `open_bundle` checks: hashes always, for images are generated."""
+    if verify not in VERIFY:
+        raise ValueError(f"--verify is {verify!r}, expected one of {', '.join(VERIFY)}.")
+    return verify
+
+
+class Opened:
+    """A bundle opened on a backend, as runtime.sampling takes it.
+
+    Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
+    alone, see runtime.ort; `experts` ("auto", "plans" or "cubins") that of plans, see
+    runtime.experts. `verify` "full" computes every file's hash anew; `key` is a public key's file
+    by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The same
+    seed, bundle, backend and batch give the same bytes; another batch size may round sums
+    differently, and so change an image's last bits. A batch of fewer rows than
+    `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
+    that from so many rows on nothing changes (runtime.serve.floor). With `offload`
+    "block" the transformer's weights are streamed block by block (see runtime.offload), and the
+    other components are open only while they run.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        mode: str | None = None,
+        experts: str = "auto",
+        max_batch: int = 8,
+        min_batch: int = 0,
+        verify: str = "cached",
+        key: str | os.PathLike[str] | None = None,
+        offload: str | None = None,
+    ) -> None:
+        if isinstance(bundle, Bundle):
+            opened = bundle
+        else:
+            key = required_key() if key is None else key
+            opened = open_bundle(bundle or default_bundle(), check_of(verify), key)
+        self.bundle = opened
+        self.manifest: dict[str, Any] = opened.manifest
+        self.family = family_of(self.manifest)
+        self.family.check_scheduler(self.manifest["scheduler"])
+        self.asked = backend
+        self.offload = check_offload(offload)
+        self.backend, reason = choose(opened, backend, self.offload)
+        log.info("backend %s (%s)", self.backend, reason)
+        check_experts(experts, self.backend)
+        check_offload(self.offload, self.backend)
+        self.threads, self.mode, self.experts = threads, mode, experts
+        limit = batch_limit(opened, self.backend) // (1 + self.family.guided)  # rows an image
+        self.max_batch = min(max_batch, max(1, limit))
+        self.min_batch = min(min_batch, self.max_batch)
+        self.witness: Witness | None = None  # told of every step's inputs, top_k and kappa
+        self._executors: dict[str, Executor] = {}
+        specs = self.manifest["tokenizers"]
+        self.tokenizers = {
+            name: TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
+            for name in self.family.tokenizers
+        }
+
+    def execute(
+        self,
+        component: str,
+        inputs: np.ndarray | dict[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run a component: inputs cast to the dtypes it declares, outputs to float32.
+
+        A component with one input takes the array itself.
+        """
+        row = self.bundle.component(component)
+        if isinstance(inputs, np.ndarray):
+            (name,) = row["inputs"]
+            inputs = {name: inputs}
+        outputs = self.executor(component)(self.cast(inputs, component), top_k, kappa, starts)
+        if self.offload == "block" and len(row["program"]) == 1:
+            self._executors.pop(component, None)  # its memory is the next one's
+        return {name: to_float32(value) for name, value in outputs.items()}
+
+    def cast(
+        self, inputs: Mapping[str, np.ndarray], component: str = "transformer"
+    ) -> dict[str, np.ndarray]:
+        """A component's inputs in the dtypes that it declares."""
+        row = self.bundle.component(component)["inputs"]
+        return {name: to_dtype(value, row[name]["dtype"]) for name, value in inputs.items()}
+
+    def executor(self, component: str) -> Executor:
+        """The component's executor, opened once.
+
+        "auto" that chose a GPU goes over to ONNX Runtime, with a warning, where it cannot open.
+        """
+        if component not in self._executors:
+            options: dict[str, Any] = {"mode": self.mode, "offload": self.offload}
+            if self.backend in PLAN_BACKENDS:
+                options = {"experts": self.experts}
+            try:
+                opened = open_component(
+                    self.bundle, component, self.backend, threads=self.threads, **options
+                )
+            except (ImportError, OSError, ValueError) as error:
+                if self.asked != "auto" or self.backend not in GPU_BACKENDS:
+                    raise
+                log.warning("backend ort in place of %s: %s", self.backend, error)
+                self.backend = "ort"
+                self._executors.clear()
+                return self.executor(component)
+            self._executors[component] = opened
+        return self._executors[component]
+
+    def warm(self) -> None:
+        """Open what stays open now rather than when the first image needs it."""
+        for component in self.family.components:
+            if self.offload != "block" or len(self.bundle.component(component)["program"]) > 1:
+                self.executor(component)
+
+    def setting(self) -> dict[str, Any]:
+        """What the time of a call depends on, beside its arguments: bundle, backend, options."""
+        size = self.manifest["files"][self.bundle.component("transformer")["weights"]]["size"]
+        return {
+            "bundle": self.bundle.digest,
+            "backend": self.backend,
+            "threads": thread_count(self.threads, size),
+            "offload": self.offload,
+            "experts": self.experts,
+            "mode": self.mode,
+            "max_batch": self.max_batch,
+            "min_batch": self.min_batch,
+        }

@@ -1,0 +1,230 @@
+"""From prompts to pixels on an opened bundle: encode, noise, denoise step by step, decode.
+
+    conditions = encode(model, prompts)            # [n, ...] by name
+    noise = prepare_latents(model, seeds, size)
+    latents = denoise(model, noise, conditions, latent_size=size, top_k=[2] * 8, guidance=3.5)
+    pixels = decode(model, latents, size)          # [n, 3, H, W], about -1 to 1
+
+`generate_batch` is all of it for a batch of a checked request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.arguments import Request
+from runtime.family import Arrays, rows
+from runtime.family_latents import image_tokens
+from runtime.forecast import forecast
+from runtime.groups import known_beforehand
+from runtime.opened import Opened
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Progress = Callable[[str, int, int], None]
+AfterStep = Callable[[int, int, np.ndarray], None]
+
+
+class Cancelled(Exception):
+    """Given up because `cancel` said so."""
+
+
+def generate_batch(
+    model: Opened,
+    request: Request,
+    part: slice,
+    noise: np.ndarray | None,
+    *,
+    progress: Progress | None = None,
+    callback: AfterStep | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> list[Image]:
+    """The images `part` of a checked request; `noise` None: that of its seeds."""
+    from runtime.picture import to_image
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if cancel and cancel():
+            raise Cancelled("the drawing was cancelled.")
+        if progress:
+            progress(phase, done, total)
+
+    prompts, start, total = request.prompts[part], part.start, len(request.prompts)
+    end = start + len(prompts)
+
+    def step(index: int, steps: int) -> None:
+        tell("denoise", start * steps + index * len(prompts), total * steps)
+
+    def after(index: int, steps: int, latents: np.ndarray) -> None:
+        if callback:
+            callback(index, steps, latents[: len(prompts)])
+
+    # Rows that are missing to min_batch are copies of the last one, thrown away at the end.
+    count = max(len(prompts), model.min_batch)
+    fill = np.minimum(np.arange(count), len(prompts) - 1)
+    tell("encode", start, total)
+    against = None if request.negative is None else request.negative[part]
+    conditions, negative = encode_pairs(model, prompts, against, fill)
+    tell("encode", end, total)
+    if noise is None:
+        seeds = [seed for seed in request.seeds[part] if seed is not None]
+        noise = prepare_latents(model, seeds, request.latent_size)
+    latents = denoise(
+        model,
+        noise[fill],
+        conditions,
+        negative=negative,
+        latent_size=request.latent_size,
+        top_k=request.top_k,
+        kappa=request.kappa,
+        guidance=request.guidance,
+        sigmas=request.sigmas,
+        step=step,
+        after=after,
+    )
+    tell("decode", start, total)
+    pixels = decode(model, latents, request.latent_size)[: len(prompts)]
+    tell("decode", end, total)
+    bundle = model.bundle
+    told: dict[str, Any] = {"backend": model.backend, "name": bundle.name, "bundle": bundle.digest}
+    # Whoever sets min_batch has found that more rows change nothing, so it is what an image
+    # depends on; without it the rows that were there are.
+    told |= {"batch": model.min_batch or count}
+    return [to_image(image, request.settings(start + i) | told) for i, image in enumerate(pixels)]
+
+
+def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Prompts -> the transformer's conditions [n, ...] by name, float32."""
+
+    def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        whole = [model.family.with_template(text) for text in texts]
+        ids, mask = model.tokenizers[tokenizer].tokens(whole)
+        found = model.execute(component, ids)
+        return found | {"mask": mask} if model.family.masked else found
+
+    return model.family.encode(run, prompts)
+
+
+def encode_pairs(
+    model: Opened, prompts: Sequence[str], against: Sequence[str] | None, fill: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """Conditions of prompts and of negative ones, every text encoded once.
+
+    fill: the rows of the batch as places in `prompts`, [rows].
+    """
+    different = list(dict.fromkeys([*prompts, *(against or ())]))
+    # Two texts where there is a negative one, even where it is the same: one row alone takes
+    # other routines, so an image would depend on the texts of others in its batch.
+    least = max(model.min_batch, 2 if against else 1)
+    encoded = encode(model, [*different, *different[-1:] * (least - len(different))])
+
+    def of(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        places = np.array([different.index(text) for text in texts])[fill]
+        return {name: array[places] for name, array in encoded.items()}
+
+    return of(prompts), of(against) if against else None
+
+
+def prepare_latents(
+    model: Opened, seeds: Sequence[int], latent_size: tuple[int, int]
+) -> np.ndarray:
+    """Initial latents of the family's shape, one stream a seed."""
+    return model.family.noise(seeds, model.manifest["latents"]["channels"], *latent_size)
+
+
+def noise_levels(
+    model: Opened,
+    steps: int,
+    latent_size: tuple[int, int],
+    given: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The noise levels [steps + 1] of the bundle's scheduler, or those that follow `given`."""
+    tokens = image_tokens(model.manifest["latents"], latent_size)
+    return model.family.sigmas(model.manifest["scheduler"], steps, tokens, given)
+
+
+def denoise(
+    model: Opened,
+    noise: np.ndarray,
+    conditions: Arrays,
+    *,
+    latent_size: tuple[int, int],
+    top_k: Sequence[int | None],
+    guidance: float,
+    negative: Arrays | None = None,
+    kappa: Sequence[int | None] | None = None,
+    sigmas: Sequence[float] | None = None,
+    step: Callable[[int, int], None] | None = None,
+    after: AfterStep | None = None,
+) -> np.ndarray:
+    """Noise [n, ...] -> latents, one step of the family's sampler per entry of `top_k`.
+
+    `conditions` as `encode` gives them, [n, ...]; `negative` the same of negative prompts, for
+    classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
+    latent pixels; `kappa` has an entry per step, None throughout means the bundle's; `sigmas`
+    see `Pipeline.__call__`; `step(done, steps)` is called before the first step and after each,
+    `after(done, steps, latents)` after each.
+    """
+    steps = len(top_k)
+    kept = [model.manifest.get("kappa")] * steps if kappa is None else kappa
+    levels = noise_levels(model, steps, latent_size, sigmas)
+    advance = model.family.sampler(model.manifest["scheduler"], levels)
+    if negative is not None:
+        conditions = {
+            name: np.concatenate([negative[name], array]) for name, array in conditions.items()
+        }
+    feeds = feeds_of(model, noise, conditions, levels[:-1], latent_size, guidance)
+    executor, component = model.executor("transformer"), model.bundle.component("transformer")
+    starts: list[Any] = [None] * steps
+    if known_beforehand(component) and hasattr(executor, "block"):
+        # Whole graphs have no `block`: their routers are in them.
+        starts = list(forecast(component, executor.block, map(model.cast, feeds), kept))
+    latents = noise
+    for index, feed in enumerate(feeds):
+        if step:
+            step(index, steps)
+        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions))}
+        if model.witness:
+            model.witness(inputs, top_k[index], kept[index])
+        (sample,) = model.execute(
+            "transformer", inputs, top_k[index], kept[index], starts[index]
+        ).values()
+        if negative is not None:
+            sample = model.family.guide(sample, guidance)
+        velocity = model.family.velocity(sample, model.manifest["latents"], latent_size)
+        latents = advance(index, latents, velocity)
+        if after:
+            after(index + 1, steps, latents)
+    if step:
+        step(steps, steps)
+    return latents
+
+
+def hidden_states(model: Opened, latents: np.ndarray, count: int) -> np.ndarray:
+    """hidden_states [count, T, channels] of latents [n, ...], again for every n rows."""
+    tokens = model.family.tokens(latents, model.manifest["latents"])
+    return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
+
+
+def feeds_of(
+    model: Opened,
+    noise: np.ndarray,
+    conditions: Arrays,
+    sigmas: np.ndarray,
+    latent_size: tuple[int, int],
+    guidance: float,
+) -> list[dict[str, np.ndarray]]:
+    """The transformer's inputs for every step, all with the noise as hidden_states."""
+    hidden = hidden_states(model, noise, rows(conditions))
+    found = model.family.feeds(model.manifest, conditions, sigmas, latent_size, guidance)
+    return [{"hidden_states": hidden, **feed} for feed in found]
+
+
+def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+    """Latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
+    latents = model.family.image_latents(latents, model.manifest["latents"], latent_size)
+    (pixels,) = model.execute("vae_decoder", latents).values()
+    return pixels
