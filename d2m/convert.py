@@ -32,6 +32,7 @@ from d2m.result import (
     write_sparse,
 )
 from d2m.workdir import check_free, finished, identity_of, work_of
+from runtime.files.extras import need
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -279,7 +280,5 @@ def _need_torch() -> None:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"converting needs torch and diffusers ({error}); install them with: "
-            "pip install 'd2m[convert]'"
-        ) from error
+        said = "converting needs torch and diffusers"
+        raise ImportError(need("convert", said, error)) from error

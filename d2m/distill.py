@@ -228,13 +228,13 @@ def _train(
                         save(index, step, learner.state(pupil) | state)
                         saved = time.monotonic()
                     if step < stage.steps and stop:
-                        interrupt(done, total, workdir, log if crew.leads else _silent)
+                        interrupt(done, total, workdir)
 
             learner.finish(student, pupil)
             step = 0
             save(index + 1, step, {})
             if anyone(crew, [stop_asked()])[0]:
-                interrupt(done, total, workdir, log if crew.leads else _silent)
+                interrupt(done, total, workdir)
     return history
 
 
@@ -258,7 +258,3 @@ def _found(
 
         record, tensors = tell(run.crew, record), spread(tensors, student, run.crew)
     return record, tensors
-
-
-def _silent(text: str) -> None:
-    """Where another process speaks."""

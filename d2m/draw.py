@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import family_of
+from runtime.files.extras import need
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,10 +111,8 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
     except ImportError as error:
-        raise ImportError(
-            "drawing from a pipeline directory needs torch and diffusers; "
-            "install them with: pip install 'd2m[convert]'"
-        ) from error
+        said = "generating from a pipeline directory needs torch and diffusers"
+        raise ImportError(need("convert", said, error)) from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2m.console import clock
 from d2m.resources import Needs, convert_needs, export_needs, run_needs, shown
 from d2m.subject import subject_of
+from d2m.units import clock
 
 CURES = {
     "convert": "--init-only --importance magnitude converts block by block",

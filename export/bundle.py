@@ -17,6 +17,7 @@ from d2m import __version__
 from d2m.families import family_of
 from d2m.files import replace_dir, sha256, write_bytes, write_json, write_text
 from d2m.siblings import temporary_dir
+from runtime.files.extras import need
 
 if TYPE_CHECKING:
     import torch
@@ -197,10 +198,8 @@ def need_extra() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"exporting needs torch, diffusers and onnx ({error}); install them with: pip install"
-            " 'd2m[export]'"
-        ) from error
+        said = "exporting needs torch, diffusers and onnx"
+        raise ImportError(need("export", said, error)) from error
 
 
 def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:

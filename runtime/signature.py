@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import broken, open_bundle, read_small
 from runtime.fields import parse_json
+from runtime.files.extras import need
 from runtime.siblings import write_bytes
 
 if TYPE_CHECKING:
@@ -196,7 +197,5 @@ def library() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
-        raise ImportError(
-            f"signatures need cryptography ({error}); install it with: pip install 'd2m[sign]'"
-        ) from None
+        raise ImportError(need("sign", "signatures need cryptography", error)) from None
     return ed25519, serialization

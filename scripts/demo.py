@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from d2m.cli import main as d2m
-from d2m.console import clock
 from d2m.files import write_bytes
+from d2m.units import clock
 
 PROMPT = "a photo of a red circle"
 
@@ -54,7 +54,7 @@ def commands(wanted: argparse.Namespace) -> list[tuple[str, list[str]]]:
         (
             "eval: pictures of held-out captions, judged by an exact verifier",
             ["eval", bundle, "--n", str(wanted.n), "--seed", seed]
-            + ["--json", str(out / "score.json"), "--grid", str(out / "grid.png")],
+            + ["--out", str(out / "score.json"), "--grid", str(out / "grid.png")],
         ),
     ]
 
