@@ -12,9 +12,9 @@ from typing import Any
 
 from calib.folder import CAPTIONS
 from calib.source import Sample, Source, checked
+from runtime.files.extras import need
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
-EXTRA = "pip install 'd2m[data]'"
 
 
 def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
@@ -62,7 +62,7 @@ def _opened(name: str) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"--data {name} needs the datasets library ({error}); install it with: {EXTRA}"
+            need("data", f"--data {name} needs the datasets library", error)
         ) from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

@@ -238,7 +238,7 @@ def _train(
                         save(index, step, learner.state(pupil) | state)
                         saved = time.monotonic()
                     if step < stage.steps and stop:
-                        interrupt(done, total, workdir, log if crew.leads else _silent)
+                        interrupt(done, total, workdir)
 
             # The end of a stage is the beginning of the next in a checkpoint: no moments, no
             # window, and weights that are the stage's average where it has one.
@@ -246,7 +246,7 @@ def _train(
             step = 0
             save(index + 1, step, {})
             if anyone(crew, [stop_asked()])[0]:
-                interrupt(done, total, workdir, log if crew.leads else _silent)
+                interrupt(done, total, workdir)
     return history
 
 
@@ -270,7 +270,3 @@ def _found(
 
         record, tensors = tell(run.crew, record), spread(tensors, student, run.crew)
     return record, tensors
-
-
-def _silent(text: str) -> None:
-    """Where another process speaks."""

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from d2m.console import EXTRAS
 from d2m.early import needs
 from d2m.machine import machine
 from d2m.units import shown
+from runtime.files.extras import EXTRAS, command
 
 BASE = ("numpy", "onnxruntime", "tokenizers", "safetensors", "PIL", "typer", "rich")
-MORE = {"fastapi": "serve", "uvicorn": "serve", "triton": "dev"}
+MORE = {"triton": "dev"}
 PACKAGES = {"PIL": "pillow", "cuda": "cuda-bindings", "onnx_ir": "onnx-ir"}
 MODEL, PRESET = "flux-dev", "L"
 
@@ -24,9 +24,10 @@ MODEL, PRESET = "flux-dev", "L"
 def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Look at this machine; files would be written to `path`.
 
-    backends: name -> (module, how to install it). Returns JSON values: python, d2m, machine,
-    packages (module -> version, extra, works, reason), extras (name -> works), backends (name ->
-    works, reason), stages (FLUX.1 [dev] with preset L, see d2m.early) and advice (sentences).
+    backends: name -> (module, the extra that installs it). Returns JSON values: python, d2m,
+    machine, packages (module -> version, extra, works, reason), extras (name -> works), backends
+    (name -> works, reason), stages (FLUX.1 [dev] with preset L, see d2m.early) and advice
+    (sentences).
     """
     found = machine(path)
     names = {**dict.fromkeys(BASE, "base"), **EXTRAS, **MORE}
@@ -41,8 +42,8 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
         "packages": packages,
         "extras": extras,
         "backends": {
-            name: backend(name, packages.get(module) or state(module), cure, found)
-            for name, (module, cure) in backends.items()
+            name: backend(name, packages.get(module) or state(module), extra, found)
+            for name, (module, extra) in backends.items()
         },
         "stages": needs(MODEL, found, preset=PRESET),
     }
@@ -73,11 +74,11 @@ def state(module: str) -> dict[str, Any]:
 
 
 def backend(
-    name: str, module: Mapping[str, Any], cure: str, found: Mapping[str, Any]
+    name: str, module: Mapping[str, Any], extra: str, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Whether a backend can run here, and why not."""
     if not module["works"]:
-        return {"works": False, "reason": f"{module['reason']}; install with: {cure}"}
+        return {"works": False, "reason": f"{module['reason']}; install with: {command(extra)}"}
     if name != "ort" and not found["gpus"]:
         builds = "builds plans, runs none: " if name == "trt-rtx" else ""
         return {"works": False, "reason": f"{builds}no GPU with a driver is visible"}
@@ -101,7 +102,7 @@ def advice(answer: Mapping[str, Any]) -> list[str]:
     for extra, what in (("convert", "convert"), ("export", "export"), ("trt-rtx", "build plans")):
         missing = [m for m, row in packages.items() if row["extra"] == extra and not row["version"]]
         if missing:
-            said.append(f"To {what}: pip install 'd2m[{extra}]' ({', '.join(missing)} missing).")
+            said.append(f"To {what}: {command(extra)} ({', '.join(missing)} missing).")
     torch = packages["torch"]
     if found["gpus"] and "+cpu" in (torch["version"] or ""):
         said.append(f"torch {torch['version']} cannot use the GPU: install a CUDA build to train.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.family_defaults import FIELDS, generation_defaults
+from runtime.files.extras import need
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,10 +45,8 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
     except ImportError as error:
-        raise ImportError(
-            "drawing from a pipeline directory needs torch and diffusers; "
-            "install them with: pip install 'd2m[convert]'"
-        ) from error
+        said = "generating from a pipeline directory needs torch and diffusers"
+        raise ImportError(need("convert", said, error)) from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

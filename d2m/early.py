@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.console import clock
 from d2m.machine import disk_free, existing, gpus, memory
 from d2m.resources import Needs, convert_needs, export_needs, folder_bytes, run_needs
 from d2m.subject import subject_of
-from d2m.units import shown
+from d2m.units import clock, shown
 
 SURE = 0.75  # memory is refused when short by more than the formulas may be wrong
 CURES = {

@@ -23,7 +23,7 @@ def terminated_on_signal() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated("stopped by SIGTERM; a conversion goes on with --resume, all else anew")
+        raise Terminated
 
     try:
         signal.signal(signal.SIGTERM, end)
@@ -56,10 +56,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def interrupt(done: int, total: int, workdir: Path, log: Callable[[str], None]) -> None:
-    """Say how to go on, and stop."""
-    sentence = (
+def interrupt(done: int, total: int, workdir: Path) -> None:
+    """Stop, with the sentence that says how to go on."""
+    raise KeyboardInterrupt(
         f"stopped after {done} of {total} steps; the state is in {workdir}, go on with --resume."
     )
-    log(sentence)
-    raise KeyboardInterrupt(sentence)

@@ -22,6 +22,7 @@ from runtime.files.atomic import (
     write_json,
     write_text,
 )
+from runtime.files.extras import need
 from runtime.files.hashes import sha256
 
 if TYPE_CHECKING:
@@ -203,10 +204,8 @@ def need_extra() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"exporting needs torch, diffusers and onnx ({error}); install them with: pip install"
-            " 'd2m[export]'"
-        ) from error
+        said = "exporting needs torch, diffusers and onnx"
+        raise ImportError(need("export", said, error)) from error
 
 
 def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Union
 
 from export.schema import DOMAIN, OP, OPSET
+from runtime.files.extras import need
 
 if TYPE_CHECKING:
     import onnx
@@ -140,8 +141,12 @@ def load_plugin_api() -> tuple[Any, Any]:
         import tensorrt.plugin as plugin
     except ImportError as error:
         raise ImportError(
-            f"--plugin needs tensorrt with its Python plugins ({error}); install it with: pip"
-            " install 'd2m[trt]', or leave --plugin out: the portable body needs no plugin."
+            need(
+                "trt",
+                "--plugin needs tensorrt with its Python plugins; leave --plugin out (the portable"
+                " body needs no plugin)",
+                error,
+            )
         ) from None
     if not hasattr(plugin, "aot_impl"):
         raise ImportError(

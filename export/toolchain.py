@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files.checked_json import read_json
+from runtime.files.extras import need
 
 log = logging.getLogger("export")
 
 APIS = ("tensorrt", "tensorrt_rtx")
-INSTALL = {"tensorrt": "pip install 'd2m[trt]'", "tensorrt_rtx": "pip install 'd2m[trt-rtx]'"}
+EXTRA_OF = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 RTX_SM = (75, 80, 86, 89, 120, 121)  # TensorRT-RTX 1.7; Hopper (90) is in no support matrix
 ERRORS = {"ValueError": ValueError, "OSError": OSError}
 
@@ -45,11 +46,9 @@ def load_api(api: str = "auto") -> Any:
         log.info("plans: %s %s (%s)", name, trt.__version__, reason)
         return trt
     if api == "auto":
-        raise ImportError(
-            "building plans needs tensorrt or tensorrt_rtx; install the second, which needs no"
-            f" GPU to build, with: {INSTALL['tensorrt_rtx']}"
-        )
-    raise ImportError(f"building plans needs {api}; install it with: {INSTALL[api]}")
+        said = "building plans needs tensorrt, or tensorrt_rtx, which needs no GPU to build"
+        raise ImportError(need("trt-rtx", said))
+    raise ImportError(need(EXTRA_OF[api], f"building plans needs {api}"))
 
 
 def check_sm(trt: Any, sm: Sequence[int]) -> tuple[int, ...]:
@@ -83,9 +82,7 @@ def local_sm() -> int | None:
     try:
         from cuda.bindings import runtime as cuda
     except ImportError:
-        raise ImportError(
-            "asking for the GPU needs cuda-bindings; install it with: pip install 'd2m[trt]'"
-        ) from None
+        raise ImportError(need("trt", "asking for the GPU needs cuda-bindings")) from None
     attributes = cuda.cudaDeviceAttr
     numbers = []
     for attribute in (
@@ -101,8 +98,7 @@ def local_sm() -> int | None:
 
 def target_name(api: str, capabilities: Sequence[int]) -> str:
     """The directory of a set of plans: trt-rtx-portable, trt-rtx-sm86-sm89, trt-sm90."""
-    short = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}[api]
-    return "-".join([short, *([f"sm{number}" for number in capabilities] or ["portable"])])
+    return "-".join([EXTRA_OF[api], *([f"sm{number}" for number in capabilities] or ["portable"])])
 
 
 def build(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.files.extras import need
+
 
 class Device:
     """The current CUDA device with one stream of its own. Methods raise OSError."""
@@ -143,9 +145,7 @@ def bindings() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise ImportError(
-            "running on a GPU needs cuda-bindings; install it with: pip install cuda-bindings"
-        ) from None
+        raise ImportError(need("trt-rtx", "running on a GPU needs cuda-bindings")) from None
     return runtime
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from runtime.files.extras import need
 from runtime.groups import per_sample
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ BACKENDS = {
     "trt-rtx": "runtime.trt:open_component_rtx",
     "trt": "runtime.trt:open_component",
 }
-# The Python module that a backend runs on, and its plans were built with, and what installs it.
+# The Python module that a backend runs on, and its plans were built with, and the extra that
+# installs it ("": it is part of every installation).
 MODULES = {
-    "ort": ("onnxruntime", "pip install onnxruntime"),
-    "ort-cuda": ("onnxruntime", "pip install 'd2m[gpu]'"),
-    "trt-rtx": ("tensorrt_rtx", "pip install 'd2m[trt-rtx]'"),
-    "trt": ("tensorrt", "pip install 'd2m[trt]'"),
+    "ort": ("onnxruntime", ""),
+    "ort-cuda": ("onnxruntime", "gpu"),
+    "trt-rtx": ("tensorrt_rtx", "trt-rtx"),
+    "trt": ("tensorrt", "trt"),
 }
 PLAN_BACKENDS = ("trt-rtx", "trt")
 GPU_BACKENDS = (*PLAN_BACKENDS, "ort-cuda")  # in the order in which "auto" asks
@@ -102,9 +104,9 @@ def choose(bundle: Bundle, backend: str = "auto", offload: str | None = None) ->
     if backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"the backend is {backend!r}, expected one of {known}.")
-    module, cure = MODULES[backend]
+    module, extra = MODULES[backend]
     if missing := not_installed(backend):
-        raise ImportError(f"backend {backend!r} needs {module}; {missing}; install it with: {cure}")
+        raise ImportError(need(extra, f"backend {backend!r} needs {module}; {missing}"))
     return backend, "asked for"
 
 

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from runtime.files.checked_json import printable
+from runtime.files.extras import command, need
 from runtime.onnxfile import check_onnx
 from runtime.reading import broken
 
@@ -40,9 +41,7 @@ def open_session(
     try:
         import onnxruntime
     except ImportError:
-        raise ImportError(
-            "backend 'ort' needs onnxruntime; install it with: pip install onnxruntime"
-        ) from None
+        raise ImportError(need("", "backend 'ort' needs onnxruntime")) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -78,7 +77,7 @@ def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any])
     if found[0] != first:
         raise OSError(
             f"ONNX Runtime opened the graph on {found[0]}, expected {first}: its CUDA libraries or"
-            " a GPU are missing; install them with: pip install 'd2m[gpu]', or use --backend ort."
+            f" a GPU are missing; use --backend ort, or install them with: {command('gpu')}"
         )
 
 

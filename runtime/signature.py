@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.files.checked_json import parse_json
+from runtime.files.extras import need
 from runtime.reading import broken, read_small
 
 if TYPE_CHECKING:
@@ -117,7 +118,5 @@ def library() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
-        raise ImportError(
-            f"signatures need cryptography ({error}); install it with: pip install 'd2m[sign]'"
-        ) from None
+        raise ImportError(need("sign", "signatures need cryptography", error)) from None
     return ed25519, serialization

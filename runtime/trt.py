@@ -22,6 +22,7 @@ from runtime.cubins import Cubins
 from runtime.device import Device, bindings, capability
 from runtime.executor import check_inputs, graph_key
 from runtime.experts import ExpertsContext, experts_of
+from runtime.files.extras import need
 from runtime.groups import Starts, pieces, runs_of_all, starts_of
 from runtime.launcher import Launcher, Ready
 from runtime.loader import Loader
@@ -66,9 +67,7 @@ def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") 
         trt = importlib.import_module(api)
     except ImportError as error:
         extra = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}[api]
-        raise ImportError(
-            f"running plans needs {api} ({error}); install it with: pip install 'd2m[{extra}]'"
-        ) from None
+        raise ImportError(need(extra, f"running plans needs {api}", error)) from None
     choose_target(bundle, api, trt.__version__)
     sm = capability(bindings())
     target = choose_target(bundle, api, trt.__version__, sm)

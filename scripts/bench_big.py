@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     dense, sparse, bundle = (work / name for name in ("dense", "sparse", "bundle"))
-    d2m = [sys.executable, "-m", "d2m.cli"]
+    d2m = [sys.executable, "-m", "d2m"]
     plans = ["--trt-rtx", "--sm", options.plans] if options.plans else []
     magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
     make = [sys.executable, str(ROOT / "scripts" / "make_random_flux.py"), str(dense)]

@@ -37,7 +37,7 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 def start(bundle: str | None, options: list[str]) -> tuple[subprocess.Popen[str], int]:
     """The server and its port; what it says goes on being read."""
-    command = [sys.executable, "-m", "d2m.cli", "serve", *([bundle] if bundle else [])]
+    command = [sys.executable, "-m", "d2m", "serve", *([bundle] if bundle else [])]
     server = subprocess.Popen(
         [*command, "--port", "0", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

@@ -54,7 +54,7 @@ def commands(wanted: argparse.Namespace) -> list[tuple[str, list[str]]]:
         (
             "eval: pictures of held-out captions, judged by an exact verifier",
             ["eval", bundle, "--n", str(wanted.n), "--seed", seed]
-            + ["--json", str(out / "score.json"), "--grid", str(out / "grid.png")],
+            + ["--out", str(out / "score.json"), "--grid", str(out / "grid.png")],
         ),
     ]
 

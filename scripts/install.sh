@@ -160,7 +160,7 @@ install() {
   want=$(cat pyproject.toml constraints.txt | cksum; echo "$extras ${D2M_TORCH:-auto}"; pwd)
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
   find_uv
-  say "with ${UV:-pip}: d2m[$extras] into .venv, versions from constraints.txt"
+  say "with ${UV:-pip}: the extras $extras into .venv, versions from constraints.txt"
   get_torch
   get --editable ".[$extras]"
   printf '%s\n' "$want" >"$stamp"

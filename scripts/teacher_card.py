@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write the dense teacher's model card, training curve and scores beside its weights.
 
-    d2m eval models/shapes-dense --n 600 --seed 0 --json models/shapes-dense/scores.json
+    d2m eval models/shapes-dense --n 600 --seed 0 --out models/shapes-dense/scores.json
     python scripts/teacher_card.py models/shapes-dense --work runs/teacher
 
 Reads the logs and settings that `scripts/train_teacher.py` left under --work, and `scores.json`;

@@ -16,11 +16,13 @@ SECTION = re.compile(r"(## The file tree\n\n```\n).*?(^```$)", re.M | re.S)
 # Folders in the order in which a model passes through them, and what has no docstring.
 REMARKS = {
     "d2m/": "torch: the whole conversion, and the command line",
+    "d2m/cli/": "a file a group of commands; what they share, print and show of progress",
     "d2m/presets/": "recipes that come with d2m, as data; in folders those for one depth of model",
     "d2m/configs/": "configs of models that can be planned for without their weights",
     "calib/": "torch and numpy: what is learnt by running the dense model; the shapes world",
     "export/": "onnx: a sparse checkpoint becomes a bundle; parity",
     "runtime/": "numpy: a bundle becomes an image; no torch, no diffusers",
+    "runtime/files/": "what all packages may use: standard library and numpy alone",
     "runtime/default/": "the bundle that ships with the package",
     "models/shapes-dense/": "the embedded dense teacher, a diffusers FluxPipeline",
     "docs/": "guide, tutorial, specifications, troubleshooting; its commands run in a test",

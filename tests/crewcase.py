@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as mp
 from tinypair import BLOCKS, EXPERTS, GROUPS, RECIPE, SHARED, grouped_pair, tiny_batches
 
-from d2m.console import explain
+from d2m.cli.terminal import explain
 from d2m.distill import distill
 from d2m.learner import learnt
 from d2m.processes import ALONE, Crew, join, leave, settled

@@ -126,7 +126,7 @@ def serve(arguments: list[str]) -> None:
     row = list(arguments)
     if "--port" in row:
         del row[row.index("--port") : row.index("--port") + 2]
-    command = [sys.executable, "-m", "d2m.cli", "serve", *row, "--port", str(port)]
+    command = [sys.executable, "-m", "d2m", "serve", *row, "--port", str(port)]
     server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         end = time.monotonic() + 180

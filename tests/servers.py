@@ -51,7 +51,7 @@ def running(key: str | None = None, **options: Any) -> Iterator[tuple[str, Servi
 @contextmanager
 def process(*arguments: str, **env: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
     """(address, process, lines of its stderr so far) of `d2m serve --port 0`."""
-    command = [sys.executable, "-m", "d2m.cli", "serve", "--port", "0", *arguments]
+    command = [sys.executable, "-m", "d2m", "serve", "--port", "0", *arguments]
     started = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -49,7 +49,7 @@ def test_constraints_pin_every_direct_dependency_once() -> None:
     extras = PROJECT["optional-dependencies"]
     # tensorrt is not pinned: it comes from NVIDIA's own index, to match the driver.
     direct = {name_of(r) for rows in extras.values() for r in rows} | BASE
-    assert direct - set(names) <= {"d2m", "tensorrt"}
+    assert direct - set(names) <= {"dense2moe", "tensorrt"}
 
 
 def test_trt_rtx_is_pinned_exactly_and_alike() -> None:
@@ -69,19 +69,29 @@ def test_the_wheel_holds_packages_presets_and_the_default_bundle(wheel: zipfile.
         if path.is_file():
             assert path.relative_to(ROOT).as_posix() in names
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"d2m", "export", "runtime", "calib", "d2m-0.1.0.dist-info"}
+    assert tops == {"d2m", "export", "runtime", "calib", "dense2moe-0.1.0.dist-info"}
 
 
 def test_the_wheels_metadata_asks_for_no_torch(wheel: zipfile.ZipFile) -> None:
-    text = wheel.read("d2m-0.1.0.dist-info/METADATA").decode()
+    text = wheel.read("dense2moe-0.1.0.dist-info/METADATA").decode()
     metadata = Parser().parsestr(text)
     needs = metadata.get_all("Requires-Dist") or []
     base = {name_of(item) for item in needs if "extra ==" not in item}
     assert base == BASE
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert wheel.read("d2m-0.1.0.dist-info/licenses/LICENSE")
-    points = wheel.read("d2m-0.1.0.dist-info/entry_points.txt").decode()
+    assert wheel.read("dense2moe-0.1.0.dist-info/licenses/LICENSE")
+    points = wheel.read("dense2moe-0.1.0.dist-info/entry_points.txt").decode()
     assert "d2m = d2m.cli:main" in points
+
+
+def test_nothing_names_the_package_of_somebody_else() -> None:
+    """`d2m` is another project's distribution: nobody is told to install it."""
+    old = r"""pip install (-[^ ]+ )*['"]?d2m([^a-z/-]|$)|['"` ]d2m\[[a-z{…]"""
+    command = ["git", "grep", "-nIE", old, "--", ":!LOG.md", f":!tests/{Path(__file__).name}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "not a git repository" in found.stderr:
+        pytest.skip("no git checkout")
+    assert (found.returncode, found.stdout) == (1, ""), found.stdout + found.stderr
 
 
 def test_version_is_said_once() -> None:

@@ -48,7 +48,7 @@ def test_every_command_is_shown() -> None:
 
 def test_extras_named_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = {e for m in re.findall(r"d2m\[([a-z,-]+)\]", EVERYTHING) for e in m.split(",")}
+    named = {e for m in re.findall(r"'\.\[([a-z,-]+)\]'", EVERYTHING) for e in m.split(",")}
     assert named == {*project["optional-dependencies"]}
 
 

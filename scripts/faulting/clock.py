@@ -147,11 +147,11 @@ def time_left(tools: Tools) -> dict[str, Any]:
     row: dict[str, Any] = {"tries": 0, "failures": []}
 
     def work() -> Any:
-        from d2m import console
+        from d2m.cli import progress
 
-        console.LINE_EVERY = 0.05  # type: ignore[misc]
+        progress.LINE_EVERY = 0.05  # type: ignore[misc]
         heard = io.StringIO()
-        with contextlib.redirect_stderr(heard), console.progress_bars() as tell:
+        with contextlib.redirect_stderr(heard), progress.progress_bars() as tell:
             for done in range(11):
                 tell("a phase", done, 10)
                 rest(0.1)

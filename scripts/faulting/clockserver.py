@@ -29,7 +29,7 @@ def served(
 ) -> dict[str, Any]:
     """`d2m serve` on the tiny bundle; requests are under way whenever the clock jumps."""
     row: dict[str, Any] = {"tries": 0, "drawn": 0, "refused_429": 0, "deadlines": 0, "failures": []}
-    command = [sys.executable, "-m", "d2m.cli", "serve", str(tools.bundles["a"]), "--port", "0"]
+    command = [sys.executable, "-m", "d2m", "serve", str(tools.bundles["a"]), "--port", "0"]
     command += ["--max-queue", "2", "--max-steps", "1000", "--max-batch", "1"]
     environment = os.environ | {"D2M_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:

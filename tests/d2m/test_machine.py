@@ -10,6 +10,7 @@ from d2m.cli import main
 from d2m.early import needs, needs_table
 from d2m.resources import Needs, convert_needs, run_needs
 from d2m.units import GB, shown
+from runtime.files.extras import command
 
 LARGE = {
     "cores": 8,
@@ -163,8 +164,8 @@ def test_doctor_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = state("brokenlibrary")
     assert found == {"version": None, "works": False, "reason": "RuntimeError: no such symbol"}
     assert state("absentlibrary")["reason"] == "not installed"
-    row = backend("trt", state("absentlibrary"), "pip install x", {"gpus": []})
-    assert row == {"works": False, "reason": "not installed; install with: pip install x"}
+    row = backend("trt", state("absentlibrary"), "trt", {"gpus": []})
+    assert row == {"works": False, "reason": f"not installed; install with: {command('trt')}"}
     works = {"version": "1", "works": True, "reason": None}
     assert "builds plans, runs none" in backend("trt-rtx", works, "", {"gpus": []})["reason"]
     assert backend("ort", works, "", {"gpus": []})["works"]

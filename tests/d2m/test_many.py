@@ -234,7 +234,7 @@ def test_torchrun_and_accelerate_convert_as_one_process_does(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     convert = [
         "-m",
-        "d2m.cli",
+        "d2m",
         "convert",
         str(TESTS.parent / "models/shapes-dense"),
         "--no-report",

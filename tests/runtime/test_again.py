@@ -113,7 +113,7 @@ def test_another_picture_differs(pipeline: Pipeline, tmp_path: Path) -> None:
 
 def test_on_the_command_line(pipeline: Pipeline, tmp_path: Path) -> None:
     path = save(pipeline(PROMPT, seed=3, steps=2), tmp_path / "a.png")  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "d2m.cli", "run", "--again", str(path), "--json"]
+    command = [sys.executable, "-m", "d2m", "run", "--again", str(path), "--json"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "b.png")], capture_output=True, text=True, check=True
     )

@@ -180,7 +180,7 @@ def test_without_a_gpu_it_says_so(bundle: Bundle) -> None:
 def test_on_a_gpu(bundle: Bundle) -> None:
     """Every component on CUDA's provider against the CPU's, held and streamed."""
     if places.CUDA not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider; see README, pip install 'd2m[gpu]'")
+        pytest.skip("this onnxruntime has no CUDA provider: pip install -e '.[gpu]'")
     for component in bundle.manifest["components"]:
         given = inputs(bundle, component, batch=3, tokens=16)
         expected = Blocks(bundle, component, 1)(given)

@@ -12,7 +12,7 @@ import pytest
 
 def _child(initializer: Callable[[], None]) -> Iterator[Callable[..., Any]]:
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed (Linux x86-64: pip install 'd2m[dev]')")
+        pytest.skip("triton is not installed (Linux x86-64: pip install -e '.[dev]')")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer) as pool:
         yield lambda function, *args, **kw: pool.submit(function, *args, **kw).result()

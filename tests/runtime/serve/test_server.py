@@ -79,7 +79,7 @@ def test_the_key_comes_from_the_environment_and_prompts_are_logged_when_asked() 
     ],
 )
 def test_refusals(arguments: list[str], sentence: str) -> None:
-    command = [sys.executable, "-m", "d2m.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "d2m", "serve", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and sentence in errors[0], done.stderr
@@ -90,7 +90,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "d2m.cli", "serve", "--port", port]
+        command = [sys.executable, "-m", "d2m", "serve", "--port", port]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert f"error: cannot listen at 127.0.0.1 port {port}: address already" in done.stderr

@@ -1,0 +1,247 @@
+"""d2m convert and d2m lora: a dense pipeline becomes a sparse one, a LoRA is fused into it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2m.cli import options
+from d2m.cli.progress import progress_bars
+from d2m.cli.terminal import print_answer, say
+
+
+def convert(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Pipeline directory or hub id.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Directory of the sparse pipeline to write.")
+    ],
+    preset: Annotated[str, typer.Option(help="Recipe that comes with d2m: L, M, S or XS.")] = "L",
+    recipe: options.RecipeFile = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Groups and shared experts chosen for a share of the dense FLOPs."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps over all stages.")] = None,
+    stages: Annotated[
+        str, typer.Option(help="Stages to run, numbers or names, e.g. 1,2; all by default.")
+    ] = "",
+    start: Annotated[
+        Path | None, typer.Option(help="Sparse pipeline whose weights training begins with.")
+    ] = None,
+    init_only: Annotated[
+        bool, typer.Option("--init-only", help="Convert and train nothing.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed, in place of the recipe's.")] = None,
+    importance: Annotated[
+        str, typer.Option(help="Of neurons: calibration, magnitude (nothing runs), or a file.")
+    ] = "calibration",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished conversion.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
+    data: Annotated[
+        str, typer.Option(help="shapes, prompts.txt, a folder, .tar shards, or a dataset.")
+    ] = "shapes",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps encodings of --data.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of --data's training pictures; the pipeline's own.")
+    ] = None,
+    shuffle: Annotated[int, typer.Option(help="Samples of a shard that are mixed.")] = 1000,
+    skip: Annotated[int, typer.Option(help="Unreadable samples left out before it stops.")] = 100,
+    columns: Annotated[
+        str | None, typer.Option(help="IMAGE,CAPTION: columns or file endings of --data.")
+    ] = None,
+    score: Annotated[
+        int | None,
+        typer.Option(help="Images judged for the report; 120 with --data shapes, else 0."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="summary.json of other models for the report's plot.")
+    ] = None,
+    precision: options.Precision = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the weights' moving average, 0 for none.")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(help="Micro-batches that a process splits its batch into.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Keep only blocks' inputs for backward."),
+    ] = False,
+    offload_activations: options.OffloadActivations = False,
+    save_seconds: Annotated[
+        float, typer.Option(help="Seconds between two checkpoints of training.")
+    ] = 60.0,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn the dense pipeline DENSE into a sparse one and distil it.
+
+    Started by torchrun or accelerate launch, the processes distil together (docs/many-gpus.md).
+    """
+    from d2m.processes import ALONE, join, launched
+
+    if launched().size > 1 and budget is not None:
+        raise ValueError(
+            "--budget is for one process; run it there with --init-only, and give the recipe.json "
+            "that it writes as --recipe"
+        )
+    if launched().size > 1 and data.endswith(".txt"):
+        raise ValueError(
+            f"--data is {data!r}: prompts alone are for one process, where the teacher is whole; "
+            "give images and captions to several"
+        )
+    if launched().size > 1 and init_only and not launched().leads:
+        return  # one process is enough
+    if init_only and steps is not None:
+        raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
+    if score is not None and score < 0:
+        raise ValueError(f"--score is {score}, expected a number of images, 0 for none")
+    from d2m.pareto import known_rows
+
+    known = known_rows(compare) if compare else ()
+    from calib.data import check_taught
+    from calib.data import chosen as chosen_data
+    from calib.importance import chosen
+    from calib.statistics import routing_table
+    from calib.suite import evaluate as judge
+    from d2m.convert import Options, Report
+    from d2m.convert import convert as function
+    from d2m.dense import locate
+    from d2m.family_defaults import generation_defaults
+    from d2m.preset import recipe_named
+    from d2m.recipe import changed
+
+    taught = chosen_data(
+        data,
+        lambda: generation_defaults(locate(dense)),
+        cache=cache,
+        size=size,
+        window=shuffle,
+        skip=skip,
+        columns=columns,
+        log=say,
+    )
+    judged = (120 if data == "shapes" else 0) if score is None else score
+    neurons, scores, label = chosen(importance)
+    if not init_only or scores is None or budget is not None:  # else no data is looked at
+        check_taught(dense, taught)
+    made = changed(recipe_named(recipe or preset, dense), seed=seed)
+    facts: dict[str, Any] = {}
+    if budget is not None:
+        from calib.budget import for_conversion, told
+
+        with progress_bars() as progress:
+            made, neurons, facts = for_conversion(
+                dense,
+                out,
+                budget,
+                made,
+                taught.batches,
+                neurons,
+                resume=resume,
+                progress=progress,
+            )
+        if facts:
+            say(told(facts))
+    elif launched().leads:
+        from d2m.early import check_convert
+
+        streamed = init_only and scores is not None
+        check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
+    if init_only and scores is not None:
+        from d2m.stream import convert_stream
+
+        if stages or start is not None:
+            raise ValueError("--init-only trains nothing; leave --stages and --start out")
+        with progress_bars() as progress:
+            answer = convert_stream(
+                dense, out, made, scores, label, resume=resume, progress=progress, log=say
+            )
+        print_answer(answer if json_ else brief(answer), json_)
+        return
+    made = changed(
+        made,
+        steps=steps,
+        stages=[name.strip() for name in stages.split(",") if name.strip()],
+        init_only=init_only,
+        precision=precision,
+        ema=ema,
+    )
+    crew = ALONE if init_only else join()
+    how = Options(
+        start=start,
+        resume=resume,
+        data=taught.label,
+        crew=crew,
+        parts=accumulate,
+        checkpointing=gradient_checkpointing,
+        offload=offload_activations,
+        save_seconds=save_seconds,
+    )
+    shown = Report(
+        statistics=partial(routing_table, categories=taught.categories),
+        score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
+        prompts=taught.prompts(6) if report else (),
+        known=known,
+        written=report,
+    )
+    with progress_bars() as progress:
+        answer = function(
+            dense,
+            out,
+            made,
+            taught.batches,
+            neurons,
+            options=how,
+            report=shown,
+            progress=progress,
+            log=say,
+        )
+    if not crew.leads:
+        return
+    answer |= {"budget": facts} if facts else {}
+    answer |= {"data": found} if (found := taught.facts()) else {}
+    print_answer(answer if json_ else brief(answer), json_)
+
+
+def brief(answer: dict[str, Any]) -> dict[str, Any]:
+    """A conversion's answer without what the report shows better: counts by part, categories."""
+    short = dict(answer)
+    if counts := answer.get("parameters"):
+        kept = ("total", "activated")
+        short["parameters"] = {
+            name: {key: row[key] for key in kept} for name, row in counts.items() if row
+        }
+    if scores := answer.get("scores"):
+        short["scores"] = {name: row["overall"] for name, row in scores.items() if row}
+    return short
+
+
+def lora(
+    file: Annotated[Path, typer.Argument(metavar="LORA", help="LoRA as .safetensors.")],
+    onto: Annotated[str, typer.Option(help="Sparse or dense pipeline directory.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Pipeline directory to write; none: shares only."),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Strength, times the LoRA's own.")] = 1.0,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Leave out what the model has no place for.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps that OUT takes by default.")
+    ] = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fuse a dense model's LoRA into a sparse pipeline, or a dense one; show what it changes."""
+    from d2m.lora import lora as function
+
+    print_answer(function(file, onto, out, scale=scale, lossy=lossy, steps=steps), json_)

@@ -1,0 +1,207 @@
+"""d2m eval, d2m bench and d2m parity: how good, how fast and how exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2m.cli import options
+from d2m.cli.progress import progress_bars
+from d2m.cli.terminal import print_json, print_rich, print_table
+
+Draw = Callable[[Sequence[str], Sequence[int]], Any]
+
+
+def world_of(text: str) -> dict[str, int]:
+    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}, names as in calib.world.World."""
+    from calib.world import World
+
+    values = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        if key.strip() not in World.__dataclass_fields__ or not value.strip().isdecimal():
+            names = ", ".join(World.__dataclass_fields__)
+            raise typer.BadParameter(f"{part!r}, expected NAME=NUMBER with a name of {names}")
+        values[key.strip()] = int(value)
+    return values
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="What to judge.")],
+    suite: Annotated[str, typer.Option(help="Only shapes so far.")] = "shapes",
+    n: options.Images = 600,
+    seed: options.Seed = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Labelled image of samples to write.")] = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    top_k: options.TopKSteps = None,
+    kappa: options.KappaSteps = None,
+    batch: Annotated[int, typer.Option(help="Images generated at a time.")] = 16,
+    world: Annotated[
+        Any,
+        typer.Option(
+            metavar="NAME=NUMBER,...",
+            parser=world_of,
+            help="A harder world, e.g. colours=8,shapes=6,max_count=5.",
+        ),
+    ] = "",
+    backend: options.Backend = "auto",
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Score PIPELINE_OR_BUNDLE: images of held-out captions against an exact verifier."""
+    if suite != "shapes":
+        raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite so far")
+    if n < 1 or batch < 1:
+        raise ValueError(f"-n is {n} and --batch is {batch}, expected 1 or more of each")
+    from calib.suite import evaluate as function
+    from calib.suite import save_grid
+    from calib.world import World
+    from runtime.files.atomic import write_json
+
+    asked = World(**world)
+    knobs: dict[str, Any] = {"top_k": top_k, "kappa": kappa}
+    draw, size = drawer(path, world.get("size"), steps, guidance, knobs, batch, backend)
+    with progress_bars() as progress:
+        answer, samples = function(
+            draw,
+            n,
+            seed,
+            replace(asked, size=size),
+            batch=batch,
+            progress=lambda done, total: progress("generate and judge", done, total),
+        )
+    if grid is not None:
+        save_grid(samples, grid)
+    if out is not None:
+        write_json(out, answer)
+    if json_:
+        print_json(answer)
+        return
+    rows = [*answer["categories"].items(), ("overall", answer["overall"])]
+    columns = ("score", "low", "high", "n")
+    print_table(
+        f"{path}: {suite}, {n} images, {answer['images_per_second']} a second",
+        ["category", *columns],
+        [[name.replace("_", " "), *(row[column] for column in columns)] for name, row in rows],
+    )
+
+
+def drawer(
+    path: Path,
+    size: int | None,
+    steps: int | None,
+    guidance: float | None,
+    knobs: dict[str, Any],
+    batch: int,
+    backend: str,
+) -> tuple[Draw, int]:
+    """(prompts, seeds) -> images for a bundle (no torch) or a pipeline directory, and the size.
+
+    What is None comes from the directory; `knobs`: top_k and kappa, a number or a list of one a
+    step. Raises FileNotFoundError where it is neither.
+    """
+    if (path / "manifest.json").is_file():
+        from runtime.pipeline import Pipeline
+
+        bundle = Pipeline(path, backend, max_batch=batch)
+        pixels = size or int(bundle.manifest["defaults"]["height"])
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+            kept: dict[str, Any] = {"steps": steps, "guidance": guidance, **knobs}
+            return bundle(list(prompts), seed=list(seeds), height=pixels, width=pixels, **kept)
+
+        return draw, pixels
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} is neither a bundle (manifest.json) nor a pipeline directory "
+            "(model_index.json); give what d2m export or d2m convert has written"
+        )
+    from d2m.draw import load_pipeline, pipeline_draw, settings
+
+    values = settings(
+        path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
+    )
+    pipe = load_pipeline(path)
+    return pipeline_draw(pipe, batch_size=batch, **knobs, **values), values["height"]
+
+
+def bench(
+    bundle: options.Bundle = None,
+    vs: Annotated[
+        Path | None, typer.Option(help="Baseline: the dense model's bundle, exported likewise.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Cold starts, and rounds of every measurement.")] = 5,
+    batch: Annotated[Any, options.numbers_option("Images generated at a time, e.g. 1,8.")] = "1",
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    top_k: options.TopK = None,
+    kappa: options.Kappa = None,
+    backend: options.Backend = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of a CPU backend.")] = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure BUNDLE here: cold start, images, steps, blocks, memory; with --vs in turns."""
+    from runtime.bench import bench as function
+    from runtime.benchtable import tables
+
+    with progress_bars() as progress:
+        answer = function(
+            bundle,
+            vs,
+            backend=backend,
+            runs=runs,
+            batches=batch,
+            steps=steps,
+            height=height,
+            width=width,
+            top_k=top_k,
+            kappa=kappa,
+            threads=threads,
+            progress=progress,
+        )
+    if json_:
+        print_json(answer)
+        return
+    for title, header, rows in tables(answer):
+        print_table(title, header, rows)
+    for sentence in answer.get("differences", ()):
+        print(f"not alike: {sentence}")
+
+
+def parity(
+    sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported from it.")],
+    backend: options.Backend = "ort",
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    top_k: options.TopK = None,
+    kappa: options.Kappa = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare BUNDLE with torch part by part; exit code 1 where a difference exceeds its limit."""
+    from export.parity import parity as function
+    from export.parity import tables
+
+    with progress_bars() as progress:
+        answer = function(
+            sparse,
+            bundle,
+            backend=backend,
+            seed=seed,
+            steps=steps,
+            top_k=top_k,
+            kappa=kappa,
+            progress=progress,
+        )
+    print_json(answer) if json_ else print_rich(tables(answer))
+    if not answer["passed"]:
+        raise typer.Exit(1)
