@@ -21,7 +21,7 @@ from export.family import Row
 from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
 from export.modulation import MODULATION
-from export.rewrite import with_top_k
+from export.top_k import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs
 
 if TYPE_CHECKING:

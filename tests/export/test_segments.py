@@ -12,7 +12,7 @@ from tinybundle import manifest_of, relative, run_block, session
 from d2m.routing import routed_experts_reference
 from export.fuse import fuse
 from export.plans import tensors
-from export.rewrite import with_top_k
+from export.top_k import with_top_k
 from export.segments import Experts, cut, plain
 from runtime.weights import SafeTensors
 
