@@ -30,7 +30,7 @@ N tiles.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.lines import Routing, either_lines, every_lines, portable_lines, sorted_lines
 from export.schema import DOMAIN, OP, OPSET, VERSION, register
@@ -79,6 +79,7 @@ def with_body(
     import onnx
 
     register()
+    # On protobuf: through onnx_ir, what is only copied would lose its empty fields, and its bytes.
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = [f for f in copy.functions if (f.domain, f.name) != (DOMAIN, OP)]
@@ -103,13 +104,11 @@ def routings(model: onnx.ModelProto) -> Iterator[Routing]:
 
     The expert weights must be graph inputs or initializers: a body is made for one E.
     """
-    graph = model.graph
-    known = {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
-    for value in [*graph.value_info, *graph.input]:
-        kind = value.type.tensor_type
-        known[value.name] = (kind.elem_type, [size.dim_value for size in kind.shape.dim])
-    for node in graph.node:
+    import onnx_ir as ir
+
+    for node in ir.from_proto(model).graph:
         if (node.domain, node.op_type) == (DOMAIN, OP):
-            dtype, (experts, width, _) = known[node.input[2]]
-            top_k = next(a.i for a in node.attribute if a.name == "top_k")
-            yield Routing(experts, top_k, dtype, width)
+            w1: Any = node.inputs[2]
+            experts, *sizes = w1.shape
+            width = sizes[0] if isinstance(sizes[0], int) else 0
+            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), width)

@@ -9,12 +9,21 @@ from __future__ import annotations
 import errno
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
 from d2m.families import family_of
+from export.checks import (
+    DTYPES,
+    check_arguments,
+    check_plugin,
+    check_top_k,
+    need_extra,
+    plan_apis,
+)
 from runtime.files.atomic import (
     replace_dir,
     temporary_dir,
@@ -22,8 +31,8 @@ from runtime.files.atomic import (
     write_json,
     write_text,
 )
-from runtime.files.extras import need
 from runtime.files.hashes import sha256
+from runtime.schedule import plan_key
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +41,6 @@ if TYPE_CHECKING:
     from export.source import Component
 
 Progress = Callable[[str, int, int], None]
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def export_bundle(
@@ -95,28 +103,38 @@ def export_bundle(
     if cubins:
         check_cubins(trt or trt_rtx, sparse, plugin, sm)
     choices = check_top_k(source, top_k) if sparse else []
-    apis = plan_apis(trt, trt_rtx)
+    targets = [(), sm] if portable and sm else [sm]
+    apis = plan_apis(trt, trt_rtx, targets)
+
     final.parent.mkdir(parents=True, exist_ok=True)
-    hashes: dict[str, str] = {}  # of files hashed while they were written
+    with told_if_full(final), temporary_dir(final) as folder:
+        parts = components(source, sparse, choices, progress)
+        manifest = first_facts(source, parts, sparse, choices, dtype, storage)
+        # A component at a time, so that one traced program at most is in memory.
+        hashes = {}
+        for part in parts:
+            program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
+            shards, digest = write_weights(folder, part, program, storage, link, progress)
+            hashes[f"{part.name}.safetensors"] = digest  # taken while it was written
+            manifest["components"][part.name] = write_graphs(
+                folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
+            )
+        write_tokenizers(folder, source, manifest)
+        if apis:
+            kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
+            again = None if kind == dtype else parts
+            write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
+        # Last, for it hashes the rest; only what the runtime opens takes the bundle's place.
+        write_manifest(folder, manifest, hashes, progress)
+        replace_dir(folder, final)
+    return summary(final, manifest)
+
+
+@contextmanager
+def told_if_full(final: Path) -> Iterator[None]:
+    """A full disk is an OSError that names it and says what became of the bundle `final`."""
     try:
-        with temporary_dir(final) as folder:
-            parts = components(source, sparse, choices, progress)
-            manifest = first_facts(source, parts, sparse, choices, dtype, storage)
-            for part in parts:
-                program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
-                shards, digest = write_weights(folder, part, program, storage, link, progress)
-                hashes[f"{part.name}.safetensors"] = digest
-                manifest["components"][part.name] = write_graphs(
-                    folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
-                )
-            write_tokenizers(folder, source, manifest)
-            if apis:
-                kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
-                again = None if kind == dtype else parts
-                targets = [(), sm] if portable and sm else [sm]
-                write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
-            write_manifest(folder, manifest, hashes, progress)
-            replace_dir(folder, final)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -125,16 +143,16 @@ def export_bundle(
             f"the disk of {final.parent} is full, expected room for the bundle {final.name};"
             " nothing was left behind, free some space and export again.",
         ) from error
+
+
+def summary(final: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `export_bundle` returns and `d2m export` prints."""
     sizes = [row["size"] for row in manifest["files"].values()]
     linked = [name for row in manifest["components"].values() for name in row.get("shards", ())]
+    told = ("name", "kind", "compute_dtype", "top_k", "top_k_choices", "parameters")
     return {
         "out": str(final),
-        "name": manifest["name"],
-        "kind": manifest["kind"],
-        "compute_dtype": manifest["compute_dtype"],
-        "top_k": manifest["top_k"],
-        "top_k_choices": manifest["top_k_choices"],
-        "parameters": manifest["parameters"],
+        **{name: manifest[name] for name in told},
         "files": len(sizes),
         "bytes": sum(sizes),
         "linked_bytes": sum(manifest["files"][name]["size"] for name in linked),
@@ -143,94 +161,6 @@ def export_bundle(
             for target, row in manifest["plans"].items()
         },
     }
-
-
-def check_arguments(
-    source: Path,
-    out: Path,
-    dtype: str,
-    storage: str | None,
-    plan_dtype: str | None,
-    sm: Sequence[int],
-    plans: bool,
-) -> None:
-    """Refuse what cannot work before anything is imported or read."""
-    for option, value in (("dtype", dtype), ("storage", storage), ("plan_dtype", plan_dtype)):
-        if value is not None and value not in DTYPES:
-            raise ValueError(f"the {option} is {value!r}, expected one of {', '.join(DTYPES)}.")
-    if sm and not plans:
-        raise ValueError(
-            f"--sm {','.join(map(str, sm))} is given without --trt or --trt-rtx, expected one of"
-            " them: compute capabilities are of plans."
-        )
-    if not source.is_dir():
-        raise FileNotFoundError(
-            f"{source} is not a directory, expected a pipeline directory; make one with: d2m"
-            " convert DENSE -o SPARSE"
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise ValueError(
-            f"{out} exists and is no bundle, expected a new name or a bundle to replace; choose"
-            " another output directory."
-        )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a directory's name; choose another output.")
-    if out.exists() and out.resolve() == source.resolve():
-        raise ValueError(f"{out} is the pipeline itself, expected another output directory.")
-
-
-def check_plugin(trt: bool, trt_rtx: bool) -> None:
-    """Refuse --plugin where it has no meaning or its libraries are missing."""
-    if trt_rtx or not trt:
-        raise ValueError(
-            f"--plugin is given {'with --trt-rtx' if trt_rtx else 'without --trt'}, expected --trt"
-            " alone: TensorRT-RTX takes no Python plugins."
-        )
-    from d2m.kernels.package import triton_version
-    from export.plugins import load_plugin_api
-
-    load_plugin_api()
-    triton_version()
-
-
-def need_extra() -> None:
-    """ImportError naming the extra where one of its libraries is missing."""
-    try:
-        import accelerate  # noqa: F401
-        import diffusers  # noqa: F401
-        import onnx  # noqa: F401
-        import onnx_ir  # noqa: F401
-        import onnxscript  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        said = "exporting needs torch, diffusers and onnx"
-        raise ImportError(need("export", said, error)) from error
-
-
-def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:
-    """The numbers of experts to export, ascending, the checkpoint's own among them."""
-    from export.family_configs import config
-
-    values = config(source, "transformer")
-    experts, own = values.get("num_experts", 12), values.get("top_k", 2)
-    wrong = [k for k in top_k if type(k) is not int or not 0 <= k <= experts]
-    if wrong:
-        raise ValueError(
-            f"--top-k names {wrong[0]}, expected numbers of experts from 0 to {experts}, which is"
-            f" what {source} has."
-        )
-    return sorted({own, *top_k})
-
-
-def plan_apis(trt: bool, trt_rtx: bool) -> list[str]:
-    """Which libraries build plans: ImportError now rather than after the export."""
-    from export.toolchain import load_api
-
-    apis = [load_api("auto").__name__] if trt else []
-    if trt_rtx:
-        apis.append(load_api("tensorrt_rtx").__name__)
-    return sorted(set(apis))
 
 
 def graph_dtype(component: str, dtype: str) -> str:
@@ -318,7 +248,7 @@ def write_graphs(
         paths = {}
         for key, graph in row.graphs.items():
             onnx.checker.check_model(graph)
-            paths[key] = f"blocks/{name}/{kind}{f'.k{key}' if key else ''}.onnx"
+            paths[key] = f"blocks/{plan_key(name, kind, key)}.onnx"
             write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
         types[kind] = type_record(row, paths)
     weights = folder / f"{name}.safetensors"
@@ -408,7 +338,7 @@ def write_plans(
                     for key, path in record["graphs"].items():
                         write_bytes(where / path, row.graphs[key].SerializeToString())
         graphs = {
-            f"{name}/{kind}{f'.k{key}' if key else ''}": where / path
+            plan_key(name, kind, key): where / path
             for name, component in manifest["components"].items()
             for kind, record in component["types"].items()
             for key, path in record["graphs"].items()

@@ -1,14 +1,10 @@
-"""A traced graph made fit to ship: cleaned, and given another number of experts."""
+"""A traced graph made fit to ship: constants folded, rules applied, names of this machine gone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.rules import static_reshapes, uncat, unscalar, unsqueeze_once, untranspose
-from export.schema import DOMAIN, OP
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def clean(model: Any) -> Any:
@@ -34,40 +30,6 @@ def clean(model: Any) -> Any:
     common.DeduplicateInitializersPass()(model)
     strip(model)
     return model
-
-
-def with_top_k(model: onnx.ModelProto, top_k: int) -> onnx.ModelProto:
-    """A copy of a graph with bare RoutedExperts nodes, for another number of experts (0: none)."""
-    import onnx
-
-    if top_k == 0:
-        return without_experts(model)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for node in copy.graph.node:
-        if (node.domain, node.op_type) == (DOMAIN, OP):
-            next(a for a in node.attribute if a.name == "top_k").i = top_k
-    return copy
-
-
-def without_experts(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph for top_k = 0: every routed sum taken out, inputs and outputs as they were."""
-    import onnx_ir as ir
-    import onnx_ir.passes.common as common
-
-    copy = ir.from_proto(model)
-    for node in list(copy.graph):
-        if (node.domain, node.op_type) != (DOMAIN, OP):
-            continue
-        value = node.outputs[0]
-        ((use, index),) = value.uses()
-        while use.op_type == "Reshape":
-            value = use.outputs[0]
-            ((use, index),) = value.uses()
-        assert use.op_type == "Add", (use.op_type, "expected shared + routed")
-        use.outputs[0].replace_all_uses_with(use.inputs[1 - index], replace_graph_outputs=True)
-    common.RemoveUnusedNodesPass()(copy)
-    return ir.to_proto(copy)
 
 
 def strip(model: Any) -> None:

@@ -14,7 +14,7 @@ Shape letters: B batch, T tokens, D width, E experts, H expert hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,8 @@ class _Graph:
         import onnx
         from onnx import helper
 
-        made = {name for place in nodes for name in self.graph.node[place].output}
+        # A dictionary, for a set has another order, and the plan other bytes, in every process.
+        made = dict.fromkeys(name for place in nodes for name in self.graph.node[place].output)
         body = [onnx.NodeProto.FromString(self.graph.node[p].SerializeToString()) for p in nodes]
         self.measure_what_is_read(body, made)
         read = dict.fromkeys(name for node in body for name in node.input if name not in made)
@@ -192,7 +193,7 @@ class _Graph:
                 if read == name:
                     node.input[place] = rows
 
-    def measure_what_is_read(self, body: Sequence[Any], made: set[str]) -> None:
+    def measure_what_is_read(self, body: Sequence[Any], made: Mapping[str, Any]) -> None:
         """A Shape of a tensor from outside is asked of one that the segment reads anyway."""
 
         def dims(name: str) -> list[Any]:

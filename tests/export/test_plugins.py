@@ -128,7 +128,7 @@ def test_a_missing_plan_and_a_missing_library_are_one_sentence(folder: Path) -> 
 
 
 def test_the_flag_is_refused_where_it_means_nothing() -> None:
-    from export.bundle import check_plugin
+    from export.checks import check_plugin
 
     for trt, rtx, words in ((False, False, "without --trt"), (True, True, "with --trt-rtx")):
         with pytest.raises(ValueError, match=f"--plugin is given {words}, expected --trt alone"):

@@ -12,8 +12,8 @@ from tinybundle import manifest_of, relative, run_block, session
 from d2m.routing import routed_experts_reference
 from export.fuse import fuse
 from export.plans import tensors
-from export.rewrite import with_top_k
 from export.segments import Experts, cut, plain
+from export.top_k import with_top_k
 from runtime.files.tensors import SafeTensors
 
 KINDS = {"double": "transformer_blocks.1.", "single": "single_transformer_blocks.0."}
