@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2m.charts import Line, heat_map, legend, line_chart, scale
-from d2m.markup import Html, el, figure, join, percent, section
+from d2m.charts import DIVERGING, RISING, Line, heat_map, line_chart
+from d2m.section import Chart, Key, Section
+from d2m.units import percent
 
 Report = Mapping[str, Any]
 Lines = Sequence[Mapping[str, Any]]
 
-DIVERGING = tuple(f"d{i}" for i in range(11))
-RISING = tuple(f"s{i}" for i in range(9))
 # The kinds of FFN site of a FLUX, by the last part of a site's name.
 KINDS = {
     "ff": "double blocks, image",
@@ -25,7 +24,7 @@ KINDS = {
 # ---------------------------------------------------------------- training
 
 
-def training(report: Report) -> Html | None:
+def training(report: Report) -> Section | None:
     """Loss terms and routing over the steps, feature errors over the depth."""
     history: Lines = report["history"]
     if not history:
@@ -44,7 +43,7 @@ def training(report: Report) -> Html | None:
     note += ", averages of the steps between two points."
     if "dead" in last:
         note += f" Experts that hardly a token chose at the end: {last['dead']}."
-    return section("Training", note, el("div", *filter(None, charts), class_="charts"))
+    return Section("Training", note, [chart for chart in charts if chart], "charts")
 
 
 def _stages(history: Lines) -> dict[str, Lines]:
@@ -60,7 +59,7 @@ def _marks(history: Lines) -> list[tuple[float, str]]:
     return [(float(start), f"stage {name}") for start, name in starts[1:]]
 
 
-def _curve(history: Lines, key: str, title: str, y_label: str, log_y: bool = False) -> Html | None:
+def _curve(history: Lines, key: str, title: str, y_label: str, log_y: bool = False) -> Chart | None:
     """One figure of the log over the steps, a line per stage."""
     lines = []
     for colour, (name, part) in enumerate(_stages(history).items()):
@@ -78,10 +77,10 @@ def _curve(history: Lines, key: str, title: str, y_label: str, log_y: bool = Fal
         x_range=(0.0, float(history[-1]["done"])),
         marks=_marks(history),
     )
-    return figure(title, legend(lines), chart)
+    return Chart(title, [chart])
 
 
-def _routing(history: Lines) -> Html | None:
+def _routing(history: Lines) -> Chart | None:
     """Entropy of the experts' load over the steps: the mean layer and the least even one."""
     part = [line for line in history if "entropy" in line]
     if not part:
@@ -102,10 +101,10 @@ def _routing(history: Lines) -> Html | None:
         marks=_marks(history),
         y_range=(min(0.8, math.floor(low * 10) / 10), 1.0),
     )
-    return figure("Entropy of the experts' load (1 = even)", legend(lines), chart)
+    return Chart("Entropy of the experts' load (1 = even)", [chart])
 
 
-def _depth(history: Lines) -> Html | None:
+def _depth(history: Lines) -> Chart | None:
     """Relative feature error block by block, at the beginning and at the end of training."""
     ends = [line["features"] for line in history if "features" in line]
     if not ends:
@@ -131,13 +130,13 @@ def _depth(history: Lines) -> Html | None:
         log_y=True,
         marks=[(float(doubles), "single blocks")] if doubles < len(blocks) else (),
     )
-    return figure("Feature error by depth", legend(lines), chart)
+    return Chart("Feature error by depth", [chart])
 
 
 # ---------------------------------------------------------------- experts
 
 
-def experts(report: Report) -> Html | None:
+def experts(report: Report) -> Section | None:
     """Load of every expert in every layer, over all times and by noise level."""
     routing = report["routing"]
     if not routing:
@@ -159,7 +158,6 @@ def experts(report: Report) -> Html | None:
         [f"expert {i}" for i in range(count)] * (1 + len(times)),
         loads,
         level=diverging,
-        show=lambda ratio: f"{ratio:.2f} x its fair share",
         x_label=f"experts 0 to {count - 1}, at all times and by noise level t (1 is pure noise)",
         title="Load of every expert by layer and noise level",
         row_groups=groups,
@@ -170,26 +168,28 @@ def experts(report: Report) -> Html | None:
         rows,
         ["all", *(f"< {edge:g}" for edge in edges[1:])],
         evenness,
-        level=_rising(count),
-        show=lambda number: f"as if {number:.1f} of {count} experts were used evenly",
+        level=rising(1, count),
         x_label="noise level t (1 is pure noise)",
         title="Effective number of experts by layer and noise level",
         row_groups=groups,
         cell=(42, 14),
     )
-    keys = (
-        scale(DIVERGING, "¼", "fair share", "4 x", "Key: load relative to a fair share"),
-        scale(RISING, "1", "", f"{count} experts", "Key: effective number of experts"),
-    )
     used = [figures["all"]["busiest"] for figures in layers.values()]
     note = (
         f"Top {routing['top_k']} of {count} experts. The busiest expert of a layer takes "
         f"{max(used):.1f} times its fair share at most, {sum(used) / len(used):.1f} times on the "
-        "mean. Hover for figures."
+        "mean."
     )
-    first = figure("Load of every expert", keys[0], el("div", by_expert, class_="scroll"))
-    second = figure("Effective number of experts", keys[1], el("div", by_time, class_="scroll"))
-    return section("Experts", note, el("div", first, second, class_="maps"))
+    fair = Key(DIVERGING, "¼", "fair share", "4 x")
+    even = Key(RISING, "1", "", f"{count} experts")
+    return Section(
+        "Experts",
+        note,
+        [
+            Chart("Load of every expert", [by_expert], fair),
+            Chart("Effective number of experts", [by_time], even),
+        ],
+    )
 
 
 def diverging(ratio: float) -> str:
@@ -198,9 +198,11 @@ def diverging(ratio: float) -> str:
     return DIVERGING[round(min(max(place, 0.0), 1.0) * (len(DIVERGING) - 1))]
 
 
-def _rising(most: int) -> Callable[[float], str]:
-    def level(number: float) -> str:
-        place = (number - 1) / max(1, most - 1)
+def rising(low: float, high: float) -> Callable[[float], str]:
+    """Colours from `low` to `high`, the ends' own beyond them."""
+
+    def level(value: float) -> str:
+        place = (value - low) / ((high - low) or 1.0)
         return RISING[round(min(max(place, 0.0), 1.0) * (len(RISING) - 1))]
 
     return level
@@ -209,7 +211,7 @@ def _rising(most: int) -> Callable[[float], str]:
 # ---------------------------------------------------------------- importance
 
 
-def importance(report: Report) -> Html | None:
+def importance(report: Report) -> Section | None:
     """How much of the importance the first neurons hold, by kind of FFN."""
     curves: Mapping[str, Sequence[float]] = report["importance"]
     if not curves:
@@ -237,14 +239,13 @@ def importance(report: Report) -> Html | None:
         title="Cumulative importance of the neurons",
         y_range=(0.0, 1.0),
         marks=[(shared, f"shared expert: {percent(shared)}")],
-        percent_x=True,
-        percent_y=True,
+        percent=True,
         width=960,
         height=340,
     )
     note = (
         f"Split: {plan['split']}. The shared expert takes the first {percent(shared)} of the "
-        f"neurons, which hold {join(*shares, between=', ')} of the importance; the others "
+        f"neurons, which hold {', '.join(shares)} of the importance; the others "
         "are dealt to the experts. Bands span the layers."
     )
-    return section("Importance of neurons", note, figure("", legend([*lines, even]), chart))
+    return Section("Importance of neurons", note, [Chart("", [chart])], "stack")

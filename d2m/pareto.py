@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.axes import percent_tick
+from markupsafe import Markup
+
+from d2m.charts import PERCENT, Dot, Kind, Panel, scatter_chart
 from d2m.fields import check, number
-from d2m.markup import Html, el, figure, percent, section
 from d2m.plan import plan
-from d2m.scatter import Dot, Kind, key, scatter_chart
+from d2m.section import Chart, Section
 from d2m.units import human
 from runtime.files.checked_json import read_json
 
@@ -37,7 +38,7 @@ KINDS = {
 }
 # key of a row -> heading, title of the axis, a tick's words
 COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
-    "flops_vs_dense": ("Score against FLOPs", "FLOPs of a step, share of dense", percent_tick),
+    "flops_vs_dense": ("Score against FLOPs", "FLOPs of a step, share of dense", PERCENT),
     "activated_params": ("Score against activated parameters", "activated parameters", _human),
 }
 
@@ -86,56 +87,40 @@ def beside(own: Sequence[Row], known: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def dots_of(rows: Sequence[Row], cost: str) -> list[Dot]:
-    """A dot per judged row, at its `cost` (a key of COSTS); the words tell every figure."""
+    """A dot per judged row, at its `cost` (a key of COSTS)."""
     dots = []
     for row in filter(_judged, rows):
-        rate = row["score"]
-        words = (
-            f"{row['name']}: {rate['score']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}, "
-            f"n = {rate['n']}), {percent(row['flops_vs_dense'], 1)} of the dense FLOPs, "
-            f"{human(row['activated_params'])} activated parameters"
-        )
-        place = {name: float(rate[name]) for name in ("low", "high")}
-        place |= {"x": float(row[cost]), "y": float(rate["score"])}
-        kind = KINDS[row["kind"]]
-        dots.append(Dot(row["name"], kind, **place, of=row["of"], words=words))
+        score, low, high = (float(row["score"][figure]) for figure in ("score", "low", "high"))
+        x, kind = float(row[cost]), KINDS[row["kind"]]
+        dots.append(Dot(row["name"], kind, x, score, low, high, of=row["of"]))
     return dots
 
 
-def charts(rows: Sequence[Row], width: int = 960, height: int = 430) -> dict[str, Html]:
-    """Heading -> chart, for every cost; {} where no row was judged."""
-    drawn = {}
-    for cost, (heading, label, show) in COSTS.items():
-        if dots := dots_of(rows, cost):
-            drawn[heading] = scatter_chart(
-                dots,
-                x_label=label,
-                y_label="score",
-                title=heading,
-                x_show=show,
-                y_show=percent_tick,
-                width=width,
-                height=height,
-            )
-    return drawn
+def chart(rows: Sequence[Row], width: int = 960) -> Markup | None:
+    """Score against every cost, one below the other; None where no row was judged."""
+    if not any(map(_judged, rows)):
+        return None
+    panels = {
+        heading: Panel(dots_of(rows, cost), label, show)
+        for cost, (heading, label, show) in COSTS.items()
+    }
+    return scatter_chart(panels, y_label="score", title="Score against cost", width=width)
 
 
-def pareto(report: Mapping[str, Any]) -> Html | None:
+def pareto(report: Mapping[str, Any]) -> Section | None:
     """The section of a report: its `pareto` rows against both costs."""
     rows = report.get("pareto") or ()
-    drawn = charts(rows)
+    drawn = chart(rows)
     if not drawn:
         return None
-    legend = key(dots_of(rows, "flops_vs_dense"))
-    figures = [figure(heading, legend, chart) for heading, chart in drawn.items()]
     sizes = sorted({row["score"]["n"] for row in rows if row["score"]})
     counts = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     note = (
         f"Share of pictures judged right, of {counts} a row, with 95 % Wilson intervals. The "
         "dashed line joins what nothing cheaper beats; a solid one, a model and settings of its "
-        "knobs. Rows of equal cost stand side by side. Hover for figures."
+        "knobs. Rows of equal cost stand side by side."
     )
-    return section("Score against cost", note, el("div", *figures, class_="stack"))
+    return Section("Score against cost", note, [Chart("", [drawn])], "stack")
 
 
 # ---------------------------------------------------------------- what a file says

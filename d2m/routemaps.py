@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2m.canvas import svg, text_at
-from d2m.charts import heat_map, scale
-from d2m.figures import DIVERGING, KINDS, RISING, diverging
-from d2m.markup import Child, Html, el, figure, percent, section, table
+from markupsafe import Markup
+
+from d2m.charts import DIVERGING, RISING, heat_map
+from d2m.figures import KINDS, diverging, rising
+from d2m.section import Chart, Key, Section, Table
+from d2m.units import percent
 
 Report = Mapping[str, Any]
 
@@ -22,14 +24,10 @@ def words_of(site: str) -> str:
     return block if part == "proj_mlp" else f"{block} {'text' if part == 'ff_context' else 'image'}"
 
 
-def _level(most: float) -> Any:
-    return lambda share: RISING[round(min(share / most, 1.0) * (len(RISING) - 1))]
-
-
 # ---------------------------------------------------------------- experts by position
 
 
-def positions(report: Report) -> Html | None:
+def positions(report: Report) -> Section | None:
     """How much the place in the picture decides the expert, and the maps where it does most."""
     found = (report["routing"] or {}).get("positions")
     if not found or not found["layers"]:
@@ -41,23 +39,21 @@ def positions(report: Report) -> Html | None:
     charts = []
     for kind in kinds:
         names = [name for name in layers if name.endswith(f".{kind}")]
+        names.sort(key=lambda name: int(name.split(".")[-2]))
         charts.append(
             heat_map(
                 [KINDS[kind]],
                 [name.split(".")[-2] for name in names],
                 [[tells[name] for name in names]],
-                level=_level(most),
-                show=lambda share: f"{percent(share, 1)} of the choice told by the position",
+                level=rising(0.0, most),
                 x_label="block",
                 title=f"What the position tells of the expert, {KINDS[kind]}",
                 cell=(24, 18),
             )
         )
-    key = scale(RISING, "0", "", percent(most), "Key: share of the choice told by the position")
     shown = sorted(tells, key=lambda name: (-tells[name], name))[:SHOWN]
     shape = found["rows"], found["columns"]
     maps = _maps({name: layers[name]["share"] for name in shown}, tells, shape)
-    legend = scale(DIVERGING, "¼", "its mean", "4 x", "Key: an expert's share in a place")
     top = max(tells, key=lambda name: (tells[name], name))
     note = (
         f"The picture in {shape[0]} x {shape[1]} parts. The position tells at most "
@@ -65,60 +61,59 @@ def positions(report: Report) -> Html | None:
         f"{percent(sum(tells.values()) / len(tells), 1)} on the mean: mutual information over "
         "log E, less what chance alone would show. Blank: never chosen for a part of the picture."
     )
-    first = figure("How much the position tells", key, el("div", *charts, class_="scroll"))
-    second = figure(
-        f"Experts over the picture, the {len(shown)} layers where it tells most",
-        legend,
-        el("div", maps, class_="scroll"),
+    caption = f"Experts over the picture, the {len(shown)} layers where it tells most"
+    return Section(
+        "Experts by image position",
+        note,
+        [
+            Chart("How much the position tells", charts, Key(RISING, "0", "", percent(most))),
+            Chart(caption, [maps], Key(DIVERGING, "¼", "its mean", "4 x")),
+        ],
     )
-    return section("Experts by image position", note, el("div", first, second, class_="maps"))
 
 
 def _maps(
     layers: Mapping[str, Sequence[Sequence[float]]],
     tells: Mapping[str, float],
     shape: tuple[int, int],
-) -> Html:
-    """A row of small pictures per layer, one per expert: its share here over its mean share."""
+) -> Markup:
+    """A row of small pictures per layer, one per expert: its share here over its mean share.
+
+    An expert that is never chosen has no place: its picture is blank.
+    """
     rows, columns = shape
-    cell = max(4.0, min(14.0, 56 / max(shape)))
-    wide, high, left, top = columns * cell, rows * cell, 132, 22
-    parts: list[Html] = []
+    size = max(4.0, min(14.0, 56 / max(shape)))
     count = max(len(shares) for shares in layers.values())
-    for expert in range(count):
-        x = left + expert * (wide + 10)
-        parts.append(text_at(x + wide / 2, 13, str(expert), "tick", "middle"))
-    y = float(top)
+    values, headings = [], []
     for name, shares in layers.items():
-        words = words_of(name)
-        parts.append(text_at(left - 10, y + high / 2, words, "tick", "end"))
-        parts.append(text_at(left - 10, y + high / 2 + 14, percent(tells[name], 1), "tick", "end"))
-        for expert, places in enumerate(shares):
-            mean = sum(places) / len(places)
-            if not mean:  # an expert that is never chosen has no place: nothing is drawn
-                continue
-            for place, share in enumerate(places):
-                ratio = share / mean
-                row, column = divmod(place, columns)
-                says = (
-                    f"{words}, expert {expert}, row {row}, column {column}: "
-                    f"{percent(share, 1)} of the choices, {ratio:.2f} x its mean"
-                )
-                box = {"x": left + expert * (wide + 10) + column * cell, "y": y + row * cell}
-                kind = diverging(ratio)
-                parts.append(
-                    el("rect", el("title", says), **box, width=cell, height=cell, class_=kind)
-                )
-        y += high + 12
-    width = left + count * (wide + 10)
-    parts.append(text_at((left + width) / 2, y + 8, "expert", "title", "middle"))
-    return svg(width, y + 16, "Share of every expert by place in the picture", parts)
+        blank: list[float | None] = [None for _ in range(rows * columns)]
+        ratios = [
+            [share * len(places) / sum(places) for share in places] if any(places) else blank
+            for places in shares
+        ]
+        ratios += [blank] * (count - len(shares))
+        for row in range(rows):
+            part = slice(row * columns, (row + 1) * columns)
+            values.append([ratio for each in ratios for ratio in each[part]])
+            headings.append(f"{words_of(name)}: {percent(tells[name], 1)}")
+    return heat_map(
+        [""] * len(values),
+        [""] * count * columns,
+        values,
+        level=diverging,
+        x_label="expert",
+        title="Share of every expert by place in the picture",
+        row_groups=headings,
+        column_groups=[str(expert) for expert in range(count) for _ in range(columns)],
+        cell=(size, size),
+        apart=-0.4,  # no seams
+    )
 
 
 # ---------------------------------------------------------------- blocks of groups
 
 
-def block_choices(report: Report) -> Html | None:
+def block_choices(report: Report) -> Section | None:
     """Which of its blocks every group runs, by noise level and by kind of prompt."""
     groups: Mapping[str, Any] = (report["routing"] or {}).get("groups") or {}
     if not groups:
@@ -126,27 +121,25 @@ def block_choices(report: Report) -> Html | None:
     edges = report["routing"]["edges"]
     times = ["all", *(f"< {edge:g}" for edge in edges[1:])]
     by_time = _blocks(groups, times, lambda g: [g["all"], *g["buckets"]], 46, "noise level t")
-    key = scale(RISING, "0 %", "", "100 %", "Key: share of samples that ran the block")
-    title = "By noise level (1 is pure noise)"
-    charts = [figure(title, key, el("div", by_time, class_="scroll"))]
+    key = Key(RISING, "0 %", "", "100 %")
+    charts = [Chart("By noise level (1 is pure noise)", [by_time], key)]
     one = next(iter(groups.values()))
     if kinds := one["categories"]:
         heads = [f"{name.replace('_', ' ')} ({kinds[name]['samples']})" for name in kinds]
         wide = 12 + 6.2 * max(map(len, heads))
         drawn = _blocks(groups, heads, lambda g: g["categories"].values(), wide, "kind of prompt")
-        title = "By kind of prompt (samples seen)"
-        charts.append(figure(title, key, el("div", drawn, class_="scroll")))
+        charts.append(Chart("By kind of prompt (samples seen)", [drawn], key))
     fixed = sum(max(group["all"]["share"]) > 0.99 for group in groups.values())
     note = (
         f"Share of {one['all']['samples']} samples that ran each block; the others skip it. "
         f"{fixed} of {len(groups)} groups run the same blocks for nearly every sample."
     )
-    return section("Choice of blocks", note, el("div", *charts, class_="maps"))
+    return Section("Choice of blocks", note, charts)
 
 
 def _blocks(
     groups: Mapping[str, Any], heads: Sequence[str], take: Any, wide: float, x_label: str
-) -> Html:
+) -> Markup:
     """Rows are blocks under their group's name, columns what `take` gives of the group."""
     rows, headings, values = [], [], []
     for name, group in groups.items():
@@ -161,8 +154,7 @@ def _blocks(
         rows,
         heads,
         values,
-        level=_level(1.0),
-        show=lambda share: f"{percent(share, 1)} of the samples",
+        level=rising(0.0, 1.0),
         x_label=x_label,
         title=f"Blocks that groups run, by {x_label}",
         row_groups=headings,
@@ -173,14 +165,14 @@ def _blocks(
 # ---------------------------------------------------------------- dead experts
 
 
-def dead(report: Report) -> Html | None:
+def dead(report: Report) -> Section | None:
     """Experts with under 1 % of their fair share of the choices, layer by layer."""
     routing = report["routing"]
     if not routing or "dead_experts" not in next(iter(routing["layers"].values()))["all"]:
         return None
     edges = routing["edges"]
     times = [f"t {low:g} – {high:g}" for low, high in zip(edges, edges[1:])]
-    body: list[list[Child]] = []
+    body: list[list[str]] = []
     total = 0
     for name, layer in routing["layers"].items():
         everywhere = layer["all"]["dead_experts"]
@@ -201,5 +193,5 @@ def dead(report: Report) -> Html | None:
         "dead: on these data they take under 1 % of their fair share of the choices, at all noise "
         "levels together."
     )
-    head: list[Child] = ["layer", "dead at all noise levels", "and at some"]
-    return section("Dead experts", note, table(head, body, words=3) if body else None)
+    table = Table(("layer", "dead at all noise levels", "and at some"), body, words=3)
+    return Section("Dead experts", note, table=table if body else None)

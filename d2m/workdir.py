@@ -19,6 +19,7 @@ from d2m.dense import dense_family, fingerprint, locate
 from d2m.families import Family
 from d2m.recipe import Recipe
 from runtime.files.checked_json import read_json
+from runtime.files.extras import need
 
 RECORD = "run.json"
 KNOWN = {
@@ -132,7 +133,5 @@ def _need_torch() -> None:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"converting needs torch and diffusers ({error}); install them with: "
-            "pip install 'd2m[convert]'"
-        ) from error
+        said = "converting needs torch and diffusers"
+        raise ImportError(need("convert", said, error)) from error

@@ -18,7 +18,6 @@ from d2m.families import family_of_model
 from export.body import routings, with_body
 from export.groups import ExportRouter, Group, placed_blocks
 from export.lines import few
-from export.modulation import MODULATION
 from export.program import BODY, MODULATION, BlockType, Program, Row, Tracing
 from export.top_k import with_top_k
 from export.trace import Spec, linear_weights, trace, weight_specs

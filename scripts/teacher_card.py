@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from calib.world import World, heldout_pairs
-from d2m.charts import Line, line_chart
+from d2m.charts import Line, alone, line_chart
 from runtime.files.atomic import write_json, write_text
 
 STAGES = {
@@ -27,12 +27,6 @@ STAGES = {
     "flow": "flow matching",
     "guidance": "guidance distillation",
 }
-STYLE = """
-svg { background: #fff; font: 12px system-ui, sans-serif }
-.tick, .title, .marked { fill: #6a6762 } .grid { stroke: #e4e1db }
-.line { fill: none; stroke-width: 2 } .c0 { stroke: #1f6fb2 } .c1 { stroke: #c8501a }
-.mark { stroke: #6a6762; stroke-dasharray: 3 3 }
-"""
 
 
 def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
@@ -71,18 +65,15 @@ def parameters(model: Path) -> dict[str, int]:
 
 def chart(rows: list[dict]) -> str:
     points = [(row["step"], row["loss"]) for row in rows]
-    drawn = str(
-        line_chart(
-            [Line("loss", points)],
-            x_label="step",
-            y_label="flow-matching loss (MSE)",
-            title="Training of the transformer",
-            log_y=True,
-            width=640,
-        )
+    drawn = line_chart(
+        [Line("", points)],
+        x_label="step",
+        y_label="flow-matching loss (MSE)",
+        title="Training of the transformer",
+        log_y=True,
+        width=640,
     )
-    drawn = drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return drawn.replace("</title>", f"</title><style>{STYLE}</style>", 1)
+    return alone(drawn)
 
 
 def card(

@@ -63,7 +63,11 @@ def test_the_wheel_holds_packages_presets_and_the_default_bundle(wheel: zipfile.
     for package in ("d2m", "export", "runtime", "calib"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names
-    data = [*(ROOT / "d2m").rglob("*.json"), *(ROOT / "runtime/default").rglob("*")]
+    data = [*(ROOT / "runtime/default").rglob("*")]
+    for kind in ("json", "j2", "css"):
+        found = list((ROOT / "d2m").rglob(f"*.{kind}"))
+        assert found, kind
+        data += found
     assert (ROOT / "d2m/presets/L.json").is_file()
     for path in data:
         if path.is_file():

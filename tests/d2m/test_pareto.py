@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from d2m.pareto import charts, dots_of, known_rows, pareto
+from d2m.pareto import chart, dots_of, known_rows, pareto
 
 RATE = {"score": 0.8, "low": 0.77, "high": 0.83, "n": 600}
 
@@ -51,22 +51,19 @@ def test_files_that_are_no_summaries(tmp_path) -> None:
         known_rows(tmp_path / "b.json")
 
 
-def test_a_dot_says_its_figures() -> None:
+def test_dots_of_judged_rows() -> None:
     [dot] = dots_of([row(), row("S", score=None)], "activated_params")
-    assert (dot.x, dot.y, dot.low, dot.high) == (4_000_000, 0.8, 0.77, 0.83)
-    assert dot.words == (
-        "L: 0.800 (0.770 to 0.830, n = 600), 66.7 % of the dense FLOPs, 4 M activated parameters"
-    )
+    assert (dot.name, dot.x, dot.y, dot.low, dot.high) == ("L", 4_000_000, 0.8, 0.77, 0.83)
 
 
 def test_the_section() -> None:
     rows = [row(), row("dense", kind="dense", flops_vs_dense=1.0, score=RATE | {"n": 120})]
-    page = pareto({"pareto": rows})
-    assert page is not None
-    for words in ("Score against FLOPs", "activated parameters", "of 120 to 600 a row", "66.7 %"):
-        assert words in page
+    part = pareto({"pareto": rows})
+    assert part is not None and "of 120 to 600 a row" in part.note
+    for words in ("Score against FLOPs", "activated parameters", "dense", "L", "score"):
+        assert f">{words}<" in part.charts[0].drawn[0]
     assert pareto({"pareto": [row(score=None)]}) is None and pareto({}) is None
-    assert charts([]) == {}
+    assert chart([]) is None
 
 
 def test_the_models_own_rows_and_others_of_the_same_name(tiny_sparse_dir) -> None:
