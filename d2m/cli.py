@@ -561,12 +561,14 @@ def serve(
     deadline: options.Deadline = 120.0,
     drain: options.Drain = 30.0,
     api_key_file: options.KeyFile = None,
+    model_alias: options.ModelAlias = None,
+    cors_origin: options.CorsOrigin = None,
     log_prompts: options.LogPrompts = False,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     debug: options.Debug = False,
 ) -> None:
-    """Draw for OpenAI's clients: POST /v1/images/generations, a page on /, /metrics.
+    """Generate for OpenAI's clients: POST /v1/images/generations, a page on /, /metrics.
 
     --workers are threads that share one set of weights; a GPU takes one, so start a server per GPU.
     """
@@ -590,8 +592,17 @@ def serve(
         max_pixels=max_pixels,
         deadline=deadline,
         experts=experts,
+        aliases=model_alias or (),
     )
-    function(service, host, port, key=key, drain=drain, log_prompts=log_prompts)
+    function(
+        service,
+        host,
+        port,
+        key=key,
+        drain=drain,
+        log_prompts=log_prompts,
+        origins=cors_origin or (),
+    )
 
 
 @app.command("eval")

@@ -116,7 +116,7 @@ BundleOption = Annotated[Path | None, typer.Option("--bundle", help="BUNDLE as a
 # Serving
 Host = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for all.")]
 Port = Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")]
-Workers = Annotated[int, typer.Option("--workers", help="Threads that draw, in one process.")]
+Workers = Annotated[int, typer.Option("--workers", help="Threads that generate, in one process.")]
 MaxQueue = Annotated[int, typer.Option("--max-queue", help="Requests that may wait; then 429.")]
 MaxBatch = Annotated[
     int, typer.Option("--max-batch", help="Images drawn together; 1: every request alone.")
@@ -133,6 +133,14 @@ Drain = Annotated[
 KeyFile = Annotated[
     Path | None,
     typer.Option("--api-key-file", help="File with the key clients must give, or D2M_API_KEY."),
+]
+ModelAlias = Annotated[
+    list[str] | None,
+    typer.Option("--model-alias", help="Another name that clients may give; may be repeated."),
+]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option("--cors-origin", help="Site whose pages may call it, '*' for all; repeatable."),
 ]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")]
 # Measuring

@@ -1,7 +1,7 @@
 """`d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server.
 
     DIR/NAME/config.pbtxt   inputs, outputs, batching, instances
-    DIR/NAME/1/model.py     the server's Python backend, which hands everything to runtime.nvtriton
+    DIR/NAME/1/model.py     the server's Python backend, which calls runtime.serve.triton
     DIR/NAME/1/bundle/      the bundle, as hard links where both lie on one file system
 
 The same bundle and options give the same bytes. Nothing but NAME is touched in DIR.
@@ -44,7 +44,7 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
-from runtime.nvtriton import Model
+from runtime.serve.triton import Model
 
 
 class TritonPythonModel:

@@ -68,7 +68,7 @@ class Pipeline:
     seed, bundle, backend and batch give the same bytes; another batch size may round sums
     differently, and so change an image's last bits. A batch of fewer rows than
     `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
-    that from so many rows on nothing changes (runtime.serve.floor). With `offload`
+    that from so many rows on nothing changes (runtime.serve.batch_invariance). With `offload`
     "block" the transformer's weights are streamed block by block (see runtime.offload), and the
     other components are open only while they run.
     """

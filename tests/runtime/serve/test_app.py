@@ -20,7 +20,7 @@ from PIL import Image
 
 from runtime.again import KNOBS
 from runtime.picture import settings_of, to_png
-from runtime.serve.asked import MAX_BODY
+from runtime.serve.image_request import MAX_BODY
 from runtime.serve.service import Service
 from servers import PATH, running, until
 
@@ -84,7 +84,7 @@ def test_an_answer_tells_blocks_and_experts(server: Server) -> None:
     assert (told["blocks"], told["blocks_of"]) == (24, 36)  # six of 18 are left out
     assert (told["experts_per_token"], told["experts_of"]) == (1, 12)
     assert told["bundle"] == server[1].pipeline.bundle.digest
-    assert told["seconds_drawing"] > 0 and answer["data"][0]["seed"] == 3
+    assert told["seconds_generating"] > 0 and answer["data"][0]["seed"] == 3
 
 
 def test_a_full_queue_says_429_and_when_to_come_back(server: Server) -> None:
@@ -108,7 +108,7 @@ def test_deadlines(server: Server) -> None:
     answer = post(url, steps=100, deadline=0.2)
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
     assert metric(url, 'd2m_cancelled_total{reason="deadline"}') == before + 1
-    until(lambda: not service.drawing.active)
+    until(lambda: not service.threads.active)
     assert post(url).status_code == 200
 
 
@@ -122,7 +122,7 @@ def test_a_client_that_goes_away_stops_its_drawing(server: Server) -> None:
         client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         until(lambda: metric(url, "d2m_steps_total") > steps)
     until(lambda: metric(url, 'd2m_cancelled_total{reason="disconnect"}') >= 1)
-    until(lambda: not service.drawing.active)
+    until(lambda: not service.threads.active)
     assert metric(url, "d2m_steps_total") < steps + 100
     assert post(url).status_code == 200
 
@@ -155,7 +155,7 @@ def test_health_and_metrics(server: Server) -> None:
     drawn = metric(url, "d2m_images_total")
     post(url, n=2)
     assert metric(url, "d2m_images_total") == drawn + 2
-    assert metric(url, "d2m_queue_requests") == metric(url, "d2m_drawing_requests") == 0
+    assert metric(url, "d2m_queue_requests") == metric(url, "d2m_generating_requests") == 0
     assert metric(url, "d2m_step_seconds_count") == metric(url, "d2m_steps_total")
     assert metric(url, "process_resident_memory_bytes") > 1e7
     names = httpx.get(url + "/metrics").text

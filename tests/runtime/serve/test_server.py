@@ -25,7 +25,7 @@ def drawing_and_waiting(url: str) -> tuple[float, float]:
     """How many requests are being drawn, and how many wait: both, for one may not have come."""
     lines = httpx.get(url + "/metrics").text.splitlines()
     told = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
-    return float(told["d2m_drawing_requests"]), float(told["d2m_queue_requests"])
+    return float(told["d2m_generating_requests"]), float(told["d2m_queue_requests"])
 
 
 def test_sigterm_lets_every_accepted_request_end() -> None:
