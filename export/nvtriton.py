@@ -75,7 +75,7 @@ def write_repository(
     """Write the model into `repository`, in place of one of the same name that came from here.
 
     Args:
-        instances: processes that generate: of every GPU where the bundle has plans, else of the CPU.
+        instances: processes that generate: of every GPU where it has plans, else of the CPU.
             Each has the weights in memory.
         max_batch: images generated together, 1 to 64.
         at: where the server finds the bundle; None: it is put into the repository.

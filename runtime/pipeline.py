@@ -261,6 +261,11 @@ class Pipeline:
 
         return self.family.encode(run, prompts)
 
+    def left_out(self, prompt: str) -> list[str]:
+        """What the tokenizers leave out of a prompt that is too long for them, a clause each."""
+        text = self.family.worded(prompt)
+        return [clause for each in self._tokenizers.values() if (clause := each.left_out(text))]
+
     def noise(self, seeds: Sequence[int], latent_size: tuple[int, int]) -> np.ndarray:
         """Initial latents of the family's shape, one stream a seed."""
         return self.family.noise(seeds, self.manifest["latents"]["channels"], *latent_size)

@@ -56,6 +56,16 @@ class TextTokenizer:
             tokenizer.model._resize_cache(0)
         self.tokenizer = tokenizer
 
+    def left_out(self, prompt: str) -> str | None:
+        """What a prompt that is too long loses, in a clause; None where it fits."""
+        encoding = self.tokenizer.encode(prompt)
+        return self.cut(encoding) if encoding.overflowing else None
+
+    def cut(self, encoding: Any) -> str:
+        """The clause of an encoding that was cut."""
+        lost = sum(1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask)
+        return f"{self.name} reads {self.max_length} tokens; the last {lost} were left out"
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
         return self.tokens(prompts)[0]
@@ -73,15 +83,6 @@ class TextTokenizer:
             ) from None
         for prompt, encoding in zip(prompts, encodings, strict=True):
             if encoding.overflowing:
-                lost = sum(
-                    1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask
-                )
-                log.warning(
-                    "%s reads %d tokens; the last %d of a prompt of %d characters were left out",
-                    self.name,
-                    self.max_length,
-                    lost,
-                    len(prompt),
-                )
+                log.warning("%s, of a prompt of %d characters", self.cut(encoding), len(prompt))
         ids, masks = zip(*((encoding.ids, encoding.attention_mask) for encoding in encodings))
         return np.array(ids, np.int64), np.array(masks, np.int64)

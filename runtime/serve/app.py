@@ -75,8 +75,9 @@ def make_app(
         now = time.monotonic()
         service.metrics.seconds.observe(now - job.entered)
         service.metrics.queued.observe(generated.began - job.entered)
-        headers = {NOTES: "; ".join(wanted.notes)} if wanted.notes else None
-        return JSONResponse(answer_of(service, job, generated), headers=headers)
+        answer = answer_of(service, job, generated)
+        notes = answer["d2m"]["notes"]
+        return JSONResponse(answer, headers={NOTES: " | ".join(notes)} if notes else None)
 
     @get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -189,7 +190,7 @@ def answer_of(service: Service, job: Job, generated: Generated) -> dict[str, Any
             "guidance": request.guidance,
             "kappa": one_or_all(request.kappa),
             **usage(manifest, request),
-            "notes": list(job.request.notes),
+            "notes": [*job.request.notes, *generated.notes],
             "seconds_queued": round(generated.began - job.entered, 4),
             "seconds_generating": round(generated.ended - generated.began, 4),
         },

@@ -98,7 +98,8 @@ class GenerateThreads:
             ended = time.monotonic()
             for job in batch:
                 mine, images = images[: job.images], images[job.images :]
-                job.answer.set_result(Generated(mine, began, ended, self.pipeline.backend))
+                notes = self.pipeline.left_out(job.request.arguments.prompts[0])
+                job.answer.set_result(Generated(mine, notes, began, ended, self.pipeline.backend))
             counted = step, ended - began
         finally:
             self.end(batch)

@@ -93,17 +93,16 @@ def fields_of(limits: Limits) -> type[BaseModel]:
     def count(most: int) -> Any:
         return optional(f"a whole number from 1 to {most}", ge=1, le=most)
 
-    text = f"to {limits.prompt} characters"
+    most = limits.prompt
+    text = f"a text of {{}} to {most} characters"
     per_step = "a whole number, or a list with one for every step"
     seconds = f"seconds from 0.001, at most {limits.deadline:g}"
 
     class Fields(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-        prompt: str = Field(
-            min_length=1, max_length=limits.prompt, description=f"a text of 1 {text}"
-        )
-        negative_prompt: str | None = optional(f"a text of 0 {text}", max_length=limits.prompt)
+        prompt: str = Field(min_length=1, max_length=most, description=text.format(1))
+        negative_prompt: str | None = optional(text.format(0), max_length=most)
         model: str | None = optional("a name that /v1/models lists")
         n: int | None = count(limits.images)
         size: str | None = optional(
@@ -155,22 +154,17 @@ def read_request(
     for name in IGNORED:
         if given.get(name, "auto") != "auto":
             notes.append(f"{name} {given[name]} has no effect")
-    fixed: dict[str, Any] = {
-        "seed": given.get("seed", secrets.randbelow(1 << 32)),
-        "n": given.get("n", 1),
-        "negative": given.get("negative_prompt"),
-        "height": height,
-        "width": width,
-    }
-    knobs = {name: given[name] for name in KNOBS if name in given}
+    call: dict[str, Any] = {"seed": secrets.randbelow(1 << 32), "height": height, "width": width}
+    call["negative"] = given.get("negative_prompt")
+    call |= {name: given[name] for name in ("seed", "n", *KNOBS) if name in given}
     budget = given.get("budget")
     try:
-        request = check_request(manifest, given["prompt"], **fixed, **knobs)
+        request = check_request(manifest, given["prompt"], **call)
         if budget is not None:
             if within is None:
                 raise ValueError("budget is not known here, expected none; leave it out.")
-            knobs |= within(request, budget, {name: knobs.get(name) for name in PICKED})
-            request = check_request(manifest, given["prompt"], **fixed, **knobs)
+            call |= within(request, budget, {name: call.get(name) for name in PICKED})
+            request = check_request(manifest, given["prompt"], **call)
         whole(len(request.top_k), "steps", 1, limits.steps)  # of sigmas or a budget
     except Unmeasured:  # whose sentence names paths of this machine
         raise wrong(
@@ -181,11 +175,8 @@ def read_request(
     except ValueError as error:
         raise wrong(param_of(str(error), limits), str(error)) from None
     if request.height * request.width > limits.pixels:
-        raise wrong(
-            "size",
-            f"the size is {request.width}x{request.height}, expected at most"
-            f" {limits.pixels} pixels.",
-        )
+        found = f"{request.width}x{request.height}"
+        raise wrong("size", f"the size is {found}, expected at most {limits.pixels} pixels.")
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),

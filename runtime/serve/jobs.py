@@ -21,6 +21,7 @@ class Generated:
     """A request's answer: image files, begin and end of generating (time.monotonic), on what."""
 
     images: list[bytes]
+    notes: list[str]  # what was left out of the prompt
     began: float
     ended: float
     backend: str

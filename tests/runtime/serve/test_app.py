@@ -211,8 +211,14 @@ def test_other_formats_know_how_they_were_made(server: Server, kind: str) -> Non
 def test_what_was_not_done_as_asked_is_said(server: Server) -> None:
     answer = post(server[0], size="1024x1024", quality="hd")
     notes = ["size 1024x1024 became 32x32", "quality hd has no effect"]
-    assert answer.headers["x-d2m-notes"] == "; ".join(notes)
+    assert answer.headers["x-d2m-notes"] == " | ".join(notes)
     assert answer.json()["d2m"]["notes"] == notes and answer.json()["size"] == "32x32"
+    long = post(server[0], prompt="circle " * 400)
+    said = r"(tokenizer\w*) reads 16 tokens; the last \d+ were left out"
+    cut = long.json()["d2m"]["notes"]
+    found = [match[1] for note in cut if (match := re.fullmatch(said, note))]
+    assert found == ["tokenizer", "tokenizer_2"]
+    assert long.headers["x-d2m-notes"] == " | ".join(cut)
     plain = post(server[0])
     assert "x-d2m-notes" not in plain.headers and plain.json()["d2m"]["notes"] == []
 
