@@ -214,7 +214,9 @@ def test_what_was_not_done_as_asked_is_said(server: Server) -> None:
     assert answer.headers["x-d2m-notes"] == " | ".join(notes)
     assert answer.json()["d2m"]["notes"] == notes and answer.json()["size"] == "32x32"
     long = post(server[0], prompt="circle " * 400)
-    said = r"(tokenizer\w*) reads 16 tokens; the last \d+ of a prompt of 2800 characters were left out"
+    said = (
+        r"(tokenizer\w*) reads 16 tokens; the last \d+ of a prompt of 2800 characters were left out"
+    )
     cut = long.json()["d2m"]["notes"]
     found = [match[1] for note in cut if (match := re.fullmatch(said, note))]
     assert found == ["tokenizer", "tokenizer_2"]
