@@ -51,7 +51,7 @@ def model_card(
         recipe=recipe,
         groups=[g for each in recipe.get("blocks", {}).get("groups", {}).values() for g in each],
         **parameters,
-        scores={side: scores[side] for side in ("dense", "sparse") if side in (scores or {})},
+        scores={side: (scores or {})[side] for side in ("dense", "sparse") if side in (scores or {})},
         defaults=defaults or {},
         licence=licence,
         plain=_plain,

@@ -1,7 +1,7 @@
 """`d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server.
 
     DIR/NAME/config.pbtxt   inputs, outputs, batching, instances
-    DIR/NAME/1/model.py     the server's Python backend, which hands everything to runtime.nvtriton
+    DIR/NAME/1/model.py     the server's Python backend, which calls runtime.serve.triton
     DIR/NAME/1/bundle/      the bundle, as hard links where both lie on one file system
 
 The same bundle and options give the same bytes. Nothing but NAME is touched in DIR.
@@ -43,7 +43,7 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
-from runtime.nvtriton import Model
+from runtime.serve.triton import Model
 
 
 class TritonPythonModel:
@@ -74,9 +74,9 @@ def write_repository(
     """Write the model into `repository`, in place of one of the same name that came from here.
 
     Args:
-        instances: processes that draw: of every GPU where the bundle has plans, else of the CPU.
+        instances: processes that generate: of every GPU where it has plans, else of the CPU.
             Each has the weights in memory.
-        max_batch: images drawn together, 1 to 64.
+        max_batch: images generated together, 1 to 64.
         at: where the server finds the bundle; None: it is put into the repository.
 
     Returns repository, model, files, and the bytes linked and copied.

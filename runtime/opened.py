@@ -56,7 +56,7 @@ class Opened:
     seed, bundle, backend and batch give the same bytes; another batch size may round sums
     differently, and so change an image's last bits. A batch of fewer rows than
     `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
-    that from so many rows on nothing changes (runtime.serve.floor). With `offload`
+    that from so many rows on nothing changes (runtime.serve.batch_invariance). With `offload`
     "block" the transformer's weights are streamed block by block (see runtime.offload), and the
     other components are open only while they run.
     """
@@ -152,6 +152,11 @@ class Opened:
                 return self.executor(component)
             self._executors[component] = opened
         return self._executors[component]
+
+    def left_out(self, prompt: str) -> list[str]:
+        """What the tokenizers leave out of a prompt that is too long for them, a clause each."""
+        text = self.family.with_template(prompt)
+        return [clause for each in self.tokenizers.values() if (clause := each.left_out(text))]
 
     def warm(self) -> None:
         """Open what stays open now rather than when the first image needs it."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "d2m"  # of the text chunk: a JSON object
+EXIF, COMMENT = 0x8769, 0x9286  # a JPEG's or WebP's UserComment holds that object
+UTF16 = b"UNICODE\0"  # how EXIF marks a comment's encoding
 
 
 def to_image(pixels: np.ndarray, settings: dict[str, Any] | None = None) -> Image:
@@ -51,6 +53,20 @@ def to_png(image: Image) -> bytes:
     return buffer.getvalue()
 
 
+def to_file(image: Image, kind: str = "png", quality: int = 100) -> bytes:
+    """The image as a png, jpeg or webp file with its settings; `quality` 0 to 100, not of png."""
+    if kind == "png":
+        return to_png(image)
+    from PIL.Image import Exif
+
+    exif = Exif()
+    if KEY in image.info:
+        exif.get_ifd(EXIF)[COMMENT] = UTF16 + image.info[KEY].encode("utf-16-be")
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
 def save(image: Image, path: str | os.PathLike[str]) -> Path:
     """Write the image as a PNG with its settings, at once: a reader sees all of it or nothing."""
     path = Path(path)
@@ -62,7 +78,7 @@ def save(image: Image, path: str | os.PathLike[str]) -> Path:
 
 
 def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
-    """How an image (or a PNG file of ours) was made; {} where it does not say.
+    """How an image (or a file of ours) was made; {} where it does not say.
 
     ValueError, one sentence, where it says so in another form, or has more pixels than PIL takes.
     """
@@ -76,6 +92,10 @@ def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:
         except images.DecompressionBombError as error:
             raise ValueError(f"{image} is no image of d2m: {str(error)[:100]}.") from None
     value = image.info.get(KEY)
+    if image.format in ("JPEG", "WEBP"):
+        comment = image.getexif().get_ifd(EXIF).get(COMMENT)
+        if isinstance(comment, bytes) and comment.startswith(UTF16):
+            value = comment.removeprefix(UTF16).decode("utf-16-be", "replace")
     try:
         said = parse_json(value.encode("utf-8")) if isinstance(value, str) else {}
     except ValueError as error:

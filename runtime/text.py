@@ -56,6 +56,13 @@ class TextTokenizer:
             tokenizer.model._resize_cache(0)
         self.tokenizer = tokenizer
 
+    def left_out(self, prompt: str, encoding: Any = None) -> str | None:
+        """What is cut of a prompt that is too long, as a clause; None where it fits."""
+        encoding = encoding or self.tokenizer.encode(prompt)
+        lost = sum(1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask)
+        said = f"{self.name} reads {self.max_length} tokens; the last {lost} of a prompt of"
+        return f"{said} {len(prompt)} characters were left out" if lost else None
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
         return self.tokens(prompts)[0]
@@ -72,16 +79,7 @@ class TextTokenizer:
                 f"{self.name} cannot read the prompt ({what}); export again."
             ) from None
         for prompt, encoding in zip(prompts, encodings, strict=True):
-            if encoding.overflowing:
-                lost = sum(
-                    1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask
-                )
-                log.warning(
-                    "%s reads %d tokens; the last %d of a prompt of %d characters were left out",
-                    self.name,
-                    self.max_length,
-                    lost,
-                    len(prompt),
-                )
+            if clause := self.left_out(prompt, encoding):
+                log.warning("%s", clause)
         ids, masks = zip(*((encoding.ids, encoding.attention_mask) for encoding in encodings))
         return np.array(ids, np.int64), np.array(masks, np.int64)

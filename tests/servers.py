@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from runtime.serve.app import make_app
-from runtime.serve.server import listen
+from runtime.serve.server import Server, listen
 from runtime.serve.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,19 +24,15 @@ PATH = "/v1/images/generations"
 
 
 @contextmanager
-def running(key: str | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
+def running(
+    key: str | None = None, origins: tuple[str, ...] = (), **options: Any
+) -> Iterator[tuple[str, Service]]:
     """(address, service) of a server in a thread of this process, closed at the end."""
     service = Service(options.pop("bundle", None), "ort", threads=1, **options)
     service.start()
     with listen("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(
-            make_app(service, key, {"127.0.0.1", "localhost"}),
-            log_config=None,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=5,
-        )
-        server = uvicorn.Server(config)
+        app = make_app(service, key, {"127.0.0.1", "localhost"}, origins=origins)
+        server = uvicorn.Server(Server(app, service, 0).config)  # a draining service is not the end
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

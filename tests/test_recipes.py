@@ -51,7 +51,7 @@ def test_the_servers_command_and_probes_are_real() -> None:
     assert port == container["ports"][0]["containerPort"]
     drain = int(arguments[arguments.index("--drain") + 1])
     assert pod["terminationGracePeriodSeconds"] > drain
-    routes = re.findall(r'@app\.get\("([^"]+)"', (ROOT / "runtime/serve/app.py").read_text())
+    routes = re.findall(r'@get\("([^"]+)"', (ROOT / "runtime/serve/app.py").read_text())
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in routes
     code = "".join(p.read_text() for p in (ROOT / "runtime").glob("*.py"))

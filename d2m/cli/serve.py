@@ -35,6 +35,13 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts to the log.")
     ] = False,
+    model_alias: Annotated[
+        list[str] | None, typer.Option(help="Another name that clients may give; may be repeated.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Site whose pages may call it, '*' for all; may be repeated."),
+    ] = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     debug: options.Debug = False,
@@ -63,5 +70,14 @@ def serve(
         max_pixels=max_pixels,
         deadline=deadline,
         experts=experts,
+        aliases=model_alias or (),
     )
-    function(service, host, port, key=key, drain=drain, log_prompts=log_prompts)
+    function(
+        service,
+        host,
+        port,
+        key=key,
+        drain=drain,
+        log_prompts=log_prompts,
+        origins=cors_origin or (),
+    )

@@ -6,22 +6,28 @@ import asyncio
 import base64
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from runtime.arguments import one_or_all
-from runtime.serve.asked import MAX_BODY, Refused, read_asked
+from runtime.serve.batch import usage
 from runtime.serve.guard import Guard
-from runtime.serve.jobs import Drawn, Job
+from runtime.serve.image_request import MAX_BODY, Refused, fields_of, read_request
+from runtime.serve.jobs import Generated, Job
 from runtime.serve.page import read_page
 from runtime.serve.service import Service
-from runtime.serve.usage import usage
 
 log = logging.getLogger("runtime.serve")
 BODY_SECONDS = 10.0  # within which a request's body must have arrived
+NOTES = "x-d2m-notes"  # the header that says what was not done as asked
 
 
 def make_app(
@@ -29,59 +35,82 @@ def make_app(
     key: str | None = None,
     hosts: set[str] | None = None,
     log_prompts: bool = False,
-) -> Guard:
+    origins: Sequence[str] = (),
+) -> ASGIApp:
     """The ASGI application. `key` guards /v1; `hosts`, see Guard;
-    prompts are logged where `log_prompts` says so and nowhere else."""
-    app = FastAPI(title="d2m", docs_url=None, redoc_url=None, openapi_url=None)
+    prompts are logged where `log_prompts` says so and nowhere else;
+    `origins`: sites whose pages may call it ("*": all)."""
+    app = FastAPI(title="d2m", docs_url=None, redoc_url=None)
     page, policy = read_page()
+    # starlette answers HEAD where GET is, FastAPI does not; probes and balancers send it.
+    get = partial(app.api_route, methods=["GET", "HEAD"], include_in_schema=False)
+    schema = fields_of(service.limits).model_json_schema()
+    body = {"content": {"application/json": {"schema": schema}}, "required": True}
 
-    @app.post("/v1/images/generations")
+    @app.post("/v1/images/generations", openapi_extra={"requestBody": body})
     async def generate(request: Request) -> Response:
-        """Draw what the JSON body asks for (see asked.py)."""
+        """Generate what the JSON body asks for (see image_request.py)."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # A browser sends this type to another site only after asking it, and we say no.
+            # A browser sends this type to another site only after asking it, and we say no to
+            # all but `origins`.
             raise Refused(415, f"the body is {kind[:60]!r}, expected application/json.")
-        body = await read_body(request)
-        pipeline = service.pipeline
-        asked = read_asked(body, pipeline.manifest, service.limits, pipeline.within)
-        if log_prompts:
-            against = f", negative {asked.request.negative[0]!r}" if asked.request.negative else ""
-            log.info("prompt %r%s", asked.request.prompts[0], against)
-        gone = asyncio.ensure_future(disconnected(request))
         try:
-            job, drawn = await service.draw(asked, gone)
+            content = await read_body(request)
+        except ClientDisconnect:
+            raise service.gone() from None
+        pick = service.pipeline.within
+        manifest, limits = service.pipeline.manifest, service.limits
+        wanted = read_request(content, manifest, limits, pick, service.names[1:])
+        arguments = wanted.arguments
+        if log_prompts:
+            against = f", negative {arguments.negative[0]!r}" if arguments.negative else ""
+            log.info("prompt %r%s", arguments.prompts[0], against)
+        leaving = asyncio.ensure_future(disconnected(request))
+        try:
+            job, generated = await service.generate(wanted, leaving)
         finally:
-            gone.cancel()
+            leaving.cancel()
         now = time.monotonic()
         service.metrics.seconds.observe(now - job.entered)
-        service.metrics.queued.observe(drawn.began - job.entered)
-        return JSONResponse(answer_of(service, job, drawn))
+        service.metrics.queued.observe(generated.began - job.entered)
+        answer = answer_of(service, job, generated)
+        notes = answer["d2m"]["notes"]
+        return JSONResponse(answer, headers={NOTES: " | ".join(notes)} if notes else None)
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is here, with its defaults."""
-        return {"object": "list", "data": [service.facts()]}
+        """The one model that is here, under each of its names, with its defaults."""
+        return {"object": "list", "data": list(map(service.facts, service.names))}
 
-    @app.get("/healthz")
+    @get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        if name not in service.names:
+            known = ", ".join(map(repr, service.names))
+            message = f"the model is {name[:60]!r}, expected {known}."
+            raise Refused(404, message, param="model", code="model_not_found")
+        return service.facts(name)
+
+    @get("/healthz")
     async def healthy() -> Response:
         """Whether the process is to be kept: 200 as long as its threads live."""
-        well = service.drawing.alive() or not service.ready or service.draining
+        well = service.threads.alive() or not service.ready or service.draining
         return JSONResponse({"status": "ok" if well else "dead"}, 200 if well else 500)
 
-    @app.get("/readyz")
+    @get("/readyz")
     async def ready() -> Response:
         """Whether to send requests here."""
         state = "draining" if service.draining else "ready" if service.ready else "starting"
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
         text = service.metrics.text()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/")
+    @get("/")
     async def try_it() -> Response:
         """The page."""
         return Response(
@@ -91,70 +120,77 @@ def make_app(
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         """One sentence, as OpenAI's clients expect it."""
-        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return JSONResponse(error.body(), error.status, headers)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         """No such path, or not with this method."""
         what = f"{request.method} {request.url.path[:80]}: {error.detail}."
-        body = Refused(error.status_code, what).body()
-        return JSONResponse(body, error.status_code, error.headers)
+        return Refused(error.status_code, what).response(error.headers)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
         """A fault of ours; uvicorn logs its traceback."""
-        return JSONResponse(Refused(500, "a fault of the server's; see its log.").body(), 500)
+        return Refused(500, "a fault of the server's; see its log.").response()
 
-    return Guard(app, service.metrics, key, hosts)
+    guarded: ASGIApp = Guard(app, service.metrics, key, hosts)
+    if not origins:
+        return guarded
+    return CORSMiddleware(  # outside: a browser asks first, and without the key
+        guarded,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[NOTES, "x-request-id", "retry-after"],
+    )
 
 
 async def read_body(request: Request) -> bytes:
     """The body, within its limits of size and time; raises Refused 413 or 408."""
     declared = request.headers.get("content-length", "0")
-    parts, size = [], 0
+    body = bytearray()
     too_large = Refused(413, f"the body is too large, expected at most {MAX_BODY} bytes.")
     if declared.isascii() and declared.isdigit() and len(declared) > len(str(MAX_BODY)):
         raise too_large
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY:
+                body += part
+                if len(body) > MAX_BODY:
                     raise too_large
     except TimeoutError:
         raise Refused(408, f"no whole body within {BODY_SECONDS:g} seconds.") from None
-    return b"".join(parts)
+    return bytes(body)
 
 
 async def disconnected(request: Request) -> None:
-    """Returns when the client has gone; its body has been read."""
+    """Returns when the client has left; its body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def answer_of(service: Service, job: Job, drawn: Drawn) -> dict[str, Any]:
+def answer_of(service: Service, job: Job, generated: Generated) -> dict[str, Any]:
     """OpenAI's answer, with `seed` for every image and `d2m`: what was run and how long it took."""
-    request, manifest = job.asked.request, service.pipeline.manifest
+    request, manifest = job.request.arguments, service.pipeline.manifest
     data = [
-        {"b64_json": base64.b64encode(png).decode("ascii"), "seed": seed}
-        for png, seed in zip(drawn.pngs, request.seeds, strict=True)
+        {"b64_json": base64.b64encode(image).decode("ascii"), "seed": seed}
+        for image, seed in zip(generated.images, request.seeds, strict=True)
     ]
     return {
         "created": int(time.time()),
         "data": data,
-        "output_format": "png",
+        "output_format": job.request.format,
         "size": f"{request.width}x{request.height}",
         "d2m": {
             "model": manifest["name"],
             "bundle": service.pipeline.bundle.digest,
-            "backend": drawn.backend,
+            "backend": generated.backend,
             "steps": len(request.top_k),
             "guidance": request.guidance,
             "kappa": one_or_all(request.kappa),
             **usage(manifest, request),
-            "seconds_queued": round(drawn.began - job.entered, 4),
-            "seconds_drawing": round(drawn.ended - drawn.began, 4),
+            "notes": [*job.request.notes, *generated.notes],
+            "seconds_queued": round(generated.began - job.entered, 4),
+            "seconds_generating": round(generated.ended - generated.began, 4),
         },
     }

@@ -1,11 +1,14 @@
-"""A batch of requests: what is equal in all of them, and the one call that draws it."""
+"""A batch of requests: what is equal in all of them, its one call, and what it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.arguments import Request
+
+BLOCK = re.compile(r"\w+\.\d+\.")  # the weight prefix of a block, not of the transformer's ends
 
 
 def key_of(request: Request) -> tuple[Any, ...]:
@@ -20,7 +23,7 @@ def key_of(request: Request) -> tuple[Any, ...]:
 def call_of(requests: Sequence[Request]) -> dict[str, Any]:
     """The arguments of `Pipeline.__call__` for all images of requests with the same key."""
     first = requests[0]
-    asked: dict[str, Any] = {
+    call: dict[str, Any] = {
         "prompt": [text for request in requests for text in request.prompts],
         "seed": [seed or 0 for request in requests for seed in request.seeds],
         "steps": len(first.top_k),
@@ -30,7 +33,29 @@ def call_of(requests: Sequence[Request]) -> dict[str, Any]:
         "sigmas": first.sigmas,
     }
     if first.negative is not None:
-        asked["negative"] = [text for request in requests for text in request.negative or []]
+        call["negative"] = [text for request in requests for text in request.negative or []]
     # None: the bundle has no experts, or no groups.
     knobs = (("top_k", first.top_k), ("kappa", first.kappa))
-    return asked | {name: each for name, each in knobs if each[0] is not None}
+    return call | {name: each for name, each in knobs if each[0] is not None}
+
+
+def usage(manifest: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """Blocks that one image runs over all steps, of how many there are, and experts per token.
+
+    Groups of blocks keep kappa of their blocks in every step; all others run.
+    """
+    component = manifest["components"]["transformer"]
+    places = [i for i, call in enumerate(component["program"]) if BLOCK.match(call["prefix"])]
+    grouped = [group["calls"] for group in component.get("groups", {}).values()]
+    steps = len(request.top_k)
+    run = 0
+    for kappa in request.kappa:
+        left_out = [len(calls) - kappa for calls in grouped if kappa is not None]
+        run += len(places) - sum(max(0, count) for count in left_out)
+    top_k = list(request.top_k)
+    return {
+        "blocks": run,
+        "blocks_of": len(places) * steps,
+        "experts_per_token": top_k[0] if len(set(top_k)) == 1 else top_k,
+        "experts_of": manifest.get("num_experts") if top_k[0] is not None else None,
+    }

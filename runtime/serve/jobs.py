@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.serve.asked import Asked
+    from runtime.serve.image_request import ImageRequest
 
 
 class Full(Exception):
@@ -17,10 +17,11 @@ class Full(Exception):
 
 
 @dataclass
-class Drawn:
-    """A request's answer: its PNGs, when drawing began and ended (time.monotonic), on what."""
+class Generated:
+    """A request's answer: image files, begin and end of generating (time.monotonic), on what."""
 
-    pngs: list[bytes]
+    images: list[bytes]
+    notes: list[str]  # what was left out of the prompt
     began: float
     ended: float
     backend: str
@@ -30,19 +31,19 @@ class Drawn:
 class Job:
     """A request on its way. Whoever gives it up sets `cancelled`; then nobody reads `answer`."""
 
-    asked: Asked
+    request: ImageRequest
     entered: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    answer: Future[Drawn] = field(default_factory=Future)
+    answer: Future[Generated] = field(default_factory=Future)
 
     @property
     def images(self) -> int:
         """How many it asks for."""
-        return len(self.asked.request.prompts)
+        return len(self.request.arguments.prompts)
 
 
 class Jobs:
-    """A bounded queue between the event loop, which never waits here, and the drawing threads."""
+    """A bounded queue between the event loop, which never waits here, and the threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -68,7 +69,7 @@ class Jobs:
             self._change.notify()
 
     def remove(self, job: Job) -> None:
-        """Give a job up: its place is free at once, or the drawing stops at the next step."""
+        """Give a job up: its place is free at once, or generating stops at the next step."""
         job.cancelled.set()
         with self._change:
             if job in self._waiting:
@@ -86,7 +87,7 @@ class Jobs:
         found = []
         with self._change:
             for job in list(self._waiting):
-                if job.asked.key == key and job.images <= room:
+                if job.request.key == key and job.images <= room:
                     self._waiting.remove(job)
                     found.append(job)
                     room -= job.images

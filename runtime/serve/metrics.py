@@ -38,13 +38,13 @@ class Metrics:
         self.cancelled = Counter(
             "d2m_cancelled", "Requests given up, by reason.", ["reason"], registry=registry
         )
-        self.images = Counter("d2m_images", "Images drawn.", registry=registry)
+        self.images = Counter("d2m_images", "Images generated.", registry=registry)
         self.steps = Counter("d2m_steps", "Denoising steps of batches.", registry=registry)
         self.blocks = Counter(
             "d2m_blocks_run", "Transformer blocks that images ran.", registry=registry
         )
         self.waiting = Gauge("d2m_queue_requests", "Requests that wait.", registry=registry)
-        self.active = Gauge("d2m_drawing_requests", "Requests being drawn.", registry=registry)
+        self.active = Gauge("d2m_generating_requests", "Requests at work.", registry=registry)
         self.info = Gauge(
             "d2m_bundle_info", "The bundle.", ["name", "digest", "backend"], registry=registry
         )
@@ -53,7 +53,7 @@ class Metrics:
             return Histogram(name, help_, buckets=buckets, registry=registry)
 
         self.seconds = histogram("d2m_request_seconds", "From arrival to answer, status 200.")
-        self.queued = histogram("d2m_queue_seconds", "From arrival to drawing.")
+        self.queued = histogram("d2m_queue_seconds", "From arrival to generating.")
         self.step_seconds = histogram("d2m_step_seconds", "One step of a batch.")
         self.batch = histogram("d2m_batch_images", "Images in a batch.", (1, 2, 4, 8, 16, 32))
 

@@ -12,13 +12,20 @@ import ipaddress
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import uvicorn
+from starlette.types import ASGIApp
+
+from runtime.serve.app import make_app
+from runtime.serve.connections import ACCEPTED, Connection, on_fault
 from runtime.serve.service import Service
 
 log = logging.getLogger("runtime.serve")
 KEEP_ALIVE = 15  # seconds
+WAITING = 2048  # connections that the system holds until they are accepted
 
 
 def serve(
@@ -29,24 +36,37 @@ def serve(
     key: str | None = None,
     drain: float = 30.0,
     log_prompts: bool = False,
+    origins: Sequence[str] = (),
 ) -> None:
     """Serve until told to stop; port 0 takes a free one. Raises OSError where it is taken."""
-    import uvicorn
-
-    from runtime.serve.app import make_app
-
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
         raise ValueError("the API key is too short or not plain ASCII, expected 8 letters or more.")
     with listen(host, port) as listener:
         name, port = listener.getsockname()[:2]
         local = ipaddress.ip_address(name.partition("%")[0]).is_loopback
         if not local and key is None:
-            log.warning("%s is open to the network and no API key is asked for", name)
+            log.warning(
+                "%s is open to the network and no API key is asked for: set D2M_API_KEY", name
+            )
         hosts = None
         if local and key is None:
             hosts = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+        service.start()
+        shown = f"[{name}]" if ":" in name else name
+        print(f"serving {service.names[0]} at http://{shown}:{port}", file=sys.stderr, flush=True)
+        app = make_app(service, key, hosts, log_prompts, origins)
+        Server(app, service, drain).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but a signal lets requests end while the socket is still open."""
+
+    def __init__(self, app: ASGIApp, service: Service, drain: float) -> None:
+        self.service, self.drain = service, drain
         config = uvicorn.Config(
-            make_app(service, key, hosts, log_prompts),
+            app,
+            http=Connection,
+            backlog=ACCEPTED,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -55,33 +75,32 @@ def serve(
             ws="none",
             lifespan="off",
         )
+        super().__init__(config)
 
-        class Server(uvicorn.Server):
-            """uvicorn's, but a signal lets requests end while the socket is still open."""
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a long queue in the system although few are accepted at a time."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(WAITING)
+        asyncio.get_running_loop().set_exception_handler(on_fault)
 
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                """First signal: drain; second: go."""
-                if service.draining:
-                    self.should_exit = self.force_exit = True
-                service.draining = True
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain; second: go."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        self.service.draining = True
 
-            async def on_tick(self, counter: int) -> bool:
-                """uvicorn asks ten times a second whether to stop."""
-                if service.draining and not self.should_exit:
-                    now = asyncio.get_running_loop().time()
-                    self.until = getattr(self, "until", now + drain)
-                    self.should_exit = service.idle() or now >= self.until
-                done: bool = await super().on_tick(counter)
-                if done:
-                    # In a thread: answers of what is given up are sent by this one.
-                    await asyncio.to_thread(service.close)
-                return done
-
-        service.start()
-        shown = f"[{name}]" if ":" in name else name
-        print(f"serving {service.facts()['id']} at http://{shown}:{port}", file=sys.stderr)
-        sys.stderr.flush()
-        Server(config).run(sockets=[listener])
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to stop."""
+        if self.service.draining and not self.should_exit:
+            now = asyncio.get_running_loop().time()
+            self.until = getattr(self, "until", now + self.drain)
+            self.should_exit = self.service.idle() or now >= self.until
+        done: bool = await super().on_tick(counter)
+        if done:
+            # In a thread: answers of what is given up are sent by this one.
+            await asyncio.to_thread(self.service.close)
+        return done
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -92,14 +111,16 @@ def listen(host: str, port: int) -> socket.socket:
         found: list[Any] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        family, address = found[0][0], found[0][4]
+        family, kind, proto, _, address = found[0]
     except (socket.gaierror, UnicodeError):
         raise ValueError(f"the host is {host!r}, expected an address of this machine.") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only where the socket names its protocol: without it every answer on
+    # a kept connection waits 44 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(WAITING)
     except OSError as error:
         listener.close()
         raise OSError(

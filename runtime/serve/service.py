@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.arguments import check_request, whole
@@ -15,15 +16,15 @@ from runtime.expertload import Meter
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
 from runtime.sampling import Cancelled
-from runtime.serve.asked import Asked, Limits, Refused
-from runtime.serve.drawing import Drawing
-from runtime.serve.floor import Floors
-from runtime.serve.jobs import Drawn, Full, Job, Jobs
+from runtime.serve.batch_invariance import MinBatches
+from runtime.serve.generate_threads import GenerateThreads
+from runtime.serve.image_request import ImageRequest, Limits, Refused
+from runtime.serve.jobs import Full, Generated, Job, Jobs
 from runtime.serve.metrics import Metrics
 from runtime.threads import thread_count
 
 log = logging.getLogger("runtime.serve")
-MAX_PIXELS = 4  # times the bundle's own size, where nothing else is asked for
+MAX_PIXELS = 4  # times the bundle's own size, where no other limit is given
 
 
 class Service:
@@ -43,11 +44,15 @@ class Service:
         deadline: float = 120.0,
         threads: int | None = None,
         experts: str = "auto",
+        aliases: Sequence[str] = (),
     ) -> None:
-        """Raises what runtime.load raises; ValueError for a number out of range."""
+        """`aliases`: further names by which clients may ask for the model.
+
+        Raises what runtime.load raises; ValueError for a number or a name out of range.
+        """
         workers = whole(workers, "workers", 1, 64)
-        if not 0 < deadline <= 86_400:
-            raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0 to 86400.")
+        if not 0.001 <= deadline <= 86_400:
+            raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0.001 to 86400.")
         opened = open_bundle(bundle or default_bundle(), key=required_key())
         size = opened.manifest["files"][opened.component("transformer")["weights"]]["size"]
         # The sessions' threads are shared by the workers, each of which computes as well.
@@ -62,8 +67,12 @@ class Service:
         if workers > 1 and self.pipeline.backend in GPU_BACKENDS:
             raise ValueError(
                 f"workers is {workers}, expected 1 with backend {self.pipeline.backend!r}: a GPU"
-                f" draws one batch at a time; start one server for every GPU."
+                f" generates one batch at a time; start one server for every GPU."
             )
+        for name in aliases:
+            if not 0 < len(name) <= 200 or not name.isprintable():
+                raise ValueError(f"model-alias is {name[:60]!r}, expected 1 to 200 characters.")
+        self.names = [*dict.fromkeys([self.pipeline.manifest["name"], *aliases])]
         defaults = self.pipeline.manifest["defaults"]
         pixels = MAX_PIXELS * int(defaults["height"]) * int(defaults["width"])
         self.limits = Limits(
@@ -76,30 +85,34 @@ class Service:
         self.jobs = Jobs(whole(max_queue, "max-queue", 1, 100_000))
         self.meter = Meter(self.pipeline)
         self.metrics.watch(self.jobs, self.meter)
-        self.floors = Floors(self.pipeline)
-        self.drawing = Drawing(self.meter, self.jobs, self.floors, self.metrics, workers)
+        self.min_batches = MinBatches(self.pipeline)
+        self.threads = GenerateThreads(
+            self.meter, self.jobs, self.min_batches, self.metrics, workers
+        )
         self.ready = self.draining = False
         self.pending = 0  # requests accepted and not yet answered
 
     def start(self) -> None:
-        """Open every component, draw once, find out about batches; then take requests."""
+        """Open every component, generate once, find out about batches; then take requests."""
         self.pipeline.warm()
-        self.floors.of(check_request(self.pipeline.manifest, "", steps=1))
+        self.min_batches.of(check_request(self.pipeline.manifest, "", steps=1))
         self.meter.start()
         bundle = self.pipeline.bundle
         self.metrics.info.labels(bundle.name, bundle.digest[:12], self.pipeline.backend).set(1)
-        self.drawing.start()
+        self.threads.start()
         self.ready = True
 
-    async def draw(self, asked: Asked, gone: asyncio.Task[None]) -> tuple[Job, Drawn]:
-        """Queue a request and wait: for its images, its deadline or its client's going (`gone`).
+    async def generate(
+        self, wanted: ImageRequest, leaving: asyncio.Task[None]
+    ) -> tuple[Job, Generated]:
+        """Queue a request and wait: for its images, its deadline or its client's `leaving`.
 
         Raises Refused: 429 where the queue is full, 503 where the server goes down, 504 at the
-        deadline, 499 (which nobody reads) where the client went, 500 for a fault.
+        deadline, 499 (which nobody reads) where the client left, 500 for a fault.
         """
         if self.draining or not self.ready:
             raise Refused(503, "the server is going down; ask another.", retry_after=self.wait())
-        job = Job(asked)
+        job = Job(wanted)
         try:
             self.jobs.put(job)
         except Full:
@@ -112,60 +125,64 @@ class Service:
         answer = asyncio.wrap_future(job.answer)
         self.pending += 1
         try:
-            either: set[asyncio.Future[Any]] = {answer, gone}
-            await asyncio.wait(either, timeout=asked.deadline, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {answer, leaving}
+            await asyncio.wait(either, timeout=wanted.deadline, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return job, answer.result()
         except Cancelled:
-            raise Refused(503, "the server went down before the images were drawn.") from None
+            raise Refused(503, "the server went down before the images were generated.") from None
         except Exception as error:
-            log.error("drawing failed: %s: %s", type(error).__name__, error)
+            log.error("generating failed: %s: %s", type(error).__name__, error)
             raise Refused(
-                500, f"the images could not be drawn ({type(error).__name__}); see the log."
+                500, f"the images could not be generated ({type(error).__name__}); see the log."
             ) from None
         finally:
             self.pending -= 1
             if not answer.done():
                 self.jobs.remove(job)
                 answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if gone.done():
-            self.metrics.cancelled.labels("disconnect").inc()
-            raise Refused(499, "the client went away.")
+        if leaving.done():
+            raise self.gone()
         self.metrics.cancelled.labels("deadline").inc()
         raise Refused(
             504,
-            f"no image within {asked.deadline:g} seconds; ask for fewer steps, fewer images or"
+            f"no image within {wanted.deadline:g} seconds; ask for fewer steps, fewer images or"
             f" more time.",
             code="deadline_exceeded",
         )
 
+    def gone(self) -> Refused:
+        """What is raised, for the log and the metrics, where the client left."""
+        self.metrics.cancelled.labels("disconnect").inc()
+        return Refused(499, "the client went away.")
+
     def wait(self) -> int:
         """Seconds after which to try again: what waits, at the pace of late."""
         images = self.jobs.images + 1
-        pace = self.drawing.seconds_per_image / self.drawing.workers
+        pace = self.threads.seconds_per_image / self.threads.workers
         return max(1, min(600, math.ceil(images * pace)))
 
     def idle(self) -> bool:
-        """Whether nothing waits and nothing is drawn."""
+        """Whether nothing waits and nothing is generated."""
         return not self.pending
 
     def close(self, seconds: float = 5.0) -> None:
-        """Give up what waits and is being drawn, and end the threads."""
+        """Give up what waits and what is generated, and end the threads."""
         self.draining = True
         for job in self.jobs.close():
             job.cancelled.set()
             if job.answer.set_running_or_notify_cancel():
                 job.answer.set_exception(Cancelled("the server went down."))
-        for job in list(self.drawing.active):
+        for job in list(self.threads.active):
             job.cancelled.set()
         if self.ready:
-            self.drawing.join(seconds)
+            self.threads.join(seconds)
 
-    def facts(self) -> dict[str, Any]:
-        """What a client may want to know beforehand."""
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a client may want to know beforehand; `name`: one of `names`."""
         manifest = self.pipeline.manifest
         return {
-            "id": manifest["name"],
+            "id": name,
             "object": "model",
             "created": 0,
             "owned_by": "d2m",

@@ -78,7 +78,7 @@ def one_course(url: str, course: tuple[int, int], before: float, row: dict[str, 
         if status == 200:
             row["drawn"] += 1
             told = answer["d2m"]
-            seconds = told["seconds_queued"], told["seconds_drawing"]
+            seconds = told["seconds_queued"], told["seconds_generating"]
             if min(seconds) < 0 or sum(seconds) > time.monotonic() - began + 1:
                 fail(f"an answer tells of {seconds} s")
             if course[0] and abs(answer["created"] - before) > 3600 + abs(course[1] - course[0]):

@@ -154,6 +154,17 @@ def test_a_manifest_that_is_no_object(broken: Path, text: str) -> None:
     sentence(info.value)
 
 
+def test_a_number_that_would_be_infinity_anywhere_in_a_manifest(broken: Path) -> None:
+    path = broken / "manifest.json"
+    text = path.read_text()
+    for row, name in (("defaults", "guidance"), ("scheduler", "shift")):
+        manifest = json.loads(text)
+        manifest[row][name] = "HERE"
+        path.write_text(json.dumps(manifest).replace('"HERE"', "1e400"))
+        with pytest.raises(ValueError, match="cannot be used: .*1e400 is too large a number"):
+            open_bundle(broken)
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "family": lambda m: m.update(family="unheard of"),
     "kind": lambda m: m.update(kind="other"),
@@ -172,6 +183,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "defaults.steps": lambda m: m["defaults"].update(steps=0),
     "defaults.height": lambda m: m["defaults"].update(height=17),
     "defaults.guidance": lambda m: m["defaults"].update(guidance=1e9),
+    "defaults.guidance in its manifest.json is 1": lambda m: m["defaults"].update(guidance=10**400),
     "latents.patch": lambda m: m["latents"].update(patch=4),
     "latents.scaling_factor": lambda m: m["latents"].update(scaling_factor=0),
     "latents.rope_axes": lambda m: m["latents"].update(rope_axes=[4, 6, 7]),

@@ -16,7 +16,7 @@ from runtime.bundle import open_bundle
 from runtime.expertload import Meter, Sampler, Step, Tapped, choices, load_ratio, obstacle
 from runtime.ort import open_component
 from runtime.pipeline import Pipeline
-from runtime.serve.usage import usage
+from runtime.serve.batch import usage
 from runtime.taps import Tap, find_taps, tail
 
 DEFAULT = Path(__file__).resolve().parents[2] / "runtime" / "default"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.picture import save, settings_of, to_image
+from runtime.picture import save, settings_of, to_file, to_image
 
 SETTINGS = {
     "prompt": "ein Kreis \u2014 \u5186 \U0001f534",
@@ -35,6 +35,18 @@ def test_rounding_is_that_of_diffusers() -> None:
 def test_values_beyond_the_range_are_clipped() -> None:
     pixels = np.array([-9, -1, 0, 1, 9, 0.5], np.float32).reshape(1, 1, 6).repeat(3, axis=0)
     assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 191]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_every_kind_of_file_knows_how_it_was_made(kind: str, tmp_path: Path) -> None:
+    image = to_image(noise(), SETTINGS)
+    path = tmp_path / "image"
+    path.write_bytes(to_file(image, kind, 90))
+    assert settings_of(path) == SETTINGS
+    with Image.open(path) as opened:
+        assert opened.format == kind.upper() and opened.size == (6, 8)
+    path.write_bytes(to_file(to_image(noise()), kind, 0))
+    assert settings_of(path) == {}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -16,15 +16,17 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+import numpy as np
 from PIL import Image
 
 from runtime.again import KNOBS
 from runtime.picture import settings_of, to_png
-from runtime.serve.asked import MAX_BODY
+from runtime.serve.image_request import MAX_BODY
 from runtime.serve.service import Service
 from servers import PATH, running, until
 
 Server = tuple[str, Service]
+STEP = {"steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_an_answer_tells_blocks_and_experts(server: Server) -> None:
     assert (told["blocks"], told["blocks_of"]) == (24, 36)  # six of 18 are left out
     assert (told["experts_per_token"], told["experts_of"]) == (1, 12)
     assert told["bundle"] == server[1].pipeline.bundle.digest
-    assert told["seconds_drawing"] > 0 and answer["data"][0]["seed"] == 3
+    assert told["seconds_generating"] > 0 and answer["data"][0]["seed"] == 3
 
 
 def test_a_full_queue_says_429_and_when_to_come_back(server: Server) -> None:
@@ -108,7 +110,7 @@ def test_deadlines(server: Server) -> None:
     answer = post(url, steps=100, deadline=0.2)
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
     assert metric(url, 'd2m_cancelled_total{reason="deadline"}') == before + 1
-    until(lambda: not service.drawing.active)
+    until(lambda: not service.threads.active)
     assert post(url).status_code == 200
 
 
@@ -122,7 +124,7 @@ def test_a_client_that_goes_away_stops_its_drawing(server: Server) -> None:
         client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         until(lambda: metric(url, "d2m_steps_total") > steps)
     until(lambda: metric(url, 'd2m_cancelled_total{reason="disconnect"}') >= 1)
-    until(lambda: not service.drawing.active)
+    until(lambda: not service.threads.active)
     assert metric(url, "d2m_steps_total") < steps + 100
     assert post(url).status_code == 200
 
@@ -155,7 +157,7 @@ def test_health_and_metrics(server: Server) -> None:
     drawn = metric(url, "d2m_images_total")
     post(url, n=2)
     assert metric(url, "d2m_images_total") == drawn + 2
-    assert metric(url, "d2m_queue_requests") == metric(url, "d2m_drawing_requests") == 0
+    assert metric(url, "d2m_queue_requests") == metric(url, "d2m_generating_requests") == 0
     assert metric(url, "d2m_step_seconds_count") == metric(url, "d2m_steps_total")
     assert metric(url, "process_resident_memory_bytes") > 1e7
     names = httpx.get(url + "/metrics").text
@@ -180,6 +182,106 @@ def test_health_and_metrics(server: Server) -> None:
         assert int(refused.headers["retry-after"]) >= 1
     finally:
         service.draining = False
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats_know_how_they_were_made(server: Server, kind: str) -> None:
+    url, service = server
+    prompt = 'a "red" circle \u2764 \U0001f600'
+    files = []
+    for compression in (100, 10):
+        answer = post(
+            url, prompt=prompt, seed=3, output_format=kind, output_compression=compression
+        ).json()
+        assert answer["output_format"] == kind
+        files.append(base64.b64decode(answer["data"][0]["b64_json"]))
+    assert len(files[1]) < len(files[0])
+    image = Image.open(io.BytesIO(files[0]))
+    assert image.format == kind.upper() and image.size == (32, 32)
+    said = settings_of(image)
+    assert said["prompt"] == prompt and (said["seed"], said["steps"]) == (3, 1)
+    png = Image.open(
+        io.BytesIO(base64.b64decode(post(url, prompt=prompt, seed=3).json()["data"][0]["b64_json"]))
+    )
+    assert settings_of(png) == said
+    difference = np.abs(np.asarray(image, int) - np.asarray(png, int))
+    assert difference.mean() < 8
+
+
+def test_what_was_not_done_as_asked_is_said(server: Server) -> None:
+    answer = post(server[0], size="1024x1024", quality="hd")
+    notes = ["size 1024x1024 became 32x32", "quality hd has no effect"]
+    assert answer.headers["x-d2m-notes"] == " | ".join(notes)
+    assert answer.json()["d2m"]["notes"] == notes and answer.json()["size"] == "32x32"
+    long = post(server[0], prompt="circle " * 400)
+    said = (
+        r"(tokenizer\w*) reads 16 tokens; the last \d+ of a prompt of 2800 characters were left out"
+    )
+    cut = long.json()["d2m"]["notes"]
+    found = [match[1] for note in cut if (match := re.fullmatch(said, note))]
+    assert found == ["tokenizer", "tokenizer_2"]
+    assert long.headers["x-d2m-notes"] == " | ".join(cut)
+    plain = post(server[0])
+    assert "x-d2m-notes" not in plain.headers and plain.json()["d2m"]["notes"] == []
+
+
+def test_head_is_answered_where_get_is(server: Server) -> None:
+    for path in ("/healthz", "/readyz", "/metrics", "/", "/v1/models"):
+        head = httpx.head(server[0] + path)
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-type"] == httpx.get(server[0] + path).headers["content-type"]
+
+
+def test_the_schema_tells_the_fields(server: Server) -> None:
+    schema = httpx.get(server[0] + "/openapi.json").json()
+    body = schema["paths"][PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "negative_prompt" in body["properties"] and body["required"] == ["prompt"]
+
+
+def test_a_model_by_its_names() -> None:
+    openai = pytest.importorskip("openai")
+    names = ("dall-e-3", "us/shapes", "dall-e-3")
+    with running(aliases=names, max_batch=1) as (url, service):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="unused", max_retries=0)
+        listed = [model.id for model in client.models.list()]
+        assert listed == service.names == ["shapes-s", "dall-e-3", "us/shapes"]
+        for name in listed:
+            assert client.models.retrieve(name).id == name
+        answer = client.images.generate(
+            model="dall-e-3", prompt="a", quality="standard", size="1024x1024", extra_body=STEP
+        )
+        assert len(answer.data) == 1
+        with pytest.raises(openai.NotFoundError, match="the model is 'other', expected 'shapes-s'"):
+            client.models.retrieve("other")
+    with pytest.raises(ValueError, match="model-alias is '', expected 1 to 200 characters"):
+        Service(None, "ort", aliases=[""])
+
+
+def test_pages_of_other_sites_call_it_where_the_option_names_them() -> None:
+    site, other = "https://app.example", "https://evil.example"
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type, x-stainless-os",
+    }
+    with running(key="a-good-long-key", origins=(site,), max_batch=1) as (url, _):
+        before = httpx.options(url + PATH, headers={"origin": site, **ask})
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == site
+        assert "x-stainless-os" in before.headers["access-control-allow-headers"]
+        assert httpx.options(url + PATH, headers={"origin": other, **ask}).status_code == 400
+        headers = {"origin": site, "authorization": "Bearer a-good-long-key"}
+        answer = httpx.post(url + PATH, json={"prompt": "a", **STEP}, headers=headers, timeout=120)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == site
+        assert "x-d2m-notes" in answer.headers["access-control-expose-headers"]
+        refused = httpx.post(url + PATH, json={"prompt": "a"}, headers={"origin": site})
+        assert refused.status_code == 401  # which the page may read
+        assert refused.headers["access-control-allow-origin"] == site
+
+
+def test_no_option_no_other_sites(server: Server) -> None:
+    answer = httpx.get(server[0] + "/v1/models", headers={"origin": "https://app.example"})
+    assert "access-control-allow-origin" not in answer.headers
 
 
 def test_the_key() -> None:

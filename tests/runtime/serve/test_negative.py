@@ -52,27 +52,27 @@ def test_rows_stay_with_their_requests_whoever_shares_the_batch(
     served: tuple[str, Service],
 ) -> None:
     url, service = served
-    drawing, held = service.drawing, []
-    pictures = drawing.pictures
+    threads, held = service.threads, []
+    images = threads.images
 
-    def count(batch: Any, floor: int) -> Any:
+    def count(batch: Any, min_batch: int) -> Any:
         if not held:  # the first is held until the others have met in the queue
             until(lambda: len(service.jobs) == len(ROWS))
         held.append(len(batch))
-        return pictures(batch, floor)
+        return images(batch, min_batch)
 
-    drawing.pictures = count  # type: ignore[method-assign]
+    threads.images = count  # type: ignore[method-assign]
     try:
         with ThreadPoolExecutor(9) as pool:
             first = pool.submit(post, url, prompt="x", steps=3)
-            until(lambda: drawing.active)
+            until(lambda: threads.active)
             calls = [pool.submit(post, url, **row) for row in ROWS]
             together = [pngs(call.result()) for call in calls]
             pngs(first.result())
     finally:
-        drawing.pictures = pictures  # type: ignore[method-assign]
-    floor = service.floors.of(next(iter(asked(service, ROWS[:1]))))
-    assert floor is None or max(held) == len(ROWS)
+        threads.images = images  # type: ignore[method-assign]
+    min_batch = service.min_batches.of(next(iter(asked(service, ROWS[:1]))))
+    assert min_batch is None or max(held) == len(ROWS)
     for row, before in zip(ROWS, together, strict=True):
         assert pngs(post(url, **row)) == before
         said = settings_of(Image.open(io.BytesIO(before[0])))
@@ -87,11 +87,11 @@ def test_rows_stay_with_their_requests_whoever_shares_the_batch(
 def asked(service: Service, rows: list[dict[str, Any]]) -> Iterator[Any]:
     import json
 
-    from runtime.serve.asked import read_asked
+    from runtime.serve.image_request import read_request
 
     for row in rows:
         body = json.dumps({"steps": 2, "guidance": 4, **row}).encode()
-        yield read_asked(body, service.pipeline.manifest, service.limits).request
+        yield read_request(body, service.pipeline.manifest, service.limits).arguments
 
 
 def test_openais_client_gives_one_as_an_extra_field(served: tuple[str, Service]) -> None:
@@ -135,7 +135,7 @@ def test_triton_draws_with_negative_prompts(triton: Server, tiny_guided_bundle: 
     rows = [base, base | {"negative_prompt": [["a black star"]]}]
     answers = triton.infer(*(triton.request(row, ("image",)) for row in rows))
     pipeline = Pipeline(tiny_guided_bundle, "ort", max_batch=4)
-    pipeline.min_batch = triton.model.model.floors.of(next(iter([first_of(triton, rows[0])]))) or 0
+    pipeline.min_batch = triton.model.model.min_batches.of(first_of(triton, rows[0])) or 0
     for negative, answer in zip((None, "a black star"), answers, strict=True):
         assert not isinstance(answer, TritonError), answer.message()
         drawn = pipeline("a red circle", seed=1, steps=2, guidance=4.0, negative=negative)
@@ -144,7 +144,7 @@ def test_triton_draws_with_negative_prompts(triton: Server, tiny_guided_bundle: 
 
 
 def first_of(triton: Server, row: dict[str, Any]) -> Any:
-    return triton.model.model.read(0, triton.request(row)).request
+    return triton.model.model.read(0, triton.request(row)).arguments
 
 
 def test_triton_takes_one_for_every_prompt_and_refuses_other_counts(triton: Server) -> None:

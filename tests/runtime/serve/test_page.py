@@ -63,7 +63,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.browser
-def test_a_person_draws_in_chromium(browser: Any, tmp_path: Path) -> None:
+def test_a_person_generates_in_chromium(browser: Any, tmp_path: Path) -> None:
     with running(key="a-good-long-key") as (url, _):
         page = browser.new_page()
         told: list[str] = []
@@ -82,28 +82,28 @@ def test_a_person_draws_in_chromium(browser: Any, tmp_path: Path) -> None:
         page.fill("#steps", "4")
         page.fill("#n", "2")
         page.fill("#seed", "7")
-        page.click("#draw")
+        page.click("#generate")
         # Not wait_for_function: its polling is an eval, which the policy forbids.
         loaded = "[...document.images].filter(i => i.complete && i.naturalWidth).length"
         until(lambda: page.evaluate(loaded) == 2, 120)
         facts = facts_of(page)
-        assert re.match(r"[\d.]+ s, of it [\d.]+ s drawing", facts["time"])
+        assert re.match(r"[\d.]+ s, of it [\d.]+ s generating", facts["time"])
         assert facts["blocks run"] == "48 of 72 in 4 steps"
         assert facts["experts used"] == "2 of 12 per token, beside the shared one"
         assert facts["seed"] == "7, 8" and "32x32" in facts["model"]
         assert page.evaluate("document.images[0].naturalWidth") == 32
-        # Colours, so not an empty picture: the red circle is there.
+        # Colours, so not an empty image: the red circle is there.
         assert page.evaluate(RED) > 20
         assert told == []
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         assert {re.sub(r"[?#].*", "", u)[: len(url)] for u in asked if u[:5] != "data:"} == {url}
 
         page.fill("#steps", "1000")
-        page.click("#draw")
+        page.click("#generate")
         until(lambda: page.inner_text("#error"))
         assert "expected a whole number from 1 to 100" in page.inner_text("#error")
         page.fill("#steps", "100")
-        page.click("#draw")
+        page.click("#generate")
         page.click("#stop")
         until(lambda: page.inner_text("#error") == "stopped")
         # The policy holds: nothing that is not the page's own runs.
@@ -127,8 +127,8 @@ def test_a_negative_prompt_is_asked_for_where_the_family_takes_one(
         sources = []
         for negative in ("", "a black star", ""):
             page.fill("#negative_prompt", negative)
-            page.click("#draw")
-            until(lambda: page.is_enabled("#draw") and page.query_selector("#images img"))
+            page.click("#generate")
+            until(lambda: page.is_enabled("#generate") and page.query_selector("#images img"))
             sources.append(page.evaluate(f"({PIXELS})()"))
             assert page.inner_text("#error") == ""
         assert sources[0] == sources[2] != sources[1]

@@ -25,7 +25,7 @@ def drawing_and_waiting(url: str) -> tuple[float, float]:
     """How many requests are being drawn, and how many wait: both, for one may not have come."""
     lines = httpx.get(url + "/metrics").text.splitlines()
     told = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
-    return float(told["d2m_drawing_requests"]), float(told["d2m_queue_requests"])
+    return float(told["d2m_generating_requests"]), float(told["d2m_queue_requests"])
 
 
 def test_sigterm_lets_every_accepted_request_end() -> None:
@@ -65,6 +65,15 @@ def test_the_key_comes_from_the_environment_and_prompts_are_logged_when_asked() 
         assert "from-the-environment" not in "".join(lines)
 
 
+def test_a_server_for_others_without_a_key_warns() -> None:
+    with process("--host", "0.0.0.0", "--model-alias", "dall-e-3") as (url, _, lines):
+        port = url.rpartition(":")[2]
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/models/dall-e-3")
+        assert answer.json()["id"] == "dall-e-3"
+        said = "0.0.0.0 is open to the network and no API key is asked for: set D2M_API_KEY"
+        assert said in "".join(lines)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -73,6 +82,7 @@ def test_the_key_comes_from_the_environment_and_prompts_are_logged_when_asked() 
         (["--max-queue", "0"], "max-queue is 0"),
         (["--host", "no.such.host.invalid"], "the host is 'no.such.host.invalid'"),
         (["--deadline", "0"], "the deadline is 0"),
+        (["--model-alias", ""], "model-alias is ''"),
         (["nowhere"], "is not a directory"),
         (["--api-key-file", "/nowhere"], "cannot use '/nowhere'"),
         (["--api-key-file", os.devnull], "the API key is too short"),

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("runtime.serve")
 STEPS = 2
 TRIES = 4  # batches in other company, beside one of each size
-MOST = 64  # shapes and knobs that are tried; later ones are drawn alone
+MOST = 64  # shapes and knobs that are tried; later ones are generated alone
 PROMPTS = ("a photo of a red circle", "two blue squares above a dog", "a", "", "five trees at dusk")
 
 
-class Floors:
-    """Rows by shape and number of experts, each tried when first asked for."""
+class MinBatches:
+    """Rows by shape and number of experts, each tried at the first request of its kind."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
@@ -39,7 +39,7 @@ class Floors:
         self._lock = threading.Lock()
 
     def of(self, request: Request) -> int | None:
-        """The fewest rows for such requests; None where they must be drawn alone."""
+        """The fewest rows for such requests; None where they must be generated alone."""
         if self.pipeline.max_batch < 2:
             return None
         found = []
@@ -52,22 +52,22 @@ class Floors:
                         return None
                     value = None if top_k < 0 else top_k
                     size = request.latent_size
-                    self._known[key] = find_floor(self.pipeline, size, value, guided)
-                    log.info("%s", told(request, top_k, self._known[key]))
+                    self._known[key] = find_min_batch(self.pipeline, size, value, guided)
+                    log.info("%s", summary(request, top_k, self._known[key]))
                 found.append(self._known[key])
         rows = [row for row in found if row is not None]
         return max(rows) if len(rows) == len(found) else None
 
 
-def told(request: Request, top_k: int, floor: int | None) -> str:
+def summary(request: Request, top_k: int, min_batch: int | None) -> str:
     """What was found, for the log."""
     what = f"{request.width} x {request.height}" + ("" if top_k < 0 else f", top_k {top_k}")
-    if floor is None:
-        return f"{what}: bits depend on the batch, requests are drawn one by one"
-    return f"{what}: requests share batches of {floor} rows or more, no bit depends on the others"
+    if min_batch is None:
+        return f"{what}: bits depend on the batch, requests are generated one by one"
+    return f"{what}: batches of {min_batch} rows or more are shared, no bit depends on the others"
 
 
-def find_floor(
+def find_min_batch(
     pipeline: Pipeline, latent_size: tuple[int, int], top_k: int | None, guided: bool = False
 ) -> int | None:
     """1, 2, or None: the fewest images from which on one image's bits are always the same.
@@ -87,7 +87,7 @@ def find_floor(
 
 
 def whole(pipeline: Pipeline, top_k: int | None) -> bool:
-    """Whether ONNX Runtime's whole graph draws this, where a block runs for all rows or for none.
+    """Whether ONNX Runtime's whole graph runs, where a block runs for all rows or for none.
 
     Block sessions and plans run a block of a group with the rows alone that chose it.
     """

@@ -1,4 +1,4 @@
-"""Threads that draw: each takes the oldest request and, in its batch, others that are like it."""
+"""Threads that generate: each takes the oldest request and others that are like it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from runtime.picture import to_png
+from runtime.picture import to_file
 from runtime.sampling import Cancelled
-from runtime.serve.batch import call_of
-from runtime.serve.jobs import Drawn, Job, Jobs
-from runtime.serve.usage import usage
+from runtime.serve.batch import call_of, usage
+from runtime.serve.jobs import Generated, Job, Jobs
 
 if TYPE_CHECKING:
     from runtime.expertload import Meter, Step
-    from runtime.serve.floor import Floors
+    from runtime.serve.batch_invariance import MinBatches
     from runtime.serve.metrics import Metrics
 
 log = logging.getLogger("runtime.serve")
 
 
-class Drawing:
+class GenerateThreads:
     """`workers` threads on one pipeline: they share its weights and sessions.
 
     ONNX Runtime lets go of Python's lock while it computes, so threads do what processes would,
@@ -29,16 +28,16 @@ class Drawing:
     """
 
     def __init__(
-        self, meter: Meter, jobs: Jobs, floors: Floors, metrics: Metrics, workers: int
+        self, meter: Meter, jobs: Jobs, min_batches: MinBatches, metrics: Metrics, workers: int
     ) -> None:
         self.meter, self.pipeline = meter, meter.pipeline
-        self.jobs, self.floors, self.metrics = jobs, floors, metrics
+        self.jobs, self.min_batches, self.metrics = jobs, min_batches, metrics
         self.workers = workers
         self.seconds_per_image = 1.0  # a running mean, for Retry-After
         self.active: list[Job] = []
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self.work, name=f"draw-{i}", daemon=True)
+            threading.Thread(target=self.work, name=f"generate-{i}", daemon=True)
             for i in range(workers)
         ]
 
@@ -54,7 +53,7 @@ class Drawing:
             thread.join(max(0.0, end - time.monotonic()))
 
     def alive(self) -> bool:
-        """Whether every thread still draws."""
+        """Whether every thread is still there."""
         return all(thread.is_alive() for thread in self._threads)
 
     def work(self) -> None:
@@ -62,30 +61,30 @@ class Drawing:
         while (job := self.jobs.first()) is not None:
             batch = [job]
             try:
-                key = job.asked.key
-                floor = None if key is None else self.floors.of(job.asked.request)
-                if key is not None and floor is not None:
+                key = job.request.key
+                min_batch = None if key is None else self.min_batches.of(job.request.arguments)
+                if key is not None and min_batch is not None:
                     batch += self.jobs.alike(key, self.pipeline.max_batch - job.images)
                 # From here on nobody but us ends an answer: a request task may be cancelled.
                 batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
-                self.draw(batch, floor or 0)
+                self.generate(batch, min_batch or 0)
             except Exception as error:  # the thread must live on, and the clients get an answer
                 for each in batch:
                     if not each.answer.done():
                         each.answer.set_exception(error)
 
-    def draw(self, batch: list[Job], floor: int) -> None:
-        """Draw a batch and answer its jobs; where it fails, each of them on its own.
+    def generate(self, batch: list[Job], min_batch: int) -> None:
+        """Generate a batch and answer its jobs; where it fails, each of them on its own.
 
-        `floor`: of runtime.serve.floor, 0 where there is none.
+        `min_batch`: of runtime.serve.batch_invariance, 0 where there is none.
         """
         batch = [job for job in batch if not job.cancelled.is_set()]
         if not batch:
             return
         self.begin(batch)
-        drawn = None
+        counted = None
         try:
-            pngs, began, step = self.pictures(batch, floor)
+            images, began, step = self.images(batch, min_batch)
         except Cancelled as error:
             for job in batch:
                 job.answer.set_exception(error)
@@ -98,22 +97,23 @@ class Drawing:
         else:
             ended = time.monotonic()
             for job in batch:
-                mine, pngs = pngs[: job.images], pngs[job.images :]
-                job.answer.set_result(Drawn(mine, began, ended, self.pipeline.backend))
-            drawn = step, ended - began
+                mine, images = images[: job.images], images[job.images :]
+                notes = self.pipeline.left_out(job.request.arguments.prompts[0])
+                job.answer.set_result(Generated(mine, notes, began, ended, self.pipeline.backend))
+            counted = step, ended - began
         finally:
             self.end(batch)
-        if drawn is not None:
-            self.meter.after(*drawn)  # the answers are out
+        if counted is not None:
+            self.meter.after(*counted)  # the answers are out
             return
         for job in batch:  # one request's failure is not another's
-            self.draw([job], floor)
+            self.generate([job], min_batch)
 
-    def pictures(self, batch: list[Job], floor: int) -> tuple[list[bytes], float, Step | None]:
-        """A batch's PNGs in order, when drawing began, and one of its steps."""
-        request = batch[0].asked.request
+    def images(self, batch: list[Job], min_batch: int) -> tuple[list[bytes], float, Step | None]:
+        """A batch's image files in order, when generating began, and one of its steps."""
+        request = batch[0].request.arguments
         pipeline, sampler = self.meter.watched()
-        pipeline.min_batch = floor
+        pipeline.min_batch = min_batch
         began = last = time.monotonic()
         before = ""
 
@@ -126,7 +126,7 @@ class Drawing:
             last, before = now, phase
 
         images = pipeline(
-            **call_of([job.asked.request for job in batch]),
+            **call_of([job.request.arguments for job in batch]),
             progress=progress,
             cancel=lambda: all(job.cancelled.is_set() for job in batch),
         )
@@ -137,10 +137,15 @@ class Drawing:
         self.metrics.batch.observe(len(images))
         spent = (time.monotonic() - began) / len(images)
         self.seconds_per_image += 0.2 * (spent - self.seconds_per_image)
-        return [to_png(image) for image in images], began, sampler.step
+        wanted = [job.request for job in batch for _ in range(job.images)]
+        files = [
+            to_file(image, request.format, request.compression)
+            for image, request in zip(images, wanted, strict=True)
+        ]
+        return files, began, sampler.step
 
     def begin(self, batch: list[Job]) -> None:
-        """Count jobs that are drawn from now on."""
+        """Count jobs that are generated from now on."""
         with self._lock:
             self.active += batch
         self.metrics.active.inc(len(batch))

@@ -12,9 +12,9 @@ from tritonserver import Server, TritonError
 
 import runtime
 from export.nvtriton import write_repository
-from runtime import nvtriton
+from runtime.serve import triton
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEFAULT = ROOT / "runtime" / "default"
 
 
@@ -30,9 +30,9 @@ def drawn(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     images = server.model.model.images
 
-    def count(batch: list[Any], floor: int) -> Any:
+    def count(batch: list[Any], min_batch: int) -> Any:
         sizes.append(len(batch))
-        return images(batch, floor)
+        return images(batch, min_batch)
 
     monkeypatch.setattr(server.model.model, "images", count)
     return sizes
@@ -56,7 +56,7 @@ def test_a_request_draws_what_the_runtime_draws(server: Server) -> None:
     assert answer["image"].shape == (1, 32, 32, 3)
     np.testing.assert_array_equal(pixels(answer["png"][0, 0]), answer["image"][0])
     pipeline = runtime.load(DEFAULT, "ort")
-    pipeline.min_batch = 2  # what runtime.serve.floor finds for the whole graph
+    pipeline.min_batch = 2  # what runtime.serve.batch_invariance finds for the whole graph
     expected = np.asarray(pipeline("a photo of a red circle", seed=7))
     assert np.abs(expected.astype(int) - answer["image"][0]).max() <= 1
     text = Image.open(io.BytesIO(answer["png"][0, 0])).text  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def test_settings_that_differ_are_drawn_apart(server: Server, drawn: list[int]) 
 def test_noise_levels_are_given_as_a_list(server: Server) -> None:
     def read(sigmas: list[float]) -> Any:
         request = server.request({"prompt": [["a"]], "sigmas": [sigmas]})
-        return server.model.model.read(0, request).request
+        return server.model.model.read(0, request).arguments
 
     assert read([1.0, 0.5]).sigmas == (1.0, 0.5) and read([0.5]).top_k == [2]
 
@@ -98,7 +98,7 @@ def test_noise_levels_are_given_as_a_list(server: Server) -> None:
 def test_where_bits_depend_on_the_batch_each_is_drawn_alone(
     server: Server, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.model.model.floors, "of", lambda request: None)
+    monkeypatch.setattr(server.model.model.min_batches, "of", lambda request: None)
     row = {"prompt": [["a circle"]], "steps": [[1]]}
     server.infer(*(server.request(row) for _ in range(3)))
     assert drawn == [1, 1, 1]
@@ -162,10 +162,10 @@ def test_a_failure_of_one_is_not_that_of_others(
     model = server.model.model
     images = model.images
 
-    def fail(batch: list[Any], floor: int) -> Any:
-        if any("bad" in asked.request.prompts[0] for asked in batch):
+    def fail(batch: list[Any], min_batch: int) -> Any:
+        if any("bad" in asked.arguments.prompts[0] for asked in batch):
             raise RuntimeError("out of luck")
-        return images(batch, floor)
+        return images(batch, min_batch)
 
     monkeypatch.setattr(model, "images", fail)
     rows = [{"prompt": [[p]], "steps": [[1]]} for p in ("a", "a bad one", "b")]
@@ -192,9 +192,9 @@ def test_an_instance_takes_the_gpu_that_the_server_names(monkeypatch: pytest.Mon
 
     cuda = Cuda()
     monkeypatch.setattr(device, "bindings", lambda: cuda)
-    nvtriton.use_device(1)
+    triton.use_device(1)
     with pytest.raises(OSError, match="GPU 2 cannot be used .CUDA error 101."):
-        nvtriton.use_device(2)
+        triton.use_device(2)
     assert cuda.asked == [1, 2]
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("prometheus_client")
 from runtime.expertload import Meter
 from runtime.pipeline import Pipeline
 from runtime.sampling import Cancelled
-from runtime.serve.asked import Limits, read_asked
-from runtime.serve.drawing import Drawing
-from runtime.serve.floor import Floors, find_floor, sample, whole
+from runtime.serve.batch_invariance import MinBatches, find_min_batch, sample, whole
+from runtime.serve.generate_threads import GenerateThreads
+from runtime.serve.image_request import Limits, read_request
 from runtime.serve.jobs import Full, Job, Jobs
 from runtime.serve.metrics import Metrics
 
@@ -26,14 +26,14 @@ def pipeline() -> Pipeline:
 
 def job(pipeline: Pipeline, prompt: str, **fields: Any) -> Job:
     body = json.dumps({"prompt": prompt, "steps": 3, **fields}).encode()
-    return Job(read_asked(body, pipeline.manifest, Limits()))
+    return Job(read_request(body, pipeline.manifest, Limits()))
 
 
-TRIED: dict[int, Floors] = {}  # by pipeline: trying takes longer than the drawings here
+TRIED: dict[int, MinBatches] = {}  # by pipeline: trying takes longer than the drawings here
 
 
-def floors(pipeline: Pipeline) -> Floors:
-    return TRIED.setdefault(id(pipeline.bundle), Floors(pipeline))
+def min_batches(pipeline: Pipeline) -> MinBatches:
+    return TRIED.setdefault(id(pipeline.bundle), MinBatches(pipeline))
 
 
 def drawn(pipeline: Pipeline, jobs: Sequence[Job], workers: int = 1) -> Metrics:
@@ -41,7 +41,7 @@ def drawn(pipeline: Pipeline, jobs: Sequence[Job], workers: int = 1) -> Metrics:
     metrics, queue = Metrics(), Jobs(100)
     for each in jobs:
         queue.put(each)
-    drawing = Drawing(Meter(pipeline), queue, floors(pipeline), metrics, workers)
+    drawing = GenerateThreads(Meter(pipeline), queue, min_batches(pipeline), metrics, workers)
     drawing.start()
     for each in jobs:
         if not each.cancelled.is_set():
@@ -69,7 +69,7 @@ ROWS: list[dict[str, Any]] = [
 def test_no_byte_depends_on_the_batch(pipeline: Pipeline) -> None:
     together = [job(pipeline, **row) for row in ROWS]
     metrics = drawn(pipeline, together)
-    if floors(pipeline).of(together[0].asked.request) is None:
+    if min_batches(pipeline).of(together[0].request.arguments) is None:
         pytest.skip("here bits depend on the batch, so that requests share none")
     assert value(metrics, "d2m_batch_images_count") == 1  # six images, one batch
     assert value(metrics, "d2m_batch_images_sum") == 6 == value(metrics, "d2m_images_total")
@@ -78,8 +78,8 @@ def test_no_byte_depends_on_the_batch(pipeline: Pipeline) -> None:
     for row, before in zip(ROWS, together, strict=True):
         alone = job(pipeline, **row)
         drawn(pipeline, [alone])
-        assert alone.answer.result().pngs == before.answer.result().pngs
-    first, third = (together[i].answer.result().pngs for i in (0, 2))
+        assert alone.answer.result().images == before.answer.result().images
+    first, third = (together[i].answer.result().images for i in (0, 2))
     assert first != third  # the same prompt, another seed
 
 
@@ -88,7 +88,7 @@ def test_other_knobs_are_another_batch(pipeline: Pipeline) -> None:
     metrics = drawn(pipeline, jobs)
     assert value(metrics, "d2m_batch_images_count") in (2, 3)
     assert value(metrics, "d2m_images_total") == 3
-    assert jobs[0].answer.result().pngs == jobs[2].answer.result().pngs
+    assert jobs[0].answer.result().images == jobs[2].answer.result().images
 
 
 def test_more_images_than_a_batch_holds(pipeline: Pipeline) -> None:
@@ -98,30 +98,30 @@ def test_more_images_than_a_batch_holds(pipeline: Pipeline) -> None:
     drawn(pipeline, [many])
     metrics = drawn(small, [job(pipeline, "a", n=5, seed=3, steps=2)])
     assert value(metrics, "d2m_steps_total") == 3 * 2
-    assert few.answer.result().pngs == many.answer.result().pngs
-    assert len(set(few.answer.result().pngs)) == 5
+    assert few.answer.result().images == many.answer.result().images
+    assert len(set(few.answer.result().images)) == 5
 
 
 def test_the_floor_is_true_of_batches_that_it_did_not_try(pipeline: Pipeline) -> None:
-    floor = find_floor(pipeline, (8, 8), 2)
-    if floor is None:
+    min_batch = find_min_batch(pipeline, (8, 8), 2)
+    if min_batch is None:
         pytest.skip("here bits depend on the batch")
-    first = sample(pipeline, (8, 8), 2, floor, 100)
-    for size, turn in ((floor, 101), (5, 102), (8, 103)):
+    first = sample(pipeline, (8, 8), 2, min_batch, 100)
+    for size, turn in ((min_batch, 101), (5, 102), (8, 103)):
         assert np.array_equal(sample(pipeline, (8, 8), 2, size, turn), first)
 
 
 def test_block_sessions_share_no_batch_where_their_bits_depend_on_it(pipeline: Pipeline) -> None:
     samples = [sample(pipeline, (8, 8), 4, 8, turn) for turn in range(5)]
     same = all(np.array_equal(samples[0], other) for other in samples)
-    assert same or find_floor(pipeline, (8, 8), 4) is None
+    assert same or find_min_batch(pipeline, (8, 8), 4) is None
 
 
 def test_groups_share_batches_in_the_whole_graph_alone(pipeline: Pipeline) -> None:
     """There a block runs for all rows or none; block sessions run it with those that chose it."""
     assert pipeline.bundle.component("transformer")["groups"]
     assert whole(pipeline, None) and whole(pipeline, 2) and not whole(pipeline, 4)
-    assert find_floor(pipeline, (8, 8), 4) is None
+    assert find_min_batch(pipeline, (8, 8), 4) is None
 
 
 class Fragile(Pipeline):
@@ -140,9 +140,9 @@ def test_a_failure_is_that_requests_alone(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="the prompt is bad"):
         jobs[1].answer.result()
     for each in (jobs[0], jobs[2]):
-        alone = job(pipeline, each.asked.request.prompts[0], seed=1)
+        alone = job(pipeline, each.request.arguments.prompts[0], seed=1)
         drawn(pipeline, [alone])
-        assert each.answer.result().pngs == alone.answer.result().pngs
+        assert each.answer.result().images == alone.answer.result().images
 
 
 def test_a_cancelled_job_costs_nothing_and_others_are_drawn(pipeline: Pipeline) -> None:
@@ -150,14 +150,14 @@ def test_a_cancelled_job_costs_nothing_and_others_are_drawn(pipeline: Pipeline) 
     jobs[0].cancelled.set()
     metrics = drawn(pipeline, jobs)
     assert value(metrics, "d2m_images_total") == 1
-    assert jobs[1].answer.result().pngs and not jobs[0].answer.done()
+    assert jobs[1].answer.result().images and not jobs[0].answer.done()
 
 
 def test_a_drawing_stops_once_nobody_wants_it(pipeline: Pipeline) -> None:
     metrics, queue = Metrics(), Jobs(4)
     each = job(pipeline, "a", steps=100)
     queue.put(each)
-    drawing = Drawing(Meter(pipeline), queue, floors(pipeline), metrics, 1)
+    drawing = GenerateThreads(Meter(pipeline), queue, min_batches(pipeline), metrics, 1)
     drawing.start()
     done = threading.Event()
     each.answer.add_done_callback(lambda _: done.set())
@@ -178,7 +178,7 @@ def test_several_workers_draw_what_one_draws(pipeline: Pipeline) -> None:
     one, three = jobs(), jobs()
     drawn(pipeline, one)
     drawn(pipeline, three, workers=3)
-    pngs = [[each.answer.result().pngs for each in found] for found in (one, three)]
+    pngs = [[each.answer.result().images for each in found] for found in (one, three)]
     assert pngs[0] == pngs[1]
 
 
@@ -190,8 +190,8 @@ def test_the_queue(pipeline: Pipeline) -> None:
     with pytest.raises(Full):
         queue.put(job(pipeline, "b"))
     assert len(queue) == queue.images == 3 and queue.first() is first
-    assert queue.alike(first.asked.key, 0) == []
-    assert queue.alike(first.asked.key, 1) == [third]
+    assert queue.alike(first.request.key, 0) == []
+    assert queue.alike(first.request.key, 1) == [third]
     queue.remove(other)
     assert len(queue) == 0 and other.cancelled.is_set()
     queue.put(other)

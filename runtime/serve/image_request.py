@@ -1,0 +1,244 @@
+"""What a client asks for: the JSON of `POST /v1/images/generations`, checked to the last field."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from starlette.responses import JSONResponse
+
+from runtime.arguments import Request, check_request, show, whole, with_knobs
+from runtime.budgettable import Unmeasured
+from runtime.serve.batch import key_of
+
+MAX_BODY = 64 << 10  # bytes
+# Sizes that OpenAI's clients send without having asked what the model makes.
+SIZES = "256x256 512x512 1024x1024 1024x1536 1536x1024 1024x1792 1792x1024".split()
+IGNORED = ("quality", "style", "moderation")  # taken, since OpenAI's clients send them
+PICKED = ("steps", "top_k", "kappa")  # those of them that are left out, a budget picks
+KNOBS = (*PICKED, "guidance", "sigmas")
+# A request, its budget in seconds, knobs that were given -> all that a budget picks.
+Within = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
+
+
+class Refused(Exception):
+    """A request that gets an error: HTTP status, one sentence, and OpenAI's names for it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """The error object of OpenAI's API."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        row = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        wait = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return JSONResponse({"error": row}, self.status, {**(headers or {}), **wait})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for."""
+
+    images: int = 10
+    steps: int = 100
+    pixels: int = 1 << 20  # of one image
+    prompt: int = 4000  # characters
+    deadline: float = 120.0  # seconds from the request's arrival to its answer
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A request that can be generated. Requests of equal `key` may share a batch.
+
+    `key` None: generated alone, since its budget was measured so. `notes`: what was asked for and
+    is not done as asked, a clause each.
+    """
+
+    arguments: Request
+    deadline: float
+    key: tuple[Any, ...] | None
+    format: str = "png"
+    compression: int = 100  # OpenAI's word for the quality of jpeg and webp
+    notes: tuple[str, ...] = ()
+
+
+@cache
+def fields_of(limits: Limits) -> type[BaseModel]:
+    """The fields of a body. What is expected of a wrong value: its description, or pydantic's word.
+
+    Ranges that depend on the bundle are check_request's.
+    """
+
+    def optional(expected: str, **bounds: Any) -> Any:
+        return Field(None, description=expected, **bounds)
+
+    def count(most: int) -> Any:
+        return optional(f"a whole number from 1 to {most}", ge=1, le=most)
+
+    most = limits.prompt
+    text = f"a text of {{}} to {most} characters"
+    per_step = "a whole number, or a list with one for every step"
+    seconds = f"seconds from 0.001, at most {limits.deadline:g}"
+
+    class Fields(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+        prompt: str = Field(min_length=1, max_length=most, description=text.format(1))
+        negative_prompt: str | None = optional(text.format(0), max_length=most)
+        model: str | None = optional("a name that /v1/models lists")
+        n: int | None = count(limits.images)
+        size: str | None = optional(
+            "WIDTHxHEIGHT such as '32x32'", pattern="^(auto|[0-9]{1,6}x[0-9]{1,6})$"
+        )
+        seed: int | None = optional("a whole number from 0")
+        steps: int | None = count(limits.steps)
+        guidance: float | None = optional("a number from 0 to 1000")
+        top_k: int | list[int] | None = optional(per_step)
+        kappa: int | list[int] | None = optional(per_step)
+        sigmas: list[float] | None = optional("a list of falling numbers")
+        budget: float | None = optional("the seconds that generating may take")
+        deadline: float | None = optional(seconds, ge=0.001, le=limits.deadline)
+        output_format: Literal["png", "jpeg", "webp"] | None = None
+        output_compression: int | None = optional("a whole number from 0 to 100", ge=0, le=100)
+        response_format: Literal["b64_json"] | None = optional(
+            "'b64_json': this server keeps no images that a URL could name"
+        )
+        background: Literal["auto", "opaque"] | None = None
+        moderation: Literal["auto", "low"] | None = None
+        partial_images: Literal[0] | None = None
+        quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+        stream: Literal[False] | None = None
+        style: Literal["natural", "vivid"] | None = None
+        user: Any = None
+
+    return Fields
+
+
+def read_request(
+    body: bytes,
+    manifest: dict[str, Any],
+    limits: Limits,
+    within: Within | None = None,
+    aliases: Sequence[str] = (),
+) -> ImageRequest:
+    """Parse and check; what is left out comes from the bundle, the seed at random.
+
+    `within` picks knobs for a budget (a pipeline's); `aliases`: names of the
+    model besides the bundle's. Raises Refused: 404 for another model, 400 for anything else.
+    """
+    given = parse(body, limits)
+    names = [manifest["name"], *aliases]
+    if given.get("model", names[0]) not in names:
+        known = ", ".join(map(repr, names))
+        message = f"the model is {show(given['model'])}, expected {known} or none."
+        raise Refused(404, message, param="model", code="model_not_found")
+    height, width, notes = read_size(given.get("size", "auto"), manifest, limits)
+    for name in IGNORED:
+        if given.get(name, "auto") != "auto":
+            notes.append(f"{name} {given[name]} has no effect")
+    call: dict[str, Any] = {"seed": secrets.randbelow(1 << 32), "height": height, "width": width}
+    call["negative"] = given.get("negative_prompt")
+    call |= {name: given[name] for name in ("seed", "n", *KNOBS) if name in given}
+    budget = given.get("budget")
+    try:
+        request = check_request(manifest, given["prompt"], **call)
+        if budget is not None:
+            if within is None:
+                raise ValueError("budget is not known here, expected none; leave it out.")
+            picked = within(request, budget, {name: call.get(name) for name in PICKED})
+            request = with_knobs(manifest, request, **picked)
+        whole(len(request.top_k), "steps", 1, limits.steps)  # of sigmas or a budget
+    except Unmeasured:  # whose sentence names paths of this machine
+        raise wrong(
+            "budget",
+            "no budget was measured for such a request on this machine, expected it to be by"
+            " whoever runs this server (d2m measure); leave budget out.",
+        ) from None
+    except ValueError as error:
+        raise wrong(param_of(str(error), limits), str(error)) from None
+    if request.height * request.width > limits.pixels:
+        found = f"{request.width}x{request.height}"
+        raise wrong("size", f"the size is {found}, expected at most {limits.pixels} pixels.")
+    return ImageRequest(
+        request,
+        float(given.get("deadline", limits.deadline)),
+        None if budget is not None else key_of(request),
+        given.get("output_format", "png"),
+        given.get("output_compression", 100),
+        tuple(notes),
+    )
+
+
+def parse(body: bytes, limits: Limits) -> dict[str, Any]:
+    """The fields that were given, with their types; raises Refused 400."""
+    try:
+        fields = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        text = " ".join(str(error).split())[:80]
+        raise wrong(None, f"the body is no JSON ({text}), expected a JSON object.") from None
+    if not isinstance(fields, dict):
+        raise wrong(None, f"the body is {show(fields)}, expected a JSON object.")
+    model = fields_of(limits)
+    try:
+        return model.model_validate(fields).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        raise wrong(name, f"the field {show(name)} is not known; leave it out.")
+    value: Any = fields.get(name)
+    long = first["type"].startswith("string_too")
+    found = f"{len(value)} characters long" if long else show(value)
+    plain = first["msg"].removeprefix("Input should be ")
+    expected = model.model_fields[name].description or plain
+    raise wrong(name, f"{name} is {found}, expected {expected}.")
+
+
+def read_size(
+    size: str, manifest: dict[str, Any], limits: Limits
+) -> tuple[int | None, int | None, list[str]]:
+    """'WIDTHxHEIGHT' -> height, width, notes; 'auto' -> the bundle's own size.
+
+    Of a size that OpenAI's clients send and that is larger than this server makes, the shape is
+    kept: the sides nearest below, of about as many pixels as the bundle's own size.
+    """
+    if size == "auto":
+        return None, None, []
+    width, height = map(int, size.split("x"))
+    if size not in SIZES or width * height <= limits.pixels:
+        return height, width, []
+    factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
+    own = manifest["defaults"]["height"] * manifest["defaults"]["width"]
+    scale = math.sqrt(own / (width * height)) / factor
+    width, height = (max(1, int(side * scale)) * factor for side in (width, height))
+    return height, width, [f"size {size} became {width}x{height}"]
+
+
+def param_of(sentence: str, limits: Limits) -> str | None:
+    """The field that an error of the runtime's is about, by the word that it begins with."""
+    first = sentence.removeprefix("the ").partition(" ")[0].removesuffix("'s")
+    field = {"height": "size", "width": "size", "negative": "negative_prompt"}.get(first, first)
+    return field if field in fields_of(limits).model_fields else None
+
+
+def wrong(param: str | None, message: str) -> Refused:
+    """A request that the client has to change."""
+    return Refused(400, message, param=param)
