@@ -12,6 +12,7 @@ import pytest
 from documents import (
     DOCUMENTS,
     ELSEWHERE,
+    INDEX,
     LANGUAGES,
     MARKS,
     README,
@@ -71,7 +72,7 @@ def test_inline_commands_name_real_commands() -> None:
             assert line.split()[0] in names, f"{document.name}: {line}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -86,10 +87,11 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in slugs, f"{document.name}: {target}"
 
 
-def test_every_document_is_listed_in_the_readme() -> None:
-    text = README.read_text()
-    for path in DOCUMENTS[1:]:
-        assert f"({path.relative_to(ROOT).as_posix()})" in text
+def test_every_document_is_listed_in_the_index() -> None:
+    text = INDEX.read_text()
+    assert f"({INDEX.relative_to(ROOT).as_posix()})" in README.read_text()
+    for path in DOCUMENTS:
+        assert path in (README, INDEX) or f"({path.name})" in text, path
 
 
 @pytest.mark.parametrize("box", boxes(language="python"), ids=str)
@@ -130,7 +132,7 @@ def has(document: Path, *, slow: bool) -> bool:
 @pytest.mark.parametrize(
     "document",
     [path for path in DOCUMENTS if path != README and has(path, slow=False)],
-    ids=lambda path: path.name,
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_the_cheap_boxes_run(
     document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -140,7 +142,7 @@ def test_the_cheap_boxes_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if has(path, slow=True)], ids=lambda path: path.name
+    "document", [path for path in DOCUMENTS if has(path, slow=True)], ids=lambda path: path.relative_to(ROOT).as_posix()
 )
 def test_whole_documents_run(
     document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
