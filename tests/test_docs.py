@@ -94,6 +94,19 @@ def test_every_document_is_listed_in_the_index() -> None:
         assert path in (README, INDEX) or f"({path.name})" in text, path
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_modules_named_are_there(document: Path) -> None:
+    """Paths from the repository's root in `code`, and what `python -m` runs."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    tops = r"(?:d2m|runtime|export|calib|scripts|tests|docs|results|models)"
+    for path in re.findall(rf"`({tops}/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{document.name}: {path}"
+    for module in re.findall(rf"python3? -m ({tops}(?:\.\w+)*)", document.read_text()):
+        path = ROOT / module.replace(".", "/")
+        runs = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+        assert runs, f"{document.name}: python -m {module}"
+
+
 @pytest.mark.parametrize("box", boxes(language="python"), ids=str)
 def test_python_boxes_are_python(box: Box) -> None:
     ast.parse(box.text)
@@ -132,7 +145,7 @@ def has(document: Path, *, slow: bool) -> bool:
 @pytest.mark.parametrize(
     "document",
     [path for path in DOCUMENTS if path != README and has(path, slow=False)],
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
+    ids=lambda path: path.name,
 )
 def test_the_cheap_boxes_run(
     document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -142,7 +155,7 @@ def test_the_cheap_boxes_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if has(path, slow=True)], ids=lambda path: path.relative_to(ROOT).as_posix()
+    "document", [path for path in DOCUMENTS if has(path, slow=True)], ids=lambda path: path.name
 )
 def test_whole_documents_run(
     document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

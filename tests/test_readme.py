@@ -71,7 +71,7 @@ def test_it_is_short_and_its_image_is_light() -> None:
 
 def test_every_folder_in_its_layout_is_there() -> None:
     [layout] = re.findall(r"^## Layout\n(.*?)^## ", README, re.M | re.S)
-    named = re.findall(r"`([a-z]+)/`", layout)
+    named = re.findall(r"`([a-z0-9]+)/`", layout)
     assert {"d2m", "calib", "export", "runtime", "scripts", "tests", "docs"} <= {*named}
     assert all((ROOT / name).is_dir() for name in named)
 
