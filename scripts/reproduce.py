@@ -6,7 +6,7 @@ Every row (scripts/reproduction/rows.py) is converted from the dense teacher, ju
 captions, and written to RESULTS/ROW-seedN.json at once when it is done; what is done is not done
 again, what was interrupted goes on from its checkpoint. Then summary.json, table.md, pareto.svg and
 report.html are written beside them from all results that are there and of these settings; `--table`
-does only that, and rewrites the README's section where RESULTS is the default.
+does only that, and rewrites the section of docs/results.md where RESULTS is the default.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
     return failed
 
 
-def write(settings: Settings, readme: Path | None = None) -> None:
-    """summary.json, table.md, pareto.svg and report.html; the section of `readme` too."""
+def write(settings: Settings, document: Path | None = None) -> None:
+    """summary.json, table.md, pareto.svg and report.html; the section of `document` too."""
     results, left_out = gather(settings)
     if left_out:
         print(f"results of other settings, left out: {', '.join(left_out)}", flush=True)
@@ -151,9 +151,9 @@ def write(settings: Settings, readme: Path | None = None) -> None:
         write_text(plot, drawn)
     else:
         plot.unlink(missing_ok=True)
-    if readme:
-        place = os.path.relpath(plot, readme.parent)
-        tables.write_section(readme, answer, place if drawn else None)
+    if document:
+        place = os.path.relpath(plot, document.parent)
+        tables.write_section(document, answer, place if drawn else None)
     print(f"{sum(map(len, results.values()))} results in {settings.results}: table.md, report.html")
 
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(left)} of {len(tasks(options))} rows to do; models in {settings.work}")
         failed = run(left, settings, options.jobs or os.cpu_count() or 1)
     shown = options.table and options.results == RESULTS
-    write(settings, ROOT / "README.md" if shown else None)
+    write(settings, ROOT / "docs" / "results.md" if shown else None)
     return 1 if failed else 0
 
 

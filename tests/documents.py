@@ -24,7 +24,7 @@ import typer
 from d2m.cli import app, main
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"bash", "python", "yaml", "json", "text", "onnx", ""}
 ELSEWHERE = {"network", "gpu", "docker", "cluster"}  # what a box may need that is not here

@@ -12,6 +12,7 @@ import pytest
 from documents import (
     DOCUMENTS,
     ELSEWHERE,
+    INDEX,
     LANGUAGES,
     MARKS,
     README,
@@ -71,7 +72,7 @@ def test_inline_commands_name_real_commands() -> None:
             assert line.split()[0] in names, f"{document.name}: {line}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -86,10 +87,24 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in slugs, f"{document.name}: {target}"
 
 
-def test_every_document_is_listed_in_the_readme() -> None:
-    text = README.read_text()
-    for path in DOCUMENTS[1:]:
-        assert f"({path.relative_to(ROOT).as_posix()})" in text
+def test_every_document_is_listed_in_the_index() -> None:
+    text = INDEX.read_text()
+    assert f"({INDEX.relative_to(ROOT).as_posix()})" in README.read_text()
+    for path in DOCUMENTS:
+        assert path in (README, INDEX) or f"({path.name})" in text, path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_modules_named_are_there(document: Path) -> None:
+    """Paths from the repository's root in `code`, and what `python -m` runs."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    tops = r"(?:d2m|runtime|export|calib|scripts|tests|docs|results|models)"
+    for path in re.findall(rf"`({tops}/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{document.name}: {path}"
+    for module in re.findall(rf"python3? -m ({tops}(?:\.\w+)*)", document.read_text()):
+        path = ROOT / module.replace(".", "/")
+        runs = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+        assert runs, f"{document.name}: python -m {module}"
 
 
 @pytest.mark.parametrize("box", boxes(language="python"), ids=str)

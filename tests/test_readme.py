@@ -1,8 +1,9 @@
-"""The README's form: two commands first, every command and extra named, the file tree as it is.
+"""The README's form: two commands first, one screen; README and docs name every command and extra.
 
 What its boxes say is run by tests/test_docs.py, with the other documents.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -60,13 +61,19 @@ def test_docker_targets_are_there() -> None:
             assert re.search(rf"^FROM \S+ AS {target}$", dockerfile, re.M)
 
 
-def test_the_file_tree_is_up_to_date() -> None:
-    """Its remarks are the files' docstrings, so every module has one."""
-    done = subprocess.run([sys.executable, "scripts/tree.py", "--check"], cwd=ROOT)
-    assert done.returncode == 0, "README's file tree is old; run: python scripts/tree.py"
-    [text] = re.findall(r"## The file tree\n+```\n(.*?)^```$", README, re.M | re.S)
-    for line in text.splitlines():
-        assert len(line.split(maxsplit=1)) == 2, f"no docstring: {line}"
+def test_it_is_short_and_its_image_is_light() -> None:
+    assert len(README.splitlines()) <= 150
+    [image] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert (ROOT / image).stat().st_size < 300_000
+    made = json.loads((ROOT / image).with_suffix(".json").read_text())
+    assert made["command"].startswith("python -m scripts.") and made["versions"]
+
+
+def test_every_folder_in_its_layout_is_there() -> None:
+    [layout] = re.findall(r"^## Layout\n(.*?)^## ", README, re.M | re.S)
+    named = re.findall(r"`([a-z0-9]+)/`", layout)
+    assert {"d2m", "calib", "export", "runtime", "scripts", "tests", "docs"} <= {*named}
+    assert all((ROOT / name).is_dir() for name in named)
 
 
 needs_teacher = pytest.mark.skipif(not TEACHER.is_file(), reason="no models/shapes-dense yet")

@@ -1,4 +1,4 @@
-"""The summary as Markdown: table.md, and the section of the README between two comments."""
+"""The summary as Markdown: table.md, and the section of docs/results.md between two comments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from d2m.units import human
 from runtime.files.atomic import write_text
 
-BEGIN, END = "<!-- reproduce: by scripts/reproduce.py --table -->", "<!-- /reproduce -->"
+BEGIN, END = "<!-- by python -m scripts.reproduce --table -->", "<!-- /reproduce -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
 HEAD = ("row", "what", "seeds", "score (95 %)", "of dense", "activated", "FLOPs of dense")
 NOT_RUN = "not run yet"
@@ -105,31 +105,31 @@ def checks(summary: Summary) -> str:
 
 
 def section(summary: Summary, plot: str | None) -> str:
-    """What stands in the README between BEGIN and END. plot: path of the drawing, if there is."""
-    picture = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
+    """What docs/results.md holds between BEGIN and END. plot: path of the drawing, if there is."""
+    image = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
     parts = [
         BEGIN,
         "",
         "## The paper's comparisons\n",
-        "`python scripts/reproduce.py` makes every row from the dense shapes teacher and judges it "
-        "on\nheld-out captions. A row is one training per seed, the pictures of all seeds pooled, "
+        "`python -m scripts.reproduce` makes every row from the dense shapes teacher and judges "
+        "it on\nheld-out captions. A row is one training per seed, the images of all seeds pooled, "
         "with 95 % Wilson\nintervals; categories and seeds are in `results/shapes/reproduce/`. "
         "`--table` wrote this section.\n",
         markdown([cells(row) for row in summary["rows"]], HEAD, 3),
         f"{_made(summary)}\n",
-        *picture,
+        *image,
         checks(summary),
         END,
     ]
     return "\n".join(parts)
 
 
-def write_section(readme: Path, summary: Summary, plot: str | None) -> None:
+def write_section(document: Path, summary: Summary, plot: str | None) -> None:
     """Put the section between its comments; ValueError where the file has no such comments."""
-    text = readme.read_text("utf-8")
+    text = document.read_text("utf-8")
     if not SECTION.search(text):
-        raise ValueError(f"{readme} has no {BEGIN!r} ... {END!r}; put both where the table goes.")
-    write_text(readme, SECTION.sub(lambda match: section(summary, plot), text))
+        raise ValueError(f"{document} has no {BEGIN!r} ... {END!r}; put both where the table goes.")
+    write_text(document, SECTION.sub(lambda match: section(summary, plot), text))
 
 
 # ---------------------------------------------------------------- words
@@ -146,10 +146,10 @@ def _made(summary: Summary) -> str:
     days = summary["dates"]
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     steps = sorted({row["steps"] for row in rows if row["steps"]})
-    pictures = sorted({row["score"]["n"] // len(row["seeds"]) for row in rows})
+    images = sorted({row["score"]["n"] // len(row["seeds"]) for row in rows})
     budget = f"{_range(steps)} training steps, " if steps else ""
     return (
-        f"{budget[:1].upper()}{budget[1:]}{_range(pictures)} pictures a row and seed; {when}; "
+        f"{budget[:1].upper()}{budget[1:]}{_range(images)} images a row and seed; {when}; "
         f"{'; '.join(summary['machines'])}."
     )
 

@@ -219,10 +219,10 @@ def test_what_a_recipe_did_not_know_yet_had_its_default(settings) -> None:
 # ---------------------------------------------------------------- what is written
 
 
-def written(settings, readme: Path | None = None) -> dict[str, str]:
+def written(settings, document: Path | None = None) -> dict[str, str]:
     import reproduce
 
-    reproduce.write(settings, readme)
+    reproduce.write(settings, document)
     return {path.name: path.read_text("utf-8") for path in settings.results.iterdir()}
 
 
@@ -237,7 +237,7 @@ def test_everything_is_written_and_the_same_twice(settings) -> None:
     assert re.search(r"\| L \| .* \| 0, 1 \| \.825 \(.*\) \| \.976 \| 4 M \| \.667 \|", table)
     assert table.count("not run yet") == len(json.loads(first["summary.json"])["rows"]) - 3
     assert "| L keeps 95 % of dense | met | L .825 against dense .845; ratio .9763 (" in table
-    assert "2026-11-20 to 2026-11-21" in table and "100 pictures a row and seed" in table
+    assert "2026-11-20 to 2026-11-21" in table and "100 images a row and seed" in table
     page = first["report.html"]
     for words in ("L k=1", "counting", "not yet measured", "Score against FLOPs", "seed 1"):
         assert words in page, words
@@ -267,29 +267,29 @@ def test_without_results_nothing_is_drawn_and_nothing_made_up(settings) -> None:
     assert not re.search(r"\.\d\d", re.sub(r"width-\d\.\d+", "", files["table.md"]))
 
 
-def test_the_readme_changes_between_its_comments_only(settings, tmp_path: Path) -> None:
+def test_the_document_changes_between_its_comments_only(settings, tmp_path: Path) -> None:
     from reproduction.tables import BEGIN, END
 
-    readme = tmp_path / "README.md"
-    readme.write_text("no place for it")
+    document = tmp_path / "results.md"
+    document.write_text("no place for it")
     put(settings, "L", 82)
     with pytest.raises(ValueError, match="put both where the table goes"):
-        written(settings, readme)
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+        written(settings, document)
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
-        written(settings, readme)
-        text = readme.read_text()
+        written(settings, document)
+        text = document.read_text()
         assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
         assert "old" not in text and text.count("](results/pareto.svg)") == 1
 
 
-def test_the_readmes_section_is_up_to_date() -> None:
+def test_the_section_of_the_results_is_up_to_date() -> None:
     from reproduction.summary import summary
     from reproduction.tables import SECTION, section
 
     folder = "results/shapes/reproduce"
     path = ROOT / folder / "summary.json"
     answer = json.loads(path.read_text("utf-8")) if path.is_file() else summary({})
-    plot = f"{folder}/pareto.svg" if (ROOT / folder / "pareto.svg").is_file() else None
-    [text] = SECTION.findall((ROOT / "README.md").read_text("utf-8"))
-    assert text == section(answer, plot), "run: python scripts/reproduce.py --table"
+    plot = f"../{folder}/pareto.svg" if (ROOT / folder / "pareto.svg").is_file() else None
+    [text] = SECTION.findall((ROOT / "docs" / "results.md").read_text("utf-8"))
+    assert text == section(answer, plot), "run: python -m scripts.reproduce --table"
