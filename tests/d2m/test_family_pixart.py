@@ -66,8 +66,8 @@ def test_what_it_cannot_have_is_refused_in_a_sentence() -> None:
     for config in ({"use_additional_conditions": True, "sample_size": 64}, {"sample_size": 128}):
         with pytest.raises(ValueError, match="use_additional_conditions .* expected false"):
             check_conditions(config)
-    pixart.check_conditions({"sample_size": 64})
-    pixart.check_conditions({"sample_size": 128, "use_additional_conditions": False})
+    check_conditions({"sample_size": 64})
+    check_conditions({"sample_size": 128, "use_additional_conditions": False})
 
 
 @pytest.mark.filterwarnings("ignore")
