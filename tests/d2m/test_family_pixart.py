@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from d2m import family_pixart as pixart
+from d2m.anatomy_pixart import check_conditions
 from d2m.family_flow import generator_at, training_point
 from d2m.rows import cut
 from d2m.structure import Blocks
@@ -64,9 +65,9 @@ def test_what_it_cannot_have_is_refused_in_a_sentence() -> None:
         pixart.check_blocks(Blocks(drop_double=(1,)), depth)
     for config in ({"use_additional_conditions": True, "sample_size": 64}, {"sample_size": 128}):
         with pytest.raises(ValueError, match="use_additional_conditions .* expected false"):
-            pixart.check_conditions(config)
-    pixart.check_conditions({"sample_size": 64})
-    pixart.check_conditions({"sample_size": 128, "use_additional_conditions": False})
+            check_conditions(config)
+    check_conditions({"sample_size": 64})
+    check_conditions({"sample_size": 128, "use_additional_conditions": False})
 
 
 @pytest.mark.filterwarnings("ignore")
