@@ -49,7 +49,7 @@ class Pipeline(Opened):
         kappa    blocks that every group keeps: 1 to the smallest group's size, or one per step
         sigmas   noise levels of the steps before the scheduler's shift, falling from at most 1
         budget   seconds that the call may take: those of steps, top_k and kappa that are left out
-                 are picked from what was measured here (runtime.budget; d2m measure)
+                 are picked from what was measured here (runtime.budgettable; d2m measure)
         latents  initial noise instead of a seed's: [images, C, h, w] or, of families that pack,
                  [images, tokens, channels]
         negative what not to draw: a text, or one per prompt; for families that are drawn with
