@@ -51,7 +51,7 @@ def model_card(
         recipe=recipe,
         groups=[g for each in recipe.get("blocks", {}).get("groups", {}).values() for g in each],
         **parameters,
-        scores={side: (scores or {})[side] for side in ("dense", "sparse") if side in (scores or {})},
+        scores={s: row for s in ("dense", "sparse") if (row := (scores or {}).get(s)) is not None},
         defaults=defaults or {},
         licence=licence,
         plain=_plain,
