@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from d2m.model import SparseFluxTransformer2DModel
+    from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
 
 # diffusers resolves the class that model_index.json names as ["d2m", "SparseFlux..."] by getattr on
 # this package, and looks here for the base class that tells it how to load the component.
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         value: Any = ModelMixin
     elif family := _classes().get(name):
-        from d2m.model import sparse_class
+        from d2m.model.sparse_transformer import sparse_class
 
         value = sparse_class(family)
     else:

@@ -35,7 +35,7 @@ class Drawing:
 
     async def __call__(self, request: Request) -> Response:
         """{"prompt": "...", "seed": 0, ...} -> a PNG, or one sentence with status 400."""
-        from runtime.picture import to_png
+        from runtime.image import to_png
 
         try:
             asked = json.loads(await request.body())

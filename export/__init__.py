@@ -1,1 +1,30 @@
-"""From a sparse checkpoint to a bundle: ONNX graphs per block type, engine plans, parity."""
+"""From a sparse pipeline directory to a bundle that needs no torch.
+
+`bundle` is the list of steps. Folders from the ground up: `op/` the op d2m::RoutedExperts in ONNX;
+`graph/` a transformer as block graphs and a program that calls them; `families/` what each family
+needs; `checkpoint/` the directory that is read and the weights that are written; `plans/` TensorRT;
+`parity/` the bundle against torch.
+
+    bundle    `d2m export`: a sparse (or dense) pipeline directory becomes a bundle that needs no
+              torch
+    checks    What `d2m export` refuses before it reads a weight: options, libraries, GPUs,
+              directories
+    triton    `d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runtime.files.lazy import lazy
+
+if TYPE_CHECKING:
+    from export.bundle import export_bundle
+
+__all__ = ["export_bundle"]
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "export_bundle": "export.bundle",
+    },
+)

@@ -32,13 +32,13 @@ from runtime.files.atomic import (
     write_text,
 )
 from runtime.files.hashes import sha256
-from runtime.schedule import plan_key
+from runtime.trt.launch_schedule import plan_key
 
 if TYPE_CHECKING:
     import torch
 
-    from export.program import BlockType, Program
-    from export.source import Component
+    from export.checkpoint.pipeline import Component
+    from export.graph.program import BlockType, Program
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,7 +77,8 @@ def export_bundle(
         cubins: sparse blocks also as plans of their segments with the experts' kernels between
             them, which the runtime launches where they fit its GPU (needs triton).
         link: shards of the checkpoint that enter the bundle unchanged are hard links to it
-            (export/links.py); all else, and everything where links are impossible, is written.
+            (export/checkpoint/shared_shards.py); all else, and everything where links are
+            impossible, is written.
         portable: portable plans beside those for `sm`.
         progress: called as progress(phase, done, total).
 
@@ -96,8 +97,8 @@ def export_bundle(
     if plugin:
         check_plugin(trt, trt_rtx)
     need_extra()
-    from export.cubins import check_cubins
-    from export.source import components, open_pipeline
+    from export.checkpoint.pipeline import components, open_pipeline
+    from export.plans.expert_kernels import check_cubins
 
     _, _, sparse = open_pipeline(source)
     if cubins:
@@ -189,7 +190,7 @@ def first_facts(
     storage: str | None,
 ) -> dict[str, Any]:
     """The manifest without components, tokenizers, plans and files."""
-    from export.source import facts
+    from export.checkpoint.pipeline import facts
 
     transformer = next(part for part in parts if part.name == "transformer")
     own = str(transformer.checkpoint.main_dtype()).removeprefix("torch.")
@@ -217,8 +218,8 @@ def write_weights(
     progress: Progress | None,
 ) -> tuple[list[str], str]:
     """<component>.safetensors; returns linked shards beside it, and its SHA-256."""
-    from export.links import link_shards
-    from export.weights import place, refuse_unknown, write
+    from export.checkpoint.shared_shards import link_shards
+    from export.checkpoint.weights import place, refuse_unknown, write
 
     wanted = torch_dtype(storage) if storage else part.storage
     placed = place(program, lambda name: wanted or part.checkpoint.dtype(name))
@@ -241,7 +242,7 @@ def write_graphs(
     """The block graphs and <component>.onnx, checked; returns the component's record."""
     import onnx
 
-    from export.compose import compose
+    from export.graph.compose import compose
 
     types = {}
     for kind, row in program.types.items():
@@ -289,7 +290,7 @@ def check_graph(path: Path, weights: Sequence[Path]) -> None:
 
 def type_record(row: BlockType, paths: Mapping[str, str]) -> dict[str, Any]:
     """A block type as the manifest holds it."""
-    from export.program import BODY
+    from export.graph.program import BODY
 
     record = {
         "graphs": dict(paths),
@@ -302,7 +303,7 @@ def type_record(row: BlockType, paths: Mapping[str, str]) -> dict[str, Any]:
 
 def write_tokenizers(folder: Path, source: Path, manifest: dict[str, Any]) -> None:
     """tokenizer.json files and their records."""
-    from export.source import tokenizers
+    from export.checkpoint.pipeline import tokenizers
 
     manifest["tokenizers"] = {}
     for name, (record, text) in tokenizers(source).items():
@@ -325,8 +326,8 @@ def write_plans(
 
     With `parts` the graphs are traced anew, computing in `dtype`.
     """
-    from export.cubins import Pieces, build_kernels, cut_blocks, kernel_sm
-    from export.plans import build_plans, default_profiles
+    from export.plans.build import build_plans, default_profiles
+    from export.plans.expert_kernels import Pieces, build_kernels, cut_blocks, kernel_sm
 
     with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
         where = folder
@@ -374,7 +375,7 @@ def write_manifest(
     progress: Progress | None,
 ) -> None:
     """Hash every file that is not in `hashes`, write manifest.json, open the result as runtime."""
-    from runtime.bundle import open_bundle
+    from runtime.bundle.directory import open_bundle
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {}

@@ -53,7 +53,7 @@ def check_plugin(trt: bool, trt_rtx: bool) -> None:
             " alone: TensorRT-RTX takes no Python plugins."
         )
     from d2m.kernels.package import triton_version
-    from export.plugins import load_plugin_api
+    from export.plans.plugins import load_plugin_api
 
     load_plugin_api()
     triton_version()
@@ -76,7 +76,7 @@ def need_extra() -> None:
 
 def check_top_k(source: Path, top_k: Sequence[int]) -> list[int]:
     """The numbers of experts to export, ascending, the checkpoint's own among them."""
-    from export.family_configs import config
+    from export.families.configs import config
 
     values = config(source, "transformer")
     experts, own = values.get("num_experts", 12), values.get("top_k", 2)
@@ -95,7 +95,7 @@ def plan_apis(trt: bool, trt_rtx: bool, targets: Sequence[Sequence[int]]) -> lis
     A missing library is an ImportError, a GPU that it does not build for a ValueError or OSError:
     now rather than after minutes of tracing.
     """
-    from export.toolchain import check_sm, load_api
+    from export.plans.compiler import check_sm, load_api
 
     apis = [load_api("auto")] if trt else []
     if trt_rtx:

@@ -35,9 +35,9 @@ def load(
 ) -> Pipeline:
     """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
 
-    `backend` is "auto" or one of runtime.executor.BACKENDS; `threads` defaults to the D2M_THREADS
-    environment variable, then to the physical cores this process may use; `experts` is "auto",
-    "plans" or "cubins": how plans run the routed experts (see runtime.experts).
+    `backend` is "auto" or one of runtime.program.backends.BACKENDS; `threads` defaults to the
+    D2M_THREADS environment variable, then to the physical cores this process may use; `experts` is
+    "auto", "plans" or "cubins": how plans run the routed experts (see runtime.trt.experts).
     `verify` "full" computes every file's hash anew rather than once for as long as the file
     stays; `key` is a public key's file by which the bundle must be signed (None: that of the
     environment variable D2M_PUBLIC_KEY, if it is set). `offload` "block" streams the

@@ -10,24 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bundle import Bundle, open_bundle, required_key
-from runtime.executor import (
-    GPU_BACKENDS,
-    PLAN_BACKENDS,
-    Executor,
-    batch_limit,
-    choose,
-    open_component,
-)
-from runtime.experts import check_experts
+from runtime.bundle.directory import Bundle, open_bundle, required_key
 from runtime.families import family_of
 from runtime.files.tensors import to_dtype, to_float32
-from runtime.offload import check_offload
-from runtime.text import TextTokenizer
-from runtime.threads import thread_count
+from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
+from runtime.program.executor import Executor, batch_limit, choose, open_component
+from runtime.program.threads import thread_count
+from runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from runtime.groups import Starts
+    from runtime.bundle.block_groups import Starts
 
 log = logging.getLogger("runtime")
 Witness = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
@@ -50,15 +42,15 @@ class Opened:
     """A bundle opened on a backend, as runtime.sampling takes it.
 
     Components are opened when first needed. `mode` ("graph" or "blocks") is ONNX Runtime's
-    alone, see runtime.ort; `experts` ("auto", "plans" or "cubins") that of plans, see
-    runtime.experts. `verify` "full" computes every file's hash anew; `key` is a public key's file
-    by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The same
-    seed, bundle, backend and batch give the same bytes; another batch size may round sums
+    alone, see runtime.ort.component; `experts` ("auto", "plans" or "cubins") that of plans, see
+    runtime.trt.experts. `verify` "full" computes every file's hash anew; `key` is a public key's
+    file by which the bundle must be signed (None: D2M_PUBLIC_KEY of the environment, if set). The
+    same seed, bundle, backend and batch give the same bytes; another batch size may round sums
     differently, and so change an image's last bits. A batch of fewer rows than
     `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
     that from so many rows on nothing changes (runtime.serve.batch_invariance). With `offload`
-    "block" the transformer's weights are streamed block by block (see runtime.offload), and the
-    other components are open only while they run.
+    "block" the transformer's weights are streamed block by block (see runtime.ort.block_weights),
+    and the other components are open only while they run.
     """
 
     def __init__(

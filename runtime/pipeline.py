@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.arguments import Request, check_request, read_latents, with_knobs
 from runtime.opened import Opened
+from runtime.request import Request, check_request, read_latents, with_knobs
 from runtime.sampling import AfterStep, Progress, generate_batch
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Pipeline(Opened):
         kappa    blocks that every group keeps: 1 to the smallest group's size, or one per step
         sigmas   noise levels of the steps before the scheduler's shift, falling from at most 1
         budget   seconds that the call may take: those of steps, top_k and kappa that are left out
-                 are picked from what was measured here (runtime.budgettable; d2m measure)
+                 are picked from what was measured here (runtime.latency_budget; d2m measure)
         latents  initial noise instead of a seed's: [images, C, h, w] or, of families that pack,
                  [images, tokens, channels]
         negative what not to draw: a text, or one per prompt; for families that are drawn with
@@ -92,8 +92,8 @@ class Pipeline(Opened):
         return images if request.many else images[0]
 
     def within(self, request: Request, budget: float, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """steps, top_k and kappa for a request within `budget` seconds (runtime.budgettable)."""
-        from runtime.budgettable import key_of, within
+        """steps, top_k and kappa for a request within `budget` seconds (runtime.latency_budget)."""
+        from runtime.latency_budget import key_of, within
 
         key = key_of(self.setting(), request.height, request.width, len(request.prompts))
         return within(key, self.bundle.path, request, budget, knobs)

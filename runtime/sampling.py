@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.arguments import Request
-from runtime.family import Arrays, rows
-from runtime.family_latents import image_tokens
-from runtime.forecast import forecast
-from runtime.groups import known_beforehand
+from runtime.bundle.block_groups import known_beforehand
+from runtime.families.family import Arrays, rows
+from runtime.families.latents import image_tokens
 from runtime.opened import Opened
+from runtime.program.block_forecast import forecast
+from runtime.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,7 @@ def generate_batch(
     cancel: Callable[[], bool] | None = None,
 ) -> list[Image]:
     """The images `part` of a checked request; `noise` None: that of its seeds."""
-    from runtime.picture import to_image
+    from runtime.image import to_image
 
     def tell(phase: str, done: int, total: int) -> None:
         if cancel and cancel():

@@ -76,10 +76,15 @@ def main() -> None:
     """Generate both rows, write the image and what it was made with."""
     pipeline, seeds = runtime.load(backend="ort"), list(range(len(PROMPTS)))
     dense, sparse = dense_images(pipeline, seeds), pipeline(PROMPTS, seed=seeds)
+    assert isinstance(sparse, list)
     path, png = ROOT / "results/shapes/gallery.png", io.BytesIO()
     sheet({"dense\n100 % FLOPs": dense, "sparse\n41 % FLOPs": sparse}).save(png, "PNG")
     write_bytes(path, png.getvalue())
-    made = {"command": "python -m scripts.gallery", "prompts": PROMPTS, "seeds": seeds}
+    made: dict[str, object] = {
+        "command": "python -m scripts.gallery",
+        "prompts": PROMPTS,
+        "seeds": seeds,
+    }
     made |= {"dense": DENSE, "sparse": "runtime/default", "defaults": pipeline.manifest["defaults"]}
     made["versions"] = {name: version(name) for name in ("torch", "diffusers", "onnxruntime")}
     write_json(path.with_suffix(".json"), made)

@@ -52,7 +52,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense FluxPipeline directory (see tiny.py)."""
     pytest.importorskip("diffusers")
-    from tiny import tiny_pipeline
+    from tests.tiny.pipeline import tiny_pipeline
 
     return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "dense")
 
@@ -67,9 +67,9 @@ def tiny_sparse_dir(tiny_dense_dir: Path) -> Path:
     from diffusers import DiffusionPipeline
 
     from d2m.families import FLUX
-    from d2m.model import SparseFluxTransformer2DModel
-    from d2m.recipe import SparseSpec
-    from d2m.surgery import convert_state_dict, sites_of, sparse_ffns, split_neurons
+    from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
+    from d2m.model.surgery import convert_state_dict, sites_of, sparse_ffns, split_neurons
+    from d2m.recipe.recipe import SparseSpec
 
     pipe = DiffusionPipeline.from_pretrained(tiny_dense_dir, local_files_only=True)
     state, generator = pipe.transformer.state_dict(), torch.Generator().manual_seed(1)
@@ -107,9 +107,8 @@ def tiny_guided_bundle(
 ) -> Path:
     """The bundle of a dense PixArt, drawn with negative prompts. Not to be changed."""
     pytest.importorskip("diffusers")
-    from tinyfamilies import SIZE, pixart
-
-    from d2m.family_defaults import write_defaults
+    from d2m.families.generation_defaults import write_defaults
+    from tests.tiny.families import SIZE, pixart
 
     path = tmp_path_factory.mktemp("guided") / "guided"
     pixart().save_pretrained(path)
@@ -121,7 +120,7 @@ def tiny_guided_bundle(
 def tiny_grouped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse pipeline with groups of blocks, routers of alpha .5 (see tinygrouped.py)."""
     pytest.importorskip("diffusers")
-    from tinygrouped import grouped_pipeline
+    from tests.tiny.grouped import grouped_pipeline
 
     return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "grouped", 0.5)
 
@@ -130,7 +129,7 @@ def tiny_grouped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_forecast_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Such a one with alpha 0, where a schedule is known beforehand, and shared modulation."""
     pytest.importorskip("diffusers")
-    from tinygrouped import grouped_pipeline
+    from tests.tiny.grouped import grouped_pipeline
 
     return grouped_pipeline(tmp_path_factory.mktemp("grouped") / "forecast", 0.0, adaln="single")
 

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from documents import (
+
+from tests.cases.documents import (
     DOCUMENTS,
     ELSEWHERE,
     INDEX,
@@ -208,7 +209,7 @@ def test_the_bundles_specification_names_every_field() -> None:
 
 
 def test_the_ops_specification_is_its_schema() -> None:
-    from export.schema import INPUTS, OP, OPSET, TYPES, VERSION
+    from export.op.schema import INPUTS, OP, OPSET, TYPES, VERSION
 
     text = (ROOT / "docs" / "op.md").read_text()
     assert f"d2m::{OP}, version {VERSION}" in text and OPSET

@@ -68,7 +68,7 @@ def test_the_wheel_holds_packages_presets_and_the_default_bundle(wheel: zipfile.
         found = list((ROOT / "d2m").rglob(f"*.{kind}"))
         assert found, kind
         data += found
-    assert (ROOT / "d2m/presets/L.json").is_file()
+    assert (ROOT / "d2m/recipe/presets/L.json").is_file()
     for path in data:
         if path.is_file():
             assert path.relative_to(ROOT).as_posix() in names

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
-from documents import ROOT, SMALLER, boxes, run
+
+from tests.cases.documents import ROOT, SMALLER, boxes, run
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory where models/shapes-dense is a tiny pipeline."""
     pytest.importorskip("diffusers")
-    from tiny import tiny_pipeline
+    from tests.tiny.pipeline import tiny_pipeline
 
     monkeypatch.chdir(tmp_path)
     path = tiny_pipeline("models/shapes-dense")

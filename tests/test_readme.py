@@ -11,10 +11,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-import documents
 import pytest
 
 from d2m.cli import app
+from tests.cases import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

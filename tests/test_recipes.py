@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import ROOT, parse_d2m
 from PIL import Image
+
+from tests.cases.documents import ROOT, parse_d2m
 
 yaml = pytest.importorskip("yaml")
 MANIFESTS = sorted((ROOT / "docs" / "kubernetes").glob("*.yaml"))
@@ -69,7 +70,7 @@ def test_ray_serve_draws() -> None:
     from ray import serve
 
     from docs.ray_serve import app
-    from servers import until
+    from tests.stand_ins.http import until
 
     serve.run(app)
 

@@ -19,7 +19,7 @@ import typer
 
 from d2m.cli import convert, export, inspect, judge, plan, run, serve, sign
 from d2m.cli.terminal import explain, quiet_libraries, say
-from d2m.stopping import terminated_on_signal
+from d2m.distill.stopping import terminated_on_signal
 
 app = typer.Typer(
     name="d2m",
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
-        from d2m.processes import settled
+        from d2m.distill.processes import settled
 
         ending, speaks = settled(error)
         sentence, code = explain(ending, resumes=arguments[0] == "convert")

@@ -85,7 +85,7 @@ def convert(
 
     Started by torchrun or accelerate launch, the processes distil together (docs/many-gpus.md).
     """
-    from d2m.processes import ALONE, join, launched
+    from d2m.distill.processes import ALONE, join, launched
 
     if launched().size > 1 and budget is not None:
         raise ValueError(
@@ -103,20 +103,20 @@ def convert(
         raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
     if score is not None and score < 0:
         raise ValueError(f"--score is {score}, expected a number of images, 0 for none")
-    from d2m.pareto import known_rows
+    from d2m.report.pareto import known_rows
 
     known = known_rows(compare) if compare else ()
-    from calib.data import check_taught
-    from calib.data import chosen as chosen_data
-    from calib.importance import chosen
-    from calib.statistics import routing_table
-    from calib.suite import evaluate as judge
-    from d2m.convert import Options, Report
-    from d2m.convert import convert as function
-    from d2m.dense import locate
-    from d2m.family_defaults import generation_defaults
-    from d2m.preset import recipe_named
-    from d2m.recipe import changed
+    from calib.data.option import check_taught
+    from calib.data.option import chosen as chosen_data
+    from calib.measure.importance import chosen
+    from calib.measure.routing import routing_table
+    from calib.shapes.suite import evaluate as judge
+    from d2m.convert.in_memory import Options, Report
+    from d2m.convert.in_memory import convert as function
+    from d2m.families.generation_defaults import generation_defaults
+    from d2m.plan.hub import locate
+    from d2m.plan.presets import recipe_named
+    from d2m.recipe.recipe import changed
 
     taught = chosen_data(
         data,
@@ -135,7 +135,7 @@ def convert(
     made = changed(recipe_named(recipe or preset, dense), seed=seed)
     facts: dict[str, Any] = {}
     if budget is not None:
-        from calib.budget import for_conversion, told
+        from calib.budget.recipe import for_conversion, told
 
         with progress_bars() as progress:
             made, neurons, facts = for_conversion(
@@ -151,12 +151,12 @@ def convert(
         if facts:
             say(told(facts))
     elif launched().leads:
-        from d2m.early import check_convert
+        from d2m.plan.fits_here import check_convert
 
         streamed = init_only and scores is not None
         check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
     if init_only and scores is not None:
-        from d2m.stream import convert_stream
+        from d2m.convert.streamed import convert_stream
 
         if stages or start is not None:
             raise ValueError("--init-only trains nothing; leave --stages and --start out")
@@ -242,6 +242,6 @@ def lora(
     debug: options.Debug = False,
 ) -> None:
     """Fuse a dense model's LoRA into a sparse pipeline, or a dense one; show what it changes."""
-    from d2m.lora import lora as function
+    from d2m.lora.fuse import lora as function
 
     print_answer(function(file, onto, out, scale=scale, lossy=lossy, steps=steps), json_)

@@ -87,7 +87,7 @@ def export(
         "at": triton_bundle,
     }
     if triton_repo is not None:
-        from export.nvtriton import check_options, write_repository
+        from export.triton import check_options, write_repository
 
         check_options(**repository)
         if out is None:
@@ -95,7 +95,7 @@ def export(
             return
     assert out is not None
     targets, portable = sm
-    from d2m.early import check_export
+    from d2m.plan.fits_here import check_export
     from export.bundle import export_bundle
 
     sets = (trt or trt_rtx) * (1 + (portable and bool(targets)))

@@ -17,8 +17,8 @@ Draw = Callable[[Sequence[str], Sequence[int]], Any]
 
 
 def world_of(text: str) -> dict[str, int]:
-    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}, names as in calib.world.World."""
-    from calib.world import World
+    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}, names as in calib.shapes.world.World."""
+    from calib.shapes.world import World
 
     values = {}
     for part in text.split(",") if text else ():
@@ -59,9 +59,9 @@ def evaluate(
         raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite so far")
     if n < 1 or batch < 1:
         raise ValueError(f"-n is {n} and --batch is {batch}, expected 1 or more of each")
-    from calib.suite import evaluate as function
-    from calib.suite import save_grid
-    from calib.world import World
+    from calib.shapes.suite import evaluate as function
+    from calib.shapes.suite import save_grid
+    from calib.shapes.world import World
     from runtime.files.atomic import write_json
 
     asked = World(**world)
@@ -122,7 +122,7 @@ def drawer(
             f"{str(path)!r} is neither a bundle (manifest.json) nor a pipeline directory "
             "(model_index.json); give what d2m export or d2m convert has written"
         )
-    from d2m.draw import load_pipeline, pipeline_draw, settings
+    from d2m.generate import load_pipeline, pipeline_draw, settings
 
     values = settings(
         path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
@@ -149,8 +149,8 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Measure BUNDLE here: cold start, images, steps, blocks, memory; with --vs in turns."""
-    from runtime.bench import bench as function
-    from runtime.benchtable import tables
+    from runtime.measure.bench import bench as function
+    from runtime.measure.bench_tables import tables
 
     with progress_bars() as progress:
         answer = function(
@@ -188,8 +188,8 @@ def parity(
     debug: options.Debug = False,
 ) -> None:
     """Compare BUNDLE with torch part by part; exit code 1 where a difference exceeds its limit."""
-    from export.parity import parity as function
-    from export.parity import tables
+    from export.parity.run import parity as function
+    from export.parity.run import tables
 
     with progress_bars() as progress:
         answer = function(

@@ -48,7 +48,7 @@ def plan(
     With --gpus, what distilling it by --preset or --recipe takes of each of so many GPUs.
     """
     if gpus is not None:
-        from d2m.fits import fits, fits_table, formula
+        from d2m.plan.gpus import fits, fits_table, formula
 
         found = fits(
             model,
@@ -70,10 +70,10 @@ def plan(
         print_table(*fits_table(found))
         print("\n" + formula())
         return
-    from d2m.early import needs, needs_table
-    from d2m.machine import machine
-    from d2m.plan import plan as function
-    from d2m.plantable import conclusion, table
+    from d2m.plan.count import plan as function
+    from d2m.plan.fits_here import needs, needs_table
+    from d2m.plan.machine import machine
+    from d2m.plan.tables import conclusion, table
 
     size = {"height": height, "width": width, "text_tokens": text_tokens, "top_k": top_k}
     answer = function(model, preset=preset, recipe=recipe, blocks=blocks, **size)
@@ -96,10 +96,10 @@ def doctor(
     debug: options.Debug = False,
 ) -> None:
     """Show what is installed and works, what fits this machine, and what to do about the rest."""
-    from d2m.doctor import doctor as function
-    from d2m.doctor import lines
-    from d2m.early import needs_table
-    from runtime.executor import MODULES
+    from d2m.plan.doctor import doctor as function
+    from d2m.plan.doctor import lines
+    from d2m.plan.fits_here import needs_table
+    from runtime.program.backends import MODULES
 
     answer = function(str(path), MODULES)
     if json_:

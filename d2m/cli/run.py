@@ -74,10 +74,10 @@ def run(
     """
     began = time.perf_counter()
     import runtime
-    from runtime.picture import save, settings_of
+    from runtime.image import save, settings_of
 
     if again is not None:
-        from runtime.again import draw_again
+        from runtime.regenerate import draw_again
 
         if second is not None or (first is not None and bundle is not None):
             raise ValueError("--again takes the prompt from the image; name the bundle alone")
@@ -149,8 +149,8 @@ def measure(
 ) -> None:
     """Time BUNDLE at fewer steps, experts and blocks, for d2m run --budget; kept for this user."""
     import runtime
-    from runtime.budget import columns
-    from runtime.budget import measure as function
+    from runtime.measure.latency import columns
+    from runtime.measure.latency import measure as function
 
     asked = {"steps": steps, "top_k": top_k, "kappa": kappa}
     lists: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

@@ -17,7 +17,7 @@ def keygen(
     debug: options.Debug = False,
 ) -> None:
     """Make a pair of Ed25519 keys to sign bundles with: KEY, which stays secret, and KEY.pub."""
-    from runtime.signing import make_key
+    from runtime.bundle.signing import make_key
 
     print_answer(make_key(path), json_)
 
@@ -29,7 +29,7 @@ def sign(
     debug: options.Debug = False,
 ) -> None:
     """Check every file of BUNDLE and sign its manifest, which holds all their hashes."""
-    from runtime.signing import sign as function
+    from runtime.bundle.signing import sign as function
 
     print_answer(function(bundle, key), json_)
 
@@ -41,6 +41,6 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Compute every hash of BUNDLE anew and check its signature; --key: by whom it must be."""
-    from runtime.signing import verify as function
+    from runtime.bundle.signing import verify as function
 
     print_answer(function(bundle, key), json_)

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2m.processes import Lost
-from d2m.stopping import Terminated
+from d2m.distill.processes import Lost
+from d2m.distill.stopping import Terminated
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

@@ -101,7 +101,8 @@ def forward_triton(
     top_k: int,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """The op's value; arguments as `d2m.experts.experts_op`. `tiles` only to try others."""
+    """The op's value; arguments as `d2m.model.experts_op.experts_op`. `tiles` only to try
+    others."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
     sizes = call_sizes(x, w1, top_k)

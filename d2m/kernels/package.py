@@ -49,8 +49,9 @@ def build(
     """Compile the forward for every `sm`, stream and `top_k`; write `out`; return the manifest.
 
     sizes: width D, experts E, hidden H and dtype; its tokens and top_k are not read. Without `ptx`
-    there are cubins alone (a TensorRT plugin needs PTX, runtime.kernels does not). The directory
-    appears whole or not at all. Raises ValueError in one sentence for what cannot be compiled.
+    there are cubins alone (a TensorRT plugin needs PTX, runtime.bundle.kernel_package does not).
+    The directory appears whole or not at all. Raises ValueError in one sentence for what cannot be
+    compiled.
     """
     check(sizes, sm, top_k, streams)
     out = Path(out)

@@ -1,6 +1,6 @@
 """Kernel `route`: softmax over the experts, the K largest gates, and a histogram per token block.
 
-Shape letters: T tokens, E experts, K chosen. The meaning is `d2m.routing.route`, in float32.
+Shape letters: T tokens, E experts, K chosen. The meaning is `d2m.model.routing.route`, in float32.
 """
 
 import triton

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from runtime.arguments import one_or_all
+from runtime.request import one_or_all
 from runtime.serve.batch import usage
 from runtime.serve.guard import Guard
 from runtime.serve.image_request import MAX_BODY, Refused, fields_of, read_request

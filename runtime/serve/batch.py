@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.arguments import Request
+from runtime.request import Request
 
 BLOCK = re.compile(r"\w+\.\d+\.")  # the weight prefix of a block, not of the transformer's ends
 

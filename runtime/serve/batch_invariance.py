@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.ort import Graph
+from runtime.ort.component import Graph
 from runtime.sampling import decode, denoise, encode, prepare_latents
 
 if TYPE_CHECKING:
-    from runtime.arguments import Request
     from runtime.pipeline import Pipeline
+    from runtime.request import Request
 
 log = logging.getLogger("runtime.serve")
 STEPS = 2

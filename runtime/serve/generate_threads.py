@@ -7,13 +7,13 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from runtime.picture import to_file
+from runtime.image import to_file
 from runtime.sampling import Cancelled
 from runtime.serve.batch import call_of, usage
 from runtime.serve.jobs import Generated, Job, Jobs
 
 if TYPE_CHECKING:
-    from runtime.expertload import Meter, Step
+    from runtime.measure.expert_load import Meter, Step
     from runtime.serve.batch_invariance import MinBatches
     from runtime.serve.metrics import Metrics
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
-from runtime.arguments import Request, check_request, show, whole, with_knobs
-from runtime.budgettable import Unmeasured
+from runtime.latency_budget import Unmeasured
+from runtime.request import Request, check_request, show, whole, with_knobs
 from runtime.serve.batch import key_of
 
 MAX_BODY = 64 << 10  # bytes

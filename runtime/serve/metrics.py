@@ -16,10 +16,10 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from runtime.expertload import load_ratio
+from runtime.measure.expert_load import load_ratio
 
 if TYPE_CHECKING:
-    from runtime.expertload import Meter
+    from runtime.measure.expert_load import Meter
     from runtime.serve.jobs import Jobs
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)

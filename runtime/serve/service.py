@@ -9,19 +9,19 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.arguments import check_request, whole
-from runtime.bundle import open_bundle, required_key
-from runtime.executor import GPU_BACKENDS
-from runtime.expertload import Meter
+from runtime.bundle.directory import open_bundle, required_key
+from runtime.measure.expert_load import Meter
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
+from runtime.program.backends import GPU_BACKENDS
+from runtime.program.threads import thread_count
+from runtime.request import check_request, whole
 from runtime.sampling import Cancelled
 from runtime.serve.batch_invariance import MinBatches
 from runtime.serve.generate_threads import GenerateThreads
 from runtime.serve.image_request import ImageRequest, Limits, Refused
 from runtime.serve.jobs import Full, Generated, Job, Jobs
 from runtime.serve.metrics import Metrics
-from runtime.threads import thread_count
 
 log = logging.getLogger("runtime.serve")
 MAX_PIXELS = 4  # times the bundle's own size, where no other limit is given

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arguments import Request, check_request
-from runtime.picture import to_png
+from runtime.image import to_png
 from runtime.pipeline import Pipeline
+from runtime.request import Request, check_request
 from runtime.sampling import Cancelled
 from runtime.serve.batch import call_of, key_of
 from runtime.serve.batch_invariance import MinBatches
@@ -234,7 +234,7 @@ def use_device(number: int) -> None:
 
     The server tells every instance its GPU and leaves it to the model to use it.
     """
-    from runtime.device import bindings
+    from runtime.cuda.device import bindings
 
     cuda = bindings()
     (error,) = cuda.cudaSetDevice(number)

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from teacher.text import LENGTH, TextStage, Tokenizers, tokenise
+from scripts.teacher.text import LENGTH, TextStage, Tokenizers, tokenise
 
 
 @dataclass(frozen=True)

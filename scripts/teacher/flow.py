@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from calib.world import World
-from teacher.cache import Cache
-from teacher.labels import Labelled
-from teacher.loop import Loss, Run, train
+from calib.shapes.world import World
+from scripts.teacher.cache import Cache
+from scripts.teacher.labels import Labelled
+from scripts.teacher.loop import Loss, Run, train
 
 DROPPED = 0.1  # share of captions left out, so that the model knows what to draw without one
 LABEL_WEIGHT = 0.2  # of a patch's names against the velocity's error; both are near 1

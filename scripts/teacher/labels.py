@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from calib.render import Q, layout
-from calib.world import COLOURS, SHAPES, Scene, World
+from calib.shapes.render import Q, layout
+from calib.shapes.world import COLOURS, SHAPES, Scene, World
 
 GRID = 4  # patches a side: 8 px of a 32 px picture, one image token each
 SHOWS = 0.15  # least share of a patch's area inside a thing's box

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from teacher.state import gather, load_state, restore, save_state
+from scripts.teacher.state import gather, load_state, restore, save_state
 
 # Step -> (loss, figures for the log). Depends on nothing but the weights and the step.
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]

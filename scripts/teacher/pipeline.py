@@ -14,10 +14,10 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
-from calib.world import World
-from d2m.subject import read_json
+from calib.shapes.world import World
+from d2m.plan.model_config import read_json
 from runtime.files.atomic import replace_dir, write_json
-from teacher.text import LENGTH, TextStage, Tokenizers
+from scripts.teacher.text import LENGTH, TextStage, Tokenizers
 
 # What a person or another script put beside the weights stays when they are written again.
 KEPT = ("README.md", "scores.json", "training.json", "training.svg")

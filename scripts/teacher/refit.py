@@ -17,7 +17,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from teacher.text import TextStage, Tokenizers, tokenise
+from scripts.teacher.text import TextStage, Tokenizers, tokenise
 
 RIDGE = 1e-2  # of the new embeddings' unit variance: keeps directions without any from blowing up
 

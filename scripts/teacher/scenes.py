@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.render import render_batch
-from calib.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene
+from calib.shapes.render import render_batch
+from calib.shapes.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene
 
 # Scenes that need binding or counting are learnt last, so they are shown more often (ours).
 SHARE = {

@@ -19,9 +19,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from calib.world import Scene, World, vocabulary
-from teacher.loop import Loss, Run, train
-from teacher.scenes import ATTRIBUTES, attributes, draw_scenes
+from calib.shapes.world import Scene, World, vocabulary
+from scripts.teacher.loop import Loss, Run, train
+from scripts.teacher.scenes import ATTRIBUTES, attributes, draw_scenes
 
 LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
 SCENES = 20_000  # captions to learn from, drawn apart from the pictures' scenes

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from calib.world import World
-from teacher.loop import Loss, Run, train
-from teacher.scenes import as_float
-from teacher.state import load_state, save_state
+from calib.shapes.world import World
+from scripts.teacher.loop import Loss, Run, train
+from scripts.teacher.scenes import as_float
+from scripts.teacher.state import load_state, save_state
 
 BATCH = 64  # pictures per step
 

@@ -15,13 +15,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import exported
 
-from d2m.model import SparseFluxTransformer2DModel
-from d2m.surgery import set_top_k
+from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
+from d2m.model.surgery import set_top_k
 from export.bundle import export_bundle
 from runtime.files.tensors import SafeTensors, read_header
-from tiny import tiny_inputs
+from tests.conftest import exported
+from tests.tiny.pipeline import tiny_inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")

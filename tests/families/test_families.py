@@ -1,6 +1,6 @@
 """Every family from the real classes at a tiny size: converted, distilled, exported, drawn.
 
-A family is a parameter: its row in tests/tinyfamilies.py. Nothing here knows which one it is.
+A family is a parameter: its row in tests/tiny/families.py. Nothing here knows which one it is.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import exported
-from tinyfamilies import FAMILIES, SIZE, Tiny
 
 from d2m.families import family_of_pipeline
-from d2m.family_defaults import write_defaults
-from d2m.family_flow import generator_at
-from d2m.family_inputs import noised, transformer_inputs
-from d2m.family_sites import sites_of
-from d2m.model import sparse_model_of
-from d2m.recipe import from_dict
-from d2m.structure import Blocks
-from d2m.surgery import identity_error, set_top_k, sparse_ffns
+from d2m.families.ffn_sites import sites_of
+from d2m.families.flow import generator_at
+from d2m.families.generation_defaults import write_defaults
+from d2m.families.inputs import noised, transformer_inputs
+from d2m.model.sparse_transformer import sparse_model_of
+from d2m.model.surgery import identity_error, set_top_k, sparse_ffns
+from d2m.recipe.recipe import from_dict
+from d2m.recipe.structure import Blocks
+from tests.conftest import exported
+from tests.tiny.families import FAMILIES, SIZE, Tiny
 
 PROMPTS = ["a red circle", "two blue squares and a green ring"]
 LENGTH = 16
@@ -78,7 +78,7 @@ def sparse_of(pipe: Any, made: Any, dtype: torch.dtype = torch.float32) -> tuple
     """(dense, sparse) transformers, gates that leave no doubt."""
     import copy
 
-    from calib.importance import magnitude
+    from calib.measure.importance import magnitude
 
     dense = copy.deepcopy(pipe.transformer).to(dtype)
     sparse = sparse_model_of(dense, magnitude(dense), made, family_of_pipeline(pipe))
@@ -107,7 +107,7 @@ def test_all_experts_on_is_the_dense_model(pipe: Any, dtype: torch.dtype, limit:
 
 
 def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any) -> None:
-    from d2m.groups import block_groups, set_kappa
+    from d2m.model.block_group import block_groups, set_kappa
 
     dense, sparse = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
     inputs = inputs_of(pipe, dense, torch.float64)
@@ -137,9 +137,9 @@ def one(inputs: dict[str, Any], i: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["full", "single", "lowrank"])
 def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -> None:
     """Shared modulation, groups, and losses that are finite and fall."""
-    from d2m.distill import distill
-    from d2m.modulationfit import compress_adaln, modulation_moments
-    from d2m.structure import AdaLN
+    from d2m.convert.modulation_fit import compress_adaln, modulation_moments
+    from d2m.distill.loop import distill
+    from d2m.recipe.structure import AdaLN
 
     made = recipe(groups=tiny.groups, kappa=1)
     if mode != "full" and not tiny.modulated:
@@ -165,9 +165,9 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
     tiny: Tiny, pipe: Any, dense_dir: Path, tmp_path: Path
 ) -> None:
     """float64, all experts on, every Linear changed: the dense model with the LoRA, exactly."""
-    from d2m.lora import lora
-    from d2m.model import sparse_class
-    from tinylora import factors, peft, write
+    from d2m.lora.fuse import lora
+    from d2m.model.sparse_transformer import sparse_class
+    from tests.tiny.lora import factors, peft, write
 
     dense, sparse = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
     family = family_of_pipeline(pipe)
@@ -198,10 +198,10 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
 
 def test_a_budget_is_kept(tiny: Tiny, pipe: Any, dense_dir: Path) -> None:
     """`--budget`: blocks that cost otherwise, that no group may hold, or that have no text."""
-    from calib.budget import recipe_for
-    from calib.importance import magnitude
-    from d2m.plan import plan
-    from d2m.recipe import to_dict
+    from calib.budget.recipe import recipe_for
+    from calib.measure.importance import magnitude
+    from d2m.plan.count import plan
+    from d2m.recipe.recipe import to_dict
 
     base, scores = recipe(), magnitude(pipe.transformer)
 
@@ -230,9 +230,9 @@ def test_streamed_conversion_with_shared_modulation(
     """Block by block from file to file, and read by diffusers."""
     from diffusers import DiffusionPipeline
 
-    from calib.importance import magnitudes
-    from d2m.stream import convert_stream
-    from d2m.structure import AdaLN
+    from calib.measure.importance import magnitudes
+    from d2m.convert.streamed import convert_stream
+    from d2m.recipe.structure import AdaLN
 
     made = dataclasses.replace(recipe(), adaln=AdaLN(mode_of(tiny)))
     answer = convert_stream(
@@ -247,10 +247,10 @@ def test_streamed_conversion_with_shared_modulation(
 
 def test_a_batch_teaches_what_its_samples_teach(tiny: Tiny, pipe: Any) -> None:
     """Alone a text has no padding, or less: none of it counts in features or experts' loads."""
-    from d2m.features import block_features, feature_errors, feature_names, without_padding
-    from d2m.groups import TEXT_MASK, set_kappa
-    from d2m.losses import choices
-    from d2m.rows import cut
+    from d2m.distill.batch_rows import cut
+    from d2m.distill.features import block_features, feature_errors, feature_names, without_padding
+    from d2m.distill.losses import choices
+    from d2m.model.block_group import TEXT_MASK, set_kappa
 
     teacher, student = sparse_of(pipe, recipe(groups=tiny.groups, kappa=1), torch.float64)
     set_top_k(student, 2)
@@ -287,7 +287,7 @@ def test_a_batch_teaches_what_its_samples_teach(tiny: Tiny, pipe: Any) -> None:
 
 def test_diffusers_gradient_checkpointing_gives_the_same_gradients(tiny: Tiny, pipe: Any) -> None:
     """It hands blocks, and groups of them, all that they take by place."""
-    from d2m.groups import set_kappa
+    from d2m.model.block_group import set_kappa
 
     found = []
     for checkpointing in (False, True):
@@ -306,10 +306,10 @@ def test_diffusers_gradient_checkpointing_gives_the_same_gradients(tiny: Tiny, p
 
 def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
     """Prompts alone and shapes make batches; what it cannot learn from is refused with the cure."""
-    from calib.batches import shapes_batches
-    from calib.data import check_taught, chosen
-    from calib.world import World
-    from d2m.draw import settings
+    from calib.data.option import check_taught, chosen
+    from calib.shapes.batches import shapes_batches
+    from calib.shapes.world import World
+    from d2m.generate import settings
 
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     told = settings(dense_dir, height=SIZE, width=SIZE, num_inference_steps=2)
@@ -331,9 +331,9 @@ def sparse_dir(tiny: Tiny, pipe: Any, dense_dir: Path) -> Path:
     """Converted without training, with groups and shared modulation; gates that leave no doubt."""
     from safetensors.torch import load_file, save_file
 
-    from calib.importance import chosen
-    from d2m.convert import Options, Report, convert
-    from d2m.structure import AdaLN
+    from calib.measure.importance import chosen
+    from d2m.convert.in_memory import Options, Report, convert
+    from d2m.recipe.structure import AdaLN
 
     out = dense_dir.with_name(f"{tiny.family}-{tiny.build.__name__}")
     neurons, _, _ = chosen("magnitude")
@@ -362,8 +362,8 @@ def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_di
     from diffusers import DiffusionPipeline
 
     import d2m  # noqa: F401 (tells diffusers the transformer's class)
-    from d2m.plan import plan
-    from runtime.inspect import inspect, lines
+    from d2m.plan.count import plan
+    from runtime.inspect.directory import inspect, lines
 
     loaded = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
     dense = DiffusionPipeline.from_pretrained(dense_dir, local_files_only=True).transformer
@@ -384,12 +384,12 @@ def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_di
 def test_a_plan_counts_the_models_own_weights(
     pipe: Any, tiny: Tiny, dense_dir: Path, tmp_path: Path, mode: str
 ) -> None:
-    from d2m.family_weights import Structure
-    from d2m.model import sparse_class, structure
-    from d2m.plan import plan
-    from d2m.recipe import SparseSpec, to_dict
-    from d2m.structure import AdaLN
-    from d2m.subject import sizes
+    from d2m.families.weights import Structure
+    from d2m.model.sparse_transformer import sparse_class, structure
+    from d2m.plan.count import plan
+    from d2m.plan.model_config import sizes
+    from d2m.recipe.recipe import SparseSpec, to_dict
+    from d2m.recipe.structure import AdaLN
 
     family = family_of_pipeline(pipe)
     raw = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
@@ -417,8 +417,8 @@ def bundle(sparse_dir: Path, pytestconfig: pytest.Config) -> Path:
 
 def test_blocks_and_the_whole_graph_are_torchs(tiny: Tiny, bundle: Path, sparse_dir: Path) -> None:
     """Portable graphs in ONNX Runtime: encoders, blocks one by one, routers, whole, trajectory."""
-    from export.parity import parity
-    from runtime.bundle import open_bundle
+    from export.parity.run import parity
+    from runtime.bundle.directory import open_bundle
 
     manifest = open_bundle(bundle).manifest
     assert manifest["family"] == tiny.family and manifest["model"] == tiny.title
@@ -492,7 +492,7 @@ def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
 @pytest.mark.tensorrt
 def test_plans_of_all_components_build_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from export.plans import build_plans, default_profiles
+    from export.plans.build import build_plans, default_profiles
 
     manifest = json.loads((bundle / "manifest.json").read_text())
     graphs = {key: bundle / path for key, path in graphs_of(manifest).items()}
@@ -527,7 +527,7 @@ def test_an_exports_plans_are_bfloat16_with_every_attention_fused(
 
 def graphs_of(manifest: dict[str, Any]) -> dict[str, str]:
     """Plan -> block graph, of all components."""
-    from runtime.schedule import plan_key
+    from runtime.trt.launch_schedule import plan_key
 
     return {
         plan_key(name, kind, key): path

@@ -37,8 +37,8 @@ def test_import_loads_no_library() -> None:
 def test_a_whole_run_is_free_of_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys, json, runtime\n"
-        "from runtime.picture import save\n"
-        "from runtime.inspect import inspect\n"
+        "from runtime.image import save\n"
+        "from runtime.inspect.directory import inspect\n"
         "image = runtime.run('a red circle', sys.argv[1], steps=2, top_k=[1, 2])\n"
         "save(image, sys.argv[2]); inspect(sys.argv[1])\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"

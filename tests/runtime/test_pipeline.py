@@ -9,8 +9,8 @@ import pytest
 from PIL.Image import Image
 
 import runtime
-from runtime.family_latents import packed_noise, unpack
-from runtime.picture import save, settings_of
+from runtime.families.latents import packed_noise, unpack
+from runtime.image import save, settings_of
 from runtime.pipeline import Pipeline
 
 PROMPTS = ["a red circle", "two blue squares above a green cross"]
@@ -45,7 +45,7 @@ def torch_images(directory: Path, noise: np.ndarray, top_k: int | None = None) -
     pipe = DiffusionPipeline.from_pretrained(directory, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if top_k is not None:
-        from d2m.surgery import set_top_k
+        from d2m.model.surgery import set_top_k
 
         set_top_k(pipe.transformer, top_k)
     return pipe(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import kernelcases
 import pytest
+
+from tests.cases import kernels as kernelcases
 
 
 def _child(initializer: Callable[[], None]) -> Iterator[Callable[..., Any]]:

@@ -1,9 +1,9 @@
 """The kernels compiled ahead of time, without a GPU, and what their machine code must be like."""
 
-import kernelcases as cases
 import pytest
 
 from d2m.kernels.configs import SHARED_LIMIT
+from tests.cases import kernels as cases
 
 MATMULS = ("up", "down", "hidden_backward", "dx", "dw1", "dw2")
 # The matrix instruction of every architecture: anything else is a slower path.

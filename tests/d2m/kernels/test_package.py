@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostkernels import stand_in
 
 from d2m.kernels import package
 from d2m.kernels.__main__ import main, sizes_of
@@ -16,6 +15,7 @@ from d2m.kernels.extents import counts, fit
 from d2m.kernels.package import build
 from d2m.kernels.plan import Sizes, forward_plan
 from d2m.kernels.ptx import parameters, reorder
+from tests.stand_ins.kernels import stand_in
 
 FLUX = Sizes(1, 3072, 12, 768, 1, "bf16")
 

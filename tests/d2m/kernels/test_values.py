@@ -3,8 +3,9 @@
 Scratch and outputs are poisoned and fenced in every case.
 """
 
-import kernelcases as cases
 import pytest
+
+from tests.cases import kernels as cases
 
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
 ROUTINGS = ("one expert", "skewed", "ties", "all equal", "huge", "very negative")

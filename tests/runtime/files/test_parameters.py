@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2m.result import shapes_of
+from d2m.convert.sparse_pipeline import shapes_of
 from runtime.files.parameters import block_count, count, modulation, totals
 
 
@@ -64,7 +64,7 @@ def test_real_flux_sizes_from_the_meta_device():
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from d2m.model import SparseFluxTransformer2DModel
+    from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
 
     with torch.device("meta"):
         dense = FluxTransformer2DModel(guidance_embeds=True)
@@ -87,8 +87,8 @@ def test_groups_count_the_blocks_that_run():
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from d2m.model import SparseFluxTransformer2DModel
-    from tiny import TRANSFORMER_CONFIG
+    from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
+    from tests.tiny.pipeline import TRANSFORMER_CONFIG
 
     def counted(kappa, double, single, **config):
         sizes = {"num_layers": double, "num_single_layers": single}

@@ -19,11 +19,11 @@ pytest.importorskip("uvicorn")
 import numpy as np
 from PIL import Image
 
-from runtime.again import KNOBS
-from runtime.picture import settings_of, to_png
+from runtime.image import settings_of, to_png
+from runtime.regenerate import KNOBS
 from runtime.serve.image_request import MAX_BODY
 from runtime.serve.service import Service
-from servers import PATH, running, until
+from tests.stand_ins.http import PATH, running, until
 
 Server = tuple[str, Service]
 STEP = {"steps": 1}

@@ -1,6 +1,6 @@
 """A server's clock jumps by years between any two questions: no deadline or duration moves.
 
-With the system's clock (libfaketime): python scripts/faults.py --clock.
+With the system's clock (libfaketime): python -m scripts.faults --clock.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-from servers import PATH, running, until
+from tests.stand_ins.http import PATH, running, until
 
 YEAR = 365 * 86_400.0
 

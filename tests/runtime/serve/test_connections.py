@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 import runtime.serve.connections as connections
 from runtime.serve.service import Service
-from servers import PATH, process, running, until
+from tests.stand_ins.http import PATH, process, running, until
 
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client")
-from runtime.expertload import Meter
+from runtime.measure.expert_load import Meter
 from runtime.pipeline import Pipeline
 from runtime.sampling import Cancelled
 from runtime.serve.batch_invariance import MinBatches, find_min_batch, sample, whole

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.budgettable import Unmeasured
-from runtime.bundle import open_bundle
+from runtime.bundle.directory import open_bundle
+from runtime.latency_budget import Unmeasured
 from runtime.opened import default_bundle
 from runtime.serve.batch import usage
 from runtime.serve.image_request import Limits, Refused, fields_of, read_request

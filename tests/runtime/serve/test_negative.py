@@ -15,13 +15,13 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 from PIL import Image
-from tritonserver import Server, TritonError
 
-from export.nvtriton import write_repository
-from runtime.picture import settings_of, to_png
+from export.triton import write_repository
+from runtime.image import settings_of, to_png
 from runtime.pipeline import Pipeline
 from runtime.serve.service import Service
-from servers import PATH, running, until
+from tests.stand_ins.http import PATH, running, until
+from tests.stand_ins.triton import Server, TritonError
 
 SIZE = "16x16"
 ROWS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-from servers import PATH, ROOT, process, until
+from tests.stand_ins.http import PATH, ROOT, process, until
 
 
 def draw(url: str, steps: int, **headers: str) -> "httpx.Response":

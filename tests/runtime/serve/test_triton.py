@@ -1,4 +1,5 @@
-"""A model of the repository, called as Triton Inference Server calls it (tests/tritonserver.py)."""
+"""A model of the repository, called as Triton Inference Server calls it
+(tests/stand_ins/triton.py)."""
 
 import io
 import json
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tritonserver import Server, TritonError
 
 import runtime
-from export.nvtriton import write_repository
+from export.triton import write_repository
 from runtime.serve import triton
+from tests.stand_ins.triton import Server, TritonError
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULT = ROOT / "runtime" / "default"
@@ -181,7 +182,7 @@ def test_a_model_whose_bundle_is_broken_does_not_load(tmp_path: Path) -> None:
 
 
 def test_an_instance_takes_the_gpu_that_the_server_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime import device
+    from runtime.cuda import device
 
     class Cuda:
         asked: list[int] = []

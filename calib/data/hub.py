@@ -1,0 +1,129 @@
+"""Datasets of the `datasets` library, streamed: by name on the Hugging Face hub, or by path.
+
+A file of the dataset is a shard. Pictures come as the bytes of their files and are decoded by us,
+so that one that is damaged is one sample less and not an error of a library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from calib.data.folder import CAPTIONS
+from calib.data.source import Sample, Source, checked
+from runtime.files.extras import need
+
+PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
+
+
+def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
+    """The dataset's split "train", or its only one, as a source.
+
+    columns: those of the picture and of the caption; None: found by their types and names.
+    FileNotFoundError, ImportError or ValueError, in one sentence, if it cannot be opened, the
+    library is missing, or no such columns are there.
+    """
+    data = _opened(name)
+    picture, caption = columns or ("", "")
+    features: Mapping[str, Any] = data.features or next(iter(data), {})
+    if columns is None:
+        picture, caption = _columns(name, features)
+    for column in (picture, caption):
+        if column not in features:
+            raise ValueError(
+                f"{name} has no column {column!r}; it has {', '.join(features)}: name two of them "
+                "with --columns PICTURE,CAPTION."
+            )
+    import datasets
+
+    if _is_image(features[picture]):
+        data = data.cast_column(picture, datasets.Image(decode=False))
+    data = data.select_columns([picture, caption])
+    count = data.num_shards
+    shards = tuple(f"{name} {i + 1} of {count}" for i in range(count))
+    number = {shard: i for i, shard in enumerate(shards)}
+
+    def rows(shard: str, first: int) -> Iterator[Sample]:
+        part = data.shard(count, number[shard], contiguous=True)
+        for row, values in enumerate(part.skip(first) if first else part, first):
+            yield Sample(f"{shard}, row {row}", _reader(values[picture], values[caption]))
+
+    def length(shard: str) -> int:
+        part = data.shard(count, number[shard], contiguous=True).select_columns([caption])
+        return sum(1 for _ in part)
+
+    return Source(name, shards, rows, length)
+
+
+def _opened(name: str) -> Any:
+    """The dataset, streamed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            need("data", f"--data {name} needs the datasets library", error)
+        ) from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    saved = (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file()
+    try:
+        found: Any = datasets.load_from_disk(name) if saved else None
+        found = datasets.load_dataset(name, streaming=True) if found is None else found
+    except Exception as error:  # of many kinds, by network, licence and release of the hub
+        reason = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"--data {name} cannot be opened as a dataset ({reason}); expected shapes, "
+            "prompts.txt, a folder of pictures, .tar shards, or a dataset's path or name."
+        ) from error
+    if isinstance(found, Mapping):
+        splits = list(found)
+        if "train" not in splits and len(splits) != 1:
+            raise ValueError(f"{name} has the splits {', '.join(splits)}; expected train or one.")
+        found = found["train" if "train" in splits else splits[0]]
+    if not hasattr(found, "num_shards") or isinstance(found, datasets.Dataset):
+        found = found.to_iterable_dataset(num_shards=min(64, len(found)) or 1)
+    return found
+
+
+def _columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of picture and caption; ValueError says how to name them."""
+    images = [column for column, kind in features.items() if _is_image(kind)]
+    images += [column for column in PICTURES if column in features and column not in images]
+    texts = [column for column in CAPTIONS if column in features]
+    strings = [column for column, kind in features.items() if _is_text(kind)]
+    texts = texts or (strings if len(strings) == 1 else [])
+    if not images or not texts:
+        what = "picture" if not images else "caption"
+        raise ValueError(
+            f"{name} has no column that is clearly the {what}; it has {', '.join(features)}: name "
+            "two of them with --columns PICTURE,CAPTION."
+        )
+    return images[0], texts[0]
+
+
+def _is_image(kind: Any) -> bool:
+    return type(kind).__name__ == "Image"
+
+
+def _is_text(kind: Any) -> bool:
+    return isinstance(kind, str) or getattr(kind, "dtype", None) == "string"
+
+
+def _reader(value: Any, caption: Any) -> Any:
+    """A sample's `read`."""
+
+    def read() -> tuple[bytes, str]:
+        data = value
+        if isinstance(value, Mapping):
+            data = value.get("bytes")
+            if not data and value.get("path"):
+                import fsspec  # of the datasets library: paths may lie in archives or far away
+
+                with fsspec.open(value["path"], "rb") as file:
+                    data = file.read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"the picture is a {type(value).__name__}, expected its file's bytes")
+        return checked(data, caption)
+
+    return read

@@ -1,0 +1,65 @@
+"""A source of training data: named shards of samples that are read when asked for, one by one.
+
+A source is a record of plain functions; `calib.data.option` says which one a word of the user
+means. Only the order of the rows in a shard is fixed; `calib.data.shuffle` shuffles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+UNREADABLE = (OSError, ValueError)  # what reading a sample may raise: the sample is at fault
+LARGEST = 256 << 20  # bytes of a picture's file (ours); more is no picture
+
+
+class Damaged(ValueError):
+    """The bytes of a sample are there and are no picture."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row. key: where it lies, for messages; read() -> (file of the picture, caption).
+
+    `read` raises one of UNREADABLE, in a sentence, where the picture or the caption is missing. The
+    bytes are empty where a source has prompts alone.
+    """
+
+    key: str
+    read: Callable[[], tuple[bytes, str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: as the user wrote it; shards: their names, in an order that is the same in every run.
+
+    rows(shard, first): the samples of a shard from row number `first` on, always in one order;
+    length(shard): how many a shard has. Memory is bounded by what the caller keeps.
+    """
+
+    name: str
+    shards: tuple[str, ...]
+    rows: Callable[[str, int], Iterator[Sample]]
+    length: Callable[[str], int]
+    pictures: bool = True  # False: prompts alone
+    single: bool = False  # True: every shard is one sample
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the shards' names: a resumed run must find the same."""
+        return hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+
+
+def checked(data: bytes, caption: object) -> tuple[bytes, str]:
+    """(picture, caption) of a sample; ValueError where either is empty or no such thing.
+
+    Of several captions the first is taken.
+    """
+    if isinstance(caption, (list, tuple)):
+        caption = caption[0] if caption else ""
+    if not data:
+        raise ValueError("the picture's file is empty")
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError("the caption is missing or empty")
+    return data, " ".join(caption.split())

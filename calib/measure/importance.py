@@ -1,0 +1,228 @@
+"""How much every hidden neuron of a dense FFN matters: the score that splits it into experts.
+
+Read: importance of a weight = |dL/dw * w| (first-order Taylor), summed over a neuron's weights.
+Ours: L is the flow-matching loss on calibration batches (the distillation loss has no gradient
+while student and teacher are equal), |.| is taken per batch, and the weights of a neuron are its
+fc1 row, fc1 bias and fc2 column.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from d2m.families import Site, family_of_model
+from d2m.families.ffn_sites import read_ffn, sites_of
+from d2m.families.flow import generator_at
+from d2m.families.inputs import noised, transformer_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from d2m.recipe.recipe import Recipe
+
+Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+Progress = Callable[[str, int, int], None]
+Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
+
+WIDE = torch.float32  # thousands of bfloat16 values are summed in it
+
+
+def neuron_importance(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Scores of every FFN site of a dense transformer by the recipe's `split`: name -> [N].
+
+    "taylor" runs the model on the recipe's calibration batches; "magnitude" and "random" run
+    nothing. float32 on the CPU. ValueError if the model has no dense FFN left.
+    """
+    if not _sites(model):
+        raise ValueError("the model has no dense FFN to score; expected a dense transformer.")
+    if recipe.split == "taylor":
+        size = recipe.calibration.batch_size
+        losses = (
+            flow_matching_loss(
+                model,
+                batches(i, size),
+                generator_at(seed, "taylor", i),
+                recipe.t_mean,
+                recipe.t_std,
+            )
+            for i in range(recipe.calibration.batches)
+        )
+        return taylor(model, losses, recipe.calibration.batches, progress)
+    return magnitude(model) if recipe.split == "magnitude" else random(model, seed)
+
+
+def flow_matching_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    generator: torch.Generator,
+    mean: float = 1.2,
+    std: float = 1.2,
+) -> Tensor:
+    """Mean squared error of the prediction (velocity, noise) at random times, one per sample.
+
+    `batch` as `shapes_batches` returns it, with `guidance` [B] where it should not be 3.5.
+    """
+    x, t, aim = noised(model, batch, generator, mean, std)
+    inputs = transformer_inputs(model, batch, x, t.to(x.dtype))
+    prediction = family_of_model(model).data.predicted(model(**inputs, return_dict=False)[0])
+    dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 would round the mean
+    return torch.nn.functional.mse_loss(prediction.to(dtype), aim.to(prediction.device, dtype))
+
+
+def taylor(
+    model: nn.Module, losses: Iterator[Tensor], count: int, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """sum over a neuron's weights of |dL/dw * w|, averaged over the losses: site -> [N].
+
+    `losses` yields scalars computed by `model`, `count` of them. A gradient is scored and freed as
+    soon as it is there, so no copy of the model's size is ever held.
+    """
+    scores: dict[str, Tensor] = {}
+    with _scoring(model, scores):
+        for done in range(count):
+            next(losses).backward()
+            if progress:
+                progress("importance", done + 1, count)
+    return {name: (score / count).float().cpu() for name, score in scores.items()}
+
+
+@contextmanager
+def _scoring(model: nn.Module, scores: dict[str, Tensor]) -> Iterator[None]:
+    """Within: backward adds every FFN weight's score to `scores` instead of keeping gradients."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handles = []
+
+    def score(site: str, width: int, axis: int | None) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            values = (parameter.grad * parameter.detach()).abs()
+            parameter.grad = None
+            if axis is not None:
+                values = values.sum(axis, dtype=torch.float64)
+            scores[site] += values[-width:]  # of proj_out's columns, the FFN's are the last
+
+        return hook
+
+    try:
+        model.requires_grad_(False)
+        for name, block, site in _sites(model):
+            fc1, fc2 = (f"{block}.{linear}" for linear in (site.fc1, site.fc2))
+            bias = model.get_parameter(f"{fc1}.bias")
+            width = bias.numel()
+            scores[name] = torch.zeros(width, dtype=torch.float64, device=bias.device)
+            for parameter, axis in ((f"{fc1}.weight", 1), (f"{fc1}.bias", None)):
+                weight = model.get_parameter(parameter).requires_grad_(True)
+                handles.append(weight.register_post_accumulate_grad_hook(score(name, width, axis)))
+            weight = model.get_parameter(f"{fc2}.weight").requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(score(name, width, 0)))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+
+
+def magnitude(model: nn.Module) -> dict[str, Tensor]:
+    """Sum of the absolute values of every neuron's weights: site -> [N]. Runs nothing (ours)."""
+    scores = {}
+    with torch.no_grad():
+        for name, block, site in _sites(model):
+            fc1_w, fc1_b, fc2_w, _ = read_ffn(model.get_parameter, block, site)
+            scores[name] = magnitudes(name, fc1_w, fc1_b, fc2_w).cpu()
+    return scores
+
+
+def magnitudes(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
+    """The same of one FFN: fc1 weight [N, D], bias [N], fc2 columns [D, N] -> float32 [N]."""
+    sums = (fc1_w.abs().sum(1, dtype=WIDE), fc2_w.abs().sum(0, dtype=WIDE))
+    return sums[0] + fc1_b.abs().to(WIDE) + sums[1]
+
+
+def random(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Uniform scores by seed and site name: the baseline that Taylor must beat. site -> [N]."""
+    return {
+        name: uniform(seed)(name, *read_ffn(model.get_parameter, block, site)[:3])
+        for name, block, site in _sites(model)
+    }
+
+
+def uniform(seed: int) -> Scores:
+    """The same of one FFN, its weights' values unseen."""
+    return lambda name, fc1_w, fc1_b, fc2_w: torch.rand(
+        fc1_b.numel(), generator=generator_at(seed, "random", name)
+    )
+
+
+def from_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Scores a person brings, or those of another conversion: a safetensors file, site -> [N].
+
+    FileNotFoundError or ValueError, in one sentence, if it is no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--importance is {str(path)!r}, no file; expected calibration, magnitude, or a "
+            "safetensors file with a score for every hidden neuron of every FFN."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}); expected one such as the "
+            "importance.safetensors of a converted model."
+        ) from error
+
+
+def in_file(path: str | os.PathLike[str]) -> Scores:
+    """The scores of a file, FFN by FFN; ValueError names one that the file lacks."""
+    known = from_file(path)
+
+    def scores(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no scores of {name}; expected one for every FFN of the model."
+            )
+        return known[name]
+
+    return scores
+
+
+def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
+    """What `--importance` means: "calibration", "magnitude" or a file's path.
+
+    Returns (scores of a whole model, as `neuron_importance` has them; scores of one FFN from its
+    weights alone, None where the model has to run; a label that tells it from others).
+    """
+    from runtime.files.hashes import sha256
+
+    if how == "calibration":
+        return neuron_importance, None, how
+    if how == "magnitude":
+        return lambda model, *args, **options: magnitude(model), magnitudes, how
+    found = from_file(how)
+    return lambda *args, **options: found, in_file(how), f"file {sha256(how)}"
+
+
+def _sites(model: nn.Module) -> list[tuple[str, str, Site]]:
+    """The sites whose FFN is dense."""
+    names = {name for name, _ in model.named_parameters()}
+    found = sites_of(names, family_of_model(model))
+    return [each for each in found if f"{each[1]}.{each[2].fc1}.weight" in names]

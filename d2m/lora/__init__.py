@@ -1,0 +1,30 @@
+"""A LoRA of a dense model, fused into a sparse or dense one.
+
+A LoRA file and a pipeline directory enter, a pipeline directory leaves: every row of the LoRA's
+change goes where the conversion took its neuron.
+
+    fuse      A dense LoRA on a sparse model: every row of its change goes where the neuron went
+    file      A LoRA file, read: for every Linear of a dense model that it changes, a product of
+              two matrices
+    names     What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's,
+              BFL's own
+    parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns, by
+              tensor
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runtime.files.lazy import lazy
+
+if TYPE_CHECKING:
+    from d2m.lora.fuse import lora
+
+__all__ = ["lora"]
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "lora": "d2m.lora.fuse",
+    },
+)

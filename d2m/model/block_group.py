@@ -1,0 +1,251 @@
+"""Mixture of Blocks: a router keeps kappa of a group's m consecutive blocks, sample by sample.
+
+Shape letters: B batch, T image tokens, L text tokens, D width, m blocks of a group,
+W = m - kappa + 1 windows.
+A group sits in the model's block list where its first block was and takes a block's own arguments;
+the places of its other blocks hold `Passed`, so that indices stay the dense model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.model.routing import routing_dtype
+
+ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
+
+Streams = tuple[Tensor, Tensor]
+TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
+
+
+class Router(nn.Module):
+    """alpha * W_x [x_pooled, c_pooled] + (1 - alpha) * W_y y -> a logit per block [B, m] (read).
+
+    x are the image tokens entering the group and c the text tokens, pooled by the mean over tokens;
+    y is the global embedding that feeds AdaLN (`temb`). No biases: 3 m D weights. Computed in
+    float32 (float64 for float64 tokens), autocast or not.
+    """
+
+    def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.alpha = alpha
+        kind = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        self.tokens = nn.Linear(2 * dim, blocks, bias=False, device=device, **kind)  # W_x
+        self.embedding = nn.Linear(dim, blocks, bias=False, device=device, **kind)  # W_y
+        for linear in (self.tokens, self.embedding):
+            nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D], [B, L, D], [B, D] -> [B, m]. With alpha 0 no token is looked at.
+
+        mask [B, L]: true where text is, for families that fill texts up and mask them.
+        """
+        dtype = routing_dtype(temb)
+        with torch.autocast(temb.device.type, enabled=False):
+            logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
+            if self.alpha:
+                pooled = pool(hidden_states, encoder_hidden_states, mask, dtype)
+                logits = logits + self.alpha * _linear(pooled, self.tokens)
+        return logits
+
+
+class BlockGroup(nn.Module):
+    """m consecutive blocks of which every sample runs kappa neighbours; the others are skipped.
+
+    `blocks` by dense index, in order. Attributes: `kappa`, 1..m, may be changed at any time, m runs
+    all of them as the dense model does, without a router; `record = True` keeps the windows' logits
+    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m). `anyone`:
+    set where processes share the blocks' weights; tells which of the flags any of them raises.
+    """
+
+    def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
+        super().__init__()
+        weight = next(parameter for block in blocks.values() for parameter in block.parameters())
+        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
+        self.kappa = kappa
+        self.record = False
+        self.last_logits: Tensor | None = None
+        self.anyone: Callable[[list[bool]], list[bool]] | None = None
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The blocks' indices in the dense model's list."""
+        return tuple(int(name) for name in self.blocks)
+
+    def window_logits(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The mean logit of every window of kappa neighbours, [B, W] (ours); the largest wins."""
+        logits = self.router(hidden_states, encoder_hidden_states, temb, mask)
+        return logits.unfold(-1, self.kappa, 1).mean(-1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        *args: Any,
+        **others: Any,
+    ) -> Streams:
+        """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
+
+        Each block is called at most once, with the samples that chose it. What else a block takes
+        it gets as it came, given by name, or by place in the block's own order: rotary tables are
+        of all samples, of tensors in a dict (`joint_attention_kwargs`) those with first dimension B
+        hold a row per sample, as does the mask of the text, which the router heeds.
+        A block that only another process has samples for runs here with one sample and no effect:
+        gathering its weights and reducing their gradients takes all processes.
+        """
+        block = next(iter(self.blocks.values()))
+        others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
+        temb: Tensor = others["temb"]
+        streams = (encoder_hidden_states, hidden_states)
+        mask = others.get(TEXT_MASK)
+        self.last_logits = None
+        batch, offsets = hidden_states.shape[0], range(len(self.blocks))
+        chosen, shares = [list(range(batch)) for _ in offsets], None
+        if self.kappa < len(self.blocks):
+            logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
+            self.last_logits = logits if self.record else None
+            starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
+            chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
+            shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
+        wanted = [bool(rows) for rows in chosen]
+        if self.anyone is not None and self.kappa < len(self.blocks):
+            wanted = self.anyone(wanted)
+        for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
+            if not wanted[offset]:
+                continue
+            idle, rows = not rows, rows or [0]
+            part = len(rows) < batch
+            index = torch.tensor(rows, device=temb.device) if part else slice(None)
+            text, image = (stream[index] for stream in streams)
+            given = {
+                "hidden_states": image,
+                "encoder_hidden_states": text,
+                "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
+            }
+            named = {name: _mine(each, index, batch) for name, each in others.items()}
+            if mask is not None:
+                named[TEXT_MASK] = mask[index]
+            after = block(**named | given)
+            if idle:
+                after = [old + 0 * new for old, new in zip((text, image), after)]
+                for module in block.modules():
+                    if hasattr(module, "last_logits"):
+                        module.last_logits = None  # nobody chose these experts
+            elif shares is not None:
+                windows = slice(max(0, offset - self.kappa + 1), offset + 1)  # those with the block
+                share = shares[index, windows].sum(-1)
+                after = [straight_through(*pair, share) for pair in zip((text, image), after)]
+            if part:
+                pairs = zip(streams, after)
+                after = [old.to(new.dtype).index_copy(0, index, new) for old, new in pairs]
+            streams = (after[0], after[1])
+        return streams
+
+    def extra_repr(self) -> str:
+        return f"kappa={self.kappa}"
+
+
+class Passed(nn.Module):
+    """Where a block was that a group holds, or that is left out: hands both streams on."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Streams:
+        return encoder_hidden_states, hidden_states
+
+
+def named_inputs(
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a block is called with, by its own names: diffusers' gradient checkpointing, unlike its
+    forward pass, gives all by place."""
+    return dict(zip(_parameters(type(block).forward), args)) | dict(kwargs)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
+
+
+def straight_through(before: Tensor, after: Tensor, share: Tensor) -> Tensor:
+    """`after` in value; the router gets the gradient of `before + share * (after - before)` (ours).
+
+    before, after [B, T, D]; share [B]: the probability of the windows that run this block. Blocks
+    that were not chosen are not run for it, so training costs what inference does.
+    """
+    slack = (share - share.detach()).to(after.dtype)[:, None, None]
+    return after + slack * (after - before).detach()
+
+
+def block_groups(model: nn.Module) -> dict[str, BlockGroup]:
+    """Every BlockGroup of the model by its name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BlockGroup)}
+
+
+def set_kappa(model: nn.Module, kappa: int | None) -> None:
+    """Let every group keep `kappa` of its blocks, None all; ValueError unless each has as many."""
+    groups = block_groups(model).values()
+    for group in groups:
+        if kappa is not None and not 1 <= kappa <= len(group.blocks):
+            raise ValueError(
+                f"kappa={kappa} is out of range; this model's groups take 1 to "
+                f"{min(len(each.blocks) for each in groups)}."
+            )
+    for group in groups:
+        group.kappa = len(group.blocks) if kappa is None else kappa
+
+
+def pool(
+    image: Tensor, text: Tensor, mask: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The means of both streams over tokens, side by side: [B, T, D], [B, L, D] -> [B, 2 D].
+
+    mask [B, L]: true for the tokens of the text that count.
+    """
+    dtype = dtype or image.dtype
+    if mask is None:
+        words = text.mean(1, dtype=dtype)
+    else:
+        share = mask.to(dtype)[..., None]
+        words = (text.to(dtype) * share).sum(1) / share.sum(1)
+    return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
+
+
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    return F.linear(x, linear.weight.to(x.dtype))
+
+
+def _mine(value: Any, index: Any, batch: int) -> Any:
+    """Of a dict the rows `index`; anything else as it is."""
+    return _rows(value, index, batch) if isinstance(value, dict) else value
+
+
+def _rows(value: Any, index: Any, batch: int) -> Any:
+    """The rows `index` of every tensor inside `value` that has one per sample."""
+    if isinstance(value, Tensor):
+        return value[index] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: _rows(each, index, batch) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return type(value)(_rows(each, index, batch) for each in value)  # type: ignore[call-arg]
+    return value

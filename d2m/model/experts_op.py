@@ -1,0 +1,123 @@
+"""The op `d2m::routed_experts` and the modules that call it.
+
+Shape letters: B batch, T tokens, D width, E experts, H expert hidden, S shared hidden, K chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2m.model.experts_choice import realisation
+
+# ---------------------------------------------------------------- the op
+
+
+@torch.library.custom_op("d2m::routed_experts", mutates_args=())
+def routed_experts(
+    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+) -> Tensor:
+    """The op itself; `experts_op` is the entry. `d2m.model.experts_choice` says what computes it.
+
+    Forward and backward share nothing but the arguments, so each may be any realisation.
+    """
+    check_arguments(x, logits, w1, b1, w2, top_k)
+    forward, _ = realisation(x, w1)
+    return forward(x, logits, w1, b1, w2, top_k)
+
+
+@torch.library.custom_op("d2m::routed_experts_backward", mutates_args=())
+def routed_experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    top_k: int,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `routed_experts`: an op of its own, so that a traced backward stays whole."""
+    _, backward = realisation(x, w1)
+    return backward(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights)
+
+
+@routed_experts.register_fake
+def _(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    check_arguments(x, logits, w1, b1, w2, top_k)
+    return x.new_empty(x.shape)
+
+
+@routed_experts_backward.register_fake
+def _(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape if need_x else 0)
+    dweights = (w.new_empty(w.shape if need_weights else 0) for w in (w1, b1, w2))
+    return (dx, logits.new_empty(logits.shape), *dweights)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.top_k = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    need_x, need_logits, *need_w, _ = ctx.needs_input_grad
+    dx, dlogits, *dweights = torch.ops.d2m.routed_experts_backward(
+        dy, *ctx.saved_tensors, ctx.top_k, need_x, any(need_w)
+    )
+    weights = (dw if need else None for dw, need in zip(dweights, need_w))
+    return dx if need_x else None, dlogits if need_logits else None, *weights, None
+
+
+routed_experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_arguments(
+    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+) -> None:
+    """Raise ValueError, in one sentence, unless shapes, dtypes and top_k fit together."""
+    if x.ndim != 2 or w1.ndim != 3:
+        raise ValueError(
+            f"routed_experts got x {list(x.shape)} and w1 {list(w1.shape)}; expected [T, D] and "
+            "[E, D, H]: flatten batch and tokens first."
+        )
+    (tokens, width), (experts, _, hidden) = x.shape, w1.shape
+    expected = {
+        "logits": (logits, (tokens, experts)),
+        "w1": (w1, (experts, width, hidden)),
+        "b1": (b1, (experts, hidden)),
+        "w2": (w2, (experts, hidden, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.ndim != len(shape) or any(a != b for a, b in zip(tensor.shape, shape)):
+            raise ValueError(
+                f"routed_experts got {name} of shape {list(tensor.shape)}; expected {list(shape)} "
+                "(logits [T, E], w1 [E, D, H], b1 [E, H], w2 [E, H, D])."
+            )
+    if not 1 <= top_k <= experts:
+        raise ValueError(
+            f"routed_experts got top_k={top_k}; expected 1 to {experts} (leave the op out for 0)."
+        )
+    if any(w.dtype != x.dtype for w in (w1, b1, w2)):
+        raise ValueError(
+            f"routed_experts got x in {x.dtype} but weights in {w1.dtype}, {b1.dtype}, {w2.dtype}; "
+            "expected one dtype: cast x or the weights."
+        )
+
+
+def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int) -> Tensor:
+    """The one entry to `torch.ops.d2m.routed_experts`.
+
+    x [T, D], logits [T, E] (float32, or float64 with float64 x), w1 [E, D, H], b1 [E, H],
+    w2 [E, H, D], top_k 1..E -> y [T, D] in x's dtype. Under autocast x and the weights are cast
+    to its dtype, the logits never. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, w1, b1, w2 = (tensor.to(dtype) for tensor in (x, w1, b1, w2))
+    return torch.ops.d2m.routed_experts(x, logits, w1, b1, w2, top_k)
+
+
+# ---------------------------------------------------------------- modules

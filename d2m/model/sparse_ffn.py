@@ -1,0 +1,130 @@
+"""The modules that take a dense FFN's place: one shared expert, routed experts and their router."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.model.experts_op import experts_op
+from d2m.model.routing import routing_dtype
+
+
+class SharedExpert(nn.Module):
+    """The expert every token uses: an ordinary FFN [.., D] -> [.., O] with tanh GELU."""
+
+    def __init__(self, dim: int, hidden: int, out_dim: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, dtype=dtype, device=device)
+        self.fc2 = nn.Linear(hidden, out_dim, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Experts(nn.Module):
+    """The normal experts' weights, matmul-ready; `SparseFFN` calls the op with them."""
+
+    def __init__(self, dim: int, experts: int, hidden: int, out_dim: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        super().__init__()
+        kind = {"dtype": dtype, "device": device}
+        self.w1 = nn.Parameter(torch.empty(experts, dim, hidden, **kind))
+        self.b1 = nn.Parameter(torch.empty(experts, hidden, **kind))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, out_dim, **kind))
+        nn.init.normal_(self.w1, std=dim**-0.5)
+        nn.init.zeros_(self.b1)
+        nn.init.normal_(self.w2, std=hidden**-0.5)
+
+
+class SparseFFN(nn.Module):
+    """A dense FFN split into one shared expert and E routed ones: [.., D] -> [.., D].
+
+    Args: dim D, shared_hidden S, experts E, expert_hidden H, top_k K in 0..E (0: shared only).
+    out_dim must equal dim where the op is used (it sums into x's width).
+    Attributes: `top_k` may be changed at any time; `record = True` keeps the router's logits of
+    the last call, [.., E] with their graph, in `last_logits` (None where K = 0). `renormalise`
+    makes the K gates sum to K / E for every token (a baseline; the paper's gates are as softmax
+    leaves them): with K = E the two are the same.
+    Buffer `neurons` [S + E*H] int64: the dense FFN's neuron behind every row, shared ones first.
+    """
+
+    neurons: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        shared_hidden: int,
+        experts: int,
+        expert_hidden: int,
+        top_k: int,
+        out_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if out_dim not in (None, dim):
+            raise ValueError(f"out_dim={out_dim} is not supported; expected None or dim={dim}.")
+        if not 0 <= top_k <= experts:
+            raise ValueError(f"top_k={top_k} is out of range; expected 0 to {experts}.")
+        self.top_k = top_k
+        self.num_experts = experts
+        self.record = False
+        self.renormalise = False
+        self.last_logits: Tensor | None = None
+        self.shared = SharedExpert(dim, shared_hidden, dim, dtype, device)
+        # float32 whatever the rest is stored in: bf16 logits change the chosen experts.
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.gate = nn.Linear(dim, experts, bias=False, dtype=gate_dtype, device=device)
+        self.experts = Experts(dim, experts, expert_hidden, dim, dtype, device)
+        rows = torch.arange(shared_hidden + experts * expert_hidden, device=device)
+        self.register_buffer("neurons", rows)
+
+    def router_logits(self, x: Tensor) -> Tensor:
+        """x [.., D] -> [.., E] in float32 (float64 for float64 x), autocast or not."""
+        dtype = routing_dtype(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        return F.linear(x.to(dtype), self.gate.weight.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(x)
+        if self.top_k == 0:
+            self.last_logits = None
+            return y
+        logits = self.router_logits(x)
+        if self.record:
+            self.last_logits = logits
+        if self.renormalise:  # the op's softmax over the chosen alone
+            kept, chosen = logits.topk(self.top_k, dim=-1)
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, chosen, kept)
+        weights = self.experts
+        routed = experts_op(
+            x.reshape(-1, x.shape[-1]),
+            logits.reshape(-1, self.num_experts),
+            weights.w1,
+            weights.b1,
+            weights.w2,
+            self.top_k,
+        )
+        routed = routed.reshape(y.shape)
+        return y + (routed * (self.top_k / self.num_experts) if self.renormalise else routed)
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}"
+
+
+class AttentionPlusFFN(nn.Module):
+    """`proj_out` of a sparse single-stream block: cat[attention, FFN] [.., 2D] -> [.., D].
+
+    The dense one is a linear map of cat[attention, hidden]; its FFN half and its bias have moved
+    into the block's SparseFFN, so what remains is a projection of the attention and a sum.
+    """
+
+    def __init__(self, dim: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.linear.in_features
+        return self.linear(x[..., :dim]) + x[..., dim:]

@@ -1,0 +1,224 @@
+"""Dense to sparse: the structure (modules replaced in place) and the values, kept apart.
+
+Structure runs on the meta device as well; values are pure functions of one FFN's tensors, so that
+a model larger than memory can be converted block by block.
+Shape letters: D width, N = 4 D dense hidden neurons, S shared hidden, E experts, H expert hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2m.families import Family, Site, family_of_model
+from d2m.families.ffn_sites import read_ffn, read_rest, sites_of, spec_at
+from d2m.model.block_group import block_groups, set_kappa
+from d2m.model.sparse_ffn import AttentionPlusFFN, SparseFFN
+from d2m.recipe.recipe import SparseSpec, hidden_sizes
+
+GATE_STD = 0.1  # ours: times D^-1/2, so that logits of normalised tokens start at about N(0, .1)
+
+
+def sparsify(model: nn.Module, spec: SparseSpec, family: Family | None = None) -> nn.Module:
+    """Replace every dense FFN of `model` by a SparseFFN, in place; returns the model.
+
+    Only structure: the new weights are random (nothing at all on the meta device). Fill them with
+    `convert_state_dict`. ValueError if the ratios do not fit the model's FFNs.
+    """
+    family = family or family_of_model(model)
+    for _, block_name, site in sites_of((n for n, _ in model.named_parameters()), family):
+        block = model.get_submodule(block_name)
+        fc1 = block.get_submodule(site.fc1)
+        dim, neurons = int(fc1.in_features), int(fc1.out_features)  # type: ignore[arg-type]
+        shared, expert = hidden_sizes(dim, neurons, spec_at(spec, block_name, family))
+        kind: dict[str, Any] = {"dtype": fc1.weight.dtype, "device": fc1.weight.device}
+        ffn = SparseFFN(dim, shared, spec.num_experts, expert, spec.top_k, **kind)
+        ffn.renormalise = spec.renormalise
+        setattr(block, site.module, ffn)
+        if site.identity:
+            setattr(block, site.identity, nn.Identity())
+        if site.rest:
+            setattr(block, site.fc2, AttentionPlusFFN(dim, **kind))
+    return model
+
+
+def sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
+    """Every SparseFFN of the model by its name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseFFN)}
+
+
+def set_top_k(model: nn.Module, top_k: int) -> None:
+    """Make every SparseFFN use `top_k` experts a token; ValueError unless 0 <= top_k <= E."""
+    ffns = sparse_ffns(model)
+    for ffn in ffns.values():
+        if not 0 <= top_k <= ffn.num_experts:
+            raise ValueError(
+                f"top_k={top_k} is out of range; this model takes 0 to {ffn.num_experts}."
+            )
+    for ffn in ffns.values():
+        ffn.top_k = top_k
+
+
+# ---------------------------------------------------------------- values
+
+
+def split_neurons(importance: Tensor, shared: int, experts: int) -> Tensor:
+    """importance [N] -> permutation [N] int64: dense neuron index of every sparse row.
+
+    The `shared` most important neurons come first, most important first (read); the others are
+    dealt to the experts round-robin by rank (ours), so that experts start equally important.
+    Equal scores keep their order. ValueError for scores that are no numbers or cannot be dealt.
+    """
+    rest = importance.numel() - shared
+    if importance.ndim != 1 or rest < 0 or rest % experts:
+        raise ValueError(
+            f"importance has shape {list(importance.shape)}; expected [N] with N - {shared} a "
+            f"multiple of {experts}."
+        )
+    if not torch.isfinite(importance).all():
+        raise ValueError(
+            "the importance of some neurons is not finite; expected numbers: check the "
+            "calibration data and the dense weights for NaN."
+        )
+    order = torch.argsort(importance.double(), descending=True, stable=True).cpu()
+    dealt = order[shared:].view(-1, experts).T.reshape(-1)
+    return torch.cat([order[:shared], dealt])
+
+
+def convert_ffn(
+    fc1_w: Tensor,
+    fc1_b: Tensor,
+    fc2_w: Tensor,
+    fc2_b: Tensor,
+    permutation: Tensor,
+    shared: int,
+    experts: int,
+) -> dict[str, Tensor]:
+    """One dense FFN -> a SparseFFN's tensors, all but the gate.
+
+    fc1_w [N, D], fc1_b [N], fc2_w [D, N], fc2_b [D], permutation [N] from `split_neurons`. The
+    experts' down-projection is scaled by E (ours): with k = E and a uniform gate of 1/E the sum is
+    the dense FFN. The output bias is the shared expert's alone.
+    """
+    head, tail = permutation[:shared], permutation[shared:]
+    w1 = fc1_w[tail].view(experts, -1, fc1_w.shape[1]).transpose(1, 2)
+    w2 = fc2_w[:, tail].T.reshape(experts, -1, fc2_w.shape[0])
+    return {
+        "neurons": permutation.clone(),
+        "shared.fc1.weight": fc1_w[head],
+        "shared.fc1.bias": fc1_b[head],
+        "shared.fc2.weight": fc2_w[:, head].contiguous(),
+        "shared.fc2.bias": fc2_b.clone(),
+        "experts.w1": w1.contiguous(),
+        "experts.b1": fc1_b[tail].view(experts, -1),
+        "experts.w2": w2.contiguous() * experts,
+    }
+
+
+def unconvert_ffn(ffn: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A SparseFFN's tensors -> (fc1_w, fc1_b, fc2_w, fc2_b): every row back at its dense index."""
+    experts, dim, _ = ffn["experts.w1"].shape
+    home = torch.argsort(ffn["neurons"])
+    w1 = ffn["experts.w1"].transpose(1, 2).reshape(-1, dim)
+    w2 = ffn["experts.w2"].reshape(-1, dim).T / experts
+    return (
+        torch.cat([ffn["shared.fc1.weight"], w1])[home],
+        torch.cat([ffn["shared.fc1.bias"], ffn["experts.b1"].reshape(-1)])[home],
+        torch.cat([ffn["shared.fc2.weight"], w2], dim=1)[:, home],
+        ffn["shared.fc2.bias"],
+    )
+
+
+def gate_weight(name: str, experts: int, dim: int, seed: int) -> Tensor:
+    """The first gate of a site, [E, D] float32: small and random, by seed and site name alone."""
+    digest = hashlib.sha256(f"{seed}/gate/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    return torch.randn(experts, dim, generator=generator) * GATE_STD * dim**-0.5
+
+
+def convert_site(
+    dense: Mapping[str, Tensor],
+    block: str,
+    site: Site,
+    permutation: Tensor,
+    spec: SparseSpec,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """All tensors of the sparse model that come from one FFN site, under their full names."""
+    fc1_w, fc1_b, fc2_w, fc2_b = read_ffn(dense.__getitem__, block, site)
+    shared, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], spec)
+    name = f"{block}.{site.module}"
+    tensors = convert_ffn(fc1_w, fc1_b, fc2_w, fc2_b, permutation, shared, spec.num_experts)
+    gate = gate_weight(name, spec.num_experts, fc1_w.shape[1], seed)
+    tensors["gate.weight"] = gate.double() if fc1_w.dtype == torch.float64 else gate
+    result = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    if site.rest:
+        rest = read_rest(dense.__getitem__, block, site)
+        result[f"{block}.{site.rest}.weight"] = rest.contiguous()
+    return result
+
+
+def convert_state_dict(
+    dense: Mapping[str, Tensor],
+    permutations: Mapping[str, Tensor],
+    spec: SparseSpec,
+    family: Family,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """A dense transformer's state dict -> the sparse one's. What is no FFN is passed on, uncopied.
+
+    `permutations`: site name -> [N], one for every site; ValueError names a missing one.
+    """
+    replaced: set[str] = set()
+    result: dict[str, Tensor] = {}
+    for name, block, site in sites_of(dense, family):
+        if name not in permutations:
+            raise ValueError(f"no permutation is given for {name}; expected one for every FFN.")
+        own = spec_at(spec, block, family)
+        result |= convert_site(dense, block, site, permutations[name], own, seed)
+        for linear in (site.fc1, site.fc2):
+            replaced |= {f"{block}.{linear}.weight", f"{block}.{linear}.bias"}
+    return {key: t for key, t in dense.items() if key not in replaced} | result
+
+
+# ---------------------------------------------------------------- the identity
+
+
+@contextmanager
+def unit_gates(model: nn.Module) -> Iterator[None]:
+    """Within: every expert on with gate 1/E, which the stored scale E makes 1. Restored after.
+
+    All blocks of groups are on too.
+    """
+    ffns, groups = sparse_ffns(model).values(), block_groups(model).values()
+    before = [(ffn.top_k, ffn.gate.weight.detach().clone()) for ffn in ffns]
+    kappas = [group.kappa for group in groups]
+    try:
+        set_kappa(model, None)
+        for ffn in ffns:
+            ffn.top_k = ffn.num_experts
+            with torch.no_grad():
+                ffn.gate.weight.zero_()
+        yield
+    finally:
+        for group, kappa in zip(groups, kappas):
+            group.kappa = kappa
+        for ffn, (top_k, gate) in zip(ffns, before):
+            ffn.top_k = top_k
+            with torch.no_grad():
+                ffn.gate.weight.copy_(gate)
+
+
+def identity_error(sparse: nn.Module, dense: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Relative error |sparse - dense| / |dense| of the output with all experts on at unit gates.
+
+    Rounding alone right after conversion; run it before training changes the weights.
+    """
+    with torch.no_grad(), unit_gates(sparse):
+        actual, expected = (m(**inputs, return_dict=False)[0].double() for m in (sparse, dense))
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,33 @@
+"""A pipeline's directory, given as a path or as an id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def locate(dense: str | os.PathLike[str]) -> Path:
+    """The directory of a dense pipeline; a hub id (`owner/name`) is fetched with diffusers.
+
+    FileNotFoundError, in one sentence, if it is neither.
+    """
+    path = Path(dense)
+    if path.exists():
+        return path
+    owner, _, name = str(dense).partition("/")
+    # `models/shapes-dens` beside a folder `models` is a mistyped path, nothing to ask the hub for.
+    if not owner or not name or "/" in name or owner[0] in ".~" or Path(owner).exists():
+        raise FileNotFoundError(
+            f"{dense} is no directory; expected a diffusers pipeline directory such as "
+            "models/shapes-dense, or a hub id such as black-forest-labs/FLUX.1-dev."
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(str(dense)))
+    except Exception as error:  # of many kinds, by network, licence and release of the hub
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{dense} is no directory here and could not be fetched from the hub ({reason}); "
+            "check the path, or log in and accept the model's licence."
+        ) from error

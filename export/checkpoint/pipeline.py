@@ -1,0 +1,229 @@
+"""The pipeline directory that is exported: its models, and the facts a manifest states of it.
+
+Reads a diffusers pipeline of a known family, dense or sparse. The transformer and T5 are built
+without memory (their weights stay in the checkpoint until they are written), the smaller components
+are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2m.families import Family, family_of
+from d2m.families.generation_defaults import generation_defaults
+from export.checkpoint.weights import Checkpoint, parameter_getter
+from export.families import FAMILIES
+from export.families.configs import config
+from runtime.files.checked_json import read_json
+from runtime.files.parameters import count
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.graph.program import Program
+
+    Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Component:
+    """One component of a bundle before it is traced.
+
+    `trace(dtype)` makes its program; `get` reads a checkpoint tensor; `storage` is the dtype to
+    store in (None: each tensor's own).
+    """
+
+    name: str
+    model: Any
+    trace: Callable[[torch.dtype], Program]
+    get: Callable[[str], torch.Tensor]
+    storage: torch.dtype | None
+    checkpoint: Checkpoint
+
+
+def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
+    """The family, model_index.json, and whether the pipeline is sparse.
+
+    FileNotFoundError or ValueError, one sentence, where it is no pipeline that export knows.
+    """
+    family = family_of(directory)
+    index = read_json(directory / "model_index.json")
+    row = FAMILIES[family.names.name]
+    classes_of = (family.names.dense_class, family.names.sparse_class, *family.names.aliases)
+    known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
+    known |= {model.folder: (model.cls,) for model in row.components if model is not None}
+    known["scheduler"] = (row.scheduler,)
+    for name, classes in known.items():
+        found = (index.get(name) or [None, None])[1]
+        if found not in classes:
+            raise ValueError(
+                f"{directory} has a {name} of class {found}, expected {' or '.join(classes)};"
+                f" give a {family.names.title} pipeline, whole, as save_pretrained or d2m convert"
+                " writes it."
+            )
+        if not (directory / name).is_dir():
+            raise FileNotFoundError(
+                f"{directory} lacks the directory {name} that its model_index.json names; save the"
+                " pipeline again."
+            )
+    sparse = index["transformer"][1] == family.names.sparse_class
+    if sparse:
+        check_exportable(directory)
+    return family, index, sparse
+
+
+def check_exportable(directory: Path) -> None:
+    """ValueError for a sparse transformer that export cannot compile yet."""
+    values = config(directory, "transformer")
+    known = {"renormalise": False}
+    for name, plain in known.items():
+        if values.get(name, plain) not in (plain, {}):
+            raise ValueError(
+                f"{directory} has a transformer with {name} {values[name]!r}, expected {plain!r}:"
+                " export does not compile it yet; draw from the directory with torch, or convert"
+                f" without {name}."
+            )
+
+
+def components(
+    directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
+) -> list[Component]:
+    """The components in the order in which a picture needs them."""
+    import importlib
+
+    from transformers.utils import logging
+
+    from export.graph.blocks import transformer_program
+
+    logging.disable_progress_bar()
+
+    def loaded(name: str, folder: str, cls: Any, keyword: str, trace: Any) -> Component:
+        checkpoint = Checkpoint(directory / folder)
+        stored = checkpoint.main_dtype()
+        model = cls.from_pretrained(directory / folder, local_files_only=True, **{keyword: stored})
+        get = parameter_getter(model)
+        return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
+
+    def empty(
+        name: str, folder: str, cls: Any, trace: Any, stored_name: Callable[[str], str]
+    ) -> Component:
+        from accelerate import init_empty_weights
+
+        checkpoint = Checkpoint(directory / folder)
+        with init_empty_weights(include_buffers=False):
+            model = cls(cls.config_class.from_pretrained(directory / folder))
+        model.tie_weights()
+        if {stored_name(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
+            return loaded(name, folder, cls, "dtype", trace)  # named as an older release did
+        kind = checkpoint.main_dtype()
+
+        def get(key: str) -> torch.Tensor:
+            return checkpoint.get(stored_name(key))
+
+        return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
+
+    row = FAMILIES[family_of(directory).names.name]
+    skeleton = empty_transformer(directory, sparse)
+    checkpoint = Checkpoint(directory / "transformer")
+
+    def trace(dtype: torch.dtype) -> Program:
+        return transformer_program(skeleton, row.tracing, dtype, top_k, progress)
+
+    found = []
+    for part in row.components:
+        if part is None:
+            found.append(
+                Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
+            )
+            continue
+        cls = getattr(importlib.import_module(part.library), part.cls)
+        keyword = "dtype" if part.library == "transformers" else "torch_dtype"
+        if part.whole:
+            found.append(loaded(part.name, part.folder, cls, keyword, part.program))
+        else:
+            found.append(empty(part.name, part.folder, cls, part.program, part.stored_name))
+    return found
+
+
+def empty_transformer(directory: Path, sparse: bool) -> Any:
+    """The transformer's structure without weights, prepared for tracing."""
+    import diffusers
+    import torch
+
+    from export.graph.prepare import prepare
+
+    family = family_of(directory)
+    cls: Any = getattr(diffusers, family.names.dense_class)
+    if sparse:
+        from d2m.model.sparse_transformer import sparse_class
+
+        cls = sparse_class(family)
+    with torch.device("meta"):
+        model = cls.from_config(config(directory, "transformer"))
+    return prepare(model, FAMILIES[family.names.name].tracing)
+
+
+def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """name -> (the manifest's record, tokenizer.json's text); the file goes to record["file"]."""
+    from transformers import AutoTokenizer
+
+    lengths = FAMILIES[family_of(directory).names.name].lengths(directory)
+    result = {}
+    for name, length in lengths.items():
+        tokenizer = AutoTokenizer.from_pretrained(directory / name, local_files_only=True)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{directory / name} is a {type(tokenizer).__name__} without a tokenizer.json or a"
+                " pad token, expected a fast tokenizer; save it again with transformers 4.56 or"
+                " later."
+            )
+        record = {
+            "file": f"{name}/tokenizer.json",
+            "max_length": min(length, tokenizer.model_max_length),
+            "pad_id": tokenizer.pad_token_id,
+            "pad_token": tokenizer.pad_token,
+            "eos_id": tokenizer.eos_token_id,
+        }
+        result[name] = (record, backend.to_str(pretty=False))
+    return result
+
+
+def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, Any]:
+    """The manifest's entries that follow from configs: defaults, latents, scheduler, parameters."""
+    from runtime.families import FAMILIES as DRAWN
+
+    transformer, vae = config(directory, "transformer"), config(directory, "vae")
+    scheduler = config(directory, "scheduler")
+    DRAWN[family_of(directory).names.name].check_scheduler(scheduler)
+    # JSON has no infinity, which diffusers writes for "no limit", a default.
+    finite = {key: each for key, each in scheduler.items() if not _endless(each)}
+    defaults = generation_defaults(directory)
+    latents = FAMILIES[family_of(directory).names.name].latents(transformer, vae, directory)
+    top_k = transformer.get("top_k") if sparse else None
+    grouped = any((transformer.get("groups") or {}).values())
+    kappa = transformer.get("kappa", 1) if grouped else None
+    parameters = count(checkpoint.shapes(), top_k, kappa)
+    return {
+        "defaults": {
+            "steps": defaults["num_inference_steps"],
+            "guidance": defaults["guidance_scale"],
+            "height": defaults["height"],
+            "width": defaults["width"],
+        },
+        "latents": latents,
+        "model": family_of(directory).names.title_of(transformer),
+        "scheduler": finite,
+        "parameters": {key: parameters[key] for key in ("total", "activated")},
+        "num_experts": transformer.get("num_experts") if sparse else None,
+        "top_k": top_k,
+        **({"kappa": kappa} if grouped else {}),
+    }
+
+
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,157 @@
+"""Text encoders and VAE decoder as programs of one call: what FluxPipeline asks of each.
+
+text_encoder    input_ids [batch, text_tokens] -> pooled [batch, width]: CLIP's pooler_output
+text_encoder_2  input_ids [batch, text_tokens] -> states [batch, text_tokens, width]: T5
+                (SD3: two CLIPs with pooled and states, then T5)
+vae_decoder     latents [batch, C, h, w] -> image [batch, 3, H, W] in about -1 to 1; the latents
+                are unscaled already (latents / scaling_factor + shift_factor)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.families.family import Encoder
+from export.graph.blocks import block_type
+from export.graph.program import Program
+from export.graph.trace import Spec
+
+IDS = Spec(torch.int64, ("batch", "text_tokens"))
+
+
+def clip_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' CLIPTextModel. The causal mask is made in the graph, for any batch."""
+    eager(model)
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        ids = tensors["input_ids"]
+        output = run(input_ids=ids, attention_mask=causal_mask(ids.shape[1], dtype))
+        pooled: Tensor = output.pooler_output
+        return pooled
+
+    pooled = Spec(dtype, ("batch", model.config.hidden_size))
+    return single("clip", model, call, {"input_ids": IDS}, {"pooled": pooled}, dtype)
+
+
+def clip_projection_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' CLIPTextModelWithProjection: the pooled projection, and the states that the
+    last layer but one writes."""
+    eager(model)
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = tensors["input_ids"]
+        mask = causal_mask(ids.shape[1], dtype)
+        output = run(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return output.text_embeds, output.hidden_states[-2]
+
+    config = model.config
+    outputs = {
+        "pooled": Spec(dtype, ("batch", config.projection_dim)),
+        "states": Spec(dtype, ("batch", "text_tokens", config.hidden_size)),
+    }
+    return single("clip", model, call, {"input_ids": IDS}, outputs, dtype)
+
+
+def t5_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' T5EncoderModel. FLUX masks no padding, and so does this."""
+    eager(model)
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        states: Tensor = run(input_ids=tensors["input_ids"])[0]
+        return states
+
+    states = Spec(dtype, ("batch", "text_tokens", model.config.d_model))
+    return single("t5", model, call, {"input_ids": IDS}, {"states": states}, dtype)
+
+
+def vae_program(model: Any, dtype: torch.dtype) -> Program:
+    """The decoding half of diffusers' AutoencoderKL, for any size."""
+    config = model.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    channels = config.latent_channels, config.out_channels
+    return decoder_program(Decoder(model), dtype, channels, factor)
+
+
+def decoder_program(
+    decoder: nn.Module, dtype: torch.dtype, channels: tuple[int, int], factor: int
+) -> Program:
+    """Latents [B, C, h, w] -> image [B, 3, f h, f w]; channels: of both, f = `factor`."""
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        image: Tensor = run(tensors["latents"])
+        return image
+
+    sides = ("latent_height", "latent_width")
+    latents = Spec(dtype, ("batch", channels[0], *sides))
+    image = Spec(dtype, ("batch", channels[1], *(f"{factor}*{side}" for side in sides)))
+    return single("vae", decoder, call, {"latents": latents}, {"image": image}, dtype)
+
+
+class Decoder(nn.Module):
+    """AutoencoderKL.decode without slicing and tiling; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = model.post_quant_conv
+        self.decoder = model.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, H, W]."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        image: Tensor = self.decoder(latents)
+        return image
+
+
+def single(
+    name: str,
+    module: nn.Module,
+    call: Any,
+    inputs: Mapping[str, Spec],
+    outputs: Mapping[str, Spec],
+    dtype: torch.dtype,
+) -> Program:
+    """A program of one call of one type."""
+    kind = block_type(name, module, call, inputs, outputs, dtype)
+    return Program({name: kind}, [(name, "")], dict(inputs), dict(outputs))
+
+
+def eager(model: Any) -> None:
+    """Attention as matmul, softmax, matmul: the exporter keeps these three as they are."""
+    model.set_attn_implementation("eager")
+
+
+def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    """[1, 1, T, T]: zero on and below the diagonal, the type's minimum above.
+
+    Given to the model in place of the mask that it would make for the batch of the trace.
+    """
+    place = torch.arange(tokens)
+    above = place[None, :] > place[:, None]
+    zero, least = torch.zeros((), dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+    return torch.where(above, least, zero)[None, None]
+
+
+def pooled(output: Any) -> tuple[Tensor, ...]:
+    """Of CLIPTextModel."""
+    return (output.pooler_output,)
+
+
+def pooled_and_states(output: Any) -> tuple[Tensor, ...]:
+    """Of CLIPTextModelWithProjection."""
+    return output.text_embeds, output.hidden_states[-2]
+
+
+def first(output: Any) -> tuple[Tensor, ...]:
+    """Of T5EncoderModel, or of a decoder without a dictionary."""
+    return (output[0],)
+
+
+# The last fields of a Encoder for what most families share (export.families.family).
+TRANSFORMERS = "transformers"
+T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
+VAE = Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)

@@ -1,0 +1,77 @@
+"""What a family of models is to export: how its transformer is cut into blocks, its other parts.
+
+A row stands in a file of its own, `export/family_NAME.py`, with the functions it names
+(docs/adding-a-family.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.families.ends import decode
+from export.graph.program import Program, Tracing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A component beside the transformer: a text encoder, or the VAE, which decodes.
+
+    name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
+    (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
+    stored_name: a parameter's name in the model -> in its files.
+    outputs_of: what the model returns -> the tensors that are the Program's outputs, in their
+    order; passed_inputs: keywords of the model's call which are outputs too, ahead of those.
+    """
+
+    name: str
+    folder: str
+    library: str
+    cls: str
+    program: Callable[[Any, torch.dtype], Program]
+    outputs_of: Callable[[Any], tuple[Tensor, ...]]
+    whole: bool = True
+    passed_inputs: tuple[str, ...] = ()
+    stored_name: Callable[[str], str] = lambda name: name
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of export/families/__init__.py.
+
+    name: as d2m.families and manifests have it; components: in the order in which an image needs
+    them, None being the transformer's place; scheduler: diffusers' class; tracing: how the
+    transformer becomes a program.
+    lengths(directory): tokenizer -> tokens that every prompt is padded and cut to.
+    latents(configs of transformer and vae, directory): the manifest's `latents`; ValueError where
+        the components are of different models.
+    text_tokens(lengths): component -> tokens that it reads, for the plans' profiles.
+
+    For torch's side of `d2m parity` (export/parity/torch_recording.py):
+    block_inputs(keywords of a block): the tensors of the environment that it reads.
+    model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
+    sample(model, its output): the component's output.
+    unread(model, keywords of its forward): tensors of the environment that no block reads.
+    spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
+    decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1.
+    """
+
+    name: str
+    components: tuple[Encoder | None, ...]
+    tracing: Tracing
+    lengths: Callable[[Path], dict[str, int]]
+    latents: Callable[[Mapping[str, Any], Mapping[str, Any], Path], dict[str, Any]]
+    text_tokens: Callable[[Mapping[str, int]], dict[str, int]]
+    block_inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    model_inputs: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    spatial: Callable[[Any, Tensor, int, int], Tensor]
+    sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
+    decode: Callable[[Any, Tensor], Tensor] = decode
+    unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, given: {}
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"

@@ -1,0 +1,261 @@
+"""PixArt-Sigma for export: the transformer's ends and blocks, its text encoder and VAE.
+
+The graphs take patches of latents as tokens and what is added for their places as an input, so no
+size of an image is in them. All blocks read one modulation [B, 6 D], which the embed call writes,
+and a mask of the text, 1 at tokens and 0 at padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2m.families.generation_defaults import generation_defaults
+from d2m.families.pixart.weights import check_conditions
+from export.families.attention import attended, heads
+from export.families.encoders import IDS, TRANSFORMERS, VAE, eager, first, single
+from export.families.ends import patches, sample_patches
+from export.families.family import Encoder, Family
+from export.graph.program import MODULATION, Environment, Program, Row, Tracing
+from export.graph.trace import Spec
+
+MASK = "encoder_attention_mask"
+READ = ("hidden_states", "encoder_hidden_states", MASK, MODULATION)
+MASKED = -10000.0  # read: what diffusers adds to scores of padding; exp of it is 0
+
+
+class Embed(nn.Module):
+    """What PixArtTransformer2DModel does before its blocks; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.pos_embed = model.pos_embed
+        self.adaln_single = model.adaln_single
+        self.caption_projection = model.caption_projection
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """-> image tokens [B, T, D], text tokens [B, L, D], temb [B, D], modulation [B, 6 D].
+
+        hidden_states [B, T, C p p]: patches, a channel after the other; positions [T, D] float32;
+        timestep [B]: 0 to 999.
+        """
+        projection, single = self.pos_embed.proj, self.adaln_single
+        image = F.linear(hidden_states, projection.weight.flatten(1), projection.bias)
+        image = (image + positions).to(image.dtype)
+        temb = single.emb(
+            timestep, None, None, batch_size=len(timestep), hidden_dtype=hidden_states.dtype
+        )
+        text = self.caption_projection(encoder_hidden_states)
+        return image, text, temb, single.linear(F.silu(temb))
+
+
+class Final(nn.Module):
+    """What PixArtTransformer2DModel does after its blocks, before patches are joined."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.scale_shift_table = model.scale_shift_table
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """[B, T, D], [B, D] -> [B, T, p p 2 C], all channels of a pixel together."""
+        shift, scale = (self.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
+        return self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+
+
+class Attention:
+    """Processor for Attention with fused projections: of tokens to themselves, or to the text.
+
+    The same arithmetic as diffusers' AttnProcessor2_0, in the form of export/families/attention.py.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [B, T, D], text [B, L, D], mask [B, 1, L] to be added -> [B, T, D]."""
+        size = attn.inner_dim // attn.heads
+        if encoder_hidden_states is None:
+            query, key, value = heads(attn.to_qkv(hidden_states), size)
+        else:
+            query = attn.to_q(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2)
+            pair = attn.to_kv(encoder_hidden_states).unflatten(-1, (2, -1, size))
+            stacked = pair.permute(2, 0, 3, 1, 4)
+            key, value = stacked[0], stacked[1]
+        bias = None if attention_mask is None else attention_mask[:, None]
+        return attn.to_out[0](attended(query, key, value, bias))
+
+
+def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
+    """A block: -> image."""
+    return run(
+        hidden_states=tensors["hidden_states"],
+        encoder_hidden_states=tensors["encoder_hidden_states"],
+        encoder_attention_mask=(1 - tensors[MASK])[:, None] * MASKED,
+        timestep=tensors[MODULATION],
+    )
+
+
+def row(block: nn.Module) -> Row:
+    """All blocks are of one kind."""
+    return Row("cross", READ, ("hidden_states",), call_block)
+
+
+def environment(model: Any, dtype: torch.dtype) -> Environment:
+    """The tensors of the program; timestep and positions are float32 in any bundle."""
+    config = model.config
+    width, area = model.inner_dim, config.patch_size**2
+    image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
+    mask = Spec(dtype, text)
+    inputs = {
+        "hidden_states": Spec(dtype, (*image, area * config.in_channels)),
+        "encoder_hidden_states": Spec(dtype, (*text, config.caption_channels)),
+        MASK: mask,
+        "timestep": Spec(torch.float32, ("batch",)),
+        "positions": Spec(torch.float32, ("image_tokens", width)),
+    }
+    inner = {
+        "hidden_states": Spec(dtype, (*image, width)),
+        "encoder_hidden_states": Spec(dtype, (*text, width)),
+        "temb": Spec(dtype, ("batch", width)),
+        MODULATION: Spec(dtype, ("batch", 6 * width)),
+        MASK: mask,
+    }
+    sample = Spec(dtype, (*image, model.proj_out.out_features))
+    return inputs, inner, {"sample": sample}
+
+
+def lengths(directory: Path) -> dict[str, int]:
+    """Tokens of T5."""
+    return {"tokenizer": generation_defaults(directory)["max_sequence_length"]}
+
+
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; `base` tokens a side are what positions are scaled to."""
+    check_conditions(transformer)
+    channels, outputs = vae["latent_channels"], transformer.get("out_channels")
+    if transformer.get("in_channels") != channels or outputs != 2 * channels:
+        raise ValueError(
+            f"{directory} has a transformer of {transformer.get('in_channels')} input and"
+            f" {outputs} output channels and a VAE of {channels}, expected as many and twice as"
+            " many; the components are of different models."
+        )
+    side, patch = transformer["sample_size"], transformer["patch_size"]
+    scale = transformer.get("interpolation_scale")
+    return {
+        "channels": channels,
+        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+        "scaling_factor": vae["scaling_factor"],
+        "patch": patch,
+        "base": side // patch,
+        "interpolation": max(side // 64, 1) if scale is None else scale,
+        "width": transformer["num_attention_heads"] * transformer["attention_head_dim"],
+    }
+
+
+def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' T5EncoderModel with its padding masked: the mask [B, L], and states.
+
+    Padding is what follows the end-of-text token, the last that is not the pad token: a pad token
+    that was written in the prompt is read, as diffusers reads it.
+    """
+    eager(model)
+    pad = model.config.pad_token_id
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = tensors["input_ids"]
+        written = (ids != pad).to(torch.int32)
+        place = torch.cumsum(torch.ones_like(written), dim=1, dtype=torch.int32)
+        kept = place <= (place * written).amax(1, keepdim=True)
+        least = torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+        bias = torch.where(kept, torch.zeros((), dtype=dtype), least)
+        return kept.to(dtype), run(input_ids=ids, attention_mask=bias[:, None, None])[0]
+
+    text = ("batch", "text_tokens")
+    outputs = {"mask": Spec(dtype, text), "states": Spec(dtype, (*text, model.config.d_model))}
+    return single("t5", model, call, {"input_ids": IDS}, outputs, dtype)
+
+
+# ---------------------------------------------------------------- torch's side of parity
+
+
+def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A block's keywords as the program's tensors."""
+    found = {name: given[name] for name in READ[:2]}
+    mask = (given[MASK][:, 0] == 0).to(found["hidden_states"].dtype)
+    return found | {MASK: mask, MODULATION: given["timestep"]}
+
+
+def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward's keywords: latents cut into patches, and what their places add."""
+    embed, latents = model.pos_embed, given["hidden_states"]
+    # What PatchEmbed adds, by itself: of no latents it is the projection's bias and the places.
+    added = embed(torch.zeros_like(latents[:1]))[0] - embed.proj.bias
+    return {
+        "hidden_states": patches(latents, model.config.patch_size),
+        "encoder_hidden_states": given["encoder_hidden_states"],
+        MASK: given[MASK].to(latents.dtype),
+        "timestep": given["timestep"].float(),
+        "positions": added,
+    }
+
+
+def unread(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """temb, of which blocks get the modulation alone."""
+    times, dtype = given["timestep"], given["hidden_states"].dtype
+    emb = model.adaln_single.emb
+    return {"temb": emb(times, None, None, batch_size=len(times), hidden_dtype=dtype)}
+
+
+def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """[n, C, h, w], unscaled."""
+    return latents / pipe.vae.config.scaling_factor
+
+
+T5 = Encoder(
+    "text_encoder",
+    "text_encoder",
+    TRANSFORMERS,
+    "T5EncoderModel",
+    masked_t5_program,
+    first,
+    whole=False,
+    passed_inputs=("attention_mask",),
+)
+PIXART = Family(
+    name="pixart",
+    components=(T5, None, VAE),
+    tracing=Tracing(
+        environment=environment,
+        embed=Embed,
+        final=Final,
+        row=row,
+        processor=Attention,
+    ),
+    lengths=lengths,
+    latents=latents,
+    text_tokens=lambda lengths: {"": lengths["tokenizer"], "text_encoder": lengths["tokenizer"]},
+    block_inputs=block_inputs,
+    model_inputs=model_inputs,
+    unread=unread,
+    sample=sample_patches,
+    spatial=spatial,
+    scheduler="DPMSolverMultistepScheduler",
+)

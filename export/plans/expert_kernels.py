@@ -1,0 +1,143 @@
+"""`d2m export --cubins`: beside the plans of whole blocks, their segments and the experts' kernels.
+
+A target then offers both: `transformer/double.k2` with the portable body, and the steps that
+`segments` lists in its place, `transformer/double.0`, `transformer/double.k2.experts.0` and so on,
+where what is no plan is a launch of a package of kernels, `kernels/bf16-12x3072x768`: one for each
+size of experts. Which of them runs is decided on the machine that draws (runtime.trt.experts).
+Segments are the same for every number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.plans.segments import Experts, cut
+from runtime.files.atomic import write_bytes
+
+Progress = Callable[[str, int, int], None]
+PORTABLE = (80, 89, 120)  # kernels beside portable plans: one for each of CUDA's families there
+FOLDER = "kernels"
+
+
+@dataclass
+class Pieces:
+    """What cutting gives: graphs to compile, and what a target's row of the manifest says of them.
+
+    segments: whole plan -> its steps; experts: step -> top_k; tensors: step -> inputs and outputs.
+    """
+
+    graphs: dict[str, Path] = field(default_factory=dict)
+    segments: dict[str, list[str]] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def size(self, step: str) -> tuple[int, ...]:
+        """(E, D, H) of a launch's experts."""
+        return tuple(self.tensors[step]["inputs"][2]["shape"])
+
+    def into(self, row: dict[str, Any], dtype: str) -> None:
+        """Add the pieces to a target whose segments have been compiled, its kernels in `dtype`."""
+        row["segments"] = self.segments
+        row["experts"] = {
+            step: {"top_k": top_k, "kernels": package_name(dtype, self.size(step))}
+            for step, top_k in self.experts.items()
+        }
+        row["tensors"] |= self.tensors
+
+
+def check_cubins(plans: bool, sparse: bool, plugin: bool, sm: Sequence[int]) -> None:
+    """Refuse --cubins where it has no meaning, or no kernels can be built."""
+    from d2m.kernels.package import SM, triton_version
+
+    if not plans or not sparse or plugin:
+        what = "with --plugin" if plugin else "without --trt or --trt-rtx"
+        raise ValueError(
+            f"--cubins is given {what if sparse else 'for a dense pipeline'}, expected plans of a"
+            " sparse pipeline: kernels take the place of the routed experts' portable body."
+        )
+    unknown = [str(number) for number in sm if number not in SM]
+    if unknown:
+        raise ValueError(
+            f"--sm is {','.join(unknown)} with --cubins, expected some of"
+            f" {', '.join(map(str, SM))}, which the kernels are written for; leave --cubins out."
+        )
+    triton_version()
+
+
+def cut_blocks(graphs: Mapping[str, Path], folder: Path) -> Pieces:
+    """Cut every graph with routed experts; segments are written to `folder`, once for all top_k.
+
+    graphs: "transformer/double.k2" -> ONNX file.
+    """
+    import onnx
+
+    pieces = Pieces()
+    for key, path in sorted(graphs.items()):
+        steps = cut(onnx.load(str(path)))
+        if len(steps) == 1:
+            continue
+        block, _, top_k = key.rpartition(".k")
+        names: list[str] = []
+        for step in steps:
+            if isinstance(step, Experts):
+                name = f"{key}.experts.{sum(n in pieces.experts for n in names)}"
+                pieces.experts[name] = int(top_k)
+                pieces.tensors[name] = {"inputs": list(step.inputs), "outputs": [step.output]}
+            else:
+                name = f"{block}.{sum(n in pieces.graphs for n in names)}"
+                if name not in pieces.graphs:
+                    pieces.graphs[name] = folder / f"{name}.onnx"
+                    write_bytes(pieces.graphs[name], step.SerializeToString(deterministic=True))
+            names.append(name)
+        pieces.segments[key] = names
+    return pieces
+
+
+def build_kernels(
+    out: Path,
+    pieces: Pieces,
+    dtype: str,
+    sm: Sequence[int],
+    *,
+    ptx: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Packages of kernels for all experts of `pieces`, in dtype fp32, bf16 or fp16, below `out`.
+
+    `ptx`: with what TensorRT plugins are made from, and in `out` itself, for one size of experts.
+    """
+    from d2m.kernels.package import build, plain_code
+    from d2m.kernels.plan import Sizes
+
+    found = sorted({pieces.size(step) for step in pieces.experts})
+    if not found or not sm or (ptx and len(found) > 1):
+        what = f"experts of {len(found)} sizes" if sm else "no GPU"
+        raise ValueError(
+            f"kernels are asked for but there is {what}, expected one size of experts (--cubins:"
+            " or several) and GPUs to build for (--sm, or one in this machine); leave --cubins and"
+            " --plugin out."
+        )
+    with plain_code():
+        for size in found:
+            experts, width, hidden = size
+            ks = sorted({k for step, k in pieces.experts.items() if pieces.size(step) == size})
+            folder = out if ptx else out / package_name(dtype, size)
+            sizes = Sizes(1, width, experts, hidden, 1, dtype)
+            build(folder, sizes, sm, ks, ptx=ptx, progress=progress)
+
+
+def package_name(dtype: str, size: Sequence[int]) -> str:
+    """Where a bundle keeps the kernels for experts of size (E, D, H): kernels/bf16-12x3072x768."""
+    return f"{FOLDER}/{dtype}-{'x'.join(map(str, size))}"
+
+
+def kernel_sm(apis: Sequence[str], sm: Sequence[int]) -> list[int]:
+    """Compute capabilities of the kernels: those of the plans, PORTABLE beside portable ones."""
+    from export.plans.compiler import local_sm
+
+    here = local_sm() if "tensorrt" in apis else None
+    portable = PORTABLE if "tensorrt_rtx" in apis and not sm else ()
+    return sorted({*sm, *portable, *([here] if here else [])})

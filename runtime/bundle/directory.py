@@ -1,0 +1,130 @@
+"""A bundle directory: opened once, every file's size and hash checked, nothing executed.
+
+A bundle is data: manifest.json, ONNX graphs, safetensors, plans, tokenizers. It may come from
+anywhere, so a name that leaves the directory, by '..', by an absolute path or through a symbolic
+link, is refused before anything is read. Plans and cubins are machine code all the same: take
+them from whom you would take a program, ask for a signature, or draw with the backend "ort".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import manifest as manifests
+from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
+from runtime.files.checked_json import parse_json
+from runtime.files.hashes import first_wrong
+from runtime.files.tensors import SafeTensors
+
+MAX_TENSORS = 1_000_000  # that the calls of a component may name
+CHECKS = ("cached", "full", "sizes")
+
+
+@dataclass
+class Bundle:
+    """An opened bundle. `digest` is the SHA-256 of manifest.json, and so of every file in it."""
+
+    path: Path
+    manifest: dict[str, Any]
+    digest: str
+    _weights: dict[str, SafeTensors] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest["name"]
+
+    def file(self, relative: str) -> Path:
+        """The path of a file that the manifest lists."""
+        if relative not in self.manifest["files"]:
+            raise ValueError(f"bundle {self.path} lists no file {relative!r} in its manifest.json.")
+        return self.path / relative
+
+    def component(self, name: str) -> dict[str, Any]:
+        """The manifest's record of a component: onnx, weights, inputs, types, program."""
+        if name not in self.manifest["components"]:
+            known = ", ".join(self.manifest["components"])
+            raise ValueError(f"bundle {self.path} has no component {name!r}, only {known}.")
+        return self.manifest["components"][name]
+
+    def weights(self, component: str) -> SafeTensors:
+        """The component's safetensors, mapped once."""
+        if component not in self._weights:
+            row = self.component(component)
+            files = (row["weights"], *row.get("shards", ()))
+            self._weights[component] = SafeTensors(*map(self.file, files))
+        return self._weights[component]
+
+
+def open_bundle(
+    path: str | os.PathLike[str],
+    check: str = "cached",
+    key: str | os.PathLike[str] | None = None,
+) -> Bundle:
+    """Open and check a bundle directory.
+
+    `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
+    (see runtime.files.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
+    looking, not for drawing. With `key`, a public key's file, the manifest must be signed by it.
+    Raises FileNotFoundError, ValueError or ImportError with one sentence.
+    """
+    if check not in CHECKS:
+        raise ValueError(f"the check is {check!r}, expected one of {', '.join(CHECKS)}.")
+    root = Path(path)
+    source = root / "manifest.json"
+    if not root.is_dir() or not source.is_file():
+        what = "has no manifest.json" if root.is_dir() else "is not a directory"
+        raise FileNotFoundError(
+            f"{root} {what}, expected a bundle; make one with: d2m export SPARSE -o {root}"
+        )
+    data = read_small(root, "manifest.json")
+    digest = hashlib.sha256(data).hexdigest()
+    if key is not None:
+        from runtime.bundle.signature import check_signature  # needs cryptography
+
+        check_signature(root, digest, key)
+    try:
+        manifest = parse_json(data)
+    except ValueError as error:
+        raise broken(root, f"its manifest.json is no JSON ({error})") from None
+    try:
+        manifests.check(manifest)
+    except ValueError as error:
+        raise broken(root, str(error)) from None
+    files = manifest["files"]
+    for name, row in files.items():
+        check_file(root, name, row, full=False)  # sizes first: they are known at once
+    if check != "sizes":
+        wanted = {name: row["sha256"] for name, row in files.items()}
+        if wrong := first_wrong(root, wanted, anew=check == "full"):
+            raise wrong_hash(root, *wrong)
+    bundle = Bundle(root, manifest, digest)
+    for component in manifest["components"]:
+        check_weights(bundle, component)
+    return bundle
+
+
+def required_key() -> str | None:
+    """The public key by which whatever is drawn from must be signed; $D2M_PUBLIC_KEY."""
+    return os.environ.get("D2M_PUBLIC_KEY") or None
+
+
+def check_weights(bundle: Bundle, component: str) -> None:
+    """Every weight that the component's program names exists in its file, with that shape."""
+    row = bundle.component(component)
+    if sum(len(row["types"][call["type"]]["weights"]) for call in row["program"]) > MAX_TENSORS:
+        raise broken(bundle.path, f"the program of {component} names over {MAX_TENSORS} tensors")
+    tensors = bundle.weights(component).tensors
+    for call in (*row["program"], *row.get("groups", {}).values()):
+        for local, expected in row["types"][call["type"]]["weights"].items():
+            name = call["prefix"] + local
+            found = tensors[name].shape if name in tensors else None
+            if found is None:
+                raise broken(bundle.path, f"{row['weights']} has no tensor {name[:80]}")
+            if list(found) != expected["shape"]:
+                what = f"tensor {name[:80]} has shape {list(found)}, expected {expected['shape']}"
+                raise broken(bundle.path, f"in {row['weights']} {what}")

@@ -1,0 +1,268 @@
+"""The manifest of a bundle, checked to the last field: nothing after this needs to doubt it.
+
+Unknown fields are left alone (a later minor version may add some); known ones must be right. A
+sentence names the field, what it holds and what was expected.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from runtime.bundle.block_groups import check_groups, check_kappa
+from runtime.families import FAMILIES
+from runtime.files.checked_json import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.files.tensors import naturals
+
+FORMAT = 1
+KINDS = ("sparse", "dense")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool")
+FLOATS = ("float32", "bfloat16", "float16")
+MAX_FILE = 1 << 42  # 4 TiB: no weights file is larger
+MAX_FILES = 10_000
+MAX_CALLS = 4096  # blocks of a component
+MAX_TENSORS = 256  # that go into a block or come out of it, weights not counted
+MAX_TOKENS = 4096  # of a prompt
+MAX_DIM = 1 << 40
+MAX_PIXELS = 16384  # a side of a picture
+
+
+def check(manifest: Any) -> None:
+    """Raise ValueError (a clause, no full stop) where the manifest is not one of format 1."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"manifest.json holds {show(manifest)}, expected an object")
+    version = manifest.get("format")
+    if type(version) is not int or version != FORMAT:
+        raise ValueError(
+            f"its format is {show(version)}, expected {FORMAT}: it was made by another version"
+            f" of d2m; use that version"
+        )
+    family = FAMILIES[one_of(manifest, "family", tuple(FAMILIES))]
+    one_of(manifest, "kind", KINDS)
+    one_of(manifest, "compute_dtype", FLOATS)
+    one_of(manifest, "storage_dtype", FLOATS)
+    text(manifest, "d2m")
+    text(manifest, "name")
+    if "model" in manifest:
+        text(manifest, "model")
+    files = check_files(mapping(manifest, "files"))
+    components = mapping(manifest, "components")
+    for name in family.components:
+        mapping(components, name, "components")
+    for name in components:
+        check_component(mapping(components, name, "components"), f"components.{name}", files)
+    for name, count in family.components.items():
+        for side, wanted in (("inputs", 1), ("outputs", count)) if count else ():
+            if len(components[name][side]) != wanted:
+                words = "one tensor" if wanted == 1 else f"{wanted} tensors"
+                raise wrong(f"components.{name}.{side}", components[name][side], words)
+    check_top_k(manifest)
+    check_kappa(manifest)
+    check_settings(manifest)
+    for name in family.tokenizers:
+        where = f"tokenizers.{name}"
+        row = mapping(mapping(manifest, "tokenizers"), name, "tokenizers")
+        listed(row, "file", files, where)
+        integer(row, "max_length", 1, MAX_TOKENS, where)
+        integer(row, "pad_id", 0, 1 << 31, where)
+    plans = mapping(manifest, "plans") if "plans" in manifest else {}
+    for target in plans:
+        check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)
+
+
+def check_files(files: dict[str, Any]) -> dict[str, Any]:
+    """Names must stay inside the directory; sizes and hashes must be such."""
+    if len(files) > MAX_FILES:
+        raise wrong("files", f"{len(files)} entries", f"at most {MAX_FILES}")
+    for name, row in files.items():
+        if not inside(name):
+            raise wrong("files", name, "a relative path inside the bundle, without '..'")
+        where = f"files[{show(name)}]"
+        if not isinstance(row, dict):
+            raise wrong(where, row, "an object with sha256 and size")
+        integer(row, "size", 0, MAX_FILE, where)
+        if not isinstance(row.get("sha256"), str) or not re.fullmatch(
+            "[0-9a-f]{64}", row["sha256"]
+        ):
+            raise wrong(f"{where}.sha256", row.get("sha256"), "64 hexadecimal digits")
+    return files
+
+
+def inside(name: str) -> bool:
+    """Whether `name` is a plain relative path: no '..', drive, backslash, root or NUL in it."""
+    parts = name.split("/")
+    if not name or len(name) > 512 or any(c in name for c in "\\:\0") or not name.isprintable():
+        return False
+    return all(part not in ("", ".", "..") for part in parts) and not PurePosixPath(name).root
+
+
+def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A component: its files, tensors, block types, and a program that can run to its end."""
+    check_suffix(listed(row, "onnx", files, where), f"{where}.onnx", ".onnx")
+    check_suffix(listed(row, "weights", files, where), f"{where}.weights", ".safetensors")
+    shards = row.get("shards", [])
+    if not isinstance(shards, list) or len(shards) > MAX_FILES:
+        raise wrong(f"{where}.shards", shards, "a list of files")
+    for name in shards:
+        if not isinstance(name, str) or name not in files:
+            raise wrong(f"{where}.shards", name, "paths listed under files")
+        check_suffix(name, f"{where}.shards", ".safetensors")
+    for side in ("inputs", "outputs"):
+        for name in mapping(row, side, where):
+            check_tensor(mapping(row[side], name, f"{where}.{side}"), f"{where}.{side}.{name}")
+    types = mapping(row, "types", where)
+    if len(types) > MAX_CALLS:
+        raise wrong(f"{where}.types", f"{len(types)} entries", f"at most {MAX_CALLS}")
+    for name in types:
+        check_type(mapping(types, name, f"{where}.types"), f"{where}.types.{name}", files)
+    program = row.get("program")
+    if not isinstance(program, list) or not 1 <= len(program) <= MAX_CALLS:
+        raise wrong(f"{where}.program", program, f"a list of 1 to {MAX_CALLS} calls")
+    known = set(row["inputs"])
+    for index, call in enumerate(program):
+        here = f"{where}.program[{index}]"
+        if not isinstance(call, dict):
+            raise wrong(here, call, "an object with type and prefix")
+        one_of(call, "type", tuple(types), here)
+        text(call, "prefix", here)
+        for name in types[call["type"]]["inputs"]:
+            if name not in known:
+                raise wrong(here, name, "an input of the component or output of an earlier call")
+        known.update(types[call["type"]]["outputs"])
+    for name in row["outputs"]:
+        if name not in known:
+            raise wrong(f"{where}.outputs", name, "a tensor that the program writes")
+    if "groups" in row:
+        check_groups(row, where)
+
+
+def check_suffix(name: str, where: str, suffix: str) -> None:
+    """ONNX Runtime takes a file's format from its name: another one is not what was checked."""
+    if not name.endswith(suffix):
+        raise wrong(where, name, f"a file whose name ends in {suffix}")
+
+
+def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A block type: graphs by top_k ("" where it has none), tensor names, weights."""
+    graphs = mapping(row, "graphs", where)
+    if not graphs:
+        raise wrong(f"{where}.graphs", graphs, "at least one graph")
+    for key in graphs:
+        if key != "" and not (key.isascii() and key.isdigit() and len(key) < 5):
+            raise wrong(f"{where}.graphs", key, "the empty string or a number of experts")
+        if key == "" and len(graphs) > 1:
+            raise wrong(f"{where}.graphs", list(graphs), "one graph or a graph per top_k")
+        check_suffix(listed(graphs, key, files, f"{where}.graphs"), f"{where}.graphs", ".onnx")
+    for side in ("inputs", "outputs"):
+        names = row.get(side)
+        if (
+            not isinstance(names, list)
+            or len(names) > MAX_TENSORS
+            or not all(isinstance(n, str) for n in names)
+        ):
+            raise wrong(f"{where}.{side}", names, f"a list of at most {MAX_TENSORS} tensor names")
+    if "body" in row:
+        text(row, "body", where)
+    for name in mapping(row, "weights", where):
+        weight = mapping(row["weights"], name, f"{where}.weights")
+        check_tensor(weight, f"{where}.weights.{name}", named=False)
+
+
+def check_tensor(row: dict[str, Any], where: str, *, named: bool = True) -> None:
+    """{"dtype", "shape"}; dimensions are numbers, or names where `named`."""
+    one_of(row, "dtype", DTYPES, where)
+    shape = row.get("shape")
+    if not isinstance(shape, list) or len(shape) > 8:
+        raise wrong(f"{where}.shape", shape, "a list of at most 8 dimensions")
+    for size in shape:
+        number = type(size) is int and 0 <= size < MAX_DIM
+        if not number and not (named and isinstance(size, str) and 0 < len(size) < 64):
+            raise wrong(f"{where}.shape", shape, "a list of dimensions")
+
+
+def check_top_k(manifest: dict[str, Any]) -> None:
+    """Sparse bundles name a default number of experts, and the others that were exported."""
+    choices, top_k = manifest.get("top_k_choices"), manifest.get("top_k")
+    if manifest["kind"] == "dense":
+        if choices or top_k is not None:
+            raise wrong("top_k", top_k, "null, and no top_k_choices, in a dense bundle")
+        return
+    experts = integer(manifest, "num_experts", 1, 4096)
+    if not isinstance(choices, list) or not 1 <= len(choices) <= experts + 1:
+        raise wrong("top_k_choices", choices, f"a list of 1 to {experts + 1} numbers of experts")
+    if any(type(k) is not int or not 0 <= k <= experts for k in choices):
+        raise wrong("top_k_choices", choices, f"numbers between 0 and num_experts = {experts}")
+    if type(top_k) is not int or top_k not in choices:
+        raise wrong("top_k", top_k, f"one of top_k_choices = {choices}")
+    for component, row in manifest["components"].items():
+        for name, kind in row["types"].items():
+            missing = [k for k in choices if str(k) not in kind["graphs"]]
+            if "" not in kind["graphs"] and missing:
+                where = f"components.{component}.types.{name}.graphs"
+                raise wrong(where, list(kind["graphs"]), f"a graph for top_k = {missing[0]}")
+
+
+def check_settings(manifest: dict[str, Any]) -> None:
+    """Defaults, latents and scheduler: numbers in the range where drawing is possible."""
+    latents = mapping(manifest, "latents")
+    integer(latents, "channels", 1, 4096, "latents")
+    factor = integer(latents, "vae_scale_factor", 1, 256, "latents")
+    patch = integer(latents, "patch", 1, 64, "latents")
+    number(latents, "scaling_factor", 1e-6, 1e6, "latents")
+    if latents.get("shift_factor") is not None:
+        number(latents, "shift_factor", -1e6, 1e6, "latents")
+    FAMILIES[manifest["family"]].check(manifest)
+    defaults = mapping(manifest, "defaults")
+    integer(defaults, "steps", 1, 1000, "defaults")
+    number(defaults, "guidance", 0, 1000, "defaults")
+    for side in ("height", "width"):
+        pixels = integer(defaults, side, 1, MAX_PIXELS, "defaults")
+        if pixels % (factor * patch):
+            raise wrong(f"defaults.{side}", pixels, f"a multiple of {factor * patch}")
+    mapping(manifest, "scheduler")
+
+
+def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """A set of compiled plans: the library and release that built them, and where they run."""
+    text(row, "api", where)
+    text(row, "version", where)
+    capabilities = row.get("compute_capabilities")
+    if (
+        not isinstance(capabilities, list)
+        or len(capabilities) > 100
+        or not all(type(number) is int and 10 <= number < 1000 for number in capabilities)
+    ):
+        raise wrong(f"{where}.compute_capabilities", capabilities, "a list of numbers such as 89")
+    for name, sizes in (mapping(row, "profiles", where) if "profiles" in row else {}).items():
+        if not naturals(sizes) or len(sizes) != 3:
+            raise wrong(f"{where}.profiles.{name}", sizes, "three sizes: min, opt, max")
+    for name in mapping(row, "files", where):
+        listed(row["files"], name, files, f"{where}.files")
+    if "segments" in row:
+        check_segments(row, where, files)
+
+
+def check_segments(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
+    """Blocks cut at their experts: every step is a plan of the set, or a launch of its kernels."""
+    for name in mapping(row, "experts", where):
+        entry, here = mapping(row["experts"], name, f"{where}.experts"), f"{where}.experts.{name}"
+        integer(entry, "top_k", 1, 4096, here)
+        folder = text(entry, "kernels", here)
+        if f"{folder}/kernels.json" not in files:
+            raise wrong(f"{here}.kernels", folder, "a directory whose kernels.json is under files")
+    known = {*row["files"], *row["experts"]}
+    tensors = mapping(row, "tensors", where)
+    for block, steps in mapping(row, "segments", where).items():
+        here = f"{where}.segments.{block}"
+        if not isinstance(steps, list) or not 1 <= len(steps) <= 64:
+            raise wrong(here, steps, "a list of 1 to 64 launches")
+        for step in steps:
+            if not isinstance(step, str) or step not in known or step not in tensors:
+                raise wrong(here, step, "a plan of the set or one of its experts")
+        if steps[-1] in row["experts"]:
+            raise wrong(here, steps[-1], "a plan at the end, which writes the block's outputs")
+    for name in row["experts"]:
+        inputs = mapping(tensors, name, f"{where}.tensors").get("inputs")
+        if not isinstance(inputs, list) or len(inputs) != 5:
+            raise wrong(f"{where}.tensors.{name}.inputs", inputs, "x, logits, w1, b1 and w2")

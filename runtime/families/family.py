@@ -1,0 +1,95 @@
+"""What a family of models is to the runtime: its components, and numpy functions around them.
+
+A row stands in a file of its own, `runtime/family_NAME.py`, with the functions it names
+(docs/adding-a-family.md). Letters: n images, C latent channels, h x w latent pixels, T tokens.
+`latents` [n, ...] are of the shape that the family denoises: FLUX's are packed, SD3's [n, C, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.families.flow_matching import check_scheduler, sampler
+from runtime.families.latents import Settings, Size, Step
+
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
+MAX_SIDE = 16384  # pixels, where a model's positions have no end
+
+
+def rows(conditions: Arrays) -> int:
+    """How many rows conditions have."""
+    return len(next(iter(conditions.values())))
+
+
+def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
+    """Classifier-free guidance: [2 n, ...], the negative prompts' rows first -> [n, ...]."""
+    without, with_prompt = np.split(sample, 2)
+    guided: np.ndarray = without + np.float32(guidance) * (with_prompt - without)
+    return guided
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of runtime/families/__init__.py.
+
+    name: as manifests have it; components: of a bundle, in the order in which an image needs them,
+    each with the number of its outputs (0: any); tokenizers: their names; guided: generates with
+    classifier-free guidance, so that a negative prompt has a meaning and guidance over 1 runs the
+    transformer on two rows an image.
+
+    title: for people; classes: of its transformer, by which a pipeline directory is known.
+    title_of(config): the title of one model, by its transformer's config.
+    check(manifest): ValueError (a clause) where `latents` or `scheduler` cannot be used.
+    largest(manifest): the longest side in pixels that the model takes.
+    with_template(prompt): the text that tokenizers get, for models that read a template around it;
+        dropped: tokens at its beginning that the transformer does not get.
+    encode(run, prompts): the transformer's conditions [n, ...] by the names of its inputs; `run`
+        (component, tokenizer, prompts) gives a text encoder's outputs, and where the family is
+        `masked` the tokenizer's `mask` [n, tokens] int64, 1 where a text is and 0 behind it.
+    noise(seeds, channels, h, w): initial latents, one stream a seed.
+    layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
+    arrange(latents): one of the others -> its own.
+    check_scheduler(scheduler): ValueError, a sentence, for a config that is not supported.
+    sigmas(scheduler, steps, T, given): noise levels [steps + 1].
+    sampler(scheduler, noise levels): the step of one generation, (index, latents, prediction as
+        latents) -> the next latents; asked in order, so that it may remember.
+    feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
+        hidden_states at each of `sigmas`, for as many rows as `conditions` have.
+    tokens(latents, settings): hidden_states [n, T, channels].
+    guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
+    velocity(sample, settings, (h, w)): the transformer's output as latents (or noise, as `sampler`
+        takes it).
+    image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them.
+    """
+
+    name: str
+    components: Mapping[str, int]
+    tokenizers: tuple[str, ...]
+    title: str
+    classes: tuple[str, ...]
+    title_of: Callable[[Mapping[str, Any]], str]
+    check: Callable[[Mapping[str, Any]], None]
+    encode: Callable[[Run, Sequence[str]], dict[str, np.ndarray]]
+    noise: Callable[[Sequence[int], int, int, int], np.ndarray]
+    layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]]
+    arrange: Callable[[np.ndarray], np.ndarray]
+    sigmas: Callable[[dict[str, Any], int, int, Sequence[float] | None], np.ndarray]
+    feeds: Callable[
+        [Mapping[str, Any], Arrays, np.ndarray, Size, float], list[dict[str, np.ndarray]]
+    ]
+    tokens: Callable[[np.ndarray, Settings], np.ndarray]
+    velocity: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    guided: bool = False
+    largest: Callable[[Mapping[str, Any]], int] = lambda manifest: MAX_SIDE
+    guide: Callable[[np.ndarray, float], np.ndarray] = guide
+    with_template: Callable[[str], str] = str
+    masked: bool = False
+    dropped: int = 0
+    check_scheduler: Callable[[dict[str, Any]], None] = check_scheduler
+    sampler: Callable[[dict[str, Any], np.ndarray], Step] = sampler

@@ -1,0 +1,79 @@
+"""FLUX.1 [dev] and [schnell] in the runtime: what FluxPipeline does around its models.
+
+[schnell] has no guidance embedding, so its transformer has no input `guidance`; its scheduler's
+shift is 1 and not dynamic, which the manifest says as it does for [dev].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.families import latents as shared
+from runtime.families.family import Arrays, Family, Run, rows
+from runtime.families.flow_matching import sigmas, timestep
+from runtime.families.latents import Settings, Size
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding."""
+    return f"FLUX.1 [{'dev' if config.get('guidance_embeds') else 'schnell'}]"
+
+
+def guided(manifest: Mapping[str, Any]) -> bool:
+    """Whether the transformer embeds guidance."""
+    return "guidance" in manifest["components"]["transformer"]["inputs"]
+
+
+def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """T5's states [n, L, joint width] and CLIP's pooled vectors [n, P]."""
+    (pooled,) = run("text_encoder", "tokenizer", prompts).values()
+    (states,) = run("text_encoder_2", "tokenizer_2", prompts).values()
+    return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+def feeds(
+    manifest: Mapping[str, Any],
+    conditions: Arrays,
+    sigmas: np.ndarray,
+    latent_size: Size,
+    guidance: float,
+) -> list[dict[str, np.ndarray]]:
+    """See runtime.families.family; guidance is an input where the model embeds it."""
+    settings, batch = manifest["latents"], rows(conditions)
+    length = conditions["encoder_hidden_states"].shape[1]
+    positions = shared.position_ids(length, *latent_size)
+    cos, sin = shared.rope(positions, settings["rope_axes"], settings["rope_theta"])
+    inputs = {**conditions, "rope_cos": cos, "rope_sin": sin}
+    if guided(manifest):
+        inputs["guidance"] = np.full(batch, guidance, np.float32)
+    times = (timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
+    return [inputs | {"timestep": time} for time in times]
+
+
+def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
+    """Packed latents -> [n, C, h, w], unscaled."""
+    spatial = shared.unpack(latents, *latent_size)
+    return shared.unscale(spatial, settings["scaling_factor"], settings.get("shift_factor"))
+
+
+FLUX = Family(
+    name="flux",
+    components={"text_encoder": 1, "text_encoder_2": 1, "transformer": 0, "vae_decoder": 1},
+    tokenizers=("tokenizer", "tokenizer_2"),
+    title="FLUX.1",
+    classes=("FluxTransformer2DModel", "SparseFluxTransformer2DModel"),
+    title_of=title_of,
+    check=shared.check_packed,
+    encode=encode,
+    noise=shared.packed_noise,
+    layouts=shared.packed_layouts,
+    arrange=shared.pack,
+    sigmas=sigmas,
+    feeds=feeds,
+    tokens=lambda latents, settings: latents,
+    velocity=lambda sample, settings, latent_size: sample,
+    image_latents=image_latents,
+)

@@ -1,0 +1,202 @@
+"""How tokens fall on experts: a step that was drawn runs once more, its routers' choices counted.
+
+Drawing itself is not touched, so an image has the same bits whether or not anything is counted. The
+step goes through block graphs whose routers tell their logits (runtime.ort.router_outputs). Where
+blocks run in sessions of their own, the weights are those; beside a whole graph, which holds its
+weights packed, they are streamed through two rooms of a block's size (runtime.ort.block_weights).
+
+Of one image of a batch at a time, and as often as a share of the time spent on drawing allows: what
+counting costs is bounded, whatever a step takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.bundle.block_groups import per_sample
+from runtime.ort.blocks import Blocks
+from runtime.ort.router_outputs import Tap, find_taps, tail
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from runtime.pipeline import Pipeline
+    from runtime.program.executor import Executor
+
+log = logging.getLogger("runtime")
+SHARE = 0.01  # of the time spent on drawing
+Step = tuple[dict[str, np.ndarray], int | None, int | None]  # inputs, top_k, kappa
+
+
+class Tapped(Blocks):
+    """Blocks that count: `counts` holds tokens by FFN, [E], over all calls."""
+
+    def __init__(self, executor: Executor) -> None:
+        """With an executor's weights, place and lock, or beside a whole graph on the CPU."""
+        beside: Any = executor
+        held = executor if isinstance(executor, Blocks) else None
+        super().__init__(beside.bundle, "transformer", beside.threads, offload="block", share=held)
+        # Beside a graph that has an arena these sessions have one too: what every call takes from
+        # the heap and gives back leaves holes there (1 MB in 150 steps of the embedded bundle).
+        self.arena = self.arena or held is None
+        self.counts: dict[str, np.ndarray] = {}
+        self._taps: dict[str, list[Tap]] = {}
+        self._held = held
+
+    def session(self, graph: str) -> onnxruntime.InferenceSession:
+        """See Blocks; graphs without routers are the drawing's own sessions, where it has some."""
+        if self._held is not None and not self.taps(graph):
+            return self._held.session(graph)
+        return super().session(graph)
+
+    def taps(self, graph: str) -> list[Tap]:
+        """A graph's routers."""
+        if graph not in self._taps:
+            self._taps[graph] = find_taps(self.bundle.file(graph).read_bytes())
+        return self._taps[graph]
+
+    def tail(self, graph: str) -> bytes:
+        """See Blocks."""
+        return tail(self.taps(graph))
+
+    def promised(self, kind: str, graph: str) -> dict[str, Any]:
+        """See Blocks: and the logits."""
+        row = super().promised(kind, graph)
+        return {**row, "outputs": [*row["outputs"], *(tap.logits for tap in self.taps(graph))]}
+
+    def call(
+        self, index: int, kind: str, key: str, prefix: str, inputs: list[Any]
+    ) -> list[onnxruntime.OrtValue]:
+        """See Blocks; the logits are counted and left out."""
+        outputs = super().call(index, kind, key, prefix, inputs)
+        row = self.component["types"][kind]
+        given = len(row["outputs"])
+        for tap, value in zip(self.taps(row["graphs"][key]), outputs[given:], strict=True):
+            counts = choices(self.place.fetch(value), int(key))
+            site = f"{prefix}{tap.site}"
+            self.counts[site] = self.counts.get(site, 0) + counts
+        return outputs[:given]
+
+
+def choices(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """[T, E] -> how many tokens have each expert among their top_k, [E]; the lowest on ties."""
+    chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    found: np.ndarray = np.bincount(chosen.ravel(), minlength=logits.shape[1])
+    return found
+
+
+def load_ratio(counts: np.ndarray) -> float:
+    """The busiest expert's tokens over the mean's: 1 where all have as many, E where it has all."""
+    return float(counts.max() * len(counts) / max(1, counts.sum()))
+
+
+class Meter:
+    """Counts for one pipeline, sampled. `counts`: tokens by FFN and expert, of `steps` steps.
+
+    `reason` says why nothing is counted, None where something is. Threads may share a meter.
+    """
+
+    def __init__(self, pipeline: Pipeline, share: float = SHARE) -> None:
+        self.pipeline, self.share = pipeline, share
+        self.counts: dict[str, np.ndarray] = {}
+        self.steps = 0
+        self.seconds = self.drawn = 0.0  # spent on counting, and on drawing
+        self.reason: str | None = "not begun"
+        self._due = 0.0  # seconds of drawing
+        self._tapped: Tapped | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Draw an image of one step and open the graphs with it; it does not count."""
+        self.reason = obstacle(self.pipeline)
+        pipeline, sampler = self.watched()
+        pipeline("", steps=1)
+        if self.reason is None and sampler.step is not None:
+            self.count(sampler.step)
+            self.counts, self.steps, self.seconds = {}, 0, 0.0
+
+    def watched(self) -> tuple[Pipeline, Sampler]:
+        """The pipeline for one batch, and what keeps one of its steps."""
+        pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
+        sampler = Sampler(self.pipeline.bundle.component("transformer"))
+        pipeline.witness = sampler
+        return pipeline, sampler
+
+    def after(self, step: Step | None, seconds: float) -> None:
+        """A batch took so long; count its step if it is time."""
+        if self.reason is not None or step is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self.drawn += seconds
+            if self.drawn >= self._due:
+                took = self.count(step)
+                # About its mean, so that it does not fall into step with the drawing.
+                self._due = (self.seconds + (random.random() - 0.5) * took) / self.share
+        finally:
+            self._lock.release()
+
+    def count(self, step: Step) -> float:
+        """Run a step and add its choices; returns the seconds. A failure ends the counting."""
+        inputs, top_k, kappa = step
+        began = time.monotonic()
+        try:
+            if self._tapped is None:
+                self._tapped = Tapped(self.pipeline.executor("transformer"))
+            self._tapped.counts = {}
+            self._tapped(self.pipeline.cast(inputs), top_k, kappa)
+        except Exception as error:  # drawing goes on: what is lost is said
+            log.warning("experts are counted no more: %s: %s", type(error).__name__, error)
+            self.reason = f"failed: {type(error).__name__}"
+            return 0.0
+        for site, found in self._tapped.counts.items():
+            self.counts[site] = self.counts.get(site, 0) + found
+        took = time.monotonic() - began
+        self.steps += 1
+        self.seconds += took
+        return took
+
+
+class Sampler:
+    """Keeps one step of a batch, each as likely, and of it one image (reservoir sampling)."""
+
+    def __init__(self, component: Mapping[str, Any]) -> None:
+        self.component = component
+        self.seen = 0
+        self.step: Step | None = None
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], top_k: int | None, kappa: int | None
+    ) -> None:
+        """A step that runs.
+
+        Steps without a choice (no experts, or none but the shared one) are passed over.
+        """
+        if not top_k:
+            return
+        self.seen += 1
+        if random.random() * self.seen < 1:
+            own = {name for name in inputs if per_sample(self.component, name)}
+            # Any of them: with guidance the negative prompts' rows are the first half.
+            row = random.randrange(min(len(inputs[name]) for name in own))
+            one = {
+                name: array[row : row + 1] if name in own else array
+                for name, array in inputs.items()
+            }
+            self.step = one, top_k, kappa
+
+
+def obstacle(pipeline: Pipeline) -> str | None:
+    """Why experts are not counted."""
+    if not pipeline.manifest.get("top_k_choices"):
+        return "no experts"
+    if pipeline.backend not in ("ort", "ort-cuda"):
+        return f"not on {pipeline.backend}"
+    return None

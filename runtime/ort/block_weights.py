@@ -1,0 +1,148 @@
+"""Where a block's weights are when it runs: held from its first run on, or streamed from the file.
+
+Streamed (`offload="block"`), a component takes two rooms of its largest block in place of all its
+weights: while a block computes with one, a thread fills the other with the next block that will
+run. So memory is bounded by the block, not by the model, and every step reads the weights anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+from runtime.cuda.arena import SIZES
+from runtime.files.tensor_reader import TensorFiles
+
+if TYPE_CHECKING:
+    from runtime.files.tensors import SafeTensors
+    from runtime.ort.memory_places import Place, Room
+
+ALIGNED = 256  # bytes; as runtime.ort.memory_places
+Call = tuple[str, str]  # block type, weight prefix
+
+
+class Source(Protocol):
+    """What Blocks asks for weights: `expect` the calls to come, then `take` and `release` each."""
+
+    def expect(self, calls: Iterable[Call]) -> None:
+        """The next calls, in their order."""
+        ...
+
+    def take(self, call: Call) -> tuple[Any, list[int]]:
+        """(where the weights are, an address for each): they stay until `release`."""
+        ...
+
+    def release(self, where: Any) -> None:
+        """The call has run."""
+        ...
+
+    def forget(self) -> None:
+        """Nothing that was expected comes any more: a call failed or was given up."""
+        ...
+
+
+class Held:
+    """Weights stay where they were put for a block's first run; all graphs share them."""
+
+    def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
+        self.types, self.tensors, self.place = component["types"], tensors, place
+
+    def expect(self, calls: Iterable[Call]) -> None:
+        """See Source."""
+
+    def take(self, call: Call) -> tuple[Any, list[int]]:
+        """See Source."""
+        kind, prefix = call
+        rows = self.types[kind]["weights"]
+        wanted = [(prefix + local, row["dtype"]) for local, row in rows.items()]
+        return prefix, self.place.keep(self.tensors, wanted)
+
+    def release(self, where: Any) -> None:
+        """See Source."""
+
+    def forget(self) -> None:
+        """See Source."""
+
+
+class Streamed:
+    """Two rooms, filled in turn by one thread with the blocks that will run, in their order."""
+
+    def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
+        self.types, self.files = component["types"], TensorFiles(tensors)
+        named = [*component["program"], *component.get("groups", {}).values()]
+        self.layouts = {
+            kind: layout(self.types[kind]["weights"].values())
+            for kind in {row["type"] for row in named}
+        }
+        self.size = max(total for _, total in self.layouts.values())
+        count = min(2, len(named))
+        self.rooms: list[Room] = [place.room(self.size) for _ in range(count)]
+        self._free = list(range(count))
+        self._waiting: deque[Call] = deque()
+        self._coming: deque[tuple[Call, int, Future[None]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="d2m-offload")
+
+    def expect(self, calls: Iterable[Call]) -> None:
+        """See Source; the first of them begin to be read."""
+        self._waiting.extend(calls)
+        self._begin()
+
+    def take(self, call: Call) -> tuple[Any, list[int]]:
+        """See Source; waits until the weights are there."""
+        expected, room, filled = self._coming.popleft()
+        assert expected == call, (expected, call)
+        try:
+            filled.result()
+        except BaseException:
+            self._free.append(room)
+            raise
+        base = self.rooms[room].address
+        return room, [base + offset for offset in self.layouts[call[0]][0]]
+
+    def release(self, where: Any) -> None:
+        """See Source; the room is filled anew."""
+        self._free.append(where)
+        self._begin()
+
+    def forget(self) -> None:
+        """See Source; waits for what is being read."""
+        self._waiting.clear()
+        while self._coming:
+            _, room, filled = self._coming.popleft()
+            if not filled.cancel():
+                filled.exception()
+            self._free.append(room)
+
+    def _begin(self) -> None:
+        while self._free and self._waiting:
+            room, call = self._free.pop(0), self._waiting.popleft()
+            self._coming.append((call, room, self._pool.submit(self.fill, room, call)))
+
+    def fill(self, room: int, call: Call) -> None:
+        """Read a call's weights into a room."""
+        kind, prefix = call
+        rows, (offsets, total) = self.types[kind]["weights"], self.layouts[kind]
+        host = self.rooms[room].host
+        for offset, (local, row) in zip(offsets, rows.items(), strict=True):
+            size = self.files.tensors[prefix + local].size * SIZES[row["dtype"]]
+            self.files.read(prefix + local, row["dtype"], host[offset : offset + size])
+        self.rooms[room].send(total)
+
+
+def layout(rows: Iterable[Mapping[str, Any]]) -> tuple[list[int], int]:
+    """Offsets of a block's weights one after the other, and the bytes of all."""
+    offsets, total = [], 0
+    for row in rows:
+        offsets.append(total)
+        total += -(-bytes_of(row["shape"], row["dtype"]) // ALIGNED) * ALIGNED
+    return offsets, total
+
+
+def bytes_of(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    size = SIZES[dtype]
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,215 @@
+"""Blocks of a component in ONNX Runtime: a session per block type and top_k, weights as inputs.
+
+The program is run by the interpreter that all backends share (runtime.program.executor). Everything
+is
+bound by address: a block's weights where runtime.ort.block_weights says, the values between blocks
+where the blocks left them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.bundle.block_groups import pieces, runs_of_all, starts_of
+from runtime.ort.block_weights import Held, Source, Streamed
+from runtime.ort.memory_places import ELEMENTS, Host, Place
+from runtime.ort.sessions import check_session, open_session
+from runtime.program.backends import check_offload
+from runtime.program.executor import check_inputs, graph_key, run_program
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from runtime.bundle.block_groups import Runs, Starts
+    from runtime.bundle.directory import Bundle
+
+
+class Blocks:
+    """See runtime.program.executor.Executor. `place` is where it computes, None for the CPU.
+
+    `share`: another executor of the component, whose place, weights and lock are taken.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: str,
+        threads: int,
+        place: Place | None = None,
+        offload: str | None = None,
+        share: Blocks | None = None,
+    ) -> None:
+        self.bundle, self.threads = bundle, threads
+        self.component = bundle.component(component)
+        self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._bound: dict[tuple[str, str, Any], Bound] = {}
+        self.place: Place = share.place if share else place or Host()
+        self.streamed: bool = share.streamed if share else check_offload(offload) == "block"
+        self.arena = not self.streamed  # of memory that stays with the sessions
+        source = Streamed if self.streamed else Held
+        self.weights: Source = (
+            share.weights
+            if share
+            else source(self.component, bundle.weights(component), self.place)
+        )
+        # A binding holds one call's tensors, and streamed weights come for one call at a time.
+        self._lock: threading.Lock = share._lock if share else threading.Lock()
+
+    def __call__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See runtime.program.executor.Executor."""
+        check_inputs(self.component, inputs)
+        with self._lock:
+            try:
+                return self.run(inputs, top_k, kappa, starts)
+            except BaseException:
+                self.weights.forget()
+                raise
+
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None,
+        kappa: int | None,
+        starts: Starts | None,
+    ) -> dict[str, np.ndarray]:
+        """The program piece by piece; the lock is held."""
+        rows = self.component["inputs"]
+        env = {name: self.place.value(array, rows[name]["dtype"]) for name, array in inputs.items()}
+        k = self.default if top_k is None else top_k
+        kept = self.kappa if kappa is None else kappa
+        known = dict(starts or {})
+        for begin, end, group in pieces(self.component, kept, known):
+            runs = runs_of_all(self.component, known, kept)
+            self.weights.expect(self.coming(begin, end, group, runs))
+            env = run_program(
+                self.component, env, k, self.call, begin=begin, end=end, runs=runs, rows=self.place
+            )
+            if group is not None and kept is not None:
+                known[group] = self.ask(self.component["groups"][group], env, kept)
+        return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
+
+    def coming(self, begin: int, end: int, group: str | None, runs: Runs) -> list[tuple[str, str]]:
+        """What a piece calls: the blocks that a sample has chosen, then the router it ends with."""
+        program = self.component["program"]
+        called = [program[i] for i in range(begin, end) if i not in runs or len(runs[i])]
+        if group is not None:
+            called.append(self.component["groups"][group])
+        return [(row["type"], row["prefix"]) for row in called]
+
+    def ask(self, group: Mapping[str, Any], env: Mapping[str, Any], kappa: int) -> np.ndarray:
+        """What a group's router chooses, as runtime.bundle.block_groups.starts_of."""
+        kind = group["type"]
+        inputs = [env[name] for name in self.component["types"][kind]["inputs"]]
+        (logits,) = self.call(-1, kind, "", group["prefix"], inputs)
+        return starts_of(self.place.fetch(logits), kappa)
+
+    def block(
+        self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """One block alone, fed with given tensors (parity compares blocks one by one so)."""
+        row = self.component["types"][kind]
+        key = graph_key(row, self.default if top_k is None else top_k)
+        with self._lock:
+            try:
+                self.weights.expect([(kind, prefix)])
+                values = [
+                    self.place.value(inputs[name], dtype_of(inputs[name])) for name in row["inputs"]
+                ]
+                outputs = self.call(-1, kind, key, prefix, values)
+            except BaseException:
+                self.weights.forget()
+                raise
+            return {
+                name: self.place.fetch(value)
+                for name, value in zip(row["outputs"], outputs, strict=True)
+            }
+
+    def call(
+        self, index: int, kind: str, key: str, prefix: str, inputs: list[Any]
+    ) -> list[onnxruntime.OrtValue]:
+        """run_program's callback: OrtValues in, OrtValues out."""
+        row = self.component["types"][kind]
+        where, addresses = self.weights.take((kind, prefix))
+        spot = (kind, key, where)
+        if spot not in self._bound:
+            self._bound[spot] = self.bind(kind, key, addresses)
+        block = self._bound[spot]
+        for position, name in enumerate(row["inputs"]):
+            if block.values[position] is not inputs[position]:  # rope, temb: bound already
+                block.binding.bind_ortvalue_input(name, inputs[position])
+                block.values[position] = inputs[position]
+        # Anew each time, or the outputs of the call before would be overwritten.
+        for name in block.outputs:
+            block.binding.bind_output(name, self.place.kind)
+        block.session.run_with_iobinding(block.binding)
+        outputs: list[onnxruntime.OrtValue] = block.binding.get_outputs()
+        if self.streamed:  # few rooms: what they were fed with is not kept for the next step
+            block.binding.clear_binding_outputs()
+        self.weights.release(where)
+        return outputs
+
+    def session(self, graph: str) -> onnxruntime.InferenceSession:
+        """The session of a block graph, opened once."""
+        if graph not in self._sessions:
+            single = len(self.component["program"]) == 1
+            self._sessions[graph] = open_session(
+                self.bundle,
+                graph,
+                self.threads,
+                fully=single,
+                providers=self.place.providers,
+                arena=self.arena,
+                tail=self.tail(graph),
+            )
+        return self._sessions[graph]
+
+    def tail(self, graph: str) -> bytes:
+        """What is put behind a graph's file when it is opened: nothing
+        (runtime.measure.expert_load)."""
+        return b""
+
+    def promised(self, kind: str, graph: str) -> Mapping[str, Any]:
+        """The inputs and outputs that a type's graph must have."""
+        row: Mapping[str, Any] = self.component["types"][kind]
+        return row
+
+    def bind(self, kind: str, key: str, addresses: list[int]) -> Bound:
+        """Bind weights to a block's graph; they stay bound from step to step."""
+        row = self.component["types"][kind]
+        graph = row["graphs"][key]
+        session = self.session(graph)
+        check_session(self.bundle, graph, session, self.promised(kind, graph), row["weights"])
+        binding = session.io_binding()
+        for (local, weight), address in zip(row["weights"].items(), addresses, strict=True):
+            element, shape = ELEMENTS[weight["dtype"]], weight["shape"]
+            binding.bind_input(local, self.place.kind, 0, element, shape, address)
+        # By position: a graph cannot read and write one name, so its outputs have others.
+        outputs = [output.name for output in session.get_outputs()]
+        return Bound(session, binding, outputs, [None] * len(row["inputs"]))
+
+
+@dataclass
+class Bound:
+    """A block ready to run: its session, its weights in a binding, what else was bound last."""
+
+    session: onnxruntime.InferenceSession
+    binding: onnxruntime.IOBinding
+    outputs: list[str]
+    values: list[Any]
+
+
+def dtype_of(array: np.ndarray) -> str:
+    """The manifest's name of an array's dtype; 16 bits that are no number are bfloat16's."""
+    return "bfloat16" if array.dtype == np.uint16 else str(array.dtype.name)

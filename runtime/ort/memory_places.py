@@ -1,0 +1,224 @@
+"""Where ONNX Runtime computes: in the process's memory (CPU), or on a CUDA device.
+
+Blocks are bound by address, weights and values alike, so that what runs them (runtime.ort.blocks)
+makes no difference: a Place makes values, fetches them, moves rows of them, and holds weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from runtime.cuda.memory import Memory, numpy_dtype
+from runtime.files.tensors import SafeTensors
+from runtime.ort.sessions import CPU
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CUDA = "CUDAExecutionProvider"
+# ONNX's numbers of element types.
+ELEMENTS = {
+    "float32": 1,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "float64": 11,
+    "bfloat16": 16,
+}
+NAMES = {number: name for name, number in ELEMENTS.items()}
+ALIGNED = 256  # bytes; weights in a room begin at multiples of it
+
+
+class Room(Protocol):
+    """Memory for one block's weights at a time, at an address that stays."""
+
+    address: int
+    host: np.ndarray  # where weights are written, uint8
+
+    def send(self, used: int) -> None:
+        """Make the first `used` bytes of `host` those at `address`."""
+        ...
+
+
+class Place(Protocol):
+    """See the file's docstring. Values are OrtValues."""
+
+    kind: str
+    providers: list[Any]
+
+    def value(self, array: np.ndarray, dtype: str) -> Any:
+        """A value with an array's numbers; bfloat16 is given as its bits, uint16."""
+        ...
+
+    def fetch(self, value: Any) -> np.ndarray:
+        """A value's numbers, copied; bfloat16 as uint16."""
+        ...
+
+    def take(self, value: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows."""
+        ...
+
+    def put(self, value: Any, part: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows."""
+        ...
+
+    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
+        """Addresses of weights (name, dtype) that are held from now on, each of them once."""
+        ...
+
+    def room(self, size: int) -> Room:
+        """Room for `size` bytes."""
+        ...
+
+
+class Host:
+    """The process's memory. Weights stored as they are computed with stay mapped from the file."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.providers: list[Any] = [CPU]
+        self.kept: dict[tuple[str, str], np.ndarray] = {}
+
+    def value(self, array: np.ndarray, dtype: str) -> onnxruntime.OrtValue:
+        """On the array's own memory, which the value keeps alive."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def fetch(self, value: Any) -> np.ndarray:
+        """A copy: numpy() of an output is a view that a later call would overwrite."""
+        array: np.ndarray = value.numpy().copy()
+        return array
+
+    def take(self, value: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows."""
+        return self.value(value.numpy()[chosen], "")
+
+    def put(self, value: Any, part: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows."""
+        whole = self.fetch(value)
+        whole[chosen] = part.numpy()
+        return self.value(whole, "")
+
+    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
+        """See Place."""
+        found = []
+        for name, dtype in wanted:
+            if (name, dtype) not in self.kept:
+                self.kept[name, dtype] = np.ascontiguousarray(tensors.array(name, dtype))
+            found.append(int(self.kept[name, dtype].ctypes.data))
+        return found
+
+    def room(self, size: int) -> Room:
+        """See Place."""
+        return HostRoom(size)
+
+
+class HostRoom:
+    """Weights are written where they are read."""
+
+    def __init__(self, size: int) -> None:
+        memory = np.empty(size + ALIGNED, np.uint8)
+        skip = -memory.ctypes.data % ALIGNED
+        self.host = memory[skip : skip + size]
+        self.address = int(self.host.ctypes.data)
+
+    def send(self, used: int) -> None:
+        """See Room."""
+
+
+class Cuda:
+    """A CUDA device's memory; copies go through `device`, a runtime.cuda.device.Device.
+
+    `copier` is another, whose stream fills rooms while blocks run. Not run on a GPU so far: `kind`
+    and `providers` are arguments, so that all of it but the provider itself is tested on a CPU.
+    """
+
+    def __init__(
+        self,
+        device: Any,
+        copier: Any = None,
+        kind: str = "cuda",
+        providers: list[Any] | None = None,
+    ) -> None:
+        self.device, self.copier, self.kind = device, copier or device, kind
+        # Convolutions are chosen without timing them, matmuls do not round to TF32: the same
+        # inputs give the same bits.
+        options = {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        self.providers = [(CUDA, options), CPU] if providers is None else providers
+        self.memory: Memory | None = None
+
+    def value(self, array: np.ndarray, dtype: str) -> onnxruntime.OrtValue:
+        """See Place."""
+        value = self.empty(array.shape, ELEMENTS[dtype])
+        self.device.upload(value.data_ptr(), np.ascontiguousarray(array))
+        return value
+
+    def empty(self, shape: Iterable[int], element: int) -> onnxruntime.OrtValue:
+        """A value on the device, not written yet."""
+        import onnxruntime
+
+        # 0 and up: the index of the device that is current, which is the only one ORT is given.
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element, self.kind, 0)
+
+    def fetch(self, value: Any) -> np.ndarray:
+        """See Place."""
+        dtype = numpy_dtype(NAMES[value.element_type()])
+        array = np.empty(value.shape(), dtype)
+        self.device.download(value.data_ptr(), array)
+        return array
+
+    def take(self, value: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows; the rows are copied on the device."""
+        shape = value.shape()
+        part = self.empty([len(chosen), *shape[1:]], value.element_type())
+        size = value.tensor_size_in_bytes() // shape[0]
+        for place, row in enumerate(chosen.tolist()):
+            self.device.move(part.data_ptr() + place * size, value.data_ptr() + row * size, size)
+        self.device.synchronize()  # ONNX Runtime has streams of its own
+        return part
+
+    def put(self, value: Any, part: Any, chosen: np.ndarray) -> Any:
+        """See runtime.program.executor.Rows; the rows are copied on the device."""
+        whole = self.empty(value.shape(), value.element_type())
+        total = value.tensor_size_in_bytes()
+        size = total // value.shape()[0]
+        self.device.move(whole.data_ptr(), value.data_ptr(), total)
+        for place, row in enumerate(chosen.tolist()):
+            self.device.move(whole.data_ptr() + row * size, part.data_ptr() + place * size, size)
+        self.device.synchronize()
+        return whole
+
+    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
+        """See Place; from the mapped file to the device, cast on the way where they must be."""
+        if self.memory is None:
+            self.memory = Memory(self.device, tensors, lambda region: None)
+        named = list(wanted)
+        self.memory.upload_weights(named)
+        return [self.memory.weights[key] for key in named]
+
+    def room(self, size: int) -> Room:
+        """See Place."""
+        return CudaRoom(self.copier, size)
+
+
+class CudaRoom:
+    """Device memory, and pinned host memory from which it is filled at the bus's full speed."""
+
+    def __init__(self, device: Any, size: int) -> None:
+        self.device = device
+        self.host: np.ndarray = device.pinned(size)
+        self.address = int(device.malloc(size))
+
+    def __del__(self) -> None:
+        self.device.free(self.address)
+        self.device.unpin(self.host)
+
+    def send(self, used: int) -> None:
+        """See Room; waited for, by the thread that loads."""
+        self.device.upload(self.address, self.host[:used])

@@ -1,0 +1,124 @@
+"""Sessions of ONNX Runtime on a bundle's graphs, each graph checked as data before it is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from runtime.bundle.onnx_file import check_onnx
+from runtime.bundle.reading import broken
+from runtime.files.checked_json import printable
+from runtime.files.extras import command, need
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from runtime.bundle.directory import Bundle
+
+FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+FOLDING_SINCE = (1, 32)  # the oldest release on which the limit was seen to work
+CPU = "CPUExecutionProvider"
+
+
+def open_session(
+    bundle: Bundle,
+    graph: str,
+    threads: int,
+    *,
+    fully: bool = True,
+    providers: Sequence[Any] = (CPU,),
+    arena: bool = True,
+    tail: bytes = b"",
+) -> onnxruntime.InferenceSession:
+    """A deterministic session on one of the bundle's graphs; `fully`: with all optimisations.
+
+    `providers`: where it computes; the first of them must take it. Without an `arena` memory on
+    the CPU goes back after every call instead of staying with the session. `tail` is put behind
+    the file's bytes (runtime.ort.router_outputs); a graph with one names no tensors of other files.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError(need("", "backend 'ort' needs onnxruntime")) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors; they are raised as well
+    if not fully:
+        basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = basic
+    options.enable_cpu_mem_arena = arena
+    path = bundle.file(graph)
+    disabled = guard(bundle, graph, options, onnxruntime.__version__)
+    try:
+        session = onnxruntime.InferenceSession(
+            path.read_bytes() + tail if tail else str(path),
+            options,
+            providers=list(providers),
+            disabled_optimizers=disabled,
+        )
+    except Exception as error:  # its exceptions share no base class but Exception
+        text = printable(" ".join(str(error).split()))[:300]
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
+            f" export the bundle again or install the version named in its constraints."
+        ) from None
+    check_provider(session, providers)
+    return session
+
+
+def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any]) -> None:
+    """ONNX Runtime goes over to the CPU by itself where a provider does not load: OSError then."""
+    first = wanted[0] if isinstance(wanted[0], str) else wanted[0][0]
+    found = session.get_providers()
+    if found[0] != first:
+        raise OSError(
+            f"ONNX Runtime opened the graph on {found[0]}, expected {first}: its CUDA libraries or"
+            f" a GPU are missing; use --backend ort, or install them with: {command('gpu')}"
+        )
+
+
+def guard(
+    bundle: Bundle, graph: str, options: onnxruntime.SessionOptions, version: str
+) -> list[str]:
+    """Check a graph as data, and bound what ONNX Runtime may make of it while it opens.
+
+    Releases that know a limit for constants computed beforehand get one (see
+    runtime.bundle.onnx_constants), others compute none. Returns the optimisers to leave out;
+    ValueError for a graph that should not be opened.
+    """
+    folder = PurePosixPath(graph).parent
+    beside = {
+        PurePosixPath(name).name: row["size"]
+        for name, row in bundle.manifest["files"].items()
+        if PurePosixPath(name).parent == folder and name.endswith(".safetensors")
+    }
+    try:
+        totals = check_onnx(bundle.file(graph), beside)
+    except ValueError as error:
+        raise broken(bundle.path, f"its {graph} is not to be opened: {error}") from None
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.add_session_config_entry(FOLDING_LIMIT, str(totals.limit))
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return [] if release >= FOLDING_SINCE else ["ConstantFolding"]
+
+
+def check_session(
+    bundle: Bundle,
+    graph: str,
+    session: onnxruntime.InferenceSession,
+    row: Mapping[str, Any],
+    weights: Iterable[str] = (),
+) -> None:
+    """A graph takes what the manifest says and gives as many tensors as it says."""
+    found = {tensor.name for tensor in session.get_inputs()}
+    named = {*row["inputs"], *weights}
+    if found != named or len(session.get_outputs()) != len(row["outputs"]):
+        differ = ", ".join(sorted(found ^ named)) or "the number of outputs"
+        raise ValueError(
+            f"bundle {bundle.path} cannot be used: its {graph} and its manifest.json differ in"
+            f" {differ[:200]}; fetch it or export it again."
+        )

@@ -1,0 +1,300 @@
+"""The arguments of a call, checked once: what comes out can be drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle.block_groups import smallest
+from runtime.bundle.manifest import MAX_PIXELS
+from runtime.families import family_of
+
+MAX_STEPS = 1000
+MAX_IMAGES = 10_000  # of one call
+MAX_PROMPT = 100_000  # characters; tokenizers take time in proportion
+
+
+@dataclass(frozen=True)
+class Request:
+    """One entry of `prompts` and `seeds` per image; of `top_k` and `kappa` per step."""
+
+    prompts: list[str]
+    seeds: list[int | None]  # None: drawn from latents that were given
+    top_k: list[int | None]
+    kappa: list[int | None]  # None: the bundle has no groups of blocks
+    guidance: float
+    height: int
+    width: int
+    latent_size: tuple[int, int]
+    many: bool  # whether the answer is a list
+    sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
+    negative: list[str] | None = None  # a prompt against per image; None: no guidance by one
+
+    def settings(self, index: int) -> dict[str, Any]:
+        """What the text chunk of image `index` says, with the model's name: enough to redraw it."""
+        return {
+            "prompt": self.prompts[index],
+            "seed": self.seeds[index],
+            "steps": len(self.top_k),
+            "guidance": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "top_k": one_or_all(self.top_k),
+            **({} if self.kappa[0] is None else {"kappa": one_or_all(self.kappa)}),
+            **({} if self.sigmas is None else {"sigmas": list(self.sigmas)}),
+            **(
+                {"negative": self.negative[index]} if self.negative and self.negative[index] else {}
+            ),
+        }
+
+
+def check_request(
+    manifest: dict[str, Any],
+    prompt: str | Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    n: int = 1,
+    top_k: int | Sequence[int] | None = None,
+    kappa: int | Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+    negative: str | Sequence[str] | None = None,
+) -> Request:
+    """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
+    defaults = manifest["defaults"]
+    one = isinstance(prompt, str)
+    prompts = check_prompts(prompt)
+    n = whole(n, "n", 1, MAX_IMAGES // len(prompts))
+    levels = check_sigmas(manifest, sigmas)
+    usual = defaults["steps"] if levels is None else len(levels)
+    steps = whole(usual if steps is None else steps, "steps", 1, MAX_STEPS)
+    if levels is not None and len(levels) != steps:
+        raise ValueError(
+            f"sigmas lists {len(levels)} noise levels but steps is {steps}, expected as many;"
+            " leave steps out."
+        )
+    factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
+    largest = family_of(manifest).largest(manifest)
+    height = side(defaults["height"] if height is None else height, "height", factor, largest)
+    width = side(defaults["width"] if width is None else width, "width", factor, largest)
+    if guidance is None:
+        guidance = defaults["guidance"]
+    number = isinstance(guidance, int | float | np.integer | np.floating)
+    if isinstance(guidance, bool) or not number or not 0 <= guidance <= 1000:
+        raise ValueError(f"guidance is {guidance!r}, expected a number from 0 to 1000.")
+    scale = manifest["latents"]["vae_scale_factor"]
+    seeds = check_seeds(seed, len(prompts), n)
+    return Request(
+        prompts=[text for text in prompts for _ in range(n)],
+        seeds=[start + i for start in seeds for i in range(n)],
+        top_k=check_top_k(manifest, top_k, steps),
+        kappa=check_kappa(manifest, kappa, steps),
+        guidance=float(guidance),
+        height=height,
+        width=width,
+        latent_size=(height // scale, width // scale),
+        many=not one or n > 1,
+        sigmas=levels,
+        negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
+    )
+
+
+def with_knobs(
+    manifest: dict[str, Any], request: Request, *, steps: int, top_k: Any, kappa: Any
+) -> Request:
+    """A checked request with other steps, top_k and kappa, of which these alone are checked."""
+    steps = whole(steps, "steps", 1, MAX_STEPS)
+    return replace(
+        request,
+        top_k=check_top_k(manifest, top_k, steps),
+        kappa=check_kappa(manifest, kappa, steps),
+    )
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """One or more texts."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ValueError(
+            f"the prompt is {type(prompt).__name__} {show(prompt)}, expected a text or a list"
+            f" of at least one text."
+        )
+    if len(prompts) > MAX_IMAGES:
+        raise ValueError(f"there are {len(prompts)} prompts, expected at most {MAX_IMAGES}.")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"a prompt is {type(text).__name__} {show(text)}, expected a text (str)."
+            )
+        if len(text) > MAX_PROMPT:
+            raise ValueError(
+                f"a prompt has {len(text)} characters, expected at most {MAX_PROMPT}; shorten it."
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the prompt {show(text)} holds half a surrogate pair, expected valid Unicode."
+            ) from None
+    return list(prompts)
+
+
+def check_negative(
+    manifest: dict[str, Any], negative: Any, prompts: int, n: int, guidance: float
+) -> list[str] | None:
+    """A negative prompt per image; None where nothing is guided by one."""
+    if not family_of(manifest).guided:
+        if negative is None:
+            return None
+        raise ValueError(
+            f"negative is {show(negative)}, expected none: this bundle's family is not drawn with"
+            " classifier-free guidance; leave it out."
+        )
+    texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
+    texts = check_prompts(texts)
+    if len(texts) not in (1, prompts):
+        raise ValueError(
+            f"there are {len(texts)} negative prompts for {prompts} prompts, expected one or as"
+            " many."
+        )
+    if guidance <= 1:
+        return None
+    each = texts * prompts if len(texts) == 1 else texts
+    return [text for text in each for _ in range(n)]
+
+
+def check_seeds(seed: Any, prompts: int, n: int) -> list[int]:
+    """The first seed of every prompt."""
+    if not isinstance(seed, list | tuple | np.ndarray):
+        return [whole(seed, "seed", 0, 2**63 - 1 - n)] * prompts
+    if len(seed) != prompts:
+        raise ValueError(
+            f"there are {len(seed)} seeds for {prompts} prompts, expected one seed or as many."
+        )
+    return [whole(value, "seed", 0, 2**63 - 1 - n) for value in seed]
+
+
+def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | None]:
+    """Experts per token for every step."""
+    choices = manifest.get("top_k_choices") or []
+    if top_k is None:
+        return [manifest.get("top_k")] * steps
+    if not choices:
+        raise ValueError(
+            f"top_k is {show(top_k)}, expected none: this bundle holds a dense model, which has"
+            f" no experts."
+        )
+    values = per_step("top_k", top_k, steps)
+    for k in values:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k not in choices:
+            known = ", ".join(map(str, sorted(choices)))
+            raise ValueError(
+                f"top_k is {show(k)}, expected one of {known}, which this bundle was exported"
+                f" with; export again with --top-k to have others."
+            )
+    return [int(k) for k in values]
+
+
+def check_sigmas(manifest: dict[str, Any], sigmas: Any) -> tuple[float, ...] | None:
+    """Noise levels that fall from at most 1 and stay above 0, before the scheduler's shift."""
+    if sigmas is None:
+        return None
+    values = sigmas.tolist() if isinstance(sigmas, np.ndarray) else sigmas
+    what = "falling numbers, at most 1 and above 0, such as [1, 0.7, 0.3]"
+    if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_STEPS:
+        raise ValueError(f"sigmas is {show(sigmas)}, expected a list of 1 to {MAX_STEPS} {what}.")
+    for value, before in zip(values, (None, *values)):
+        number = isinstance(value, int | float | np.integer | np.floating)
+        if isinstance(value, bool) or not number or not 0 < value <= 1:
+            raise ValueError(f"sigmas holds {show(value)}, expected {what}.")
+        if before is not None and not value < before:
+            raise ValueError(f"sigmas holds {value} after {before}, expected {what}.")
+    if manifest["scheduler"].get("use_flow_sigmas"):
+        raise ValueError(
+            "sigmas are given but the scheduler has use_flow_sigmas set, which makes its own,"
+            " expected none; leave them out."
+        )
+    return tuple(map(float, values))
+
+
+def check_kappa(manifest: dict[str, Any], kappa: Any, steps: int) -> list[int | None]:
+    """Blocks that a group keeps, for every step; None where there are no groups."""
+    default = manifest.get("kappa")
+    if kappa is None:
+        return [default] * steps
+    if default is None:
+        raise ValueError(
+            f"kappa is {show(kappa)}, expected none: this bundle's blocks are in no groups, all of"
+            f" them run."
+        )
+    most = min(smallest(row) for row in manifest["components"].values() if row.get("groups"))
+    return [whole(value, "kappa", 1, most) for value in per_step("kappa", kappa, steps)]
+
+
+def per_step(name: str, value: Any, steps: int) -> list[Any]:
+    """One value for every step, or a list that has as many."""
+    values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * steps
+    if len(values) != steps:
+        raise ValueError(
+            f"{name} lists {len(values)} numbers for {steps} steps, expected one number or as many."
+        )
+    return values
+
+
+def one_or_all(values: list[Any]) -> Any:
+    """A list of equal values as one of them."""
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np.ndarray:
+    """Initial noise as float32 latents of the family's own shape; other layouts are arranged."""
+    images, family = len(request.prompts), family_of(manifest)
+    known = family.layouts(images, manifest["latents"]["channels"], *request.latent_size)
+    if not isinstance(latents, np.ndarray) or not np.issubdtype(latents.dtype, np.floating):
+        kind = getattr(latents, "dtype", type(latents).__name__)
+        raise ValueError(f"latents is {kind}, expected a numpy array of floats.")
+    if latents.shape not in known:
+        raise ValueError(
+            f"latents has shape {list(latents.shape)}, expected"
+            f" {' or '.join(str(list(shape)) for shape in known)} for {images} images of"
+            f" {request.width} x {request.height}."
+        )
+    if not np.isfinite(latents).all():
+        raise ValueError("latents holds NaN or infinity, expected finite numbers.")
+    values = latents.astype(np.float32)
+    return values if latents.shape == known[0] else family.arrange(values)
+
+
+def whole(value: Any, name: str, low: int, high: int) -> int:
+    """A whole number from low to high."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or not low <= value <= high:
+        raise ValueError(f"{name} is {show(value)}, expected a whole number from {low} to {high}.")
+    return int(value)
+
+
+def side(value: Any, name: str, factor: int, largest: int = MAX_PIXELS) -> int:
+    """A side of the picture in pixels."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or not factor <= value <= largest or value % factor:
+        near = ""
+        if integer and factor <= value <= largest:
+            near = f"; {math.floor(value / factor) * factor} is the nearest below"
+        raise ValueError(
+            f"{name} is {show(value)}, expected a multiple of {factor} from {factor} to"
+            f" {largest}{near}."
+        )
+    return int(value)
+
+
+def show(value: Any) -> str:
+    """A value of unknown size as at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

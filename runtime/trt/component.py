@@ -1,0 +1,233 @@
+"""TensorRT and TensorRT-RTX: a component as launches of compiled plans, weights bound by prefix.
+
+Every plan is loaded once and serves all blocks of its type. All launches go to one stream
+(runtime.trt.launcher). Nothing in between waits for the host, but for one small download per group
+of
+blocks whose router reads the picture: what was not chosen is not launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.bundle.block_groups import Starts, pieces, runs_of_all, starts_of
+from runtime.cuda.arena import Buffer
+from runtime.cuda.device import Device, bindings, capability
+from runtime.cuda.memory import Memory, cast, numpy_dtype
+from runtime.files.extras import need
+from runtime.program.executor import check_inputs, graph_key
+from runtime.trt.expert_kernels import Cubins
+from runtime.trt.experts import ExpertsContext, experts_of
+from runtime.trt.launch_schedule import check_profiles, make_schedule, one_call, plan_key, sizes_of
+from runtime.trt.launcher import Launcher, Ready
+from runtime.trt.launches import Piece
+from runtime.trt.plan_choice import choose_target
+from runtime.trt.plan_loader import Loader
+
+if TYPE_CHECKING:
+    from runtime.bundle.directory import Bundle
+
+log = logging.getLogger("runtime")
+
+
+def open_component(
+    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
+) -> Plans:
+    """An executor on TensorRT proper (backend "trt"); `threads` has no meaning here."""
+    return open_plans(bundle, component, "tensorrt", experts)
+
+
+def open_component_rtx(
+    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
+) -> Plans:
+    """An executor on TensorRT-RTX (backend "trt-rtx"); `threads` has no meaning here."""
+    return open_plans(bundle, component, "tensorrt_rtx", experts)
+
+
+def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") -> Plans:
+    """Check library, release, driver and GPU against the manifest, in this order; then load.
+
+    `experts`: whole blocks ("plans"), or kernels between their segments ("cubins"), or "auto".
+    Raises ImportError, ValueError or OSError with one sentence that names the cure.
+    """
+    try:
+        trt = importlib.import_module(api)
+    except ImportError as error:
+        extra = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}[api]
+        raise ImportError(need(extra, f"running plans needs {api}", error)) from None
+    choose_target(bundle, api, trt.__version__)
+    sm = capability(bindings())
+    target = choose_target(bundle, api, trt.__version__, sm)
+    log.info("%s: plans %s on a GPU of compute capability %s", component, target, sm)
+    device = shared_device()
+    kernels = experts_of(bundle, component, target, sm, experts)
+    cubins = {folder: Cubins(opened, device) for folder, opened in kernels.items()}
+    return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
+
+
+@functools.lru_cache(maxsize=1)
+def shared_device() -> Device:
+    """One device object, and so one stream, for all components of a process."""
+    return Device()
+
+
+MAX_READY = 256  # schedules kept; every choice of blocks is another, a hundred kilobytes at most
+
+
+class Plans:
+    """A component of a bundle on a device; see runtime.program.executor.Executor.
+
+    `device` is runtime.cuda.device.Device or an object with its methods, `load(path)` gives a
+    plan's execution context (see Loader): both are arguments, so that all else runs without a GPU.
+    With `cubins` (by their directory in the bundle), sparse blocks run as segments with these
+    kernels between them, else as whole plans.
+    With `graphs`, what has run once is recorded as a CUDA graph and replayed from then on.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: str,
+        target: str,
+        device: Any,
+        load: Callable[[str], Any],
+        *,
+        cubins: Mapping[str, Cubins] | None = None,
+        graphs: bool = False,
+    ) -> None:
+        self.bundle, self.name, self.target = bundle, component, target
+        self.component = bundle.component(component)
+        self.plans: Mapping[str, Any] = bundle.manifest["plans"][target]
+        self.device, self.load, self.cubins = device, load, cubins
+        self.segments: Mapping[str, Any] = self.plans.get("segments", {}) if cubins else {}
+        self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
+        self._ready: dict[tuple[Any, ...], Ready] = {}
+        # A weak reference: a cycle would keep the memory until the garbage collector runs.
+        me = weakref.ref(self)
+        self.memory = Memory(device, bundle.weights(component), lambda region: forget(me(), region))
+        self.launcher = Launcher(device, self.memory, target, graphs=graphs)
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None = None,
+        kappa: int | None = None,
+        starts: Starts | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See runtime.program.executor.Executor. With `starts` of all groups the host is not waited
+        for."""
+        check_inputs(self.component, inputs)
+        kept = self.kappa if kappa is None else kappa
+        with self._lock:
+            return self.feed(self.component, inputs, top_k, (), kept, starts)
+
+    def block(
+        self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """One block alone, fed with given tensors (parity compares blocks one by one so)."""
+        k = self.default if top_k is None else top_k
+        key = plan_key(self.name, kind, graph_key(self.component["types"][kind], k))
+        rows = self.plans["tensors"][key]
+        single = one_call(self.component, kind, prefix, rows)
+        with self._lock:
+            return self.feed(single, inputs, top_k, (kind, prefix))
+
+    def feed(
+        self,
+        component: Mapping[str, Any],
+        inputs: Mapping[str, np.ndarray],
+        top_k: int | None,
+        place: tuple[str, ...],
+        kappa: int | None = None,
+        starts: Starts | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Upload, launch piece by piece, download."""
+        sizes = sizes_of(component, inputs)
+        k = self.default if top_k is None else top_k
+        known, env = dict(starts or {}), None
+        for begin, end, group in pieces(component, kappa, known):
+            runs = {
+                call: rows
+                for call, rows in runs_of_all(component, known, kappa).items()
+                if begin <= call < end
+            }
+            router = None if group is None else component["groups"][group]
+            piece = Piece(begin, end, runs, env, router)
+            ready = self.prepare(component, sizes, k, place, piece)
+            base = self.memory.regions["arena"][0]
+            for name, buffer in ready.schedule.inputs.items():
+                self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
+            self.launcher.run(ready)
+            env = ready.schedule.env
+            if group is not None and kappa is not None and ready.schedule.logits is not None:
+                logits = self.fetch(ready.schedule.logits)
+                known[group] = starts_of(logits, kappa)
+        return {
+            name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
+            for name, buffer in ready.schedule.outputs.items()
+        }
+
+    def fetch(self, buffer: Buffer) -> np.ndarray:
+        """A tensor of the arena, after everything queued has run."""
+        array = np.empty(buffer.shape, numpy_dtype(buffer.dtype))
+        self.device.download(self.memory.regions["arena"][0] + buffer.offset, array)
+        return array
+
+    def prepare(
+        self,
+        component: Mapping[str, Any],
+        sizes: Mapping[str, int],
+        top_k: int | None,
+        place: tuple[str, ...] = (),
+        piece: Piece | None = None,
+    ) -> Ready:
+        """The schedule for these sizes with weights, contexts and addresses; made once."""
+        piece = piece or Piece()
+        key = (tuple(sorted(sizes.items())), top_k, place, piece.key)
+        if key in self._ready:
+            self._ready[key] = self._ready.pop(key)  # the newest is last
+            return self._ready[key]
+        check_profiles(self.target, self.name, self.plans, sizes)
+        schedule = make_schedule(
+            self.name, component, self.plans, sizes, top_k, self.segments, piece=piece
+        )
+        # What the pieces before have left in the arena is read on.
+        keep = piece.env is not None
+        ready = self.launcher.bind(schedule, self.plans["tensors"], self.open, keep=keep)
+        while len(self._ready) >= MAX_READY:
+            oldest = self._ready.pop(next(iter(self._ready)))
+            if oldest.graph is not None:
+                self.device.discard(oldest.graph)
+        self._ready[key] = ready
+        return ready
+
+    def open(self, plan: str) -> Any:
+        """What launches a plan, or the experts' kernels."""
+        if plan in self.plans["files"]:
+            return self.load(str(self.bundle.file(self.plans["files"][plan])))
+        assert self.cubins is not None, plan  # only segments name such launches
+        row = self.plans["experts"][plan]
+        tensors = self.plans["tensors"][plan]
+        return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])
+
+
+def forget(executor: Plans | None, region: str) -> None:
+    """A region has moved: drop addresses made from the old one, and recordings of them."""
+    if executor is None:
+        return
+    for ready in executor._ready.values():
+        if ready.graph is not None:
+            executor.device.discard(ready.graph)
+            ready.graph = None
+    if region == "arena":
+        executor._ready.clear()
+    executor.launcher.shapes.clear()

@@ -1,0 +1,124 @@
+"""The routed experts between a block's segments, launched as if they were one more plan.
+
+A plan's whole block carries the experts as stock operators (the portable body). Beside it a target
+may have the block cut in two at its experts (`segments`), and packages of kernels to launch there,
+one for each size of experts. The executor makes no difference: `ExpertsContext` has the methods of
+a plan's execution context. The kernels write into the working memory that all plans of an executor
+share, in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from runtime.bundle.kernel_package import DTYPES, Kernels, open_kernels
+from runtime.program.backends import check_experts
+from runtime.trt.expert_kernels import Call, Cubins, choose_plan
+
+if TYPE_CHECKING:
+    from runtime.bundle.directory import Bundle
+
+log = logging.getLogger("runtime")
+ROLES = ("x", "logits", "w1", "b1", "w2", "y")  # the order of a launch's row in the manifest
+MANY = 1 << 20  # tokens; stands for any large number of them
+
+
+def experts_of(
+    bundle: Bundle, component: str, target: str, sm: int, asked: str = "auto"
+) -> dict[str, Kernels]:
+    """The kernels that a component's experts run on, or none; the choice is said in the log."""
+    if all("" in kind["graphs"] for kind in bundle.component(component)["types"].values()):
+        return {}
+    kernels, reason = choose_experts(bundle, target, sm, asked)
+    log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
+    return kernels
+
+
+def choose_experts(
+    bundle: Bundle, target: str, sm: int, asked: str = "auto"
+) -> tuple[dict[str, Kernels], str]:
+    """Kernels by directory that run the experts of a target's plans on a GPU, or none, and why.
+
+    "plans": whole blocks, the portable body. "cubins": segments and kernels, ValueError or
+    FileNotFoundError where they are not there or not for this GPU. "auto": kernels where they fit.
+    """
+    check_experts(asked)
+    if asked == "plans":
+        return {}, "asked for"
+    try:
+        kernels = open_experts(bundle, target, sm)
+    except (ValueError, FileNotFoundError) as error:
+        if asked == "cubins":
+            raise
+        return {}, f"no kernels: {error}"
+    return kernels, f"kernels for sm_{sm}" if asked == "auto" else "asked for"
+
+
+def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
+    """A target's kernels by directory, which must fit its plans, its experts and the GPU."""
+    row = bundle.manifest["plans"][target]
+    if not row.get("segments"):
+        raise ValueError(
+            f"plans {target} of bundle {bundle.path} are of whole blocks, expected segments with"
+            f" kernels between them; export it again with --cubins."
+        )
+    folders = sorted({entry["kernels"] for entry in row["experts"].values()})
+    opened = {folder: open_kernels(bundle.path / folder) for folder in folders}
+    for name, entry in row["experts"].items():
+        kernels = opened[entry["kernels"]]
+        given = kernels.manifest
+        sizes = [given["experts"], given["width"], given["hidden"]]
+        x, _, w1, *_ = row["tensors"][name]["inputs"]
+        if (x["dtype"], w1["shape"]) != (DTYPES[given["dtype"]], sizes):
+            raise ValueError(
+                f"kernels {kernels.path} are for experts {sizes} in {given['dtype']}, expected"
+                f" {w1['shape']} in {x['dtype']} as {name} has them; export the bundle again."
+            )
+        for tokens in (1, MANY):
+            choose_plan(kernels, sm, tokens, entry["top_k"])
+    return opened
+
+
+class ExpertsContext:
+    """One place of a block, with as many tokens as its input's shape says.
+
+    `row` is the launch's entry in the manifest's `tensors`; see ROLES for its order.
+    """
+
+    def __init__(self, cubins: Cubins, row: Mapping[str, Any], top_k: int) -> None:
+        self.cubins, self.top_k = cubins, top_k
+        self.names = [tensor["name"] for tensor in (*row["inputs"], *row["outputs"])]
+        self.addresses: dict[str, int] = {}
+        self.call: Call | None = None
+        self.scratch = 0
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """x [..., D] gives the number of tokens; ValueError where no kernel is for it."""
+        if name == self.names[0]:
+            self.call = self.cubins.prepare(math.prod(shape[:-1]), self.top_k)
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        """Bytes of scratch."""
+        assert self.call is not None, "shapes come first"
+        return self.call.scratch
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        """Where the scratch lies."""
+        assert self.call is not None and size >= self.call.scratch
+        self.scratch = address
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        """Where a tensor lies, by its name in the graph."""
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        """Queue the kernels on the device's stream, which must be `stream`."""
+        assert self.call is not None and stream == self.cubins.device.stream
+        places = (self.addresses[name] for name in self.names)
+        self.cubins.run(self.call, dict(zip(ROLES, places, strict=True)), self.scratch)
+        return True

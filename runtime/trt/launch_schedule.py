@@ -1,0 +1,233 @@
+"""What a program of plans does on a device, worked out without one: pure data, tested on a CPU.
+
+A component's program is run once with descriptions in place of tensors (`run_program`). Out comes
+every launch in order, which buffer or weight each of its tensors is bound to, with which shape, and
+where each buffer lies in one arena; a buffer's place is used again once its last reader has run.
+A program whose groups of blocks are not chosen yet is worked out piece by piece
+(runtime.bundle.block_groups).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.cuda.arena import Buffer, place_buffers
+from runtime.program.executor import graph_key, run_program
+from runtime.trt.launches import BufferRows, Copy, Launch, Piece
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A component's run for one set of sizes; `arena` is the bytes all buffers need together.
+
+    A piece of a run has in `env` the program's tensors as it leaves them, and in `logits` what the
+    router at its end has written.
+    """
+
+    inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+    launches: tuple[Launch | Copy, ...]
+    arena: int
+    env: Mapping[str, Buffer] = field(default_factory=dict)
+    logits: Buffer | None = None
+
+
+def plan_key(component: str, kind: str, graph: str) -> str:
+    """The name of a block type's plan: transformer/double.k2, or transformer/embed."""
+    return f"{component}/{kind}.k{graph}" if graph else f"{component}/{kind}"
+
+
+def sizes_of(component: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, int]:
+    """What each named dimension of a component's inputs measures, given arrays."""
+    return {
+        dim: size
+        for name, row in component["inputs"].items()
+        for dim, size in zip(row["shape"], inputs[name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def one_call(
+    component: Mapping[str, Any], kind: str, prefix: str, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A component of one block alone; `plan` is its plan's row of `tensors`, which has shapes."""
+    row = component["types"][kind]
+    return {
+        **component,
+        "groups": {},
+        "program": [{"type": kind, "prefix": prefix}],
+        "types": {kind: {**row, "inputs": [n for n in row["inputs"] if n in names(plan)]}},
+        "inputs": {
+            tensor["name"]: tensor for tensor in plan["inputs"] if tensor["name"] in row["inputs"]
+        },
+        "outputs": dict(zip(row["outputs"], plan["outputs"], strict=True)),
+    }
+
+
+def names(plan: Mapping[str, Any]) -> list[str]:
+    """What a plan reads, inputs and weights."""
+    return [tensor["name"] for tensor in plan["inputs"]]
+
+
+def terms(dim: int | str) -> list[tuple[int, list[str]]]:
+    """A dimension as a sum of products: "8*latent_height", "batch*text_tokens + 2".
+
+    Each is a factor and the names it multiplies; "tokens" stands for image and text tokens.
+    """
+    if isinstance(dim, int):
+        return [(dim, [])]
+    result = []
+    for term in ("image_tokens + text_tokens" if dim == "tokens" else dim).split("+"):
+        parts = [part.strip() for part in term.split("*")]
+        factor = math.prod(int(part) for part in parts if part.isdecimal())
+        result.append((factor, [part for part in parts if not part.isdecimal()]))
+    return result
+
+
+def measure(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension in numbers, given what its names measure."""
+    if isinstance(dim, str) and dim in sizes:
+        return sizes[dim]
+    missing = [name for _, found in terms(dim) for name in found if name not in sizes]
+    if missing:
+        raise ValueError(
+            f"a plan's tensor has a dimension {dim!r}, expected one of {', '.join(sorted(sizes))};"
+            f" export the bundle again."
+        )
+    return sum(factor * math.prod(sizes[name] for name in found) for factor, found in terms(dim))
+
+
+def profile(
+    profiles: Mapping[str, Sequence[int]], component: str, dim: str
+) -> Sequence[int] | None:
+    """(min, opt, max) of a dimension; "text_encoder.text_tokens" goes before "text_tokens"."""
+    return profiles.get(f"{component}.{dim}", profiles.get(dim))
+
+
+def check_profiles(
+    target: str, component: str, row: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """Refuse sizes outside what a target's plans were built for."""
+    for name, size in sizes.items():
+        low, _, high = profile(row["profiles"], component, name) or (size, size, size)
+        if not low <= size <= high:
+            raise ValueError(
+                f"{name.replace('_', ' ')} is {size}, expected {low} to {high}, the range that the"
+                f" plans {target} were built for; draw with --backend ort, or a size in it."
+            )
+
+
+def make_schedule(
+    name: str,
+    component: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    top_k: int | None,
+    segments: Mapping[str, Sequence[str]] | None = None,
+    *,
+    piece: Piece | None = None,
+) -> Schedule:
+    """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
+
+    `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
+    in order. `segments` names the launches that a block's whole plan is replaced with: a later one
+    reads earlier ones' outputs by name, the last one's outputs are the block's. `piece`: of the
+    program, that alone. Raises ValueError where the program and the plans do not go together.
+    """
+    part = piece or Piece()
+    launches: list[Launch | Copy] = []
+    local = dict(sizes)  # of the call at hand: samples that do not choose a block are not in it
+
+    def describe(rows: list[Any], index: int, env: str) -> Buffer:
+        row = rows[index]
+        shape = tuple(measure(dim, local) for dim in row["shape"])
+        return Buffer(env, row["dtype"], shape)
+
+    def add(plan: str, values: dict[str, Buffer], prefix: str, out: Sequence[str]) -> list[Buffer]:
+        """Launch a plan on values and weights by name; its outputs are called `out`."""
+        if plan not in plans["tensors"]:
+            known = ", ".join(sorted(plans["tensors"]))
+            raise ValueError(f"the bundle has no plan {plan}, only {known}; export it again.")
+        rows = plans["tensors"][plan]
+        bound, weights = {}, {}
+        for place, tensor in enumerate(names(rows)):  # a graph need not read all it is offered
+            if tensor not in values:
+                weights[tensor] = prefix + tensor
+                continue
+            value, wanted = values[tensor], describe(rows["inputs"], place, tensor)
+            if value.dtype == "":  # a component's input takes the dtype that its plan reads
+                value.dtype = wanted.dtype
+            if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
+                raise ValueError(
+                    f"plan {plan} reads {tensor} as {wanted.dtype} {list(wanted.shape)}, expected"
+                    f" {value.dtype} {list(value.shape)} from the call before it;"
+                    f" export the bundle again."
+                )
+            bound[tensor] = value
+        written = [tensor["name"] for tensor in rows["outputs"]]
+        outputs = [
+            describe(rows["outputs"], place, env) for place, env in enumerate(out or written)
+        ]
+        launches.append(Launch(plan, bound, dict(zip(written, outputs, strict=True)), weights))
+        values.update(launches[-1].outputs)
+        return outputs
+
+    def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
+        local.update(sizes)
+        if index in part.runs:
+            local["batch"] = len(part.runs[index])
+        row, plan = component["types"][kind], plan_key(name, kind, key)
+        values = dict(zip(row["inputs"], inputs, strict=True))
+        *first, last = (segments or {}).get(plan, [plan])
+        for step in first:
+            add(step, values, prefix, ())
+        return add(last, values, prefix, row["outputs"])
+
+    inputs = {
+        tensor: Buffer(tensor, "", tuple(measure(dim, sizes) for dim in row["shape"]))
+        for tensor, row in component["inputs"].items()
+    }
+    before = inputs if part.env is None else dict(part.env)
+    rows = BufferRows(launches)
+    env = run_program(
+        component, before, top_k, call, begin=part.begin, end=part.end, runs=part.runs, rows=rows
+    )
+    for tensor, row in component["inputs"].items():
+        read = read_as(name, component, plans, top_k, tensor)
+        inputs[tensor].dtype = inputs[tensor].dtype or read or row["dtype"]
+    logits = None
+    if part.router is not None:
+        kind = part.router["type"]
+        values = [env[tensor] for tensor in component["types"][kind]["inputs"]]
+        (logits,) = call(-1, kind, "", part.router["prefix"], values)
+        kept = [*env.values(), logits]
+        outputs = {}
+    else:
+        outputs = {tensor: env[tensor] for tensor in component["outputs"]}
+        kept = list(outputs.values())
+    arena = place_buffers(list(before.values()), launches, kept)
+    return Schedule(
+        inputs if part.env is None else {}, outputs, tuple(launches), arena, env, logits
+    )
+
+
+def read_as(
+    name: str,
+    component: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    top_k: int | None,
+    tensor: str,
+) -> str | None:
+    """The dtype in which the first plan that reads a component's input does so."""
+    for step in component["program"]:
+        kind = component["types"][step["type"]]
+        plan = plan_key(name, step["type"], graph_key(kind, top_k))
+        for row in plans["tensors"].get(plan, {"inputs": []})["inputs"]:
+            if row["name"] == tensor and tensor in kind["inputs"]:
+                return str(row["dtype"])
+        if tensor in kind["outputs"]:
+            return None
+    return None

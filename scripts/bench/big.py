@@ -1,0 +1,126 @@
+"""From a synthetic FLUX to a bundle: peak memory, time and bytes of make, convert and export.
+
+    python -m scripts.bench.big --blocks 1D+1S [--work DIR] [--keep] [--json FILE]
+                                [--plans portable,86,89,120]
+
+Every stage is a process of its own; its peak resident memory is the kernel's figure for it and for
+the processes it waited for, compilers of plans among them. Beside what happened stands what
+`d2m plan` foretold. Directories are removed at the end, unless --keep; with --work a stage whose
+result is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "d2m/families/flux/presets/19d-38s/L.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages, print and write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--blocks", default="1D+1S", help="double and single (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("out/big"), help="(%(default)s)")
+    parser.add_argument("--plans", default="portable,86,89,120", help="'' for none (%(default)s)")
+    parser.add_argument("--config", type=Path, help="sizes, as make_random_flux.py takes them")
+    parser.add_argument("--keep", action="store_true", help="leave the directories")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args(argv)
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    dense, sparse, bundle = (work / name for name in ("dense", "sparse", "bundle"))
+    d2m = [sys.executable, "-m", "d2m"]
+    plans = ["--trt-rtx", "--sm", options.plans] if options.plans else []
+    magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
+    make = [sys.executable, str(ROOT / "scripts" / "make_random_flux.py"), str(dense)]
+    sizes = ["--config", str(options.config)] if options.config else []
+    stages = {
+        "make": (dense, [*make, "--blocks", options.blocks, *sizes]),
+        "convert": (sparse, [*d2m, "convert", str(dense), "-o", str(sparse), *magnitude]),
+        "export": (bundle, [*d2m, "export", str(sparse), "-o", str(bundle), "--link", *plans]),
+    }
+    figures: dict[str, Any] = {"blocks": options.blocks, "stages": {}}
+    for name, (out, command) in stages.items():
+        if out.exists():
+            print(f"{name}: {out} is there")
+            continue
+        foretold = forecast(name, dense, sparse, bool(plans))
+        measured = run(command) | {"bytes": on_disk(out)}
+        figures["stages"][name] = measured | ({"foretold": foretold} if foretold else {})
+        print(f"{name}: {json.dumps(figures['stages'][name])}", flush=True)
+    figures["bundle"] = contents(bundle)
+    figures["together"] = on_disk(sparse, bundle)
+    print(json.dumps(figures["bundle"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    if not options.keep:
+        for out, _ in stages.values():
+            shutil.rmtree(out, ignore_errors=True)
+    return 0
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """Run to its end: seconds of wall clock and CPU, peak resident bytes. Or SystemExit."""
+    began = time.monotonic()
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return {
+        "wall_s": round(time.monotonic() - began, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def forecast(stage: str, dense: Path, sparse: Path, plans: bool) -> dict[str, Any] | None:
+    """What `d2m plan` says of a stage, before it runs."""
+    from d2m.plan import needs as resources
+
+    if stage == "convert":
+        found = resources.convert_needs(dense, RECIPE)
+    elif stage == "export":
+        found = resources.export_needs(sparse, link=True, plans=2 if plans else 0)
+    else:
+        return None
+    return {"peak_bytes": found.ram, "bytes": found.disk}
+
+
+def on_disk(*folders: Path) -> int:
+    """Bytes that the files take, one with two names counted once."""
+    files = {
+        (stat.st_dev, stat.st_ino): stat.st_size
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and (stat := path.stat())
+    }
+    return sum(files.values())
+
+
+def contents(bundle: Path) -> dict[str, Any]:
+    """Bytes of a bundle by kind of file, and its sets of plans."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    sizes: dict[str, int] = {}
+    for name, row in manifest["files"].items():
+        kind = "plans" if name.endswith(".plan") else name.rpartition(".")[2]
+        sizes[kind] = sizes.get(kind, 0) + row["size"]
+    record = manifest["components"]["transformer"]
+    linked = sum(manifest["files"][name]["size"] for name in record.get("shards", ()))
+    plans = {target: len(row["files"]) for target, row in manifest["plans"].items()}
+    return {"bytes_by_kind": sizes, "linked_bytes": linked, "plans": plans}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""What scripts/bench_gpu.py measures: timing, one FFN, blocks, a whole step, the shapes model."""

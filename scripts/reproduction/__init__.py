@@ -1,1 +1,0 @@
-"""The rows, the work and the tables of scripts/reproduce.py."""
