@@ -1,6 +1,21 @@
 """Dense2MoE: a dense diffusion transformer becomes a sparse one (conversion and distillation).
 
-Importing this package is cheap: torch and diffusers are imported by what needs them.
+Importing this package is cheap: torch and diffusers are imported by what needs them. Folders, from
+the ground up; each one's docstring is its map:
+
+    recipe/    what a conversion is told, as data
+    families/  one folder a family of models: row, weights, published configs, presets
+    model/     the sparse transformer: op, FFN, groups of blocks, shared modulation, surgery
+    kernels/   Triton kernels of the routed experts
+    distill/   the student learns from the dense teacher
+    plan/      before it is made: parameters, FLOPs, memory, what fits this machine
+    report/    report.html and its charts
+    lora/      a LoRA fused
+    convert/   dense to sparse, in memory or streamed
+    cli/       the command line
+
+Files: `units` quantities as people read them, `shards` checkpoints larger than memory, `generate`
+images from a diffusers pipeline directory.
 """
 
 from __future__ import annotations

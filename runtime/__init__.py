@@ -3,7 +3,23 @@
     import runtime
     runtime.run("a red circle above a blue square").save("out.png")
 
-Importing this package loads nothing; the first call does.
+Importing this package loads nothing; the first call does. Files in reading order: `pipeline` a
+bundle as a callable, `request` the arguments of a call, checked, `sampling` what a call does step
+by step, `opened` the bundle and its executors, `tokenizer` prompts to token ids, `image` pixels to
+a file, `regenerate` an image made again from its file, `latency_budget` settings for so many
+seconds; `nvtriton` an old name of serve/triton.py.
+
+    files/     the ground: files on disk, with the standard library and numpy alone
+    families/  what a family's pipeline does around its models, in numpy
+    bundle/    a bundle is data: opened, checked, signed
+    cuda/      a CUDA device and its memory
+    program/   what every backend shares, and the choice of one
+    ort/       ONNX Runtime
+    trt/       TensorRT and TensorRT-RTX
+    inspect/   what a directory holds
+    measure/   d2m bench, d2m measure
+    serve/     HTTP, NVIDIA Triton
+    default/   the bundle that ships with the package
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of d2m/families/__init__.py: what conversion, planning and data need to know of a
+    """A row of d2m/families/known.py: what conversion, planning and data need to know of a
     model."""
 
     names: Names

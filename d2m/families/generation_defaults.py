@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from d2m.families import family_of
+from d2m.families.known import family_of
 from runtime.files.atomic import write_json
 from runtime.files.checked_json import read_json
 

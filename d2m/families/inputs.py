@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from d2m.families import family_of_model, family_of_pipeline
+from d2m.families.known import family_of_model, family_of_pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

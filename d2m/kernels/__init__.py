@@ -48,4 +48,8 @@ given sizes; `configs.tiles_for(sm, dtype, T, D, H)` gives the tiles; `op.forwar
 `compile.inspect` reads its machine code. D, H, E, K and the tiles are constants of that code,
 T is not: one set of cubins serves all T of a stream. `up`, `down` and `weight_backward` do not
 depend on K.
+
+The kernels stand in `routing`, `placement`, `up`, `down` and `backward`; `extents` has the sizes
+that follow from T as text, `ptx` the form that a TensorRT plugin launches, `package` all of it as
+files.
 """

@@ -43,7 +43,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of export/families/__init__.py.
+    """A row of export/families/known.py.
 
     name: as d2m.families and manifests have it; components: in the order in which an image needs
     them, None being the transformer's place; scheduler: diffusers' class; tracing: how the

@@ -7,8 +7,8 @@ TensorRT-RTX.
                       experts
     compiler          The compiler behind `--trt` and `--trt-rtx`: which module, for which GPUs,
                       and one build
-    compiler_process  The process that builds one plan: `python compile.py FOLDER`, started by
-                      export/plans/compiler.py
+    compiler_process  The process that builds one plan: `python compiler_process.py FOLDER`,
+                      started by export/plans/compiler.py
     fuse              Block graphs in the form from which TensorRT fuses most: the same function,
                       fewer kernels
     layers            What a compiled plan runs: the builder's layer dump, read and judged without

@@ -35,7 +35,7 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of runtime/families/__init__.py.
+    """A row of runtime/families/known.py.
 
     name: as manifests have it; components: of a bundle, in the order in which an image needs them,
     each with the number of its outputs (0: any); tokenizers: their names; guided: generates with

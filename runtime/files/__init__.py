@@ -6,5 +6,6 @@ hashes.py         SHA-256 of files, remembered for as long as a file stays
 tensors.py        safetensors: headers read and checked, tensors mapped, files written
 tensor_reader.py  tensors read into memory that is there already
 parameters.py     counting parameters from names and shapes
+lazy.py           names that a package hands on, imported at their first use
 extras.py         the sentence that names a missing extra, right for how d2m is installed
 """

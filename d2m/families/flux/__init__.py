@@ -1,5 +1,8 @@
 """FLUX.1 [dev] and [schnell]: the row, and how the model and its pipeline are called.
 
+Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave;
+    presets/.
+
 Both are one class; [schnell] has no guidance embedding and generates in 4 steps from texts of at
 most 256 tokens. Letters: B batch, T image tokens, C packed channels, L text tokens, D width.
 """

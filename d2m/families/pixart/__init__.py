@@ -1,5 +1,7 @@
 """PixArt-Sigma: the row, and how the model and its pipeline are called.
 
+Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+
 The model predicts noise on a discrete schedule of alphas and, in channels that are dropped when it
 generates, a variance. T5 alone writes the text, whose padding is masked. All blocks share one
 modulation already (adaln-single), so there is none to compress. Letters: B batch, C latent

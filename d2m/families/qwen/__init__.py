@@ -1,5 +1,7 @@
 """Qwen-Image: the row, and how the model and its pipeline are called.
 
+Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+
 Latents are packed as FLUX's; no pooled text: temb is the time's alone. One text encoder,
 Qwen2.5-VL's language model, reads a template around the prompt. Texts are filled up to one length,
 and the transformer masks what is filled. Letters: B batch, T image tokens, C packed channels, L

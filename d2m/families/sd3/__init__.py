@@ -1,5 +1,7 @@
 """Stable Diffusion 3 and 3.5: the row, and how the model and its pipeline are called.
 
+Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+
 Latents are not packed; three text encoders (two CLIPs, T5) write one text; guidance is
 classifier-free, so a part of the captions that a student learns from is empty. The last block
 writes no text and has no FFN for it. Letters: B batch, C latent channels, h x w latent pixels,
