@@ -43,7 +43,7 @@ stage() {  # name, most seconds, command: run with a limit, keep the log, never 
 }
 
 bench() {  # sections: the script itself stops in time and a later call goes on
-    stage "bench-$1" "$most" "$python" scripts/gpu/__main__.py --sections "$1" \
+    stage "bench-$1" "$most" "$python" -m scripts.gpu --sections "$1" \
         --seconds "$(( $(left) - 30 ))" ${toy[@]+"${toy[@]}"}
 }
 
@@ -66,12 +66,12 @@ stage tests 240 "$python" -m pytest -q -m gpu $(grep -rl --include=test_*.py "ma
 bench shapes
 # TensorRT-RTX names no Hopper GPU in its support matrix: does its portable plan load all the same?
 if [ "$name" = toy ]; then  # says in one sentence that there is no GPU, or no library
-    expect 2 rtx-plan 120 "$python" scripts/bench/rtx_plan.py
-    stage roofline 60 "$python" scripts/gpu/roofline.py "$logs/bench_gpu.json"
+    expect 2 rtx-plan 120 "$python" -m scripts.bench.rtx_plan
+    stage roofline 60 "$python" -m scripts.gpu.roofline "$logs/bench_gpu.json"
 else
-    stage rtx-plan 120 "$python" scripts/bench/rtx_plan.py
+    stage rtx-plan 120 "$python" -m scripts.bench.rtx_plan
     for json in results/*/bench_gpu.json; do
-        [ -f "$json" ] && stage roofline 60 "$python" scripts/gpu/roofline.py "$json"
+        [ -f "$json" ] && stage roofline 60 "$python" -m scripts.gpu.roofline "$json"
     done
 fi
 if [ "${#failed[@]}" -gt 0 ]; then echo "== not all well: ${failed[*]}"; exit 1; fi

@@ -84,7 +84,7 @@ needs_teacher = pytest.mark.skipif(not TEACHER.is_file(), reason="no models/shap
 def test_the_demo_leaves_a_picture_and_a_report(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--steps", "4", "--n", "6"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "scripts/demo.py", *options]
+    command = [sys.executable, "-m", "scripts.demo", *options]
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     for name in ("image.png", "report.html", "grid.png", "score.json"):
         assert (tmp_path / name).is_file()

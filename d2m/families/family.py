@@ -1,7 +1,7 @@
 """What a family of models is to d2m: a row of four records, of names and of plain functions.
 
 A row stands in a file of its own, `d2m/family_NAME.py`, with the functions it names; its model is
-not imported before one of them runs. docs/adding-a-family.md shows how one was added.
+not imported before one of them runs. docs/families.md shows how one was added.
 Letters: B batch, T image tokens, D width. `latents` [B, ...] are of the shape that the family's
 transformer takes: FLUX's are packed [B, T, C], SD3's are [B, C, h, w].
 """

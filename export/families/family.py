@@ -1,7 +1,7 @@
 """What a family of models is to export: how its transformer is cut into blocks, its other parts.
 
 A row stands in a file of its own, `export/family_NAME.py`, with the functions it names
-(docs/adding-a-family.md).
+(docs/families.md).
 """
 
 from __future__ import annotations

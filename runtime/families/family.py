@@ -1,7 +1,7 @@
 """What a family of models is to the runtime: its components, and numpy functions around them.
 
 A row stands in a file of its own, `runtime/family_NAME.py`, with the functions it names
-(docs/adding-a-family.md). Letters: n images, C latent channels, h x w latent pixels, T tokens.
+(docs/families.md). Letters: n images, C latent channels, h x w latent pixels, T tokens.
 `latents` [n, ...] are of the shape that the family denoises: FLUX's are packed, SD3's [n, C, h, w].
 """
 

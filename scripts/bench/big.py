@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--blocks", default="1D+1S", help="double and single (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/big"), help="(%(default)s)")
     parser.add_argument("--plans", default="portable,86,89,120", help="'' for none (%(default)s)")
-    parser.add_argument("--config", type=Path, help="sizes, as make_random_flux.py takes them")
+    parser.add_argument(
+        "--config", type=Path, help="sizes, as scripts.bench.random_flux takes them"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the directories")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv)
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     d2m = [sys.executable, "-m", "d2m"]
     plans = ["--trt-rtx", "--sm", options.plans] if options.plans else []
     magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
-    make = [sys.executable, str(ROOT / "scripts" / "make_random_flux.py"), str(dense)]
+    make = [sys.executable, "-m", "scripts.bench.random_flux", str(dense)]
     sizes = ["--config", str(options.config)] if options.config else []
     stages = {
         "make": (dense, [*make, "--blocks", options.blocks, *sizes]),

@@ -144,7 +144,7 @@ def main() -> None:
     skipped["run_cpu_us"] = round(more / (last["blocks_run"] - first["blocks_run"]), 1)
     print(", ".join(f"{name} {value}" for name, value in skipped.items()))
     answer = {
-        "command": " ".join(["python", "scripts/bench/blocks.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "scripts.bench.blocks", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": machine(arguments.threads),
         "bundle": facts(pipeline),

@@ -193,7 +193,7 @@ def main() -> None:
         cells = [f"{r['best_ms']}{'' if r['passes'] else ' fails'}" for r in row["ways"].values()]
         print(f"{width:>5} {tokens:>5} " + "".join(f"{cell:>19}" for cell in cells), flush=True)
     answer = {
-        "command": " ".join(["python", "scripts/bench/bodies.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "scripts.bench.bodies", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": machine(given.threads),
         "clock": "process_time" if given.threads == 1 else "perf_counter",

@@ -91,8 +91,9 @@ def main() -> None:
             path = Path(folder) / "decoder.onnx"
             write(name, path)
             for size in map(int, options.sizes.split(",")):
-                command = [sys.executable, __file__, "--run", str(path), str(size)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                command = [sys.executable, "-m", "scripts.bench.decoder"]
+                command += ["--run", str(path), str(size)]
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 pixel = found["bytes"] / size**2
                 widest = 4 * beside[name].widest

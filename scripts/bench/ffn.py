@@ -155,7 +155,7 @@ def main() -> None:
             flush=True,
         )
     answer = {
-        "command": " ".join(["python", "scripts/bench/ffn.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "scripts.bench.ffn", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": machine(arguments.threads),
         "experts": EXPERTS,

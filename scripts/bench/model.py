@@ -126,7 +126,7 @@ def main() -> None:
             figures += [row[f"{name}_step_s"] for name in pipelines] + [row["step_speedup"]]
             print(f"{batch:>5}  " + "  ".join(f"{value:>14.4f}" for value in figures), flush=True)
         answer = {
-            "command": " ".join(["python", "scripts/bench/model.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "scripts.bench.model", *sys.argv[1:]]),
             "date": date.today().isoformat(),
             "machine": machine(threads),
             "bundles": {name: facts(pipeline) for name, pipeline in pipelines.items()},

@@ -97,9 +97,10 @@ def draw(bundle: str, mode: str, options: dict[str, Any], threads: int | None) -
 
 def child(bundle: str, mode: str, options: dict[str, Any], threads: int | None) -> dict[str, Any]:
     """`draw` in a process of its own."""
-    command = [sys.executable, __file__, bundle, "--child", mode, "--options", json.dumps(options)]
+    command = [sys.executable, "-m", "scripts.bench.offload", os.path.abspath(bundle)]
+    command += ["--child", mode, "--options", json.dumps(options)]
     command += ["--threads", str(threads)] if threads else []
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return {"mode": mode, "failed": done.returncode, "said": done.stderr[-500:]}
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -146,7 +147,7 @@ def main() -> None:
             row["largest_difference"] = max(abs(a - b) for a, b in pairs)
     images = {pictures[mode] for mode in ("block", "held") if mode in pictures}
     answer = {
-        "command": " ".join(["python", "scripts/bench/offload.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "scripts.bench.offload", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "cpus": len(os.sched_getaffinity(0)),
         "load": [round(value, 1) for value in os.getloadavg()],

@@ -59,7 +59,6 @@ def attempt(trt: Any, logger: Any, plan: bytes) -> str:
 
 def main() -> int:
     """Build or read a plan, try it."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     try:
         import tensorrt_rtx as trt
     except ImportError as error:

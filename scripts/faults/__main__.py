@@ -152,7 +152,7 @@ def kept(asked: argparse.Namespace) -> dict[str, Any]:
 def summary(rows: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     """What is recorded."""
     return {
-        "what": "scripts/faults/__main__.py",
+        "what": "python -m scripts.faults",
         "cases": rows,
         "kills": sum(row["struck"] for name, row in rows.items() if name.startswith("SIGKILL")),
         "kills_asked": asked.kills,

@@ -61,9 +61,9 @@ def main() -> int:
             continue
         count = round(asked.executions * share)
         work = asked.out.with_suffix(f".{target}.json")
-        command = [sys.executable, __file__, "--target", target, "--engine", engine]
+        command = [sys.executable, "-m", "scripts.fuzz", "--target", target, "--engine", engine]
         command += ["--executions", str(count), "--seed", str(asked.seed), "--out", str(asked.out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         row = json.loads(work.read_text()) if work.is_file() else {"executions": 0}
         work.unlink(missing_ok=True)
         shutil.rmtree(work.with_suffix(".corpus"), ignore_errors=True)  # atheris's own
@@ -80,7 +80,7 @@ def main() -> int:
 def summary(rows: dict[str, Any], seed: int) -> dict[str, Any]:
     """What is recorded."""
     return {
-        "what": "scripts/fuzz/__main__.py",
+        "what": "python -m scripts.fuzz",
         "executions": sum(row["executions"] for row in rows.values()),
         "failures": sum(len(row.get("failures", ())) for row in rows.values()),
         "seed": seed,

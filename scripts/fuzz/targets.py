@@ -1,4 +1,4 @@
-"""The targets of scripts/fuzz/__main__.py: bytes that came from outside, and the function that
+"""The targets of scripts.fuzz: bytes that came from outside, and the function that
 reads them.
 
 JSON that is almost right is what reaches deep, and random bytes hardly ever are JSON. So the JSON

@@ -11,5 +11,5 @@ flux       A FLUX transformer in torch alone, dense or sparse: for machines with
 shapes     The shapes model that ships with d2m, its transformer run by torch on any device
 timing     Time of a piece of GPU work: rotated buffers, CUDA graph replay, medians of event
            times
-roofline   The figures of scripts/gpu/__main__.py as Markdown tables and a roofline drawing
+roofline   The figures of scripts.gpu as Markdown tables and a roofline drawing
 """

@@ -1,4 +1,4 @@
-"""The figures of scripts/gpu/__main__.py as Markdown tables and a roofline drawing.
+"""The figures of scripts.gpu as Markdown tables and a roofline drawing.
 
     python -m scripts.gpu.roofline results/h200/bench_gpu.json
 
@@ -118,7 +118,7 @@ def roofline(answer: dict[str, Any]) -> str:
     dots = points(answer)
     if not (top and wide and dots):
         raise ValueError(
-            "the file has no ceilings or no layer cells, expected both; run scripts/gpu/__main__.py"
+            "the file has no ceilings or no layer cells, expected both; run python -m scripts.gpu"
             " --sections ceilings,layer first."
         )
     knee = 1000 * top / wide

@@ -82,7 +82,7 @@ def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
     own = str(max(1, (os.cpu_count() or 1) // jobs))
     threads = os.environ.get("OMP_NUM_THREADS") or own
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    environment["PYTHONPATH"] = str(ROOT)
     plain = {
         k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
     }
@@ -108,7 +108,7 @@ def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
                 time.sleep(0.5)
                 continue
             row, seed = task
-            command = [sys.executable, "-m", "reproduction.work", row.name, str(seed)]
+            command = [sys.executable, "-m", "scripts.reproduce.work", row.name, str(seed)]
             with open(logs / f"{row.name}-{seed}.log", "ab") as log:
                 done = subprocess.run(
                     [*command, json.dumps(plain)], env=environment, stdout=log, stderr=log

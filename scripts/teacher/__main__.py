@@ -7,7 +7,7 @@ Four stages: VAE, text encoders, flow-matching transformer, guidance distillatio
 checkpoint under --work (safetensors, never pickle). A killed run goes on where it stopped when the
 same command is given again. The result is a genuine diffusers FluxPipeline directory in bf16.
 
-Under torchrun (`torchrun --nproc-per-node 2 scripts/teacher/__main__.py ...`) several processes
+Under torchrun (`torchrun --nproc-per-node 2 -m scripts.teacher ...`) several processes
 share every step of the transformer's stages: on a CPU one per core beats one with several threads.
 
 The stages mirror how FLUX.1 [dev] came to be (ours, in miniature): a flow-matching model trained

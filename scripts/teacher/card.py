@@ -4,7 +4,7 @@
     d2m eval models/shapes-dense --n 600 --seed 0 --out models/shapes-dense/scores.json
     python -m scripts.teacher.card models/shapes-dense --work runs/teacher
 
-Reads the logs and settings that `scripts/teacher/__main__.py` left under --work, and `scores.json`;
+Reads the logs and settings that `scripts.teacher` left under --work, and `scores.json`;
 writes README.md, training.json and training.svg. Where the training went on from an earlier
 pipeline (--init), that one's training.json lives on under "earlier".
 """
@@ -40,7 +40,7 @@ def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
         log = work / f"{stage}.jsonl"
         if not log.is_file():
             raise FileNotFoundError(
-                f"{log} is missing; run scripts/teacher/__main__.py --work {work} first"
+                f"{log} is missing; run python -m scripts.teacher --work {work} first"
             )
         rows = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}
         found[stage] = [rows[step] for step in sorted(rows)]

@@ -17,13 +17,16 @@ def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path
     like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
     command = [
         sys.executable,
-        str(ROOT / "scripts/faults/__main__.py"),
+        "-m",
+        "scripts.faults",
         "--short",
         "--json",
         str(report),
     ]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run([*command, *like], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *like], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert report.is_file(), done.stderr[-3000:]
     answer = json.loads(report.read_text())
     failures = {name: row["failures"] for name, row in answer["cases"].items() if row["failures"]}
@@ -39,9 +42,9 @@ def test_a_few_tries_with_a_wrong_clock(
     """Without libfaketime it says so (quick: tests/runtime/serve/test_clock.py)."""
     report = tmp_path / "clock.json"
     like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
-    command = [sys.executable, str(ROOT / "scripts/faults/__main__.py"), "--clock", "--short"]
+    command = [sys.executable, "-m", "scripts.faults", "--clock", "--short"]
     command += ["--json", str(report), *like]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     if not report.is_file():
         assert "no libfaketime: nothing was tried" in done.stdout

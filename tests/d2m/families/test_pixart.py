@@ -72,7 +72,7 @@ def test_what_it_cannot_have_is_refused_in_a_sentence() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_captions_are_those_of_the_pipelines_default_where_nothing_else_is_installed() -> None:
-    """See docs/adding-a-family.md: cleaning needs beautifulsoup4 and ftfy, which d2m does not."""
+    """See docs/families.md: cleaning needs beautifulsoup4 and ftfy, which d2m does not."""
     from diffusers import PixArtSigmaPipeline
     from diffusers.utils import is_bs4_available, is_ftfy_available
 

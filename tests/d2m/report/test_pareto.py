@@ -41,9 +41,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, change, words) -> None:
 
 
 def test_files_that_are_no_summaries(tmp_path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="give the summary.json that scripts/reproduce/__main__.py"
-    ):
+    with pytest.raises(FileNotFoundError, match="give the summary.json that scripts.reproduce"):
         known_rows(tmp_path / "none.json")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -1,4 +1,4 @@
-"""What once broke a reader of foreign bytes (scripts/fuzz/__main__.py) breaks it no more."""
+"""What once broke a reader of foreign bytes (scripts.fuzz) breaks it no more."""
 
 import sys
 from pathlib import Path

@@ -15,9 +15,9 @@ def test_memory_and_disk_are_within_a_quarter(tmp_path: Path) -> None:
     told = json.loads((ROOT / "d2m/families/flux/configs/flux-dev.json").read_text())
     told["transformer"] |= {"num_attention_heads": 12}
     (tmp_path / "half.json").write_text(json.dumps(told))
-    command = [sys.executable, str(ROOT / "scripts/bench/big.py"), "--plans", ""]
+    command = [sys.executable, "-m", "scripts.bench.big", "--plans", ""]
     command += ["--config", str(tmp_path / "half.json"), "--work", str(tmp_path / "work")]
-    subprocess.run([*command, "--json", str(tmp_path / "figures.json")], check=True)
+    subprocess.run([*command, "--json", str(tmp_path / "figures.json")], cwd=ROOT, check=True)
     figures = json.loads((tmp_path / "figures.json").read_text())
     for stage in ("convert", "export"):
         row = figures["stages"][stage]

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [sys.executable, "-m", name, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_every_cell_ran_or_says_why(measured: Path) -> None:
 
 def test_a_second_run_measures_nothing_again(measured: Path) -> None:
     before = json.loads(measured.read_text())["cells"]
-    done = script("bench_gpu.py", "--toy", "--sections", "ceilings,correctness", "--json", measured)
+    done = script("scripts.gpu", "--toy", "--sections", "ceilings,correctness", "--json", measured)
     assert done.returncode == 0 and json.loads(measured.read_text())["cells"] == before
     later = script(
         "bench_gpu.py", "--toy", "--sections", "blocks", "--seconds", 0, "--json", measured
@@ -53,7 +53,7 @@ def test_a_second_run_measures_nothing_again(measured: Path) -> None:
 
 
 def test_tables_and_drawing(measured: Path) -> None:
-    done = script("plot_roofline.py", measured)
+    done = script("scripts.gpu.roofline", measured)
     assert done.returncode == 0, done.stderr
     assert "| step L | 1.33 | not measured |" in done.stdout
     assert "| layer/B1/uniform/forward/dense |" in measured.with_suffix(".md").read_text()
@@ -68,9 +68,9 @@ def test_without_matplotlib_there_are_tables(measured: Path, tmp_path: Path) -> 
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
     copy = tmp_path / "bench_gpu.json"
     copy.write_bytes(measured.read_bytes())
-    command = [sys.executable, ROOT / "scripts/gpu/roofline.py", copy]
+    command = [sys.executable, "-m", "scripts.gpu.roofline", copy]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stderr.startswith("not drawn: ")
     assert copy.with_suffix(".md").is_file() and not copy.with_name("roofline.svg").exists()
 
@@ -142,12 +142,12 @@ def test_it_draws_as_the_runtime_does() -> None:
 
 
 def test_refusals_are_one_sentence() -> None:
-    done = script("bench_gpu.py")
+    done = script("scripts.gpu")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: torch sees no GPU, expected one")
-    done = script("bench_gpu.py", "--sections", "colour")
+    done = script("scripts.gpu", "--sections", "colour")
     assert done.returncode == 2 and "--sections has colour, expected some of" in done.stderr
-    done = script("plot_roofline.py", "nowhere.json")
+    done = script("scripts.gpu.roofline", "nowhere.json")
     assert done.returncode == 2 and "the JSON file is nowhere.json" in done.stderr
     for arguments, code in ((["--help"], 0), (["soon"], 2), (["--toy", "5", "6"], 2)):
         shell = subprocess.run(

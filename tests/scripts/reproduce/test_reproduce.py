@@ -78,7 +78,7 @@ def test_two_rows_are_made_judged_and_resumed(tmp_path: Path) -> None:
     """L and S from the dense teacher, hardly trained; a second run does nothing but the tables."""
     options = ["--only", "L,S", "--seeds", "0", "--steps", "6", "--n", "12", "--jobs", "2"]
     options += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
-    command = [sys.executable, "scripts/reproduce/__main__.py", *options]
+    command = [sys.executable, "-m", "scripts.reproduce", *options]
     for expected in ("2 of 2 rows to do", "0 of 2 rows to do"):
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The tables of scripts/reproduce/__main__.py, from made-up results: what is pooled, compared,
+"""The tables of scripts.reproduce, from made-up results: what is pooled, compared,
 written."""
 
 import json

@@ -25,7 +25,7 @@ def script(
 ) -> subprocess.Popen[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        [sys.executable, "-m", name, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,7 +45,7 @@ def train(
     """The training script with work/ and shapes/ in `folder`, `steps` steps of every stage."""
     counts = itertools.chain(*((f"--{stage}-steps", steps) for stage in STAGES))
     where = ("--work", folder / "work", "--out", folder / "shapes")
-    return script("train_teacher.py", *SMALL.split(), *counts, *where, *more, env=env)
+    return script("scripts.teacher", *SMALL.split(), *counts, *where, *more, env=env)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     row = {"score": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     scores = {"n": 4, "seed": 7, "categories": {"two_object": row}, "overall": row}
     (shapes / "scores.json").write_text(json.dumps(scores))
-    finished(script("teacher_card.py", shapes, "--work", tmp_path / "work"))
+    finished(script("scripts.teacher.card", shapes, "--work", tmp_path / "work"))
     card = (shapes / "README.md").read_text()
     assert "| two object | 0.500 | 0.250 to 0.750 | 4 |" in card
     assert f"| transformer | {sum(p.numel() for p in pipe.transformer.parameters()):,} |" in card
@@ -96,7 +96,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     for config in (again / "shapes").glob("*/config.json"):  # nobody's directories in a model
         assert str(tmp_path) not in config.read_text()
     (again / "shapes" / "scores.json").write_text(json.dumps(scores))
-    finished(script("teacher_card.py", again / "shapes", "--work", again / "work"))
+    finished(script("scripts.teacher.card", again / "shapes", "--work", again / "work"))
     card = (again / "shapes" / "README.md").read_text()
     assert "come from 2 trainings in a row" in card
     assert "| VAE, training 1 | 2 |" in card and "| flow matching | 2 |" in card
@@ -145,10 +145,10 @@ def test_processes_without_latents_are_told_the_cure(tmp_path: Path) -> None:
 
 def test_a_stage_without_its_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"init": false}')
-    process = script("teacher_card.py", tmp_path, "--work", tmp_path)
+    process = script("scripts.teacher.card", tmp_path, "--work", tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert f"{tmp_path / 'vae.jsonl'} is missing; run scripts/teacher/__main__.py" in err
+    assert f"{tmp_path / 'vae.jsonl'} is missing; run python -m scripts.teacher" in err
 
 
 @pytest.mark.slow
