@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.files.extras import need
+from runtime.files.kinds import not_a
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -30,10 +31,8 @@ def check_arguments(
             " them: compute capabilities are of plans."
         )
     if not source.is_dir():
-        raise FileNotFoundError(
-            f"{source} is not a directory, expected a pipeline directory; make one with: d2m"
-            " convert DENSE -o SPARSE"
-        )
+        cure = "make one with: d2m convert DENSE -o NEW"
+        raise FileNotFoundError(not_a("a pipeline directory", source, cure))
     if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
         raise ValueError(
             f"{out} exists and is no bundle, expected a new name or a bundle to replace; choose"

@@ -64,7 +64,7 @@ def test_the_wheel_holds_packages_presets_and_the_default_bundle(wheel: zipfile.
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names
     data = [*(ROOT / "runtime/default").rglob("*")]
-    for kind in ("json", "j2", "css"):
+    for kind in ("json", "j2", "css", "mplstyle"):
         found = list((ROOT / "d2m").rglob(f"*.{kind}"))
         assert found, kind
         data += found

@@ -162,6 +162,7 @@ def for_conversion(
     batches: Callable[[Any, int], Batches],
     importance: Callable[..., dict[str, Tensor]],
     *,
+    seed: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Recipe, Callable[..., dict[str, Tensor]], dict[str, Any]]:
@@ -174,9 +175,8 @@ def for_conversion(
     if resume and (made := chosen_before(out, budget)):
         return made, importance, {}
     check_free(Path(out), work_of(Path(out)), resume)
-    recipe, facts, scores = measured(
-        dense, budget, recipe_named(base, dense), batches, importance, progress=progress
-    )
+    base = recipes.changed(recipe_named(base, dense), seed=seed)
+    recipe, facts, scores = measured(dense, budget, base, batches, importance, progress=progress)
     return recipe, lambda *args, **options: scores, facts
 
 

@@ -132,7 +132,7 @@ def convert(
     neurons, scores, label = chosen(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
         check_taught(dense, taught)
-    made = changed(recipe_named(recipe or preset, dense), seed=seed)
+    made: Any = recipe or preset
     facts: dict[str, Any] = {}
     if budget is not None:
         from calib.budget.recipe import for_conversion, told
@@ -145,6 +145,7 @@ def convert(
                 made,
                 taught.batches,
                 neurons,
+                seed=seed,
                 resume=resume,
                 progress=progress,
             )
@@ -155,6 +156,7 @@ def convert(
 
         streamed = init_only and scores is not None
         check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
+    made = changed(recipe_named(made, dense), seed=seed)
     if init_only and scores is not None:
         from d2m.convert.streamed import convert_stream
 
@@ -241,7 +243,10 @@ def lora(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Fuse a dense model's LoRA into a sparse pipeline, or a dense one; show what it changes."""
+    """Fuse a dense model's LoRA into a sparse or a dense pipeline.
+
+    The answer says how much of it lies in which experts.
+    """
     from d2m.lora.fuse import lora as function
 
     print_answer(function(file, onto, out, scale=scale, lossy=lossy, steps=steps), json_)

@@ -70,8 +70,9 @@ def export(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compile the pipeline SPARSE into a bundle: ONNX, plans, weights, tokenizers, manifest.
+    """Compile the pipeline SPARSE into a bundle that needs no torch.
 
+    A bundle holds ONNX graphs, plans, weights, tokenizers and a manifest.
     With --triton-repo DIR also a model repository around it; SPARSE may be a bundle then.
     """
     ready = (sparse / "manifest.json").is_file()

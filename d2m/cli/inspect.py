@@ -23,8 +23,9 @@ def inspect(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what a sparse checkpoint or a bundle holds and what machine its plans need.
+    """Show what a sparse checkpoint or a bundle holds.
 
+    Of a bundle also what machine its plans need.
     With --schedule PROMPT, which blocks a bundle's groups run in each step, where that is known
     before the first step (alpha 0).
     """

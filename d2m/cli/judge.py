@@ -54,7 +54,7 @@ def evaluate(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score PIPELINE_OR_BUNDLE: images of held-out captions against an exact verifier."""
+    """Score images of held-out captions with an exact verifier."""
     if suite != "shapes":
         raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite so far")
     if n < 1 or batch < 1:
@@ -118,10 +118,10 @@ def drawer(
 
         return draw, pixels
     if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{str(path)!r} is neither a bundle (manifest.json) nor a pipeline directory "
-            "(model_index.json); give what d2m export or d2m convert has written"
-        )
+        from runtime.files.kinds import not_a
+
+        cure = "d2m convert and d2m export write them"
+        raise FileNotFoundError(not_a("a pipeline directory or a bundle", path, cure))
     from d2m.generate import load_pipeline, pipeline_draw, settings
 
     values = settings(
@@ -148,7 +148,10 @@ def bench(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure BUNDLE here: cold start, images, steps, blocks, memory; with --vs in turns."""
+    """Measure BUNDLE here: start, images, steps, blocks, memory.
+
+    With --vs both bundles in turns.
+    """
     from runtime.measure.bench import bench as function
     from runtime.measure.bench_tables import tables
 
@@ -187,7 +190,10 @@ def parity(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare BUNDLE with torch part by part; exit code 1 where a difference exceeds its limit."""
+    """Compare BUNDLE with torch, part by part.
+
+    The exit code is 1 where a difference exceeds its limit.
+    """
     from export.parity.run import parity as function
     from export.parity.run import tables
 

@@ -43,9 +43,10 @@ def plan(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Estimate MODEL before it is made: parameters, FLOPs, memory; and what this machine needs.
+    """Estimate MODEL before it is made: parameters, FLOPs, memory.
 
-    With --gpus, what distilling it by --preset or --recipe takes of each of so many GPUs.
+    Also what converting, exporting and generating need of this machine. With --gpus, what
+    distilling it by --preset or --recipe takes of each of so many GPUs.
     """
     if gpus is not None:
         from d2m.plan.gpus import fits, fits_table, formula
@@ -95,7 +96,7 @@ def doctor(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what is installed and works, what fits this machine, and what to do about the rest."""
+    """Show what is installed and works, and what fits this machine."""
     from d2m.plan.doctor import doctor as function
     from d2m.plan.doctor import lines
     from d2m.plan.fits_here import needs_table

@@ -68,8 +68,9 @@ def run(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Generate an image of PROMPT; without BUNDLE, with the small shapes model of d2m itself.
+    """Generate images of PROMPT from a bundle, without torch.
 
+    Without BUNDLE, from the one that ships with d2m: a small model of coloured shapes.
     With --again IMAGE.png, what that image says of itself: same bundle, settings and seed.
     """
     began = time.perf_counter()
@@ -97,6 +98,11 @@ def run(
     prompt, path = (first, bundle) if second is None else (second, Path(first))
     if second is not None and bundle is not None:
         raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")
+    if second is not None and not Path(first).exists():
+        raise ValueError(
+            f"{first!r} is no bundle that is there; "
+            "put a prompt of several words in one pair of quotes"
+        )
     if second is None and (Path(first) / "manifest.json").is_file():
         raise ValueError(f"{first!r} is a bundle and no prompt follows it; add the prompt")
     if out.suffix.lower() != ".png":
@@ -147,7 +153,10 @@ def measure(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time BUNDLE at fewer steps, experts and blocks, for d2m run --budget; kept for this user."""
+    """Time BUNDLE at fewer steps, experts and blocks.
+
+    The table is kept for this user and is what d2m run --budget reads.
+    """
     import runtime
     from runtime.measure.latency import columns
     from runtime.measure.latency import measure as function

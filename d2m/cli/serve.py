@@ -46,7 +46,9 @@ def serve(
     experts: options.Experts = "auto",
     debug: options.Debug = False,
 ) -> None:
-    """Generate for OpenAI's clients: POST /v1/images/generations, a page on /, /metrics.
+    """Serve BUNDLE to OpenAI's clients: POST /v1/images/generations.
+
+    There is a page on /, and /metrics for Prometheus.
 
     --workers are threads that share one set of weights; a GPU takes one, so start a server per GPU.
     """

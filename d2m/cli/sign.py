@@ -16,7 +16,10 @@ def keygen(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make a pair of Ed25519 keys to sign bundles with: KEY, which stays secret, and KEY.pub."""
+    """Make a pair of Ed25519 keys to sign bundles with.
+
+    KEY stays secret, KEY.pub is for those who check.
+    """
     from runtime.bundle.signing import make_key
 
     print_answer(make_key(path), json_)
@@ -28,7 +31,10 @@ def sign(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check every file of BUNDLE and sign its manifest, which holds all their hashes."""
+    """Check every file of BUNDLE and sign its manifest.
+
+    The manifest holds the hashes of all files.
+    """
     from runtime.bundle.signing import sign as function
 
     print_answer(function(bundle, key), json_)
@@ -40,7 +46,7 @@ def verify(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compute every hash of BUNDLE anew and check its signature; --key: by whom it must be."""
+    """Compute every hash of BUNDLE anew and check its signature."""
     from runtime.bundle.signing import verify as function
 
     print_answer(function(bundle, key), json_)

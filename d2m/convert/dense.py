@@ -14,6 +14,7 @@ from d2m.families.family import check_adaln
 from d2m.recipe.recipe import Recipe, hidden_sizes
 from d2m.recipe.structure import KINDS, check_depth, check_shares
 from runtime.files.checked_json import read_json
+from runtime.files.kinds import kind
 
 
 def dense_family(path: Path, recipe: Recipe) -> Family:
@@ -26,8 +27,10 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     index = read_json(path / "model_index.json")
     name = (index.get("transformer") or [None, None])[1]
     if name not in (family.names.dense_class, *family.names.aliases):
+        cure = f": {kind(path)[1]}" if name == family.names.sparse_class else "."
         raise ValueError(
-            f"the transformer of {path} is a {name}; expected a dense {family.names.dense_class}."
+            f"the transformer of {path} is a {name}; expected a dense {family.names.dense_class}"
+            f"{cure}"
         )
     file = path / "transformer" / "config.json"
     config = read_json(file)

@@ -44,6 +44,7 @@ def model_card(
         license=licence,
         tags=[*TAGS, *tags],
     )
+    found = scores or {}
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md.j2")),
@@ -51,8 +52,9 @@ def model_card(
         family=family,
         recipe=recipe,
         groups=[g for each in recipe.get("blocks", {}).get("groups", {}).values() for g in each],
-        **parameters,
-        scores={s: row for s in ("dense", "sparse") if (row := (scores or {}).get(s)) is not None},
+        dense=parameters["dense"],
+        sparse=parameters["sparse"],
+        scores={side: found[side] for side in ("dense", "sparse") if side in found},
         defaults=defaults or {},
         licence=licence,
         plain=_plain,

@@ -17,6 +17,7 @@ from d2m.families.pixart import PIXART
 from d2m.families.qwen import QWEN
 from d2m.families.sd3 import SD3
 from runtime.files.checked_json import read_json
+from runtime.files.kinds import not_a
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,10 +39,8 @@ def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
         return _by_class(str(source.get("_class_name")), "this config")
     index = Path(source) / "model_index.json"
     if not index.is_file():
-        what = "has no model_index.json" if Path(source).is_dir() else "is no directory"
-        raise FileNotFoundError(
-            f"{source} {what}; expected a diffusers pipeline directory, as save_pretrained writes."
-        )
+        cure = "diffusers' save_pretrained writes one"
+        raise FileNotFoundError(not_a("a diffusers pipeline directory", source, cure))
     name = read_json(index).get("_class_name")
     if not isinstance(name, str):
         raise ValueError(

@@ -24,10 +24,10 @@ MODEL, PRESET = "flux-dev", "L"
 def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Look at this machine; files would be written to `path`.
 
-    backends: name -> (module, the extra that installs it). Returns JSON values: python, d2m,
-    machine, packages (module -> version, extra, works, reason), extras (name -> works), backends
-    (name -> works, reason), stages (FLUX.1 [dev] with preset L, see d2m.plan.fits_here) and advice
-    (sentences).
+    backends: name -> (module, the extra that installs it, "" for none). Returns JSON values:
+    python, d2m, machine, packages (module -> version, extra, works, reason), extras (name ->
+    works), backends (name -> works, reason), stages (FLUX.1 [dev] with preset L, see
+    d2m.plan.fits_here) and advice (sentences).
     """
     found = machine(path)
     names = {**dict.fromkeys(BASE, "base"), **EXTRAS, **MORE}

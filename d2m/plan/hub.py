@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from d2m.plan.model_config import shipped
+
 
 def locate(dense: str | os.PathLike[str]) -> Path:
     """The directory of a dense pipeline; a hub id (`owner/name`) is fetched with diffusers.
@@ -16,6 +18,11 @@ def locate(dense: str | os.PathLike[str]) -> Path:
         return path
     owner, _, name = str(dense).partition("/")
     # `models/shapes-dens` beside a folder `models` is a mistyped path, nothing to ask the hub for.
+    if dense in shipped():
+        raise FileNotFoundError(
+            f"{dense} is a config that comes with d2m, for d2m plan; expected a model with "
+            "weights: give a pipeline directory, or a hub id such as black-forest-labs/FLUX.1-dev."
+        )
     if not owner or not name or "/" in name or owner[0] in ".~" or Path(owner).exists():
         raise FileNotFoundError(
             f"{dense} is no directory; expected a diffusers pipeline directory such as "

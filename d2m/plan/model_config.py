@@ -15,6 +15,7 @@ from d2m.families import FLUX, Family, family_of
 from d2m.families.generation_defaults import generation_defaults
 from d2m.recipe.structure import KINDS
 from runtime.files.checked_json import read_json
+from runtime.files.kinds import kind, not_a
 
 PIXELS = 16  # read: the VAEs are f8 and a token is a patch of 2 x 2 latents
 EXPERTS = ("num_experts", "shared_ratio", "expert_ratio", "top_k", "shares")
@@ -69,6 +70,8 @@ def subject_of(model: str | os.PathLike[str]) -> Subject:
         family = family_of(read_json(root / "config.json"))
         inside = (root.parent / "model_index.json").is_file() and root.name == "transformer"
         return _of_transformer(root, root.parent if inside else None, family)
+    if kind(root)[1]:
+        raise FileNotFoundError(not_a("a pipeline or transformer directory", root, ""))
     what = "has neither model_index.json nor config.json" if root.is_dir() else "is no directory"
     raise FileNotFoundError(
         f"{str(model)!r} {what}; expected a pipeline or transformer directory, dense or sparse, or "

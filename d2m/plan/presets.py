@@ -8,7 +8,7 @@ before the others of the same name. Torch-free.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from d2m.families import Family
@@ -30,6 +30,7 @@ def presets_for(family: Family, depth: Mapping[str, int]) -> dict[str, Path]:
 def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
     """The file of preset `name` for such a model; ValueError names the presets there are for it."""
     files = presets_for(family, depth)
+    name = in_their_case(name, files)
     if name not in files:
         raise ValueError(
             f"preset {name!r} is not known; expected one of {', '.join(files)} for "
@@ -37,6 +38,11 @@ def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
             "blocks, or give a recipe file."
         )
     return files[name]
+
+
+def in_their_case(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that differs from `name` at most in upper and lower case; else `name`."""
+    return next((each for each in names if each.lower() == name.lower()), name)
 
 
 def preset_of(name: str, dense: str | os.PathLike[str]) -> Path:
@@ -47,7 +53,7 @@ def preset_of(name: str, dense: str | os.PathLike[str]) -> Path:
     """
     every = (*ANY_DEPTH.glob("*.json"), *FAMILIES.glob("*/presets/*/*.json"))
     names = sorted({path.stem for path in every})
-    if name not in names:
+    if in_their_case(name, names) not in names:
         raise ValueError(
             f"preset {name!r} is not known; expected one of {', '.join(names)}, or give a recipe "
             "file."

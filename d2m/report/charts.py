@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -51,54 +52,13 @@ def colour(name: str) -> str:
     return f"#0000{NAMES.index(name):02x}"
 
 
-THEME = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "d2m",
-    "text.parse_math": False,  # a name may hold dollars
-    "figure.dpi": 72,  # a point is a pixel
-    "figure.frameon": False,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.06,
-    "figure.constrained_layout.w_pad": 0.06,
-    "font.size": 11.5,
-    "axes.facecolor": "none",
-    "axes.labelsize": 12.5,
-    "axes.labelcolor": colour("soft"),
-    "axes.titlesize": 12.5,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": colour("ink"),
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.xmargin": 0.0,
-    "axes.ymargin": 0.0,
-    "axes.autolimit_mode": "round_numbers",
-    "axes.formatter.use_mathtext": False,
-    "grid.color": colour("rule"),
-    "grid.linewidth": 1.0,
-    "legend.frameon": False,
-    "legend.fontsize": 12,
-    "legend.labelcolor": colour("soft"),
-    "legend.borderpad": 0.3,
-    "legend.borderaxespad": 0.3,
-    "legend.labelspacing": 0.2,
-    "legend.handlelength": 1.6,
-    "legend.handletextpad": 0.6,
-    "legend.columnspacing": 1.2,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-    "lines.scale_dashes": False,
-}
-THEME |= {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}
-for _axis in "xy":
-    THEME |= {f"{_axis}tick.{kind}.size": 0 for kind in ("major", "minor")}
-    THEME |= {f"{_axis}tick.labelcolor": colour("soft"), f"{_axis}tick.major.pad": 6}
-
-
 @contextmanager
 def themed() -> Iterator[None]:
     """Within: figures look like the report, whatever the user's own matplotlib settings are."""
-    with style.context(THEME, after_reset=True), warnings.catch_warnings():
+    text = ("xtick.labelcolor", "ytick.labelcolor", "axes.labelcolor", "legend.labelcolor")
+    inks = dict.fromkeys(text, colour("soft")) | {"grid.color": colour("rule")}
+    ours = [FilePath(__file__).with_name("report.mplstyle"), inks]
+    with style.context(ours, after_reset=True), warnings.catch_warnings():
         # Only the width of a letter is unknown then; the browser has a font for it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

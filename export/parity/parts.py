@@ -19,6 +19,7 @@ from export.parity.tapped_bundle import tapped_bundle, tapped_plans
 from export.parity.torch_recording import Recording, to_unit
 from runtime.bundle.block_groups import choosing, groups_of, windows
 from runtime.bundle.directory import Bundle
+from runtime.files.tensors import to_float32
 from runtime.pipeline import Pipeline
 from runtime.program.backends import PLAN_BACKENDS
 from runtime.program.executor import open_component
@@ -115,8 +116,8 @@ def compare_blocks(
             def run(
                 feed: Mapping[str, np.ndarray], kind: str = kind, prefix: str = prefix
             ) -> dict[str, np.ndarray]:
-                result: dict[str, np.ndarray] = executor.block(kind, prefix, feed, top_k)
-                return result
+                found = executor.block(kind, prefix, feed, top_k)
+                return {name: to_float32(tensor) for name, tensor in found.items()}
 
             place = f"{prefix.rstrip('.') or kind} (step {step})"
             rows += compare(place, feed, outputs, run, name=backend, limit=limit)

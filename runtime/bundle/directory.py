@@ -18,6 +18,7 @@ from runtime.bundle import manifest as manifests
 from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
 from runtime.files.checked_json import parse_json
 from runtime.files.hashes import first_wrong
+from runtime.files.kinds import not_a
 from runtime.files.tensors import SafeTensors
 
 MAX_TENSORS = 1_000_000  # that the calls of a component may name
@@ -77,10 +78,8 @@ def open_bundle(
     root = Path(path)
     source = root / "manifest.json"
     if not root.is_dir() or not source.is_file():
-        what = "has no manifest.json" if root.is_dir() else "is not a directory"
-        raise FileNotFoundError(
-            f"{root} {what}, expected a bundle; make one with: d2m export SPARSE -o {root}"
-        )
+        cure = "make one with: d2m export SPARSE -o NEW"
+        raise FileNotFoundError(not_a("a bundle", root, cure))
     data = read_small(root, "manifest.json")
     digest = hashlib.sha256(data).hexdigest()
     if key is not None:

@@ -7,5 +7,6 @@ tensors.py        safetensors: headers read and checked, tensors mapped, files w
 tensor_reader.py  tensors read into memory that is there already
 parameters.py     counting parameters from names and shapes
 lazy.py           names that a package hands on, imported at their first use
+kinds.py          what a path is, and the command that takes it
 extras.py         the sentence that names a missing extra, right for how d2m is installed
 """

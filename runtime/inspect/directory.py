@@ -16,6 +16,7 @@ from runtime.bundle.directory import Bundle, open_bundle
 from runtime.bundle.manifest import inside
 from runtime.families import family_of, title_of
 from runtime.files.checked_json import printable, read_json
+from runtime.files.kinds import not_a
 from runtime.files.parameters import block_count, modulation, totals
 from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
 from runtime.inspect.backends_here import backends, onnx_body
@@ -36,10 +37,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         return inspect_bundle(open_bundle(root, check="sizes"))
     if (root / "model_index.json").is_file():
         return inspect_pipeline(root)
-    what = "has neither manifest.json nor model_index.json" if root.is_dir() else "is no directory"
-    raise FileNotFoundError(
-        f"{root} {what}, expected a bundle (d2m export) or a pipeline directory (d2m convert)."
-    )
+    cure = "d2m convert and d2m export write them"
+    raise FileNotFoundError(not_a("a pipeline directory or a bundle", root, cure))
 
 
 def inspect_pipeline(root: Path) -> dict[str, Any]:

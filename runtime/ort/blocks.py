@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.block_groups import pieces, runs_of_all, starts_of
+from runtime.cuda.memory import cast
 from runtime.ort.block_weights import Held, Source, Streamed
 from runtime.ort.memory_places import ELEMENTS, Host, Place
 from runtime.ort.sessions import check_session, open_session
@@ -118,14 +119,16 @@ class Blocks:
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
     ) -> dict[str, np.ndarray]:
-        """One block alone, fed with given tensors (parity compares blocks one by one so)."""
+        """One block alone, on given tensors, cast to what its graph reads (parity compares so)."""
         row = self.component["types"][kind]
         key = graph_key(row, self.default if top_k is None else top_k)
         with self._lock:
             try:
                 self.weights.expect([(kind, prefix)])
+                types = input_types(self.session(row["graphs"][key]))
                 values = [
-                    self.place.value(inputs[name], dtype_of(inputs[name])) for name in row["inputs"]
+                    self.place.value(cast(inputs[name], types[name]), types[name])
+                    for name in row["inputs"]
                 ]
                 outputs = self.call(-1, kind, key, prefix, values)
             except BaseException:
@@ -210,6 +213,10 @@ class Bound:
     values: list[Any]
 
 
-def dtype_of(array: np.ndarray) -> str:
-    """The manifest's name of an array's dtype; 16 bits that are no number are bfloat16's."""
-    return "bfloat16" if array.dtype == np.uint16 else str(array.dtype.name)
+def input_types(session: onnxruntime.InferenceSession) -> dict[str, str]:
+    """Input of a graph -> the manifest's name of its dtype."""
+    names = {"tensor(float)": "float32", "tensor(double)": "float64"}
+    return {
+        value.name: names.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
+        for value in session.get_inputs()
+    }

@@ -304,6 +304,22 @@ def test_refuses_more_experts_than_there_are(tiny_sparse_dir: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_that_no_plan_can_be_built_for_is_refused_before_tracing(
+    tiny_sparse_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import export.checkpoint.pipeline
+
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(export.checkpoint.pipeline, "components", None)  # what loads and traces
+    for portable in (False, True):
+        with pytest.raises(ValueError, match="--sm is 90, expected some of 75") as error:
+            export_bundle(
+                tiny_sparse_dir, tmp_path / "out", trt_rtx=True, sm=(86, 90), portable=portable
+            )
+        one_sentence(error)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refuses_to_overwrite_what_is_no_bundle(tiny_sparse_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -14,6 +14,7 @@ import pytest
 import typer
 from PIL import Image
 
+import d2m
 from d2m.cli import app, main
 from d2m.cli.judge import world_of
 from d2m.cli.options import knob, numbers
@@ -483,3 +484,75 @@ def test_a_world() -> None:
 def test_no_world(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="expected NAME=NUMBER with a name of size, "):
         world_of(text)
+
+
+def test_help_version_and_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-h"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: d2m run ")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"d2m {d2m.__version__}\n"
+    command = [sys.executable, "-m", "d2m", "inspect", "nothing"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: nothing ")
+
+
+def test_a_shell_completes_commands() -> None:
+    environment = {**os.environ, "_D2M_COMPLETE": "complete_bash", "COMP_WORDS": "d2m ins"}
+    command = [sys.executable, "-m", "d2m"]
+    environment |= {"COMP_CWORD": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["inspect"]
+
+
+def test_presets_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = [answer_of(capsys, "plan", "flux-dev", "--preset", name) for name in ("XS", "xs")]
+    assert figures[0].splitlines()[:8] == figures[1].splitlines()[:8]
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_closed_streams_are_no_fault(closed: int) -> None:
+    """`d2m inspect DIR >&-`, and the same of standard error."""
+    code = f"import os, sys; os.close({closed}); os.execv(sys.executable, sys.argv[1:])"
+    row = [sys.executable, "-m", "d2m", "inspect", str(ROOT / "runtime/default")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *row], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sparse bundle ") == (closed == 2)
+
+
+def test_run_says_seeds_and_settings_in_json(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("run", tiny_bundle, "a ring", "-n", 2, "--seed", 5, "--steps", 2, "--json")
+    answer = json.loads(answer_of(capsys, *arguments, "-o", tmp_path / "a.png"))
+    assert answer["seeds"] == [row["seed"] for row in answer["settings"]]
+    assert answer["seeds"][0] == 5 and len(set(answer["seeds"])) == 2
+    assert {row["steps"] for row in answer["settings"]} == {2}
+    assert {row["prompt"] for row in answer["settings"]} == {"a ring"}
+
+
+def test_export_writes_over_a_bundle_only_when_told(
+    tiny_bundle: Path, tiny_sparse_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, out)
+    before = files(out)
+    said = refused(capsys, "export", tiny_sparse_dir, "-o", out)
+    assert "is a bundle already; give another name, or add --force" in said
+    assert files(out) == before
+    answer_of(capsys, "export", tiny_sparse_dir, "-o", out, "--force", "--top-k", "1,2")
+    assert json.loads((out / "manifest.json").read_text())
+
+
+def test_a_prompt_in_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "one pair of quotes" in refused(capsys, "run", "a red", "circle")
+
+
+def test_a_sparse_pipeline_is_not_converted_again(
+    tiny_sparse_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "convert", tiny_sparse_dir, "-o", tmp_path / "out", "--init-only")
+    assert said.endswith(f"; compile it with: d2m export {tiny_sparse_dir} -o NEW")

@@ -68,9 +68,11 @@ def test_family_of_directory_and_configs(tmp_path):
     ("text", "error", "words"),
     [
         ('{"_class_name": "StableDiffusionPipeline"}', ValueError, "known are FluxPipeline"),
-        ("[]", ValueError, "not a diffusers pipeline index"),
-        ("{", ValueError, "not a diffusers pipeline index"),
-        (None, FileNotFoundError, "has no model_index.json"),
+        ("[]", ValueError, r"model_index.json holds \[\], expected a JSON object"),
+        ("{", ValueError, "model_index.json is not valid JSON"),
+        ("{}", ValueError, "not a diffusers pipeline index"),
+        ('{"_class_name": 1}', ValueError, "not a diffusers pipeline index"),
+        (None, FileNotFoundError, "no model_index.json"),
     ],
 )
 def test_unknown_pipelines(tmp_path, text, error, words):

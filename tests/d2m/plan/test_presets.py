@@ -7,7 +7,8 @@ import pytest
 
 from d2m.families import FLUX
 from d2m.plan.count import structure_of
-from d2m.plan.presets import ANY_DEPTH, FAMILIES, preset_file, preset_of, presets_for
+from d2m.plan.presets import ANY_DEPTH, FAMILIES, preset_file, preset_of, presets_for, recipe_named
+from d2m.recipe.recipe import load
 from d2m.recipe.structure import active_blocks, check_depth
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,6 +26,16 @@ def test_the_folder_of_the_depth_goes_first():
     assert preset_file("L", FLUX, DEPTHS["19d-38s"]) == OWN / "19d-38s/L.json"
     assert preset_file("L", FLUX, DEPTHS["6d-12s"]) == OWN / "6d-12s/L.json"
     assert presets_for(FLUX, {"double": 2, "single": 2}) == {"L": ANY_DEPTH / "L.json"}
+
+
+def test_a_recipe_its_file_or_a_presets_name(tiny_dense_dir):
+    path = OWN / "6d-12s/S.json"
+    recipe = load(path)
+    for named in (recipe, path, str(path)):
+        assert recipe_named(named, "nowhere") == recipe
+    assert recipe_named("L", tiny_dense_dir) == load(ANY_DEPTH / "L.json")
+    with pytest.raises(ValueError, match="preset 'L.jsn' is not known"):
+        recipe_named("L.jsn", tiny_dense_dir)
 
 
 def test_a_name_of_another_model_is_refused_with_those_of_this_one():

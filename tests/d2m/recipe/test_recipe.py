@@ -140,3 +140,22 @@ def test_no_torch():
 
     program = "import d2m.recipe.recipe, d2m.families, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_one_run_has_otherwise():
+    recipe = recipes.preset("L")
+    assert recipes.changed(recipe) == recipe
+    made = recipes.changed(
+        recipe, steps=30, stages=["experts"], seed=5, precision="bfloat16", ema=0.9
+    )
+    assert (made.seed, made.precision, made.steps) == (5, "bfloat16", 20)
+    assert [(stage.skip, stage.ema) for stage in made.stages] == [(True, 0.9), (False, 0.9)]
+    assert recipes.changed(recipe, init_only=True, seed=5).stages == ()
+    for changes, words in (
+        ({"steps": 5, "init_only": True}, "steps is 5 but init_only trains nothing"),
+        ({"stages": ["1"], "init_only": True}, r"stages is \['1'\] but init_only trains nothing"),
+        ({"precision": "fp8"}, "precision is 'fp8'; expected float32 or bfloat16"),
+        ({"ema": 1.0}, r"ema is 1.0; expected 0 \(none\) or a decay under 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            recipes.changed(recipe, **changes)

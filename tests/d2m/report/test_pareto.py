@@ -46,9 +46,13 @@ def test_files_that_are_no_summaries(tmp_path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         known_rows(tmp_path / "a.json")
-    (tmp_path / "b.json").write_text("[]")
-    with pytest.raises(ValueError, match="rows is None; expected a list"):
-        known_rows(tmp_path / "b.json")
+    for text, words in (
+        ("[]", r"holds \[\], expected a JSON object"),
+        ("{}", "rows is None; expected a list"),
+    ):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            known_rows(tmp_path / "b.json")
 
 
 def test_dots_of_judged_rows() -> None:

@@ -62,6 +62,18 @@ def test_weights_stored_in_half_are_compared_as_they_are_stored(
     assert {n for n in kept - exact if not n.endswith("gate.weight")} == set()
 
 
+@pytest.mark.slow
+def test_a_bundle_in_half_precision_is_within_its_own_limits(
+    tiny_sparse_dir: Path, pytestconfig: pytest.Config
+) -> None:
+    """Graphs in float16 take what torch recorded in float32: cast to what each of them reads."""
+    bundle = exported(pytestconfig, tiny_sparse_dir, top_k=(2,), dtype="fp16")
+    found = parity(tiny_sparse_dir, bundle, steps=2)
+    assert found["dtype"] == "float16" and found["limits"] == LIMITS["float16"]
+    assert found["passed"], found["failures"]
+    assert found["blocks"][0]["relative_error"] > 1e-5  # it is not float32 that was compared
+
+
 def test_experts_agree(result: dict[str, Any]) -> None:
     experts = result["experts"]
     assert experts["sure_agreement"] == 1 and experts["sure_tokens"] > experts["tokens"] / 2

@@ -67,7 +67,7 @@ def test_a_hash_that_does_not_agree(broken: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("nowhere", "is not a directory"), (".", "has no manifest.json")],
+    [("nowhere", "is no directory"), (".", "has no manifest.json and no model_index.json")],
 )
 def test_no_bundle(tmp_path: Path, path: str, words: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"{words}, expected a bundle.*d2m export"):

@@ -96,7 +96,7 @@ def test_a_zip_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as file:
         file.writestr("../../out", "x")
         file.write(bundle / "manifest.json", "manifest.json")
-    assert "is not a directory, expected a bundle" in refused(tmp_path / "bundle.zip")
+    assert "is a file, expected a bundle" in refused(tmp_path / "bundle.zip")
     assert not (tmp_path.parent.parent / "out").exists()
 
 

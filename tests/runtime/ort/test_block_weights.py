@@ -197,7 +197,7 @@ def test_a_file_that_shrinks_or_changes_is_named(tmp_path: Path, small: Bundle) 
 def test_read_is_array(
     tmp_path: Path, small: Bundle, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str
 ) -> None:
-    from runtime import tensorfiles
+    from runtime.files import tensor_reader as tensorfiles
 
     monkeypatch.setattr(tensorfiles, "PIECE", 1000)
     row = small.component("transformer")

@@ -1,0 +1,61 @@
+"""What a path that is not what was expected is, and the command that takes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+MAX_HEADER = 64 << 20  # bytes of JSON in a safetensors file that are read to tell a LoRA
+
+
+def not_a(wanted: str, path: str | os.PathLike[str], otherwise: str) -> str:
+    """The sentence for a path that is not `wanted`: what it is, and what to do with it.
+
+    otherwise: what to do where that cannot be told from the path.
+    """
+    what, cure = kind(Path(path))
+    return f"{path} {what}, expected {wanted}; {cure or otherwise}"
+
+
+def kind(path: Path) -> tuple[str, str]:
+    """("is a LoRA", the command for it); "" where there is none. Reads names and headers alone."""
+    given = shlex.quote(str(path))
+    if (path / "manifest.json").is_file():
+        return "is a bundle", f"see d2m inspect {given}, or generate with: d2m run {given} PROMPT"
+    if (path / "model_index.json").is_file():
+        if "Sparse" in str(_json(path / "model_index.json").get("transformer")):
+            return "is a sparse pipeline", f"compile it with: d2m export {given} -o NEW"
+        return "is a dense pipeline", f"convert it with: d2m convert {given} -o NEW"
+    if path.is_dir():
+        if (path.absolute().parent / "model_index.json").is_file():
+            return "is a part of a pipeline", f"give the whole one: {path.absolute().parent}"
+        return "has no manifest.json and no model_index.json", ""
+    if not path.is_file():
+        return "is no directory", ""
+    with open(path, "rb") as file:
+        begin = file.read(8)
+        size = int.from_bytes(begin, "little")
+        header = file.read(size) if size <= MAX_HEADER else b""
+    whole = "d2m converts pipeline directories, which diffusers' from_single_file and then "
+    whole += "save_pretrained make of a single file"
+    if begin[:4] == b"GGUF":
+        return "is a GGUF file (quantized weights)", f"take the original weights; {whole}"
+    if begin == b"\x89PNG\r\n\x1a\n":
+        return "is a PNG image", f"generate it again with: d2m run --again {given} -o NEW.png"
+    if path.suffix == ".safetensors" and (b".lora_" in header or b"lora_A" in header):
+        return "is a LoRA", f"fuse it with: d2m lora {given} --onto PIPELINE -o NEW"
+    if path.suffix in (".safetensors", *PICKLED):
+        return "is a single-file checkpoint", whole
+    return "is a file", ""
+
+
+def _json(path: Path) -> dict[str, object]:
+    """A JSON object, {} where it is something else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
