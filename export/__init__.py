@@ -5,10 +5,8 @@
 needs; `checkpoint/` the directory that is read and the weights that are written; `plans/` TensorRT;
 `parity/` the bundle against torch.
 
-    bundle    `d2m export`: a sparse (or dense) pipeline directory becomes a bundle that needs no
-              torch
-    checks    What `d2m export` refuses before it reads a weight: options, libraries, GPUs,
-              directories
+    bundle    `d2m export`
+    checks    What `d2m export` refuses before it reads a weight: options, libraries, GPUs
     triton    `d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server
 """
 
@@ -21,10 +19,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from export.bundle import export_bundle
 
-__all__ = ["export_bundle"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "export_bundle": "export.bundle",
+        "export.bundle": "export_bundle",
     },
 )

@@ -3,27 +3,17 @@
 What the user wrote after `--data` enters, batches leave, the same for a seed and resumable at any
 step.
 
-    option          What `--data` means: the shapes world, prompts alone, or pictures from wherever
-                    they lie
-    source          A source of training data: named shards of samples that are read when asked
-                    for, one by one
-    folder          Pictures in a folder, captions in metadata.jsonl or a .txt file beside each;
-                    and prompts alone
-    webdataset      WebDataset shards: tar files of pictures and captions, `KEY.jpg` beside
-                    `KEY.txt` or `KEY.json`
-    hub             Datasets of the `datasets` library, streamed: by name on the Hugging Face hub,
-                    or by path
-    shuffle         The order in which a source's samples are seen: shuffled by seed, without end,
-                    from any position
-    samples         Samples for a batch, by its place in a run: read, decoded, and those that
-                    cannot be left out
+    option          What `--data` means: the shapes world, prompts alone
+    source          A source of training data: named shards of samples that are read when asked for
+    folder          Pictures in a folder, captions in metadata.jsonl or a .txt file beside each
+    webdataset      WebDataset shards: tar files of pictures and captions
+    hub             Datasets of the `datasets` library, streamed: by name on the Hugging Face hub
+    shuffle         The order in which a source's samples are seen: shuffled by seed, without end
+    samples         Samples for a batch, by its place in a run: read, decoded
     pixels          The file of a picture as pixels of the size that a model is trained at
-    encodings       Pictures and captions as a transformer takes them, made by the pipeline's own
-                    encoders
-    encoding_cache  Encodings kept in a directory, so that a picture or a caption is encoded once:
-                    `--cache DIR`
-    trajectories    Data-free training data: latents that the dense model makes itself, on its way
-                    from noise
+    encodings       Pictures and captions as a transformer takes them
+    encoding_cache  Encodings kept in a directory, so that a picture or a caption is encoded once
+    trajectories    Data-free training data: latents that the dense model makes itself
 """
 
 from __future__ import annotations
@@ -35,10 +25,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from calib.data.option import chosen
 
-__all__ = ["chosen"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "chosen": "calib.data.option",
+        "calib.data.option": "chosen",
     },
 )

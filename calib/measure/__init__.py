@@ -2,13 +2,9 @@
 
 A model and batches enter, tensors and figures leave.
 
-    importance       How much every hidden neuron of a dense FFN matters: the score that splits it
-                     into experts
-    sensitivity      How much a dense transformer's output suffers: from a block left out, from an
-                     FFN made sparse
-    routing          Routing statistics: what a sparse model's experts and blocks are used for, on
-                     calibration data
+    importance       How much every hidden neuron of a dense FFN matters
+    sensitivity      How much a dense transformer's output suffers: from a block left out
+    routing          Routing statistics: what a sparse model's experts and blocks are used for
     blocks_run       Which blocks of its groups a model runs, by noise level and by kind of prompt
-    image_positions  Which experts which part of the picture goes to: counts of choices by image
-                     position
+    image_positions  Which experts which part of the picture goes to
 """

@@ -1,4 +1,4 @@
-"""Does an image show exactly what a caption says? Written from the scenes' definition alone.
+"""Whether an image shows exactly what a caption says: written from the scenes' definition alone.
 
 The only thing shared with render.py is the palette in world.py: background, sizes and the shapes'
 exact proportions are measured in the image. An image passes if it holds exactly the caption's

@@ -3,30 +3,19 @@
 Two models, batches and a recipe's stages enter; the trained student, a log and checkpoints leave.
 Read `loop` first; it calls the others.
 
-    loop         Distillation: the student learns from its dense teacher, stage after stage, in one
-                 loop
-    learner      What learns in a stage of distillation: parameters, AdamW, and the average that is
-                 its result
-    loss_terms   What a step of distillation learns from: the terms of the loss, and figures for
-                 the log
-    losses       The terms of the distillation loss and the figures that show whether the routing
-                 is alive
+    loop         Distillation: the student learns from its dense teacher, stage after stage
+    learner      What learns in a stage of distillation: parameters, AdamW
+    loss_terms   What a step of distillation learns from: the terms of the loss
+    losses       The terms of the distillation loss
     features     What a transformer's blocks put out, caught by forward hooks
-    checkpoint   Training state on disk: safetensors and JSON, whole or not at all, the last two
-                 kept
-    log          The log of a distillation: one JSON object per line in `log.jsonl`, none twice
-                 after a resume
-    stopping     Ctrl-C and SIGTERM in a long run: asked once it stops at the next good place,
-                 twice at once
-    activations  What a forward pass keeps for the backward one: all of it, or of every block its
-                 inputs alone
-    batch_rows   Which rows of a batch a process runs, one part after another, and a batch cut to
-                 them
-    processes    The processes of one run, as torchrun or accelerate starts them: who we are, and
-                 small talk
+    checkpoint   Training state on disk: safetensors and JSON, whole or not at all
+    log          The log of a distillation: one JSON object per line in `log.jsonl`
+    stopping     Ctrl-C and SIGTERM in a long run: asked once it stops at the next good place
+    activations  What a forward pass keeps for the backward one: all of it
+    batch_rows   Which rows of a batch a process runs, one part after another
+    processes    The processes of one run, as torchrun or accelerate starts them: who we are
     sharding     Student and teacher spread over the processes of a run with FSDP2 (`fully_shard`)
-    gather       Parts of sharded tensors and the whole of them: gathered, handed out, written,
-                 clipped
+    gather       Parts of sharded tensors and the whole of them: gathered, handed out, written
 """
 
 from __future__ import annotations
@@ -38,10 +27,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.distill.loop import distill
 
-__all__ = ["distill"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "distill": "d2m.distill.loop",
+        "d2m.distill.loop": "distill",
     },
 )

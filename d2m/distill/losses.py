@@ -1,4 +1,4 @@
-"""The terms of the distillation loss and the figures that show whether the routing is alive.
+"""The terms of the distillation loss, and figures that show whether the routing is alive.
 
 Pure functions of tensors. B batch, T tokens, D width, E experts, K chosen.
 """

@@ -3,22 +3,15 @@
 A folder holds the family's row, its list of weights, published configs and presets. What families
 share stands beside them; none imports another. docs/families.md shows how to add one.
 
-    family               What a family of models is to d2m: a row of four records, of names and of
-                         plain functions
-    known                Families of diffusion transformers: which there are, and which one a model
-                         is of
-    weights              What the weights of all families are put together from: every weight's
-                         size and use in a step
+    family               What a family of models is to d2m: a row of four records
+    known                Families of diffusion transformers: which there are
+    weights              What the weights of all families are put together from
     ffn_sites            Where a model's blocks keep their FFNs: sites by name, and their weights
     flow                 Flow matching: the noisy latents a teacher and its student are compared on
-    inputs               From a batch of data to what a transformer or its pipeline is called with,
-                         by its family
-    latents              What several families share: an AutoencoderKL's latents, noise, position
-                         ids, pooled text
-    encoders             Sizes of the text encoders and VAEs of published models, beside their
-                         transformers
-    generation_defaults  How a pipeline directory wants to generate: size, steps, guidance, the
-                         longest text
+    inputs               From a batch of data to what a transformer or its pipeline is called with
+    latents              What several families share: an AutoencoderKL's latents, noise
+    encoders             Sizes of the text encoders and VAEs of published models
+    generation_defaults  How a pipeline directory wants to generate: size, steps, guidance
 """
 
 from __future__ import annotations
@@ -40,30 +33,11 @@ if TYPE_CHECKING:
         family_of_pipeline,
     )
 
-__all__ = [
-    "FAMILIES",
-    "FLUX",
-    "Family",
-    "PIXART",
-    "QWEN",
-    "SD3",
-    "Site",
-    "family_of",
-    "family_of_model",
-    "family_of_pipeline",
-]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "FAMILIES": "d2m.families.known",
-        "FLUX": "d2m.families.known",
-        "Family": "d2m.families.family",
-        "PIXART": "d2m.families.known",
-        "QWEN": "d2m.families.known",
-        "SD3": "d2m.families.known",
-        "Site": "d2m.families.family",
-        "family_of": "d2m.families.known",
-        "family_of_model": "d2m.families.known",
-        "family_of_pipeline": "d2m.families.known",
+        "d2m.families.family": "Family Site",
+        "d2m.families.known": "FAMILIES FLUX PIXART QWEN SD3"
+        " family_of family_of_model family_of_pipeline",
     },
 )

@@ -4,12 +4,9 @@ A LoRA file and a pipeline directory enter, a pipeline directory leaves: every r
 change goes where the conversion took its neuron.
 
     fuse      A dense LoRA on a sparse model: every row of its change goes where the neuron went
-    file      A LoRA file, read: for every Linear of a dense model that it changes, a product of
-              two matrices
-    names     What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's,
-              BFL's own
-    parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns, by
-              tensor
+    file      A LoRA file, read: for every Linear of a dense model that it changes
+    names     What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's
+    parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns
 """
 
 from __future__ import annotations
@@ -21,10 +18,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.lora.fuse import lora
 
-__all__ = ["lora"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "lora": "d2m.lora.fuse",
+        "d2m.lora.fuse": "lora",
     },
 )

@@ -3,12 +3,9 @@
 A recipe (JSON) enters, checked records leave. `presets/` holds the recipes for a model of any
 depth; those for one depth lie with their family. Torch-free.
 
-    recipe     The recipe of a conversion: how FFNs are split and how the student is distilled, as
-               data
-    structure  What a sparse model does with whole blocks and with modulation, as data: groups,
-               drops, AdaLN
-    records    JSON values that a person wrote, checked: unknown keys and wrong types are named,
-               none guessed
+    recipe     The recipe of a conversion: how FFNs are split and how the student is distilled
+    structure  What a sparse model does with whole blocks and with modulation, as data: groups
+    records    JSON values that a person wrote, checked: unknown keys and wrong types are named
 """
 
 from __future__ import annotations
@@ -21,17 +18,10 @@ if TYPE_CHECKING:
     from d2m.recipe.recipe import Recipe, SparseSpec, Stage, load, preset, presets
     from d2m.recipe.structure import AdaLN, Blocks
 
-__all__ = ["AdaLN", "Blocks", "Recipe", "SparseSpec", "Stage", "load", "preset", "presets"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "AdaLN": "d2m.recipe.structure",
-        "Blocks": "d2m.recipe.structure",
-        "Recipe": "d2m.recipe.recipe",
-        "SparseSpec": "d2m.recipe.recipe",
-        "Stage": "d2m.recipe.recipe",
-        "load": "d2m.recipe.recipe",
-        "preset": "d2m.recipe.recipe",
-        "presets": "d2m.recipe.recipe",
+        "d2m.recipe.recipe": "Recipe SparseSpec Stage load preset presets",
+        "d2m.recipe.structure": "AdaLN Blocks",
     },
 )

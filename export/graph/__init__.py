@@ -3,17 +3,12 @@
 A torch model and its family's row enter; block types, traced once, and the calls of them leave.
 
     program       What a component is to export: block types, and the calls of them in order
-    blocks        A transformer as a program: its block types, each traced once, and the calls of
-                  them in order
+    blocks        A transformer as a program: its block types, each traced once
     prepare       A transformer made ready for tracing: its blocks in export's form
     trace         One torch module traced once to an ONNX graph whose weights are inputs
-    rules         Rewriting rules for traced graphs (onnx_ir): each keeps the meaning and drops
-                  nodes
-    clean         A traced graph made fit to ship: constants folded, rules applied, names of this
-                  machine gone
-    routers       Groups of blocks in a program: which calls belong to one, and how its router is
-                  traced
-    block_choice  Which blocks of a group run, as ONNX: the choice as a function, a block call
-                  inside an `If`
+    rules         Rewriting rules for traced graphs (onnx_ir)
+    clean         A traced graph made fit to ship: constants folded, rules applied
+    routers       Groups of blocks in a program: which calls belong to one
+    block_choice  Which blocks of a group run, as ONNX: the choice as a function
     compose       A component as one ONNX model: a function per block type, a call per block
 """

@@ -2,10 +2,8 @@
 
 Its schema, and bodies in standard operators, which ONNX Runtime and TensorRT inline.
 
-    schema      `d2m::RoutedExperts` as ONNX knows it: its schema, and how torch's op becomes this
-                node
+    schema      `d2m::RoutedExperts` as ONNX knows it: its schema
     bodies      Bodies of `d2m::RoutedExperts`: the op spelled out in standard ONNX operators
-    body_lines  The bodies of `d2m::RoutedExperts`, line by line in ONNX's textual syntax (see
-                export.op.bodies)
+    body_lines  The bodies of `d2m::RoutedExperts`
     top_k       A graph with bare RoutedExperts nodes given another number of experts per token
 """

@@ -2,17 +2,12 @@
 
 The same latents and embeddings go through both; errors per part leave. Built on polygraphy.
 
-    run               `d2m parity`: the same latents and embeddings through torch and through a
-                      bundle
+    run               `d2m parity`
     parts             The parts of a parity run: components, blocks, chosen experts, trajectory
-    torch_recording   What torch computes, recorded: a diffusers pipeline run once, every part's
-                      inputs and outputs
-    tapped_bundle     A bundle whose blocks also return their routers' logits: what parity reads a
-                      choice from
-    compare           Two ways to compute the same tensors, compared by polygraphy: torch first,
-                      then a backend
-    expert_agreement  Which experts a backend chooses, from its routers' logits, against torch's
-                      choice
+    torch_recording   What torch computes, recorded: a diffusers pipeline run once
+    tapped_bundle     A bundle whose blocks also return their routers' logits
+    compare           Two ways to compute the same tensors, compared by polygraphy: torch first
+    expert_agreement  Which experts a backend chooses, from its routers' logits
 """
 
 from __future__ import annotations
@@ -24,10 +19,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from export.parity.run import parity
 
-__all__ = ["parity"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "parity": "export.parity.run",
+        "export.parity.run": "parity",
     },
 )

@@ -3,20 +3,12 @@
 Block graphs enter, plan files and their place in the manifest leave. No GPU is needed with
 TensorRT-RTX.
 
-    build             Block graphs compiled to TensorRT plans: one per block type and number of
-                      experts
-    compiler          The compiler behind `--trt` and `--trt-rtx`: which module, for which GPUs,
-                      and one build
-    compiler_process  The process that builds one plan: `python compiler_process.py FOLDER`,
-                      started by export/plans/compiler.py
-    fuse              Block graphs in the form from which TensorRT fuses most: the same function,
-                      fewer kernels
-    layers            What a compiled plan runs: the builder's layer dump, read and judged without
-                      a GPU
-    segments          A block graph cut at its routed experts: dense segments, and launches of
-                      kernels between them
-    expert_kernels    `d2m export --cubins`: beside the plans of whole blocks, their segments and
-                      the experts' kernels
-    plugins           TensorRT plugins of the routed experts' kernels, made from a package of them.
-                      Experimental
+    build             Block graphs compiled to TensorRT plans
+    compiler          The compiler behind `--trt` and `--trt-rtx`: which module, for which GPUs
+    compiler_process  The process that builds one plan: `python compiler_process.py FOLDER`
+    fuse              Block graphs in the form from which TensorRT fuses most: the same function
+    layers            What a compiled plan runs: the builder's layer dump
+    segments          A block graph cut at its routed experts: dense segments
+    expert_kernels    `d2m export --cubins`: beside the plans of whole blocks
+    plugins           TensorRT plugins of the routed experts' kernels
 """

@@ -1,4 +1,4 @@
-"""A tokenizer.json looked at before the tokenizers library compiles and runs what it says.
+"""A tokenizer.json checked as data before the tokenizers library opens it.
 
 The library would run any regular expression on a prompt (some take for ever) and any chain of
 replacements (sixty-four that double a text fill any memory). The families' tokenizers need a

@@ -1,11 +1,8 @@
 """`d2m inspect`: what a directory holds.
 
-directory      What a directory holds: a sparse checkpoint, a dense pipeline, or a bundle and
-               its plans
-backends_here  What every backend lacks here, how it runs the routed experts, and where it has
-               run
-block_table    The block schedule of a generation as a table for people: `d2m inspect
-               --schedule`
+directory      What a directory holds: a sparse checkpoint, a dense pipeline
+backends_here  What every backend lacks here, how it runs the routed experts
+block_table    The block schedule of a generation as a table for people
 """
 
 from __future__ import annotations
@@ -17,10 +14,9 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from runtime.inspect.directory import inspect
 
-__all__ = ["inspect"]
-__getattr__, __dir__ = lazy(
+__getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "inspect": "runtime.inspect.directory",
+        "runtime.inspect.directory": "inspect",
     },
 )

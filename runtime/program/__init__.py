@@ -3,9 +3,7 @@
 A bundle and a backend's name enter, an opened executor leaves.
 
     executor        Backends, and the interpreter of block programs that all of them share
-    backends        The backends: which there are, what each needs, and which one fits this machine
-                    and bundle
-    block_forecast  The block schedule of a whole generation before its first step: what routers of
-                    alpha 0 choose
+    backends        The backends: which there are, what each needs
+    block_forecast  The block schedule of a whole generation before its first step
     threads         How many threads a CPU backend gets
 """

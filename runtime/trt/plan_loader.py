@@ -1,4 +1,4 @@
-"""Plan files made executable by TensorRT or TensorRT-RTX (both have the same Python interface)."""
+"""Plan files made executable by TensorRT or TensorRT-RTX, whose Python interface is the same."""
 
 from __future__ import annotations
 

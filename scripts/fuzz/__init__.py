@@ -1,5 +1,4 @@
 """Fuzzing of what reads foreign bytes: `python -m scripts.fuzz`.
 
-targets   The targets of scripts.fuzz: bytes that came from outside, and the
-          function that reads them
+targets   The targets of scripts.fuzz: bytes that came from outside
 """

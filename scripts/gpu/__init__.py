@@ -1,15 +1,11 @@
 """Benchmarks on a GPU, correctness first: `scripts/gpu.sh`.
 
-setting    What a run of the benchmark is made at: FLUX.1 [dev]'s sizes on a GPU, or toy ones
-           on a CPU
-cells      What is measured, section by section, as named cells: a cell is one number's worth
-           of GPU time
-ffn_cells  The cells of one FFN: every realisation's correctness, and the time of every
-           contender
+setting    What a run of the benchmark is made at: FLUX.1 [dev]'s sizes on a GPU
+cells      What is measured, section by section, as named cells
+ffn_cells  The cells of one FFN: every realisation's correctness
 layer      One FFN of a block: what it is compared with, and whether each contender is right
 flux       A FLUX transformer in torch alone, dense or sparse: for machines without diffusers
 shapes     The shapes model that ships with d2m, its transformer run by torch on any device
-timing     Time of a piece of GPU work: rotated buffers, CUDA graph replay, medians of event
-           times
+timing     Time of a piece of GPU work: rotated buffers, CUDA graph replay
 roofline   The figures of scripts.gpu as Markdown tables and a roofline drawing
 """

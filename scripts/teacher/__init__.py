@@ -1,21 +1,14 @@
 """The dense shapes teacher made from nothing: `python -m scripts.teacher`.
 
 pipeline  The result: a FluxPipeline directory that diffusers loads as it loads any other
-vae       Stage 1: a VAE that makes 4 x 8 x 8 latents of 32 x 32 pictures (16 x 8 x 8 of 64 x
-          64)
-text      Stage 2: tokenizers, and a CLIP and a T5 encoder that learn to tell a scene by its
-          caption
+vae       Stage 1: a VAE that makes 4 x 8 x 8 latents of 32 x 32 images, 16 x 8 x 8 of 64 x 64
+text      Stage 2: tokenizers
 flow      Stages 3 and 4: the transformer learns flow matching, then guidance in a single pass
-refit     A trained transformer gets other text encoders: its two text embedders, refitted in
-          closed form
-loop      The training loop of every stage: AdamW, an average of the weights, a log,
-          checkpoints
+refit     A trained transformer gets other text encoders: its two text embedders
+loop      The training loop of every stage: AdamW, an average of the weights, a log
 state     Training state in one safetensors file: never half written, never pickle
-cache     What the transformer trains on, encoded once, since VAE and text encoders are frozen
-          by then
-scenes    Scenes to train on: drawn at random, as pictures, and as the attributes a caption
-          tells
-labels    What every patch of a training picture shows: names that half-way features learn to
-          tell
+cache     What the transformer trains on, encoded once
+scenes    Scenes to train on: drawn at random, as pictures
+labels    What every patch of a training picture shows
 card      Write the dense teacher's model card, training curve and scores beside its weights
 """

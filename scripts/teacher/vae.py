@@ -1,4 +1,4 @@
-"""Stage 1: a VAE that makes 4 x 8 x 8 latents of 32 x 32 pictures (16 x 8 x 8 of 64 x 64)."""
+"""Stage 1: a VAE that makes 4 x 8 x 8 latents of 32 x 32 images, 16 x 8 x 8 of 64 x 64."""
 
 from __future__ import annotations
 
