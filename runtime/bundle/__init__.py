@@ -6,7 +6,7 @@ A directory enters, a `Bundle` leaves: its manifest, files whose hashes hold, si
     manifest        The manifest of a bundle, checked to the last field
     reading         Files of a bundle read as data of unknown origin: inside its directory
     onnx_file       An ONNX file read as far as safety needs, before ONNX Runtime opens it
-    onnx_constants  Memory that ONNX Runtime takes for constants which it computes while a graph opens
+    onnx_constants  Memory that ONNX Runtime takes for the constants of a graph
     tokenizer_file  A tokenizer.json checked as data before the tokenizers library opens it
     block_groups    Mixture of Blocks in a program: which calls of a group run
     kernel_package  A package of kernels (`python -m d2m.kernels build`)

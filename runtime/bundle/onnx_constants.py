@@ -1,4 +1,4 @@
-"""Memory that ONNX Runtime takes for constants which it computes while a graph opens.
+"""Memory that ONNX Runtime takes for the constants it computes while a graph opens.
 
 It runs every node whose inputs are all constant, whatever comes out (1 GB from a file of 85 bytes).
 Its one remedy is a limit for the output of a node. Weights in another type than the graph computes
