@@ -8,18 +8,16 @@ program, not the disk). With --vs both bundles take turns, so that a busy machin
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from runtime.program.threads import thread_count
+from scripts.figures import ROOT, in_turns, machine, options, ratios, write_figures
 
 # Run in a fresh interpreter: argv = bundle ("" for the default), threads (likewise), and the
 # clock before the process was started.
@@ -84,60 +82,35 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 def measure(bundles: dict[str, str], runs: int, threads: str) -> dict[str, Any]:
     """Cold starts of every bundle in turn."""
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in bundles}
-    for _ in range(runs):
-        for name, bundle in bundles.items():
-            rows[name].append(cold(bundle, threads))
+    works = {
+        name: lambda turn, bundle=bundle: cold(bundle, threads) for name, bundle in bundles.items()
+    }
+    rows = in_turns(works, runs, warm_up=0)
     answer: dict[str, Any] = {name: summary(found) for name, found in rows.items()}
     if "vs" in rows:
-        pairs = zip(rows["vs"], rows["bundle"], strict=True)
-        ratios = [vs["step_s"] / ours["step_s"] for vs, ours in pairs]
-        answer["step_speedup"] = round(statistics.median(ratios), 3)
+        other, own = ([row["step_s"] for row in rows[name]] for name in ("vs", "bundle"))
+        answer |= ratios(other, own, "step_speedup")
     return answer
-
-
-def machine(threads: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import numpy
-    import onnxruntime
-
-    sys.path.insert(0, str(ROOT))
-    from runtime.program.threads import thread_count
-
-    return {
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": thread_count(int(threads) if threads else None),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "start.json")
     parser.add_argument("bundle", nargs="?", default="", help="default: the embedded one")
     parser.add_argument("--vs", help="another bundle to compare with, e.g. the dense model's")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", default="", help="default: the physical cores")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "start.json")
     arguments = parser.parse_args()
     bundles = {"bundle": arguments.bundle, **({"vs": arguments.vs} if arguments.vs else {})}
+    threads = thread_count(int(arguments.threads) if arguments.threads else None)
     answer = {
-        "machine": machine(arguments.threads),
+        "machine": machine(threads, "numpy", "onnxruntime"),
         "runs": arguments.runs,
         **measure(bundles, arguments.runs, arguments.threads),
         "targets": {"import_s": 0.5, "first_image_s": 3.0},
     }
-    text = json.dumps(answer, indent=2, sort_keys=True)
-    print(text)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.json.with_name(f".{arguments.json.name}.tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, arguments.json)
+    print(json.dumps(answer, indent=2, sort_keys=True))
+    write_figures(arguments.json, "scripts.bench.start", answer)
 
 
 if __name__ == "__main__":
