@@ -4,7 +4,7 @@
 
 The transformer is that of FLUX.1 [dev], block for block (24 GB in bfloat16); VAE and text encoders
 have its interfaces (latent and embedding sizes, lengths, special tokens) and few layers,
-so that the whole is convertible, exportable and drawable on a small machine. Written tensor by
+so that the whole is convertible, exportable and usable on a small machine. Written tensor by
 tensor, a shard at a time: memory stays under one shard. The same seed gives the same bytes.
 """
 
@@ -96,7 +96,7 @@ def split(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[list[str]]
 def values(name: str, shape: tuple[int, ...], seed: int) -> Any:
     """One tensor in bfloat16, by seed and name alone.
 
-    Matrices at 1 / sqrt(fan in), uniform (six times as fast to draw as normal), norms' scales about
+    Matrices at 1 / sqrt(fan in), uniform (six times as fast as normal), norms' scales about
     1, biases small, modulation smaller: activations stay finite through 57 blocks.
     """
     import torch

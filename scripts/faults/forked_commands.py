@@ -112,15 +112,15 @@ class Tools:
         return work
 
     def run(self, out: Path, which: str = "a") -> Work:
-        """Open the bundle, draw one picture, save it."""
+        """Open the bundle, generate one image, save it."""
 
         def work() -> Any:
             import runtime
             from runtime.image import save
 
             pipeline = runtime.load(self.bundles["a"], "ort")
-            drawn: Any = pipeline("a red circle", seed=SEEDS[which], steps=1)
-            return str(save(drawn, out))
+            image: Any = pipeline("a red circle", seed=SEEDS[which], steps=1)
+            return str(save(image, out))
 
         return work
 
@@ -162,10 +162,10 @@ def stored(part: Any, folder: Path) -> Any:
     bundle = open_bundle(folder)
     row, arrays = bundle.component(part.name), bundle.weights(part.name)
 
-    def specs(told: dict[str, Any]) -> dict[str, Spec]:
+    def specs(rows: dict[str, Any]) -> dict[str, Spec]:
         return {
             name: Spec(getattr(torch, each["dtype"]), tuple(each["shape"]))
-            for name, each in told.items()
+            for name, each in rows.items()
         }
 
     types = {}

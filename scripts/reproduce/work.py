@@ -1,8 +1,8 @@
 """One row with one seed: convert, judge, and write a JSON file that holds all that was done.
 
-Run as a process of its own (`python -m reproduction.work ...`), so that rows run side by side on a
-thread each: at the shapes model's size a second thread saves a tenth of a step, a second process
-makes another step.
+Run as a process of its own (`python -m scripts.reproduce.work ...`), so that rows run side by side
+on a thread each: at the shapes model's size a second thread saves a tenth of a step, a second
+process makes another step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def result_file(row: Row, seed: int, settings: Settings) -> Path:
 
 
 def model_dir(row: Row, seed: int, settings: Settings) -> Path:
-    """The pipeline directory a row is drawn with."""
+    """The pipeline directory that a row generates with."""
     if row.of:
         return model_dir(named(row.of), seed, settings)
     return settings.work / slug(row, seed) if row.recipe else Path(settings.dense)
@@ -84,7 +84,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     from calib.shapes.suite import evaluate
     from calib.shapes.world import World
     from d2m.generate import load_pipeline, pipeline_draw
-    from d2m.generate import settings as drawing
+    from d2m.generate import settings as generation_settings
     from runtime.files.atomic import write_json
 
     began, made = time.monotonic(), None
@@ -92,11 +92,11 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     if row.recipe:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
-    values = drawing(folder)
+    values = generation_settings(folder)
     draw = pipeline_draw(load_pipeline(folder), batch_size=16, **row.knobs, **values)
-    told = _Told(row, seed)
+    progress = _ProgressLines(row, seed)
     score, _ = evaluate(
-        draw, settings.n, seed, World(size=values["height"]), progress=told.pictures
+        draw, settings.n, seed, World(size=values["height"]), progress=progress.images
     )
     answer = {
         "row": row.name,
@@ -144,11 +144,11 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
         lambda pipe, seed: shapes_batches(pipe, seed=seed),
         neuron_importance,
         options=Options(start=start, resume=True),
-        progress=_Told(row, seed),
+        progress=_ProgressLines(row, seed),
         log=lambda text: print(text, flush=True),
     )
-    kept = ("identity_error", "losses", "seconds", "parameters")
-    return {name: answer[name] for name in kept if name in answer}
+    fields = ("identity_error", "losses", "seconds", "parameters")
+    return {name: answer[name] for name in fields if name in answer}
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
@@ -171,7 +171,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-class _Told:
+class _ProgressLines:
     """Progress as a line every half minute: two rows at a time cannot share a bar."""
 
     def __init__(self, row: Row, seed: int):
@@ -183,8 +183,8 @@ class _Told:
             self.last, self.phase = now, phase
             print(f"{self.name}: {phase} {done}/{total}", flush=True)
 
-    def pictures(self, done: int, total: int) -> None:
-        self("pictures", done, total)
+    def images(self, done: int, total: int) -> None:
+        self("images", done, total)
 
 
 def main() -> None:

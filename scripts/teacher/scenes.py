@@ -1,4 +1,4 @@
-"""Scenes to train on: drawn at random, as pictures, and as the attributes a caption tells."""
+"""Scenes to train on: drawn at random, as images, and as the attributes in a caption."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw_scenes(world: World, n: int, seed: int) -> list[Scene]:
     return [sample_scene(world, rng, "train", CATEGORIES[i]) for i in picks]
 
 
-def draw_images(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
+def render_images(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
     """The scenes as uint8 [N, 3, S, S], S the world's side in pixels."""
     images = render_batch(scenes, world, np.random.default_rng(seed + 1), "train")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
