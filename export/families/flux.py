@@ -17,7 +17,7 @@ from export.families import modulation
 from export.families.attention import ExportAttention
 from export.families.configs import config
 from export.families.encoders import T5, TRANSFORMERS, VAE, clip_program, pooled
-from export.families.ends import Final, check_packed
+from export.families.ends import Final, check_packed, kl_latents, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import Environment, Row, Tracing
 from export.graph.trace import Spec
@@ -116,12 +116,8 @@ def latents(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
     """The manifest's `latents`; ValueError where the transformer packs another VAE's."""
-    channels = vae["latent_channels"]
-    check_packed(transformer, channels, directory)
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    check_packed(transformer, vae["latent_channels"], directory)
+    return kl_latents(vae) | {
         "shift_factor": vae.get("shift_factor"),
         "patch": 2,
         "rope_axes": list(transformer["axes_dims_rope"]),
@@ -152,9 +148,7 @@ def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any])
 
 def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """Packed latents -> [n, C, h, w], unscaled."""
-    config = pipe.vae.config
-    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    return unpacked / config.scaling_factor + (config.shift_factor or 0.0)
+    return unscaled(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
 
 
 FLUX = Family(

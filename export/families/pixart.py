@@ -19,7 +19,7 @@ from d2m.families.generation_defaults import generation_defaults
 from d2m.families.pixart.weights import check_conditions
 from export.families.attention import attended, heads
 from export.families.encoders import IDS, TRANSFORMERS, VAE, eager, first, single
-from export.families.ends import patches, sample_patches
+from export.families.ends import kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import MODULATION, Environment, Program, Row, Tracing
 from export.graph.trace import Spec
@@ -111,11 +111,6 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def row(block: nn.Module) -> Row:
-    """All blocks are of one kind."""
-    return Row("cross", READ, ("hidden_states",), call_block)
-
-
 def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program; timestep and positions are float32 in any bundle."""
     config = model.config
@@ -159,10 +154,7 @@ def latents(
         )
     side, patch = transformer["sample_size"], transformer["patch_size"]
     scale = transformer.get("interpolation_scale")
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    return kl_latents(vae) | {
         "patch": patch,
         "base": side // patch,
         "interpolation": max(side // 64, 1) if scale is None else scale,
@@ -224,11 +216,6 @@ def unread(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"temb": emb(times, None, None, batch_size=len(times), hidden_dtype=dtype)}
 
 
-def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """[n, C, h, w], unscaled."""
-    return latents / pipe.vae.config.scaling_factor
-
-
 T5 = Encoder(
     "text_encoder",
     "text_encoder",
@@ -246,7 +233,7 @@ PIXART = Family(
         environment=environment,
         embed=Embed,
         final=Final,
-        row=row,
+        row=lambda block: Row("cross", READ, ("hidden_states",), call_block),
         processor=Attention,
     ),
     lengths=lengths,
@@ -256,6 +243,6 @@ PIXART = Family(
     model_inputs=model_inputs,
     unread=unread,
     sample=sample_patches,
-    spatial=spatial,
+    spatial=unscaled,
     scheduler="DPMSolverMultistepScheduler",
 )

@@ -28,7 +28,7 @@ from export.families.encoders import (
     clip_projection_program,
     pooled_and_states,
 )
-from export.families.ends import Final, patches, sample_patches
+from export.families.ends import Final, kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import MODULATION, Environment, Row, Tracing
 from export.graph.trace import Spec
@@ -187,10 +187,7 @@ def latents(
             f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
             f" a VAE of {channels}, expected as many; the components are of different models."
         )
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    return kl_latents(vae) | {
         "shift_factor": vae.get("shift_factor"),
         "patch": transformer["patch_size"],
         "grid": transformer["pos_embed_max_size"],
@@ -226,12 +223,6 @@ def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any])
     }
 
 
-def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """[n, C, h, w], unscaled."""
-    config = pipe.vae.config
-    return latents / config.scaling_factor + (config.shift_factor or 0.0)
-
-
 CLIP = (TRANSFORMERS, "CLIPTextModelWithProjection", clip_projection_program, pooled_and_states)
 SD3 = Family(
     name="sd3",
@@ -256,5 +247,5 @@ SD3 = Family(
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     sample=sample_patches,
-    spatial=spatial,
+    spatial=unscaled,
 )

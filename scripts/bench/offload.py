@@ -21,16 +21,15 @@ import sys
 import time
 from typing import Any
 
+from runtime.measure.cold_start import peak
 from scripts.figures import ROOT, options, write_figures
 
 PROMPT = "a photo of a red circle"
 
 
-def status(field: str) -> int:
-    """A number of bytes of /proc/self/status."""
-    with open("/proc/self/status") as file:
-        rows = dict(line.split(":", 1) for line in file)
-    return int(rows[field].split()[0]) * 1024
+def peak_bytes() -> int:
+    """The most memory this process has held."""
+    return round((peak() or 0) * 2**20)
 
 
 def generate(
@@ -53,7 +52,7 @@ def generate(
         count = threads or thread_count(None, 1 << 30)
         pipeline._executors["transformer"] = Blocks(pipeline.bundle, "transformer", count)
     opened = time.perf_counter() - began
-    before = status("VmHWM")
+    before = peak_bytes()
     marks: list[float] = []
     waited = 0.0
     executor: Any = pipeline.executor("transformer")
@@ -82,7 +81,7 @@ def generate(
         "cpu_s": round(time.process_time() - cpu, 2),
         "step_s": round(sum(steps) / len(steps), 2) if steps else None,
         "waited_s": round(waited, 2) if mode == "block" else None,
-        "peak_bytes": status("VmHWM"),
+        "peak_bytes": peak_bytes(),
         "opened_peak_bytes": before,
         "rooms_bytes": sum(len(r.host) for r in executor.weights.rooms) if mode == "block" else 0,
         "weights_bytes": {

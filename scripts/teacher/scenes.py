@@ -8,18 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib.shapes.batches import SHARES
 from calib.shapes.render import render_batch
 from calib.shapes.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene
-
-# Scenes that need binding or counting are learnt last, so they are shown more often (ours).
-SHARE = {
-    "single_object": 0.06,
-    "two_object": 0.18,
-    "counting": 0.2,
-    "colours": 0.1,
-    "position": 0.24,
-    "colour_attribution": 0.22,
-}
 
 # Classes of every attribute, in the order of `attributes`; the last class of each means "none".
 ATTRIBUTES = (
@@ -34,9 +25,9 @@ ATTRIBUTES = (
 
 
 def draw_scenes(world: World, n: int, seed: int) -> list[Scene]:
-    """`n` scenes of the training split, categories by SHARE."""
+    """`n` scenes of the training split, categories by SHARES."""
     rng = np.random.default_rng(seed)
-    picks = rng.choice(len(CATEGORIES), n, p=[SHARE[c] for c in CATEGORIES])
+    picks = rng.choice(len(CATEGORIES), n, p=[SHARES[c] for c in CATEGORIES])
     return [sample_scene(world, rng, "train", CATEGORIES[i]) for i in picks]
 
 
