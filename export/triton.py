@@ -37,7 +37,7 @@ INPUTS = (
     ("negative_prompt", "TYPE_STRING", "1"),
 )
 OUTPUTS = (("png", "TYPE_STRING", "1"), ("image", "TYPE_UINT8", "-1, -1, 3"))
-MODEL = '''"""Draws from the bundle beside this file; written by d2m export --triton-repo."""
+MODEL = '''"""Generates from the bundle in this directory; written by d2m export --triton-repo."""
 
 from pathlib import Path
 

@@ -106,7 +106,7 @@ class Tools:
         def work() -> Any:
             import export.checkpoint.pipeline
 
-            export.checkpoint.pipeline.components = self.components  # type: ignore[assignment]
+            export.checkpoint.pipeline.open_components = self.components  # type: ignore[assignment]
             return self.export(out, which)()
 
         return work
@@ -130,7 +130,7 @@ class Tools:
 
         import export.checkpoint.pipeline
 
-        self.components = export.checkpoint.pipeline.components
+        self.components = export.checkpoint.pipeline.open_components
         parts = self.components(self.sparse, True, list(TOP_K), None)
         programs = {
             part.name: stored(part, like[1]) if like else part.trace(torch.float32)
@@ -143,7 +143,7 @@ class Tools:
                 part.trace = partial(_known, programs[part.name])
             return parts
 
-        vars(export.checkpoint.pipeline)["components"] = traced
+        vars(export.checkpoint.pipeline)["open_components"] = traced
 
 
 def _known(program: Any, dtype: Any) -> Any:
