@@ -42,8 +42,8 @@ def plan(
 ) -> None:
     """Estimate MODEL before it is made: parameters, FLOPs, memory.
 
-    Also whether this machine can convert it, export it and generate with it. With --gpus, the
-    memory per GPU of distilling it by --preset or --recipe.
+    Also whether this machine can convert it, export it and generate with it.
+    With --gpus, the memory per GPU of distilling it by --preset or --recipe.
     """
     if gpus is not None:
         from d2m.plan.gpus import fits, fits_table, formula
