@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from d2m.cli import options
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_answer, say
+from d2m.plan.machine import free_cores
 
 
 def convert(
@@ -177,6 +179,10 @@ def convert(
         ema=ema,
     )
     crew = ALONE if init_only else join()
+    if "OMP_NUM_THREADS" not in os.environ and crew.size == 1 and not init_only:
+        import torch
+
+        torch.set_num_threads(free_cores())
     how = Options(
         start=start,
         resume=resume,
