@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.data.encoding_cache import digest_of, kept, key_of
+from calib.data.encoding_cache import cached, digest_of, key_of
 from calib.data.pixels import pixels
 from d2m.families import family_of_pipeline
 
@@ -33,7 +33,7 @@ def check_size(pipe: DiffusionPipeline, height: int, width: int) -> None:
         )
 
 
-def picture_encoder(
+def image_encoder(
     pipe: DiffusionPipeline,
     height: int,
     width: int,
@@ -59,7 +59,7 @@ def picture_encoder(
         def key() -> str:
             return key_of("latents", HOW, encoder, data, height, width)
 
-        return kept(cache, "latents", key, compute, log)
+        return cached(cache, "latents", key, compute, log)
 
     return encode
 
@@ -90,7 +90,7 @@ def text_encoder(
             ids = [str(each(caption).input_ids) for each in parts_of(pipe, "tokenizer")]
             return key_of("text", *encoders, *ids, caption, length)
 
-        return kept(cache, "text", key, compute, log)
+        return cached(cache, "text", key, compute, log)
 
     return encode
 

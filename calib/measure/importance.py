@@ -205,7 +205,7 @@ def in_file(path: str | os.PathLike[str]) -> Scores:
     return scores
 
 
-def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
+def importance_from_option(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
     """What `--importance` means: "calibration", "magnitude" or a file's path.
 
     Returns (scores of a whole model, as `neuron_importance` has them; scores of one FFN from its

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calib.measure.blocks_run import tallies
-from calib.measure.image_positions import choices_by_cell, picture_cells, position_figures
+from calib.measure.image_positions import choices_by_cell, image_cells, position_figures
 from d2m.distill.features import without_padding
 from d2m.distill.losses import choices, dead_experts, load_figures
 from d2m.families.flow import generator_at
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int, int], Mapping[str, "Tensor"]]
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-TEXT = ".ff_context"  # FFNs of text tokens alone, which are nowhere in the picture
+TEXT = ".ff_context"  # FFNs of text tokens alone, which have no place in the image
 
 
 def routing_statistics(logits: Tensor, top_k: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def routing_table(
     Returns plain numbers, the model is left as it was:
     `top_k`, `edges`; `layers`: {name: {"all": figures, "buckets": [figures, ...]}} with the figures
     of `routing_statistics`; `positions`: {"rows", "columns", "layers": {name: figures}} with those
-    of `calib.measure.image_positions.position_figures`, for layers that see the picture; `groups`:
+    of `calib.measure.image_positions.position_figures`, for layers with image tokens; `groups`:
     {name: `calib.measure.blocks_run.Tally.figures`}, empty without groups of blocks that choose.
 
     Raises ValueError if the model has no routed experts, top_k is 0, or the edges do not rise.
@@ -102,7 +102,7 @@ def routing_table(
             batch = batches(step, batch_size)
             low, high = edges[bucket], edges[bucket + 1]
             _run(model, batch, low, high, generator_at(seed, "routing", step))
-            cells, shape = picture_cells(batch["img_ids"])
+            cells, shape = image_cells(batch["img_ids"])
             for name, ffn in ffns.items():
                 if ffn.last_logits is None:  # of a block that no sample chose
                     continue

@@ -43,8 +43,8 @@ def render(
 ) -> np.ndarray:
     """One image of the scene, uint8 [S, S, 3], S = world.size.
 
-    Colours that the caption leaves free are drawn at random, without held-out pairs when split is
-    "train"; counted things share one colour. Raises ValueError if a "train" image is asked of a
+    Colours that the caption leaves free are sampled at random, without held-out pairs when split is
+    "train"; counted things share one colour. Raises ValueError if a "train" image is wanted of a
     scene that names a held-out pair.
     """
     image = np.empty((world.size, world.size, 3), np.uint8)

@@ -42,8 +42,8 @@ def modulation_moments(
     rows = []
     for i in range(recipe.calibration.batches):
         batch = batches(i, recipe.calibration.batch_size)
-        draw = generator_at(seed, "adaln", i)
-        _, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
+        generator = generator_at(seed, "adaln", i)
+        _, t, _ = noised(model, batch, generator, recipe.t_mean, recipe.t_std)
         rows.append(F.silu(global_embedding(model, batch, t)).double().cpu())
     return _moments(torch.cat(rows))
 
@@ -209,7 +209,7 @@ def _embeddings(source: Shards, sparse: Any, recipe: Recipe) -> Tensor:
     module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items()})
     module.float()
     n = recipe.calibration.batches * recipe.calibration.batch_size
-    draw = generator_at(recipe.seed, "modulation")
-    t = torch.sigmoid(torch.randn(n, generator=draw) * recipe.t_std + recipe.t_mean)
-    text = family_of_model(sparse).data.random_text(sparse.config, n, draw)
+    generator = generator_at(recipe.seed, "modulation")
+    t = torch.sigmoid(torch.randn(n, generator=generator) * recipe.t_std + recipe.t_mean)
+    text = family_of_model(sparse).data.random_text(sparse.config, n, generator)
     return F.silu(global_embedding(sparse, text, t))

@@ -45,8 +45,8 @@ def spread_routers(
         with unit_gates(student):
             for i in range(recipe.calibration.batches):
                 batch = batches(i, recipe.calibration.batch_size)
-                draw = generator_at(seed, "routers", i)
-                x, t, _ = noised(student, batch, draw, recipe.t_mean, recipe.t_std)
+                generator = generator_at(seed, "routers", i)
+                x, t, _ = noised(student, batch, generator, recipe.t_mean, recipe.t_std)
                 student(**transformer_inputs(student, batch, x, t))
     finally:
         for hook in hooks:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from d2m.distill.losses import token_loss
 from d2m.families import family_of_model
-from d2m.model.block_group import TEXT_MASK, BlockGroup, Passed, named_inputs
+from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock, named_inputs
 from d2m.model.sparse_ffn import SparseFFN
 from d2m.model.surgery import sparse_ffns
 
-PICTURE, TEXT = "image", "text"  # streams: the output is made from the picture's
+IMAGE, TEXT = "image", "text"  # streams: the output is made from the image's
 
 
 def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -32,7 +32,7 @@ def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 found[f"{name}.{block.indices[-1]}"] = block
             elif isinstance(block, BlockGroup):
                 found |= {f"{name}.{i}": each for i, each in block.blocks.items()}
-            elif not isinstance(block, Passed):
+            elif not isinstance(block, SkippedBlock):
                 found[f"{name}.{index}"] = block
     return found
 
@@ -45,7 +45,7 @@ def feature_names(model: nn.Module) -> list[str]:
     """
     blocks, streams = list(feature_blocks(model)), family_of_model(model).blocks.streams
     names = [f"{block}.{stream}" for block in blocks[:-1] for stream in streams]
-    return [*names, f"{blocks[-1]}.{PICTURE}"]
+    return [*names, f"{blocks[-1]}.{IMAGE}"]
 
 
 def group_feature_names(model: nn.Module) -> list[str]:
@@ -122,7 +122,7 @@ def without_padding(model: nn.Module) -> Iterator[None]:
     """Within: logits that FFNs of the text keep are of the tokens that its mask names, [N, E].
 
     Of families whose blocks get such a mask; other models' stay as they are. What a text is filled
-    up with reaches no picture, so that nothing should be learnt from where it is sent.
+    up with reaches no image, so that nothing should be learnt from its routing.
     """
     ends = {site.module for site in family_of_model(model).blocks.sites if site.stream == TEXT}
     handles = []

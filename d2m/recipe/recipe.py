@@ -120,7 +120,7 @@ def _stage(values: dict[str, Any]) -> Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a conversion is told, but for the directories.
+    """All settings of a conversion, but for the directories.
 
     t_mean, t_std: noise levels of training and calibration, t = sigmoid(N(mean, std)), t = 1 is
     pure noise. precision: what the forward passes run in; weights are float32 throughout.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from d2m.report.charts import DIVERGING, RISING, Line, heat_map, line_chart
-from d2m.report.section import Chart, Key, Section
+from d2m.report.section import Chart, ColourScale, Section
 from d2m.units import percent
 
 Report = Mapping[str, Any]
@@ -180,8 +180,8 @@ def experts(report: Report) -> Section | None:
         f"{max(used):.1f} times its fair share at most, {sum(used) / len(used):.1f} times on the "
         "mean."
     )
-    fair = Key(DIVERGING, "¼", "fair share", "4 x")
-    even = Key(RISING, "1", "", f"{count} experts")
+    fair = ColourScale(DIVERGING, "¼", "fair share", "4 x")
+    even = ColourScale(RISING, "1", "", f"{count} experts")
     return Section(
         "Experts",
         note,

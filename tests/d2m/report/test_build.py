@@ -125,7 +125,7 @@ def test_page_has_every_section(whole):
     for title in ("Pictures", "Scores", "Training", "Experts", "Importance of neurons", "Recipe"):
         assert title in page.words, title
     assert {"Parameters", "Time"} <= set(page.words)
-    for words in ("0.808 – 0.867", "2.3·10⁻⁷", "share of pictures judged right", "3 min 20 s"):
+    for words in ("0.808 – 0.867", "2.3·10⁻⁷", "share of images judged right", "3 min 20 s"):
         assert words in page.text, words
     assert "two object" in page.text and "a red circle seed 7" in page.text
     assert page.tags.count("img") == 2
@@ -188,7 +188,7 @@ def test_layers_that_no_token_reached_have_no_load_to_show():
     layers[SITES[-1]] = {"all": nothing, "buckets": [nothing]}
     part = experts(everything(routing={"top_k": 2, "edges": [0.0, 1.0], "layers": layers}))
     assert "1.0 times on the mean" in part.note
-    loads, evenness = (chart.drawn[0] for chart in part.charts)
+    loads, evenness = (chart.svgs[0] for chart in part.charts)
     cells = [len(re.findall(r"fill: var\(--[ds]\d+\)", chart)) for chart in (loads, evenness)]
     assert cells == [3 * 2 * 12, 3 * 2]
 

@@ -72,7 +72,7 @@ def test_the_section() -> None:
 
 def test_the_models_own_rows_and_others_of_the_same_name(tiny_sparse_dir) -> None:
     from d2m.plan.count import plan
-    from d2m.report.pareto import beside, own_rows
+    from d2m.report.pareto import merge_rows, own_rows
 
     planned = plan(tiny_sparse_dir)
     scores = {"dense": {"overall": RATE}, "sparse": {"overall": RATE | {"score": 0.7}}}
@@ -81,7 +81,7 @@ def test_the_models_own_rows_and_others_of_the_same_name(tiny_sparse_dir) -> Non
     assert own[1]["flops_vs_dense"] == planned["flops_vs_dense"] < 1 == own[0]["flops_vs_dense"]
     assert own[1]["activated_params"] == planned["activated_params"] < own[0]["activated_params"]
     assert own_rows(tiny_sparse_dir, "L", {}) == []
-    both = beside(own, [row("L"), row("L k=1", of="L"), row("S")])
+    both = merge_rows(own, [row("L"), row("L k=1", of="L"), row("S")])
     names = ["dense", "L", "L (compared)", "L k=1", "S"]
     assert [each["name"] for each in both] == names
     assert [each["of"] for each in both] == [None, None, None, "L (compared)", None]
