@@ -220,11 +220,7 @@ def earlier_recipe(out: str | os.PathLike[str], budget: float) -> Recipe | None:
 
 
 def recipe_of(
-    base: Recipe,
-    chosen: Sequence[Piece],
-    options: Sequence[float],
-    subject: Subject,
-    name: str,
+    base: Recipe, chosen: Sequence[Piece], options: Sequence[float], subject: Subject, name: str
 ) -> Recipe:
     """The chosen pieces as a recipe; see `recipe_for` for its stages."""
     groups: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in KINDS}

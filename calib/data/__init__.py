@@ -25,9 +25,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from calib.data.option import open_data
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "calib.data.option": "open_data",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"calib.data.option": "open_data"})

@@ -26,10 +26,7 @@ HELD = 2  # ways in memory: batches may end in the middle of one
 
 
 def trajectory(
-    pipe: DiffusionPipeline,
-    text: Encoding,
-    noise: Tensor,
-    settings: Mapping[str, Any],
+    pipe: DiffusionPipeline, text: Encoding, noise: Tensor, settings: Mapping[str, Any]
 ) -> Encoding:
     """The teacher's way from `noise` [T, C]: `states` [S + 1, T, C], the last one the latents of
     the image, and `times` [S + 1] from about 1, pure noise, to 0.

@@ -118,7 +118,8 @@ def _pixels(image: Image.Image, world: World) -> np.ndarray:
         width, height = image.size
         raise ValueError(
             f"generate returned an image of {width} x {height} pixels, the world's are "
-            f"{world.size} x {world.size}; generate at that size or evaluate with World(size={height})"
+            f"{world.size} x {world.size}; generate at that size or evaluate with "
+            f"World(size={height})"
         )
     return np.asarray(image.convert("RGB"))
 

@@ -80,7 +80,8 @@ def compare(
     """Images and scores of the dense pipeline and of the same with `student` in it.
 
     Returns (images, scores): images [{"prompt", "seed", "dense", "sparse"}] of PIL images from the
-    same noise, scores {"dense", "sparse"} of `score(generate)`, {} without `score`. `pipe` has its dense transformer back afterwards.
+    same noise, scores {"dense", "sparse"} of `score(generate)`, {} without `score`. `pipe` has its
+    dense transformer back afterwards.
     """
     seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
     teacher, report = pipe.transformer, progress or (lambda phase, done, total: None)

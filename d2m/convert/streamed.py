@@ -165,11 +165,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
 
 
 def _convert_outside(
-    source: Shards,
-    blocks: list[str],
-    recipe: Recipe,
-    family: Family,
-    shared: Mapping[str, Tensor],
+    source: Shards, blocks: list[str], recipe: Recipe, family: Family, shared: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What belongs to no block: embedders, output, routers of groups, shared modulation."""
     from d2m.model.grouping import group_router

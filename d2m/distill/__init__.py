@@ -27,9 +27,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.distill.loop import distill
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.distill.loop": "distill",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.distill.loop": "distill"})

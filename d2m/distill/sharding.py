@@ -137,10 +137,7 @@ def _routing(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _wrap(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    kept: Mapping[str, nn.Parameter],
-    precision: str,
+    model: nn.Module, mesh: DeviceMesh, kept: Mapping[str, nn.Parameter], precision: str
 ) -> None:
     """`fully_shard` on every block and on the rest, in place."""
     size = mesh.size()

@@ -23,12 +23,7 @@ from d2m.kernels.plan import (
     residual_plan,
 )
 
-DTYPES = {
-    "i32": torch.int32,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+DTYPES = {"i32": torch.int32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

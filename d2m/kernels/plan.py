@@ -127,13 +127,7 @@ def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
         "place",
         (blocks,),
         _named(**{name: name for name in names}, T=T, blocks=blocks, tiles=bound),
-        (
-            ("K", K),
-            ("E_PAD", pad),
-            ("BLOCK_T", tiles.block_t),
-            ("BLOCK_M", tiles.m),
-            ("CHUNK", 64),
-        ),
+        (("K", K), ("E_PAD", pad), ("BLOCK_T", tiles.block_t), ("BLOCK_M", tiles.m), ("CHUNK", 64)),
     )
     return work, [route, place]
 

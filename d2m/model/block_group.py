@@ -98,11 +98,7 @@ class BlockGroup(nn.Module):
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        *args: Any,
-        **others: Any,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **others: Any
     ) -> Streams:
         """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 

@@ -24,9 +24,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.plan.count import plan
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.plan.count": "plan",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.plan.count": "plan"})

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from d2m.families import FAMILIES
 from d2m.families.encoders import EncoderSize
-from d2m.plan.model_config import subject_of
+from d2m.plan.model_config import shipped_configs, subject_of
 from d2m.plan.needs import (
     ALIVE,
     component_bytes,
@@ -164,7 +164,7 @@ def test_decoding_counts_the_directorys_own_vae(tiny_dense_dir: Path, tmp_path: 
         assert decoding(tmp_path / "flux", 64, 64, 3.0) == expected
 
 
-@pytest.mark.parametrize("config", shipped())
+@pytest.mark.parametrize("config", shipped_configs())
 def test_forecasts_count_the_familys_own_components(config: str) -> None:
     beside = subject_of(config).family.plan.encoders
     drawn = 2 * sum(each.bundled for each in beside.values())
