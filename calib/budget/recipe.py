@@ -27,15 +27,12 @@ from d2m.plan.hub import locate
 from d2m.plan.model_config import Subject, subject_of
 from d2m.plan.presets import presets_for, recipe_named
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe, Stage
+from d2m.recipe.recipe import Batches, Progress, Recipe, Stage
 from d2m.recipe.structure import KINDS, Blocks, Shares
 from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 
 def recipe_for(

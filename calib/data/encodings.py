@@ -8,6 +8,7 @@ C packed channels, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,7 @@ def image_encoder(
             image = torch.from_numpy(pixels(data, height, width))
             return {"latents": encode_images(pipe, image[None])[0]}
 
-        def key() -> str:
-            return key_of("latents", HOW, encoder, data, height, width)
-
+        key = partial(key_of, "latents", HOW, encoder, data, height, width)
         return cached(cache, "latents", key, compute, log)
 
     return encode

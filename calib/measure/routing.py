@@ -20,12 +20,13 @@ from d2m.families.flow import generator_at
 from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import block_groups
 from d2m.model.grouping import dense_name
-from d2m.model.surgery import sparse_ffns
+from d2m.model.surgery import restored, sparse_ffns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+    from d2m.recipe.recipe import Batches
+
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEXT = ".ff_context"  # FFNs of text tokens alone, which have no place in the image
 
@@ -138,19 +139,17 @@ def routing_table(
 def _recording(model: nn.Module, top_k: int) -> Iterator[None]:
     """Within: SparseFFNs use top_k experts, they and groups keep their logits; restored after."""
     ffns, groups = sparse_ffns(model).values(), block_groups(model).values()
-    before = [(ffn.top_k, ffn.record) for ffn in ffns]
-    kept = [group.record for group in groups]
-    try:
-        for group in groups:
-            group.record = True
-        for ffn in ffns:
-            ffn.top_k, ffn.record = top_k, True
-        yield
-    finally:
-        for ffn, (k, record) in zip(ffns, before):
-            ffn.top_k, ffn.record, ffn.last_logits = k, record, None
-        for group, was in zip(groups, kept):
-            group.record, group.last_logits = was, None
+    modules: list[Any] = [*ffns, *groups]
+    with restored(ffns, "top_k", "record"), restored(groups, "record"):
+        try:
+            for module in modules:
+                module.record = True
+            for ffn in ffns:
+                ffn.top_k = top_k
+            yield
+        finally:
+            for module in modules:
+                module.last_logits = None
 
 
 def _run(

@@ -6,8 +6,8 @@ change at a time and everything else dense. Nothing is trained and the model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,12 @@ from d2m.families.inputs import noised, transformer_inputs
 from d2m.model.block_group import SkippedBlock
 from d2m.model.routing import route, routing_dtype
 from d2m.model.surgery import gate_weight, split_neurons
-from d2m.recipe.recipe import SparseSpec, hidden_sizes
+from d2m.recipe.recipe import Batches, Progress, SparseSpec, hidden_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from d2m.recipe.recipe import Recipe
-
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 
 QUARTER = 4  # ours: a relative error of the whole output needs fewer samples than neurons' scores
@@ -139,14 +136,12 @@ def sparse_sites(
     A converted FFN is the dense one with each token's hidden neurons multiplied by 1 (shared), by
     E times its gate (experts of the token's choice) or by 0: hooks do that.
     """
-    handles: list[Any] = []
-    try:
+    with ExitStack() as hooks:
         for name, block_name, site in sites:
-            handles += _hooks(model.get_submodule(block_name), name, site, scores[name], spec, seed)
+            block = model.get_submodule(block_name)
+            for hook in _hooks(block, name, site, scores[name], spec, seed):
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hooks(

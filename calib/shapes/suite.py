@@ -6,8 +6,7 @@ says.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from calib.shapes.verify import Verdict, verify
 from calib.shapes.world import CATEGORIES, Scene, World, eval_scenes
+from runtime.files.atomic import write_bytes
 
 Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]
 Progress = Callable[[int, int], None]
@@ -137,8 +137,8 @@ def save_grid(samples: Sequence[Sample], path: str | Path, per_category: int = 7
     """A labelled image grid, PNG: a row per category with its score and its first samples.
 
     The first and not the best: the grid shows what the score counts. A green border marks an
-    image that passed; under one that did not stands why. Written to a temporary file in the same
-    folder and then renamed. Raises ValueError if there are no samples.
+    image that passed; under one that did not stands why. Written whole or
+    not at all. Raises ValueError if there are no samples.
     """
     if not samples:
         raise ValueError("save_grid needs at least one sample")
@@ -167,7 +167,9 @@ def save_grid(samples: Sequence[Sample], path: str | Path, per_category: int = 7
             for i, (words, colour) in enumerate(lines):
                 pen.text((left, top + side * zoom + 8 + i * line), words, colour, text)
         y += height
-    _save_png(sheet, Path(path))
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    write_bytes(Path(path), png.getvalue())
 
 
 def _percent(rate: dict[str, float | int]) -> str:
@@ -198,16 +200,3 @@ def _wrapped(words: str, width: int, font: Font) -> list[str]:
         else:
             lines.append(word)
     return lines
-
-
-def _save_png(sheet: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            sheet.save(file, "PNG")
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

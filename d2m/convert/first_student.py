@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Progress, Recipe
 from runtime.files.atomic import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
 GROUPING = ("groups", "alpha", "drop")  # and those that may where the start has all of its blocks

@@ -27,15 +27,13 @@ from d2m.distill.processes import ALONE, Crew
 from d2m.generate import load_pipeline
 from d2m.plan.hub import locate
 from d2m.plan.presets import recipe_named
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Progress, Recipe
 from d2m.report.pareto import merge_rows, own_rows
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 CALIBRATION = 1_000_003  # added to the seed: calibration must not see the training batches
 

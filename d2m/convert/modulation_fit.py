@@ -8,7 +8,7 @@ D width, K rows of all norms' W together (n D each, n = 6 or 3), r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,9 @@ from d2m.families.flow import generator_at
 from d2m.families.inputs import global_embedding, noised
 from d2m.model.grouping import dense_name
 from d2m.model.modulation import SharedAdaLN, norms, own_linear, rank_of, share_adaln
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Recipe
 from d2m.recipe.structure import AdaLN
 from d2m.shards import Shards
-
-Batches = Callable[[int, int], Mapping[str, Tensor]]
 
 RIDGE = 1e-4  # ours: share of the mean variance that directions without calibration data count for
 

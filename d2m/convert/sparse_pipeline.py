@@ -14,7 +14,7 @@ from d2m.convert.workdir import Conversion
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults
 from d2m.generate import generate_with
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Progress, Recipe
 from d2m.shards import library_errors
 from runtime.files.atomic import replace_dir, write_json, write_text
 from runtime.files.checked_json import read_json
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Score = Callable[[Any], dict[str, Any]]
-Progress = Callable[[str, int, int], None]
 
 
 def write_sparse(

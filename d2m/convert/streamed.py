@@ -22,7 +22,7 @@ from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe, SparseSpec
+from d2m.recipe.recipe import Progress, Recipe, SparseSpec
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from runtime.files.atomic import write_json
 from runtime.files.checked_json import read_json
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
-Progress = Callable[[str, int, int], None]
 PHASE = "convert block by block"
 EXPERTS = "experts"  # module of the matrices and biases of an FFN's experts
 SCORES = "importance"  # in the work directory: a file for every block that is done
@@ -102,7 +101,7 @@ def convert_stream(
                 progress(PHASE, done, len(blocks))
             if not ((folder / file).is_file() and (folder / experts).is_file()):
                 tensors, found = _convert_block(source, block, recipe, family, scores, shared)
-                _save_scores(work / SCORES, block, found)
+                write_shard(work / SCORES / f"{block}.safetensors", found)
                 apart = {key for key in tensors if key.split(".")[-2] == EXPERTS}
                 write_shard(folder / experts, {key: tensors[key] for key in sorted(apart)})
                 write_shard(folder / file, {k: v for k, v in tensors.items() if k not in apart})
@@ -232,11 +231,6 @@ def _modulation(
     return compute_once(file, lambda: fit_from_shards(source, sparse, recipe))
 
 
-def _save_scores(folder: Path, block: str, found: Mapping[str, Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
-    write_shard(folder / f"{block}.safetensors", found)
-
-
 def _load_scores(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -252,13 +246,8 @@ def _load_scores(folder: Path) -> dict[str, Tensor]:
 def _check_complete(written: Shards, sparse: Any) -> None:
     """AssertionError unless names and shapes are those of the model that will read them."""
     expected = {name: tuple(tensor.shape) for name, tensor in sparse.state_dict().items()}
-    missing, extra = (
-        expected.keys() - written.shapes.keys(),
-        written.shapes.keys() - expected.keys(),
-    )
-    assert not missing and not extra, (sorted(missing)[:3], sorted(extra)[:3])
-    wrong = [name for name, shape in expected.items() if written.shapes[name] != shape]
-    assert not wrong, wrong[:3]
+    differing = dict(expected.items() ^ written.shapes.items())
+    assert not differing, sorted(differing)[:3]
 
 
 def check_blocks(

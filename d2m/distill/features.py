@@ -8,7 +8,7 @@ a group that skips blocks has one feature per stream, named after its last block
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ def block_features(
     features: dict[str, Tensor] = {}
     wanted = set(feature_names(model) if names is None else names)
     streams = family_of_model(model).blocks.streams
-    handles = []
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...] | Tensor) -> None:
@@ -78,14 +77,11 @@ def block_features(
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for block_name, block in feature_blocks(model).items():
             if any(f"{block_name}.{stream}" in wanted for stream in streams):
-                handles.append(block.register_forward_hook(keep(block_name)))
+                hooks.enter_context(block.register_forward_hook(keep(block_name)))
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def feature_errors(
@@ -125,7 +121,6 @@ def without_padding(model: nn.Module) -> Iterator[None]:
     up with reaches no image, so that nothing should be learnt from its routing.
     """
     ends = {site.module for site in family_of_model(model).blocks.sites if site.stream == TEXT}
-    handles = []
 
     def keep(ffn: SparseFFN):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -135,13 +130,10 @@ def without_padding(model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for name, ffn in sparse_ffns(model).items():
             for end in ends:
                 if name.endswith(f".{end}"):
                     block = model.get_submodule(name.removesuffix(f".{end}"))
-                    handles.append(block.register_forward_hook(keep(ffn), with_kwargs=True))
+                    hooks.enter_context(block.register_forward_hook(keep(ffn), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

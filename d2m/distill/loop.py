@@ -35,9 +35,7 @@ from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import TEXT_MASK
 from d2m.model.grouping import dense_name
 from d2m.model.surgery import sparse_ffns
-from d2m.recipe.recipe import Recipe
-
-Batches = Callable[[int, int], Mapping[str, Tensor]]
+from d2m.recipe.recipe import Batches, Recipe
 
 
 def distill(

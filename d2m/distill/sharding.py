@@ -13,11 +13,11 @@ every process, in float32: bf16 logits would choose other experts, and they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -32,9 +32,8 @@ from d2m.families.flow import generator_at, training_point
 from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import block_groups
 from d2m.model.surgery import sparse_ffns
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Recipe
 
-Batches = Callable[[int, int], Mapping[str, Tensor]]
 Pair = tuple[nn.Module, nn.Module]
 
 

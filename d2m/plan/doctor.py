@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from d2m import __version__
 from d2m.plan.fits_here import needs
 from d2m.plan.machine import machine
 from d2m.units import bytes_text
@@ -36,7 +37,7 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
     for row in packages.values():
         extras[row["extra"]] = extras.get(row["extra"], True) and row["works"]
     answer = {
-        "d2m": own_version(),
+        "d2m": __version__,
         "python": platform.python_version(),
         "machine": found,
         "packages": packages,
@@ -48,13 +49,6 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
         "stages": needs(MODEL, found, preset=PRESET),
     }
     return answer | {"advice": advice(answer)}
-
-
-def own_version() -> str:
-    """Of d2m, as installed or as it lies here."""
-    from d2m import __version__
-
-    return __version__
 
 
 def state(module: str) -> dict[str, Any]:

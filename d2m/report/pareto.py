@@ -24,10 +24,6 @@ from runtime.files.checked_json import read_json
 Row = Mapping[str, Any]
 
 
-def _human(count: float) -> str:
-    return count_text(int(count))
-
-
 KINDS = {
     "this": Kind("this model", 4, "diamond"),
     "dense": Kind("dense", 3, "square"),
@@ -39,7 +35,11 @@ KINDS = {
 # key of a row -> heading, title of the axis, a tick's words
 COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "flops_vs_dense": ("Score against FLOPs", "FLOPs of a step, share of dense", PERCENT),
-    "activated_params": ("Score against activated parameters", "activated parameters", _human),
+    "activated_params": (
+        "Score against activated parameters",
+        "activated parameters",
+        lambda x: count_text(int(x)),
+    ),
 }
 
 

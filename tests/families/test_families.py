@@ -78,10 +78,10 @@ def sparse_of(pipe: Any, made: Any, dtype: torch.dtype = torch.float32) -> tuple
     """(dense, sparse) transformers, gates that leave no doubt."""
     import copy
 
-    from calib.measure.importance import magnitude
+    from calib.measure.importance import magnitudes, scores_of
 
     dense = copy.deepcopy(pipe.transformer).to(dtype)
-    sparse = sparse_model_of(dense, magnitude(dense), made, family_of_pipeline(pipe))
+    sparse = sparse_model_of(dense, scores_of(dense, magnitudes), made, family_of_pipeline(pipe))
     generator = torch.Generator().manual_seed(3)
     for ffn in sparse_ffns(sparse).values():
         torch.nn.init.normal_(ffn.gate.weight, generator=generator)
@@ -199,11 +199,11 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
 def test_a_budget_is_kept(tiny: Tiny, pipe: Any, dense_dir: Path) -> None:
     """`--budget`: blocks that cost otherwise, that no group may hold, or that have no text."""
     from calib.budget.recipe import recipe_for
-    from calib.measure.importance import magnitude
+    from calib.measure.importance import magnitudes, scores_of
     from d2m.plan.count import plan
     from d2m.recipe.recipe import to_dict
 
-    base, scores = recipe(), magnitude(pipe.transformer)
+    base, scores = recipe(), scores_of(pipe.transformer, magnitudes)
 
     def asked(budget: float) -> tuple[Any, dict[str, Any]]:
         return recipe_for(dense_dir, pipe.transformer, batches(pipe), scores, budget, base)
