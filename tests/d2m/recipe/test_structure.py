@@ -1,5 +1,7 @@
 """Groups of blocks and modulation as data: round trips, and mistakes in one sentence."""
 
+import dataclasses
+
 import pytest
 
 from d2m.recipe.structure import (

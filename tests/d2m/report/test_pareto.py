@@ -65,7 +65,7 @@ def test_the_section() -> None:
     part = pareto({"pareto": rows})
     assert part is not None and "of 120 to 600 a row" in part.note
     for words in ("Score against FLOPs", "activated parameters", "dense", "L", "score"):
-        assert f">{words}<" in part.charts[0].drawn[0]
+        assert f">{words}<" in part.charts[0].svgs[0]
     assert pareto({"pareto": [row(score=None)]}) is None and pareto({}) is None
     assert chart([]) is None
 
