@@ -1,4 +1,4 @@
-"""The op `d2m::routed_experts` and the modules that call it.
+"""The op `d2m::routed_experts`.
 
 Shape letters: B batch, T tokens, D width, E experts, H expert hidden, S shared hidden, K chosen.
 """
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from d2m.model.experts_choice import realisation
-
-# ---------------------------------------------------------------- the op
 
 
 @torch.library.custom_op("d2m::routed_experts", mutates_args=())
@@ -123,6 +121,3 @@ def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, to
         dtype = torch.get_autocast_dtype(device)
         x, w1, b1, w2 = (tensor.to(dtype) for tensor in (x, w1, b1, w2))
     return torch.ops.d2m.routed_experts(x, logits, w1, b1, w2, top_k)
-
-
-# ---------------------------------------------------------------- modules
