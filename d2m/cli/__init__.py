@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
-        from d2m.distill.processes import settled
+        from d2m.distill.processes import final_error
 
-        ending, speaks = settled(error)
+        ending, speaks = final_error(error)
         sentence, code = explain(ending, resumes=arguments[0] == "convert")
         if speaks:
             say(sentence if isinstance(ending, KeyboardInterrupt) else f"error: {sentence}")

@@ -132,13 +132,13 @@ def gpus() -> list[dict[str, Any]]:
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=20, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     found = []
-    for line in told.strip().splitlines():
+    for line in output.strip().splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         try:
             name, total, free, driver, capability = cells
