@@ -35,8 +35,6 @@ def forward_grouped(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
     _, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     rows = x.index_select(0, order // top_k)
@@ -58,9 +56,6 @@ def backward_grouped(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed. Recomputes hidden."""
-    if x.shape[0] == 0:
-        zeros = (torch.zeros_like(w) if need_weights else w.new_empty(0) for w in (w1, b1, w2))
-        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *zeros
     probabilities, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     tokens = order // top_k

@@ -39,9 +39,8 @@ def read_json(
 def parse_json(data: bytes, infinite: bool = False) -> Any:
     """A JSON text of unknown origin; ValueError, a clause, where it is none.
 
-    A key must not appear twice, numbers are finite (words apart,
-    where `infinite`), and the values cannot take far more memory
-    than their text: "[[],[],..." would take 25 times as much.
+    A key must not appear twice, numbers are finite (words apart, where `infinite`), and the values
+    cannot take far more memory than their text: "[[],[],..." would take 25 times as much.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} values")

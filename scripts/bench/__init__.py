@@ -11,6 +11,6 @@ layer        What one FFN of the teacher can be distilled to alone
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
-rtx_plan     Does a TensorRT-RTX plan for this GPU build, pass its validity check
 serve        Load on `d2m serve` from a second process: every request answered
+threads      Training threads beside other load: a step's time by threads
 """

@@ -85,8 +85,9 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
 
     from calib.shapes.suite import evaluate
     from calib.shapes.world import World
-    from d2m.generate import load_pipeline, pipeline_draw
+    from d2m.generate import generate_with, load_pipeline
     from d2m.generate import settings as generation_settings
+    from runtime.files.atomic import write_json
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began, made = time.monotonic(), None
@@ -95,7 +96,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
     values = generation_settings(folder)
-    draw = pipeline_draw(load_pipeline(folder), batch_size=16, **row.knobs, **values)
+    draw = generate_with(load_pipeline(folder), batch_size=16, **row.knobs, **values)
     with progress_bars() as progress:
         score, _ = evaluate(
             draw,

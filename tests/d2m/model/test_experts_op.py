@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from d2m.model.experts_op import experts_op, routed_experts_reference
+from d2m.model.experts_op import experts_op
 from d2m.model.grouped_mm import backward_grouped, forward_grouped
-from d2m.model.routing import route
+from d2m.model.routing import route, routed_experts_reference
 from d2m.model.sparse_ffn import AttentionPlusFFN, SparseFFN
 
 T, D, E, H = 23, 16, 12, 8
