@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m.model.routing import routing_dtype
+from d2m.model.routing import Gate, routing_dtype
 
 ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
@@ -36,9 +35,8 @@ class Router(nn.Module):
     def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
         super().__init__()
         self.alpha = alpha
-        kind = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
-        self.tokens = nn.Linear(2 * dim, blocks, bias=False, device=device, **kind)  # W_x
-        self.embedding = nn.Linear(dim, blocks, bias=False, device=device, **kind)  # W_y
+        self.tokens = Gate(2 * dim, blocks, dtype, device)  # W_x
+        self.embedding = Gate(dim, blocks, dtype, device)  # W_y
         for linear in (self.tokens, self.embedding):
             nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
 
@@ -53,12 +51,10 @@ class Router(nn.Module):
 
         mask [B, L]: true where text is, for families that fill texts up and mask them.
         """
-        dtype = routing_dtype(temb)
-        with torch.autocast(temb.device.type, enabled=False):
-            logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
-            if self.alpha:
-                pooled = pool(hidden_states, encoder_hidden_states, mask, dtype)
-                logits = logits + self.alpha * _linear(pooled, self.tokens)
+        logits = (1 - self.alpha) * self.embedding(temb)
+        if self.alpha:
+            pooled = pool(hidden_states, encoder_hidden_states, mask, routing_dtype(temb))
+            logits = logits + self.alpha * self.tokens(pooled)
         return logits
 
 
@@ -229,10 +225,6 @@ def pool(
         share = mask.to(dtype)[..., None]
         words = (text.to(dtype) * share).sum(1) / share.sum(1)
     return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
-
-
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    return F.linear(x, linear.weight.to(x.dtype))
 
 
 def _mine(value: Any, index: Any, batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""The op `d2m::routed_experts` and the modules that call it.
+"""The op `d2m::routed_experts`.
 
 Shape letters: B batch, T tokens, D width, E experts, H expert hidden, S shared hidden, K chosen.
 """
@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 from d2m.model.experts_choice import realisation
-
-# ---------------------------------------------------------------- the op
-
 
 @torch.library.custom_op("d2m::routed_experts", mutates_args=())
 def routed_experts(
@@ -76,7 +73,7 @@ routed_experts.register_autograd(_backward, setup_context=_setup_context)
 def check_arguments(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> None:
-    """Raise ValueError, in one sentence, unless shapes, dtypes and top_k fit together."""
+    """Raise ValueError, in one sentence, unless shapes, dtypes, devices and top_k fit together."""
     if x.ndim != 2 or w1.ndim != 3:
         raise ValueError(
             f"routed_experts got x {list(x.shape)} and w1 {list(w1.shape)}; expected [T, D] and "
@@ -104,6 +101,14 @@ def check_arguments(
             f"routed_experts got x in {x.dtype} but weights in {w1.dtype}, {b1.dtype}, {w2.dtype}; "
             "expected one dtype: cast x or the weights."
         )
+    # Some on the meta device would go to the fake implementation, whose answer is no number.
+    places = {"x": x, "logits": logits, "w1": w1, "b1": b1, "w2": w2}
+    if any(tensor.device != x.device for tensor in places.values()):
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in places.items())
+        raise ValueError(
+            f"routed_experts got {found}; expected one device: move the model there, or call the "
+            "module that owns the weights, whose hooks load offloaded ones."
+        )
 
 
 def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int) -> Tensor:
@@ -118,6 +123,3 @@ def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, to
         dtype = torch.get_autocast_dtype(device)
         x, w1, b1, w2 = (tensor.to(dtype) for tensor in (x, w1, b1, w2))
     return torch.ops.d2m.routed_experts(x, logits, w1, b1, w2, top_k)
-
-
-# ---------------------------------------------------------------- modules
