@@ -58,6 +58,13 @@ class Router(nn.Module):
         return logits
 
 
+class Members(nn.ModuleDict):
+    """Blocks by dense index: a number finds one too, as in the model's own lists of blocks."""
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        return super().__getitem__(str(key))
+
+
 class BlockGroup(nn.Module):
     """m consecutive blocks of which every sample runs kappa neighbours; the others are skipped.
 
@@ -70,7 +77,7 @@ class BlockGroup(nn.Module):
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
         super().__init__()
         weight = next(parameter for block in blocks.values() for parameter in block.parameters())
-        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.blocks = Members({str(index): block for index, block in blocks.items()})
         self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
         self.kappa = kappa
         self.record = False

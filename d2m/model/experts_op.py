@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2m.model.experts_choice import realisation
 
+
 @torch.library.custom_op("d2m::routed_experts", mutates_args=())
 def routed_experts(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
