@@ -78,6 +78,7 @@ class BlockGroup(nn.Module):
         super().__init__()
         weight = next(parameter for block in blocks.values() for parameter in block.parameters())
         self.blocks = Members({str(index): block for index, block in blocks.items()})
+        self.names = _parameters(type(next(iter(blocks.values()))).forward)
         self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
         self.kappa = kappa
         self.record = False
@@ -116,8 +117,8 @@ class BlockGroup(nn.Module):
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
-        block = next(iter(self.blocks.values()))
-        others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
+        given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
+        others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
         temb: Tensor = others["temb"]
         streams = (encoder_hidden_states, hidden_states)
         mask = others.get(TEXT_MASK)
@@ -127,6 +128,8 @@ class BlockGroup(nn.Module):
         if self.kappa < len(self.blocks):
             logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
             self.last_logits = logits if self.record else None
+            if torch.compiler.is_compiling() and not logits.requires_grad:
+                return self._compiled(logits, streams, others)
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
@@ -162,6 +165,28 @@ class BlockGroup(nn.Module):
                 pairs = zip(streams, after)
                 after = [old.to(new.dtype).index_copy(0, index, new) for old, new in pairs]
             streams = (after[0], after[1])
+        return streams
+
+    def _compiled(self, logits: Tensor, streams: Streams, others: Mapping[str, Any]) -> Streams:
+        """As the rest of `forward`, without a wait for the device, which would break the graph.
+
+        A block that anybody chose runs with all samples, and only those that chose it keep what it
+        made.
+        """
+        starts = logits.argmax(-1)
+        for offset, block in enumerate(self.blocks.values()):
+            mine = ((starts <= offset) & (offset < starts + self.kappa))[:, None, None]
+
+            def run(text: Tensor, image: Tensor, block: Any = block, mine: Any = mine) -> Streams:
+                given = {"hidden_states": image, "encoder_hidden_states": text}
+                after = block(**{**others, **given})
+                kept = [torch.where(mine, *pair) for pair in zip(after, (text, image))]
+                return kept[0].contiguous(), kept[1].contiguous()
+
+            def passed(text: Tensor, image: Tensor) -> Streams:
+                return tuple(each.clone(memory_format=torch.contiguous_format) for each in (text, image))
+
+            streams = torch.cond(mine.any(), run, passed, streams)
         return streams
 
     def extra_repr(self) -> str:

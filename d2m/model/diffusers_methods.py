@@ -170,7 +170,7 @@ class SparseModel:
 
         def placed(key: str) -> str:
             name, mark, rest = key.removeprefix(start).partition(".lora_")
-            mark = mark or next((end for end in (".alpha",) if name.endswith(end)), "")
+            mark = mark or (".alpha" if name.endswith(".alpha") else "")
             name = name.removesuffix(".alpha")
             return f"{start}{places.get(name, name)}{mark}{rest}"
 
