@@ -1,6 +1,6 @@
 """What the parts of a model cost under a recipe: FLOPs of its pieces, as `d2m plan` counts them.
 
-Torch-free. A step is one denoising step of one picture of the model's own size.
+Torch-free. A step is one denoising step of one image of the model's own size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = (0.5, 0.75, 1.0, 1.25)  # a block's experts, times the recipe's: wider o
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """FLOPs of one step of one picture: of the dense model, of all but blocks, of the pieces.
+    """FLOPs of one step of one image: of the dense model, of all but blocks, of the pieces.
 
     block: kind -> block -> its FLOPs with each of the sizes. router: size of a group -> FLOPs, of
     sizes that the model can have.

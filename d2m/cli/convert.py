@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from d2m.cli import options
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_answer, say
+from d2m.plan.machine import free_cores
 
 
 def convert(
@@ -85,19 +87,19 @@ def convert(
 
     Started by torchrun or accelerate launch, the processes distil together (docs/many-gpus.md).
     """
-    from d2m.distill.processes import ALONE, join, launched
+    from d2m.distill.processes import ALONE, from_environment, join
 
-    if launched().size > 1 and budget is not None:
+    if from_environment().size > 1 and budget is not None:
         raise ValueError(
             "--budget is for one process; run it there with --init-only, and give the recipe.json "
             "that it writes as --recipe"
         )
-    if launched().size > 1 and data.endswith(".txt"):
+    if from_environment().size > 1 and data.endswith(".txt"):
         raise ValueError(
             f"--data is {data!r}: prompts alone are for one process, where the teacher is whole; "
             "give images and captions to several"
         )
-    if launched().size > 1 and init_only and not launched().leads:
+    if from_environment().size > 1 and init_only and not from_environment().leads:
         return  # one process is enough
     if init_only and steps is not None:
         raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
@@ -106,9 +108,8 @@ def convert(
     from d2m.report.pareto import known_rows
 
     known = known_rows(compare) if compare else ()
-    from calib.data.option import check_taught
-    from calib.data.option import chosen as chosen_data
-    from calib.measure.importance import chosen
+    from calib.data.option import check_data, open_data
+    from calib.measure.importance import importance_from_option
     from calib.measure.routing import routing_table
     from calib.shapes.suite import evaluate as judge
     from d2m.convert.in_memory import Options, Report
@@ -118,7 +119,7 @@ def convert(
     from d2m.plan.presets import recipe_named
     from d2m.recipe.recipe import changed
 
-    taught = chosen_data(
+    taught = open_data(
         data,
         lambda: generation_defaults(locate(dense)),
         cache=cache,
@@ -129,13 +130,13 @@ def convert(
         log=say,
     )
     judged = (120 if data == "shapes" else 0) if score is None else score
-    neurons, scores, label = chosen(importance)
+    neurons, scores, label = importance_from_option(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
-        check_taught(dense, taught)
+        check_data(dense, taught)
     made: Any = recipe or preset
     facts: dict[str, Any] = {}
     if budget is not None:
-        from calib.budget.recipe import for_conversion, told
+        from calib.budget.recipe import for_conversion, summary
 
         with progress_bars() as progress:
             made, neurons, facts = for_conversion(
@@ -150,8 +151,8 @@ def convert(
                 progress=progress,
             )
         if facts:
-            say(told(facts))
-    elif launched().leads:
+            say(summary(facts))
+    elif from_environment().leads:
         from d2m.plan.fits_here import check_convert
 
         streamed = init_only and scores is not None
@@ -177,6 +178,10 @@ def convert(
         ema=ema,
     )
     crew = ALONE if init_only else join()
+    if "OMP_NUM_THREADS" not in os.environ and crew.size == 1 and not init_only:
+        import torch
+
+        torch.set_num_threads(free_cores())
     how = Options(
         start=start,
         resume=resume,
@@ -191,8 +196,8 @@ def convert(
         statistics=partial(routing_table, categories=taught.categories),
         score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
         prompts=taught.prompts(6) if report else (),
-        known=known,
-        written=report,
+        other_models=known,
+        write=report,
     )
     with progress_bars() as progress:
         answer = function(

@@ -122,13 +122,13 @@ def drawer(
 
         cure = "d2m convert and d2m export write them"
         raise FileNotFoundError(not_a("a pipeline directory or a bundle", path, cure))
-    from d2m.generate import load_pipeline, pipeline_draw, settings
+    from d2m.generate import generate_with, load_pipeline, settings
 
     values = settings(
         path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
     )
     pipe = load_pipeline(path)
-    return pipeline_draw(pipe, batch_size=batch, **knobs, **values), values["height"]
+    return generate_with(pipe, batch_size=batch, **knobs, **values), values["height"]
 
 
 def bench(

@@ -45,8 +45,8 @@ def plan(
 ) -> None:
     """Estimate MODEL before it is made: parameters, FLOPs, memory.
 
-    Also what converting, exporting and generating need of this machine. With --gpus, what
-    distilling it by --preset or --recipe takes of each of so many GPUs.
+    Also what converting, exporting and generating need of this machine.
+    With --gpus, what distilling it by --preset or --recipe takes of each of so many GPUs.
     """
     if gpus is not None:
         from d2m.plan.gpus import fits, fits_table, formula

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2m.distill.processes import Lost
+from d2m.distill.processes import ProcessLost
 from d2m.distill.stopping import Terminated
 
 QUIET = {
@@ -113,7 +113,7 @@ def explain(error: BaseException, resumes: bool = False) -> tuple[str, int]:
         said = "stopped by SIGTERM" if ended else "interrupted"
         said += "; continue with --resume" if resumes else ""
         return one_line(str(error)) or said, 143 if ended else 130
-    if isinstance(error, Lost):
+    if isinstance(error, ProcessLost):
         return one_line(str(error)), 1
     if hasattr(error, "format_message"):  # a click usage error, click's own or the one in typer
         return f"{one_line(error.format_message())}; see d2m COMMAND --help", 2

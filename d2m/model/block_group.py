@@ -3,7 +3,7 @@
 Shape letters: B batch, T image tokens, L text tokens, D width, m blocks of a group,
 W = m - kappa + 1 windows.
 A group sits in the model's block list where its first block was and takes a block's own arguments;
-the places of its other blocks hold `Passed`, so that indices stay the dense model's.
+the places of its other blocks hold `SkippedBlock`, so that indices stay the dense model's.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class BlockGroup(nn.Module):
 
     `blocks` by dense index, in order. Attributes: `kappa`, 1..m, may be changed at any time, m runs
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
-    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m). `anyone`:
-    set where processes share the blocks' weights; tells which of the flags any of them raises.
+    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
+    `any_process`: set where processes share the blocks' weights; which flags any of them raises.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
@@ -83,7 +83,7 @@ class BlockGroup(nn.Module):
         self.kappa = kappa
         self.record = False
         self.last_logits: Tensor | None = None
-        self.anyone: Callable[[list[bool]], list[bool]] | None = None
+        self.any_process: Callable[[list[bool]], list[bool]] | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -102,11 +102,7 @@ class BlockGroup(nn.Module):
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        *args: Any,
-        **others: Any,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **others: Any
     ) -> Streams:
         """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 
@@ -134,8 +130,8 @@ class BlockGroup(nn.Module):
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
         wanted = [bool(rows) for rows in chosen]
-        if self.anyone is not None and self.kappa < len(self.blocks):
-            wanted = self.anyone(wanted)
+        if self.any_process is not None and self.kappa < len(self.blocks):
+            wanted = self.any_process(wanted)
         for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
             if not wanted[offset]:
                 continue
@@ -148,7 +144,7 @@ class BlockGroup(nn.Module):
                 "encoder_hidden_states": text,
                 "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
             }
-            named = {name: _mine(each, index, batch) for name, each in others.items()}
+            named = {name: _dict_rows(each, index, batch) for name, each in others.items()}
             if mask is not None:
                 named[TEXT_MASK] = mask[index]
             after = block(**named | given)
@@ -193,7 +189,7 @@ class BlockGroup(nn.Module):
         return f"kappa={self.kappa}"
 
 
-class Passed(nn.Module):
+class SkippedBlock(nn.Module):
     """Where a block was that a group holds, or that is left out: hands both streams on."""
 
     def forward(
@@ -259,7 +255,7 @@ def pool(
     return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
 
 
-def _mine(value: Any, index: Any, batch: int) -> Any:
+def _dict_rows(value: Any, index: Any, batch: int) -> Any:
     """Of a dict the rows `index`; anything else as it is."""
     return _rows(value, index, batch) if isinstance(value, dict) else value
 

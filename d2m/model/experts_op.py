@@ -20,6 +20,8 @@ def routed_experts(
     Forward and backward share nothing but the arguments, so each may be any realisation.
     """
     check_arguments(x, logits, w1, b1, w2, top_k)
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
     forward, _ = realisation(x, w1)
     return forward(x, logits, w1, b1, w2, top_k)
 
@@ -37,6 +39,9 @@ def routed_experts_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `routed_experts`: an op of its own, so that a traced backward stays whole."""
+    if x.shape[0] == 0:
+        zeros = (torch.zeros_like(w) if need_weights else w.new_empty(0) for w in (w1, b1, w2))
+        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *zeros
     _, backward = realisation(x, w1)
     return backward(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights)
 

@@ -63,14 +63,16 @@ def routed_experts_reference(
 ) -> Tensor:
     """What the op means, in the plainest form: y = sum of gate_i * (gelu(x W1_i + b1_i) W2_i).
 
-    Args and result as `experts_op`. Every expert sees every token and unchosen ones weigh zero;
-    computed in float32, or float64 if x is float64. Differentiable by autograd.
+    Args and result as `experts_op`. An expert sees the tokens that chose it and no others, so what
+    it would make of them, NaN even, has no say. Computed in float32, or float64 if x is float64.
+    Differentiable by autograd.
     """
     dtype = routing_dtype(x)
     _, gates, experts = route(logits.to(dtype), top_k)
-    weights = torch.zeros(logits.shape, dtype=dtype, device=x.device).scatter(1, experts, gates)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for i in range(w1.shape[0]):
-        hidden = F.gelu(x.to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype), approximate="tanh")
-        y = y + weights[:, i, None] * (hidden @ w2[i].to(dtype))
+        token, rank = torch.nonzero(experts == i, as_tuple=True)
+        rows = x[token].to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype)
+        hidden = F.gelu(rows, approximate="tanh")
+        y = y.index_add(0, token, gates[token, rank, None] * (hidden @ w2[i].to(dtype)))
     return y.to(x.dtype)

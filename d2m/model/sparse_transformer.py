@@ -44,7 +44,7 @@ def sparse_class(family: Family) -> Any:
 
 
 _classes: dict[str, Any] = {}  # one class a family, or isinstance and pickles would not agree
-# Fields of a sparse config beside the dense model's, with what a config without them means.
+# Fields of a sparse config added to the dense model's, with what a config without them means.
 SPARSE_FIELDS: dict[str, Any] = {
     "num_experts": 12,
     "shared_ratio": 1.0,
@@ -159,11 +159,11 @@ def sparse_model_of(
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)
     model.load_state_dict(values, assign=True)
     family.blocks.restore(model)
-    lend_buffers(dense, model)
+    share_buffers(dense, model)
     return model.to(next(dense.parameters()).device).eval()
 
 
-def lend_buffers(dense: nn.Module, model: nn.Module) -> None:
+def share_buffers(dense: nn.Module, model: nn.Module) -> None:
     """Buffers that no checkpoint holds, such as tables computed from the config, from `dense`."""
     stored = dense.state_dict().keys()
     for name, buffer in dense.named_buffers():

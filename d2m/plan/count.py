@@ -1,7 +1,7 @@
 """What a model will cost before it is made: parameters, FLOPs and memory, from numbers alone.
 
 Torch-free: a plan needs a model's config and a recipe, no weights. Figures are of one denoising
-step of one picture; `d2m.families.weights` says what is counted as a FLOP.
+step of one image; `d2m.families.weights` says what is counted as a FLOP.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan(
         preset, recipe: what makes the dense model sparse; without either a dense model is counted
             as it is. A sparse one has its own structure and takes neither.
         blocks: such as "8D+38S": only so many of the model's blocks are left.
-        height, width: of the picture in pixels, text_tokens: of the prompt; None: the model's own.
+        height, width: of the image in pixels, text_tokens: of the prompt; None: the model's own.
         top_k: experts a token uses, in place of the recipe's.
 
     Returns JSON values: `total_params`, `activated_params` (K of E experts and kappa blocks of a
@@ -49,7 +49,7 @@ def plan(
     `ffn_activated_share` (of the matrices of an FFN that runs), `components` (part -> params,
     activated, flops, dense_params, dense_flops), `dense` (params and flops of the dense model with
     all its blocks), `blocks` (kind -> dense, kept, groups, active), `memory` (dtype -> bytes of
-    weights and buffers; gates and routers stay float32), and what was asked: `model`, `recipe`
+    weights and buffers; gates and routers stay float32), and the input: `model`, `recipe`
     (its name, None for a dense model), `adaln`, `num_experts`, `top_k`, `height`, `width`,
     `image_tokens`, `text_tokens`.
 
@@ -60,8 +60,8 @@ def plan(
     family = subject.family
     config = {**subject.config, **{field: depth[kind] for kind, field in family.blocks.depths}}
     structure, name = _structure(subject, depth, preset, recipe, top_k)
-    asked = {"height": height, "width": width, "text_tokens": text_tokens}
-    size = {k: int(getattr(subject, k)) if v is None else v for k, v in asked.items()}
+    given = {"height": height, "width": width, "text_tokens": text_tokens}
+    size = {k: int(getattr(subject, k)) if v is None else v for k, v in given.items()}
     image, text = _tokens(size, subject.pixels)
     weights = family.plan.weights
     stacks = weights(config, structure, image, text)
@@ -90,7 +90,7 @@ def plan(
     }
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- arguments
 
 
 def _kept(blocks: str | None, subject: Subject) -> dict[str, int]:

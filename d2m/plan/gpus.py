@@ -16,10 +16,10 @@ from typing import Any
 from d2m.families.weights import Stack, Structure, Weight, dim_of
 from d2m.plan.count import plan, structure_of
 from d2m.plan.model_config import subject_of
-from d2m.plan.needs import around_bytes
+from d2m.plan.needs import component_bytes
 from d2m.plan.presets import preset_file
 from d2m.recipe import recipe as recipes
-from d2m.units import GB, shown
+from d2m.units import GB, bytes_text
 
 RESERVE = 6 * GB  # CUDA's context, NCCL's buffers, fragmentation: a guess, on the safe side
 SAVED = 27  # numbers of 2 bytes a token and D that a block saves (counted: double, top_k 2, bf16)
@@ -90,7 +90,7 @@ def fits(
             "expected numbers of 1 or more"
         )
     found = counted(model, preset=preset, recipe=recipe, **size)
-    known = around_bytes(model)
+    known = component_bytes(model)
     result = []
     for number in gpus:
         b = 2 if precision == "bfloat16" and number > 1 else 4
@@ -220,7 +220,7 @@ def _each(stacks: Sequence[Stack]) -> Any:
             yield stack.prefix, stack.count, weight
 
 
-# ---------------------------------------------------------------- shown
+# ---------------------------------------------------------------- bytes_text
 
 
 def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
@@ -230,7 +230,7 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[
     cells = [
         [
             f"{row['gpus']} x {row['memory'] / GB:g} GB",
-            *(shown(row[part]) for part in parts),
+            *(bytes_text(row[part]) for part in parts),
             "yes" if row["fits"] else "no",
             str(row["rows"]),
         ]
@@ -242,5 +242,5 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[
 def formula() -> str:
     """FORMULA with its constants."""
     return FORMULA.format(
-        saved=SAVED, encoders=shown(around_bytes("flux-dev")), reserve=shown(RESERVE)
+        saved=SAVED, encoders=bytes_text(component_bytes("flux-dev")), reserve=bytes_text(RESERVE)
     )

@@ -70,10 +70,6 @@ class AdaLN:
     mode: str = "full"
     rank: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `adaln_from` is the inverse."""
-        return {"mode": self.mode, "rank": self.rank}
-
 
 @dataclass(frozen=True)
 class Shares:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.families.generation_defaults import generation_defaults
-from d2m.model.block_group import Passed
+from d2m.model.block_group import SkippedBlock
 from d2m.model.modulation import SharedAdaLN
 from export.families import modulation
 from export.families.attention import attended, heads, rms_norm
@@ -114,7 +114,7 @@ def prepare(model: Any) -> None:
     """
     patches, block = model.pos_embed, model.transformer_blocks[-1]
     patches.pos_embed = nn.Parameter(patches._buffers.pop("pos_embed"), requires_grad=False)
-    if not isinstance(block, Passed) and isinstance(block.norm1, SharedAdaLN):
+    if not isinstance(block, SkippedBlock) and isinstance(block.norm1, SharedAdaLN):
         size = model.modulation.linear.out_features
         taken: Any = lambda emb: emb[:, :size]  # noqa: E731
         block.norm1._shared = (taken,)

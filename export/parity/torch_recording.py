@@ -201,7 +201,7 @@ def watch_transformer(
 ) -> Iterator[None]:
     """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
     from d2m.families import family_of_model
-    from d2m.model.block_group import TEXT_MASK, BlockGroup, Passed
+    from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock
     from d2m.model.surgery import sparse_ffns
     from export.graph.routers import LOGITS
 
@@ -210,7 +210,7 @@ def watch_transformer(
         block: f"{name}.{index}."
         for _, name in family.blocks.kinds
         for index, block in enumerate(getattr(model, name))
-        if not isinstance(block, Passed)
+        if not isinstance(block, SkippedBlock)
     }
     sites = sparse_ffns(model)
     shared = getattr(model, MODULATION, None)

@@ -11,7 +11,7 @@ layer        What one FFN of the teacher can be distilled to alone
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a drawing with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
-rtx_plan     Does a TensorRT-RTX plan for this GPU build, pass its validity check
 serve        Load on `d2m serve` from a second process: every request answered
+threads      Training threads beside other load: a step's time by threads
 start        Cold start of the runtime: import, open, first image; then steps per second
 """

@@ -69,7 +69,7 @@ class Tools:
         def work() -> Any:
             from d2m.convert.in_memory import Options, Report, convert
 
-            options, report = Options(resume=True, save_seconds=0), Report(written=False)
+            options, report = Options(resume=True, save_seconds=0), Report(write=False)
             args = (self.dense, out, self.recipe, self.batches, self.importance)
             answer = convert(*args, options=options, report=report, log=lambda text: None)
             return answer["out"]
@@ -80,10 +80,10 @@ class Tools:
         """The conversion that goes block by block from file to file."""
 
         def work() -> Any:
-            from calib.measure.importance import chosen
+            from calib.measure.importance import importance_from_option
             from d2m.convert.streamed import convert_stream
 
-            _, scores, label = chosen("magnitude")
+            _, scores, label = importance_from_option("magnitude")
             assert scores is not None
             args = (self.dense, out, self.recipe, scores, label)
             return convert_stream(*args, resume=True, log=lambda text: None)["out"]

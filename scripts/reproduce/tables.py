@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.units import human
+from d2m.units import count_text
 from runtime.files.atomic import write_text
 
 BEGIN, END = "<!-- by python -m scripts.reproduce --table -->", "<!-- /reproduce -->"
@@ -25,7 +25,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         return [*words, NOT_RUN, "", "", ""]
     share = row["of_dense"]
     of_dense = "1" if row["kind"] == "dense" else short(share["value"]) if share else "no dense"
-    cost = [human(row["activated_params"]), short(row["flops_vs_dense"])]
+    cost = [count_text(row["activated_params"]), short(row["flops_vs_dense"])]
     return [*words, interval(row["score"]), of_dense, *cost]
 
 

@@ -83,7 +83,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     """Make the row's model where it is not there yet, judge it, and write its figures."""
     from calib.shapes.suite import evaluate
     from calib.shapes.world import World
-    from d2m.generate import load_pipeline, pipeline_draw
+    from d2m.generate import generate_with, load_pipeline
     from d2m.generate import settings as drawing
     from runtime.files.atomic import write_json
 
@@ -93,7 +93,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
     values = drawing(folder)
-    draw = pipeline_draw(load_pipeline(folder), batch_size=16, **row.knobs, **values)
+    draw = generate_with(load_pipeline(folder), batch_size=16, **row.knobs, **values)
     told = _Told(row, seed)
     score, _ = evaluate(
         draw, settings.n, seed, World(size=values["height"]), progress=told.pictures

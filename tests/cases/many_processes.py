@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from d2m.cli.terminal import explain
 from d2m.distill.learner import learnt
 from d2m.distill.loop import distill
-from d2m.distill.processes import ALONE, Crew, join, leave, settled
+from d2m.distill.processes import ALONE, Crew, final_error, join, leave
 from d2m.recipe.recipe import Recipe
 from tests.tiny.pair import BLOCKS, EXPERTS, GROUPS, RECIPE, SHARED, grouped_pair, tiny_batches
 
@@ -96,7 +96,7 @@ def worker(rank: int, size: int, case: str, workdir: str, port: int) -> None:
             print(json.dumps(history), flush=True)
         leave(crew)
     except (Exception, KeyboardInterrupt) as error:
-        error, speaks = settled(error)
+        error, speaks = final_error(error)
         sentence, code = explain(error)
         if speaks:
             print(json.dumps(sentence), flush=True)

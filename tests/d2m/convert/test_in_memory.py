@@ -124,7 +124,7 @@ def test_only_what_the_stages_train_has_moved(dense, whole):
 
 def test_init_only_and_random_split(dense, tmp_path):
     recipe = dataclasses.replace(RECIPE, split="random", precision="bfloat16")
-    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, written=False, score=None)
+    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, write=False, score=None)
     assert answer["scores"] == {} and not (tmp_path / "out" / "report.html").exists()
     assert answer["steps"] == 0 and answer["losses"] == {}
     assert recipes.load(tmp_path / "out" / "recipe.json").seed == 3
