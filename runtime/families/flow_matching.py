@@ -91,7 +91,7 @@ def sigmas(
     else:
         values = shift * values / (1 + (shift - 1) * values)
     terminal = config.get("shift_terminal")
-    if terminal:
+    if terminal and values[-1] < 1:  # a single level is pure noise, which no stretch moves
         values = 1 - (1 - values) / ((1 - values[-1]) / (1 - terminal))
     first, last = float(values[0]), float(values[-1])
     if config.get("use_karras_sigmas"):
