@@ -29,6 +29,15 @@ def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
     return values | given
 
 
+def need_libraries(work: str) -> None:
+    """ImportError that says how to install torch and diffusers, which `work` needs."""
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(need("convert", f"{work} needs torch and diffusers", error)) from error
+
+
 def load_pipeline(
     directory: str | Path, *, device: str = "auto", dtype: str = "auto", transformer: bool = True
 ) -> Any:
@@ -40,13 +49,11 @@ def load_pipeline(
     Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
     """
     generation_defaults(directory)  # a clear error before five seconds of imports
-    try:
-        import torch
-        from diffusers import DiffusionPipeline
-        from diffusers.utils import logging as diffusers_logging
-    except ImportError as error:
-        said = "generating from a pipeline directory needs torch and diffusers"
-        raise ImportError(need("convert", said, error)) from error
+    need_libraries("generating from a pipeline directory")
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from calib.budget.knapsack import Piece, smallest
 from d2m.families.family import check_adaln
 from d2m.families.weights import Stack, Structure
+from d2m.plan.count import structure_of
 from d2m.plan.model_config import Subject
 from d2m.recipe.recipe import Recipe
 from d2m.recipe.structure import KINDS, Blocks
@@ -127,8 +128,7 @@ def check_reach(subject: Subject, costs: Costs, budget: float) -> float:
 
 def _stacks(subject: Subject, recipe: Recipe) -> list[Stack]:
     check_adaln(subject.family, recipe.adaln.mode)
-    structure = Structure(recipe.spec, recipe.blocks, recipe.adaln)
-    return subject.family.plan.weights(subject.config, structure, *_tokens(subject))
+    return subject.family.plan.weights(subject.config, structure_of(recipe), *_tokens(subject))
 
 
 def _tokens(subject: Subject) -> tuple[int, int]:

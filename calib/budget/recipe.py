@@ -79,6 +79,7 @@ def recipe_for(
     found = sensitivity(
         model, batches, plain, scores, specs, longest, seed=base.seed, progress=progress
     )
+    # Damages were measured one at a time; from here on they are taken to add up.
     every = [
         piece
         for kind, _ in subject.family.blocks.kinds
@@ -91,6 +92,7 @@ def recipe_for(
             partial(can_group, subject, kind),
         )
     ]
+    # What stands outside the blocks is spent in any case.
     room = budget * costs.dense - costs.fixed
     chosen = choose(depth, every, room)
     made = recipe_of(plain, chosen, options, subject, f"{base.name}-budget-{budget:g}")

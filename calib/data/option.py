@@ -97,6 +97,7 @@ def open_data(
             dict,
         )
     source = open_source(how, _pair(columns))
+    # One count for the whole conversion: calibration and training meet the same damaged samples.
     unreadable = Unreadable(source.name, skip, log)
 
     def batches(pipe: DiffusionPipeline, seed: int) -> Batches:
@@ -232,7 +233,7 @@ def source_batches(
     lengths = read_lengths(cache, source.digest)
     if source.single:
         lengths = dict.fromkeys(source.shards, 1)
-    known = len(lengths)
+    known = len(lengths)  # lengths found on the way are written for the next run
     height, width = settings["height"], settings["width"]
     if source.pictures:
         from calib.data.encodings import collate, image_encoder, text_encoder

@@ -177,20 +177,6 @@ def from_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
 
 
-def in_file(path: str | os.PathLike[str]) -> Scores:
-    """The scores of a file, FFN by FFN; ValueError names one that the file lacks."""
-    known = from_file(path)
-
-    def scores(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
-        if name not in known:
-            raise ValueError(
-                f"{path} has no scores of {name}; expected one for every FFN of the model."
-            )
-        return known[name]
-
-    return scores
-
-
 def importance_from_option(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
     """What `--importance` means: "calibration", "magnitude" or a file's path.
 
@@ -203,8 +189,16 @@ def importance_from_option(how: str) -> tuple[Callable[..., dict[str, Tensor]], 
         return neuron_importance, None, how
     if how == "magnitude":
         return lambda model, *args, **options: scores_of(model, magnitudes), magnitudes, how
-    found = from_file(how)
-    return lambda *args, **options: found, in_file(how), f"file {sha256(how)}"
+    known = from_file(how)
+
+    def scores(name: str, *weights: Tensor) -> Tensor:
+        if name not in known:
+            raise ValueError(
+                f"{how} has no scores of {name}; expected one for every FFN of the model."
+            )
+        return known[name]
+
+    return lambda *args, **options: known, scores, f"file {sha256(how)}"
 
 
 def _sites(model: nn.Module) -> list[tuple[str, str, Site]]:

@@ -118,6 +118,7 @@ def routing_table(
                 tally.add(logits, bucket, batch["category"] if categories else None)
             if progress:
                 progress("routing statistics", step + 1, count * buckets)
+    # A layer in a group may have seen no token in some bucket, or in none at all.
     layers = {}
     for name, parts in totals.items():
         nothing = _nothing(ffns[name].num_experts)

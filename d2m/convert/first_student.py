@@ -41,7 +41,7 @@ def first_student(
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
-    from d2m.convert.modulation_fit import compress_adaln
+    from d2m.convert.modulation_fit import compress_adaln, modulation_moments
     from d2m.convert.router_fit import spread_routers
     from d2m.families.flow import generator_at
     from d2m.families.inputs import noised, transformer_inputs
@@ -60,7 +60,11 @@ def first_student(
         for name, weight in fitted.items():
             student.get_parameter(name).data.copy_(weight)
     if recipe.adaln.mode != "full":
-        compress_adaln(student, recipe.adaln, _moments(dense, calibration, recipe, work))
+        moments = compute_once(
+            work / "modulation.safetensors",
+            lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
+        )
+        compress_adaln(student, recipe.adaln, moments)
     return (student if start is None else _load_start(start, student, recipe, family)), error
 
 
@@ -140,18 +144,6 @@ def _load_start(start: Path, student: nn.Module, recipe: Recipe, family: Family)
         if value is not None and not torch.equal(value, tensor.cpu()):
             tensor.data = value.to(tensor.device, copy=True)
     return student
-
-
-def _moments(
-    dense: nn.Module, calibration: Batches, recipe: Recipe, work: Path
-) -> dict[str, Tensor]:
-    """The calibration of shared modulation, from the work directory if it was done before."""
-    from d2m.convert.modulation_fit import modulation_moments
-
-    return compute_once(
-        work / "modulation.safetensors",
-        lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
-    )
 
 
 def compute_once(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from d2m.convert.sparse_pipeline import (
     final_losses,
     parameters_of,
     publish,
+    shapes_of,
     stage_seconds,
     timed,
     write_sparse,
@@ -179,7 +180,8 @@ def convert(
         more |= {"timings": seconds, "identity_error": error}
         rows = own_rows(result, conversion.out.name, scores)
         more["pareto"] = merge_rows(rows, report.other_models)
-    answer = publish(conversion, parameters_of(pipe, student, recipe), scores, more)
+    parameters = parameters_of(shapes_of(pipe.transformer), shapes_of(student), recipe)
+    answer = publish(conversion, parameters, scores, more)
     return answer | {
         "steps": recipe.steps,
         "identity_error": error,

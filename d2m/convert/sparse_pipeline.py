@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Score = Callable[[Any], dict[str, Any]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_sparse(
@@ -148,12 +149,12 @@ def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return losses
 
 
-def parameters_of(pipe: DiffusionPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """`runtime.files.parameters.count` of the dense and of the sparse transformer."""
+def parameters_of(dense: Shapes, sparse: Shapes, recipe: Recipe) -> dict[str, Any]:
+    """`runtime.files.parameters.count` of the dense and of the sparse transformer's shapes."""
     from runtime.files.parameters import count
 
-    sparse = count(shapes_of(student), recipe.top_k, recipe.blocks.kappa)
-    return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
+    counts = count(sparse, recipe.top_k, recipe.blocks.kappa)
+    return {"dense": count(dense), "sparse": counts}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.convert.sparse_pipeline import publish, timed, write_around
+from d2m.convert.sparse_pipeline import parameters_of, publish, timed, write_around
 from d2m.convert.workdir import RECORD, begin
 from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
@@ -120,7 +120,7 @@ def convert_stream(
         if part.is_dir() and part != folder:
             shutil.rmtree(part)
     write_around(result, family.names.sparse_class, path, recipe, neurons)
-    answer = publish(conversion, _counts(source, written, recipe), {}, None)
+    answer = publish(conversion, parameters_of(source.shapes, written.shapes, recipe), {}, None)
     return answer | {"importance": importance, "checked": checked, "seconds": seconds}
 
 
@@ -330,10 +330,3 @@ def _site_error(
             if not torch.equal(rest, read_rest(dense.__getitem__, block, site)):
                 return float("inf")
     return error
-
-
-def _counts(source: Shards, written: Shards, recipe: Recipe) -> dict[str, Any]:
-    from runtime.files.parameters import count
-
-    sparse = count(written.shapes, recipe.top_k, recipe.blocks.kappa)
-    return {"dense": count(source.shapes), "sparse": sparse}

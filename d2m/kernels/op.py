@@ -71,14 +71,11 @@ def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return outputs
 
 
-def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> Sizes:
+def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> tuple[Sizes, Tiles]:
+    """The sizes of a call, and the tiles that its plan takes on x's device."""
     (tokens, width), (experts, _, hidden) = x.shape, w1.shape
-    return Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
-
-
-def call_tiles(x: Tensor, sizes: Sizes) -> Tiles:
-    sm = architecture(x.device)
-    return tiles_for(sm, sizes.dtype, sizes.tokens, sizes.width, sizes.hidden)
+    sizes = Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
+    return sizes, tiles_for(architecture(x.device), sizes.dtype, tokens, width, hidden)
 
 
 def contiguous(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> dict[str, Tensor]:
@@ -98,8 +95,8 @@ def forward_triton(
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`. `tiles` only to try
     others."""
-    sizes = call_sizes(x, w1, top_k)
-    plan = forward_plan(sizes, tiles or call_tiles(x, sizes))
+    sizes, known = call_sizes(x, w1, top_k)
+    plan = forward_plan(sizes, tiles or known)
     return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
 
 
@@ -126,8 +123,7 @@ def forward_residual(
             f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
             "multiple: one row of scale for every sample."
         )
-    sizes = call_sizes(x, w1, top_k)
-    plan = residual_plan(sizes, call_tiles(x, sizes), tokens // samples)
+    plan = residual_plan(*call_sizes(x, w1, top_k), tokens // samples)
     more = {"shared": shared, "residual": residual, "scale": scale}
     inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
     return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
@@ -146,8 +142,8 @@ def backward_triton(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed."""
-    sizes = call_sizes(x, w1, top_k)
-    plan = backward_plan(sizes, tiles or call_tiles(x, sizes), need_x, need_weights)
+    sizes, known = call_sizes(x, w1, top_k)
+    plan = backward_plan(sizes, tiles or known, need_x, need_weights)
     inputs = {"dy": dy.to(x.dtype).contiguous(), **contiguous(x, logits, w1, b1, w2)}
     out = execute(plan, inputs)
     dx, *dweights = (out.get(name, x.new_empty(0)) for name in ("dx", "dw1", "db1", "dw2"))

@@ -129,12 +129,14 @@ class BlockGroup(nn.Module):
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
+        # With weights shared over processes, a block runs in all of them or in none.
         wanted = [bool(rows) for rows in chosen]
         if self.any_process is not None and self.kappa < len(self.blocks):
             wanted = self.any_process(wanted)
         for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
             if not wanted[offset]:
                 continue
+            # No sample here chose it: one runs without effect, since gathering is for all.
             idle, rows = not rows, rows or [0]
             part = len(rows) < batch
             index = torch.tensor(rows, device=temb.device) if part else slice(None)

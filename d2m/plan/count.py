@@ -64,6 +64,7 @@ def plan(
     size = {k: int(getattr(subject, k)) if v is None else v for k, v in given.items()}
     image, text = _tokens(size, subject.pixels)
     weights = family.plan.weights
+    # Twice: as the recipe makes it, and dense with all its blocks, which shares refer to.
     stacks = weights(config, structure, image, text)
     whole = weights(subject.config, Structure(), image, text)
     components = _components(stacks, whole)
@@ -137,7 +138,7 @@ def _structure(
         if top_k is not None:
             raise ValueError(f"--top-k is {top_k}, but a dense model has no experts; add --preset")
         return Structure(), None
-    structure = _structure_in(made)
+    structure = structure_of(made)
     check_depth(structure.blocks, depth)
     subject.family.blocks.check_blocks(structure.blocks, depth)
     check_adaln(subject.family, structure.adaln.mode)
@@ -155,15 +156,8 @@ def _structure(
     return structure, made.name
 
 
-def structure_of(obj: Mapping[str, Any], source: str) -> Structure:
-    """The structure in a recipe's JSON object; ValueError, beginning with `source`, for mistakes.
-
-    The whole recipe is checked, so that a mistyped key is named here too.
-    """
-    return _structure_in(recipes.from_dict(obj, source))
-
-
-def _structure_in(recipe: recipes.Recipe) -> Structure:
+def structure_of(recipe: recipes.Recipe) -> Structure:
+    """What of a recipe is counted."""
     return Structure(recipe.spec, recipe.blocks, recipe.adaln)
 
 

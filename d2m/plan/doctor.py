@@ -55,10 +55,7 @@ def state(module: str) -> dict[str, Any]:
     """{"version", "works", "reason"} of a module: imported, since only that shows that it works."""
     if importlib.util.find_spec(module) is None:
         return {"version": None, "works": False, "reason": "not installed"}
-    try:
-        version: str | None = importlib.metadata.version(PACKAGES.get(module, module))
-    except importlib.metadata.PackageNotFoundError:
-        version = None
+    version = installed_version(PACKAGES.get(module, module))
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken library raises what it likes; that is the finding
@@ -92,7 +89,7 @@ def advice(answer: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{module} {row['version']} is installed and broken ({row['reason']})."
             )
-    if all(installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+    if all(installed_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         sentences.append(
             "onnxruntime and onnxruntime-gpu are both installed and share one module: uninstall"
             " onnxruntime, then install onnxruntime-gpu again with --force-reinstall --no-deps."
@@ -129,13 +126,12 @@ def advice(answer: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def installed(package: str) -> bool:
-    """Whether a distribution of that name is installed."""
+def installed_version(package: str) -> str | None:
+    """Of a distribution, None where it is not installed."""
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def lines(answer: Mapping[str, Any]) -> list[str]:

@@ -140,26 +140,25 @@ def counted(
         )
     answer = plan(model, preset=preset, recipe=recipe, **size)
     made = recipes.load(recipe or preset_file(str(preset), subject.family, subject.depth))
-    structure = structure_of(recipes.to_dict(made), made.name)
+    structure = structure_of(made)
     config, image, text = subject.config, answer["image_tokens"], answer["text_tokens"]
     weights = subject.family.plan.weights
     sparse = weights(config, structure, image, text)
     dense = weights(config, Structure(), image, text)
     stages = [stage for stage in made.stages if not stage.skip]
     trained = [learning(sparse, made, stage.train) for stage in stages]
-    every = learning(sparse, made, {word for stage in stages for word in stage.train})
+    words = {word for stage in stages for word in stage.train}
     depth = sum(row["kept"] for row in answer["blocks"].values())
     groups = sum(row["groups"] for row in answer["blocks"].values())
     rows = list(_each(sparse))
     routing = sum(count * weight.size for _, count, weight in rows if weight.float32)
-    ours = {word for stage in stages for word in stage.train}
     fresh = [(prefix, count, weight) for prefix, count, weight in rows if _new(weight)]
-    moved = learning(sparse, made, ours, fresh)
-    never = sum(count * weight.size for _, count, weight in fresh) - moved
+    never = sum(count * weight.size for _, count, weight in fresh)
+    never -= learning(sparse, made, words, fresh)
     return Counted(
         dense=sum(count * weight.size for _, count, weight in _each(dense)),
         frozen=never,
-        learnt=every,
+        learnt=learning(sparse, made, words),
         stage=max(trained, default=0),
         routing=routing,
         block=max(sum(weight.size for weight in stack.weights) for stack in sparse if stack.prefix),

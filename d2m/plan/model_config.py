@@ -85,11 +85,15 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
     raw = read_json(file)
     if family_of(raw) is not family:
         raise ValueError(f"{str(file)!r} is of another family than its pipeline; copy it again.")
-    sparse = None
+    sparse: dict[str, Any] | None = None
     if raw.get("_class_name") == family.names.sparse_class:
         recipe = pipeline / "recipe.json" if pipeline else None
         record = read_json(recipe) if recipe and recipe.is_file() else {}
-        sparse = {"name": record.get("name", "of its own"), **_sparse(raw)}
+        # The keys of a recipe that are structure, from the model's own config.
+        blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
+        adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
+        sparse = {"name": record.get("name", "of its own"), "blocks": blocks, "adaln": adaln}
+        sparse |= {key: raw[key] for key in EXPERTS if raw.get(key) is not None}
     image: dict[str, int] = {}
     if pipeline is not None:
         values = generation_defaults(pipeline)
@@ -97,14 +101,6 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
         image["text_tokens"] = family.plan.text_before + values["max_sequence_length"]
         image["pixels"] = _pixels(pipeline / "vae" / "config.json", family)
     return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **image)
-
-
-def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A sparse transformer's config -> the keys of a recipe that are structure."""
-    blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
-    adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
-    experts = {key: raw[key] for key in EXPERTS if raw.get(key) is not None}
-    return {**experts, "blocks": blocks, "adaln": adaln}
 
 
 def _pixels(vae: Path, family: Family) -> int:

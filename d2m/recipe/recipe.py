@@ -283,12 +283,11 @@ def changed(
     and data on its own as among the others. init_only: split the FFNs and train nothing. ema: of
     every stage. ValueError for values that cannot be, or that contradict one another.
     """
-    if init_only and steps is not None:
-        raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
-    if init_only and stages:
-        raise ValueError(
-            f"stages is {list(stages)} but init_only trains nothing; give one of them."
-        )
+    for name, value in (("steps", steps), ("stages", list(stages) or None)):
+        if init_only and value is not None:
+            raise ValueError(
+                f"{name} is {value} but init_only trains nothing; give one of the two."
+            )
     _check(precision in (None, *PRECISIONS), "precision", precision, " or ".join(PRECISIONS))
     fine = ema is None or 0 <= ema < 1
     _check(fine, "ema", ema, "0 (none) or a decay under 1, such as 0.999")

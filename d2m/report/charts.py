@@ -144,6 +144,7 @@ def line_chart(
         if line.band:
             axes.fill_between(*zip(*line.band), color=ink, alpha=0.14, linewidth=0)
         ys += [y for _, y in points]
+    # Over less than a decade a logarithmic axis takes even ticks, or it would have one or none.
     if y_range:
         axes.set_ylim(y_range)
     elif log_y:
