@@ -1,8 +1,8 @@
 """Distillation by several processes: run by tests/d2m/distill/test_many_processes.py, and its cases
 for one process.
 
-Usage: python crewcase.py SIZE CASE WORKDIR. The first process prints the log's lines, or what ended
-the run, as JSON; the exit code is the first process's.
+Usage: python tests/cases/many_processes.py SIZE CASE WORKDIR. The first process prints the log's
+lines, or what ended the run, as JSON; the exit code is the first process's.
 """
 
 import json

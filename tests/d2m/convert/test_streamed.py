@@ -111,7 +111,7 @@ def test_shared_modulation_is_the_fit_in_memory(dense, tmp_path, adaln):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3:]
-from test_stream import run
+from tests.d2m.convert.test_streamed import run
 
 def progress(phase, done, total):
     if done == 2:
@@ -123,8 +123,8 @@ run(__import__("pathlib").Path(sys.argv[1]), sys.argv[2], progress=progress)
 
 def test_killed_it_goes_on_at_the_block_it_was_killed_in(dense, tmp_path):
     run(dense, tmp_path / "whole")
-    here, root = Path(__file__).parent, Path(__file__).parents[3]
-    paths = [str(here), str(here.parent), str(root)]
+    root = Path(__file__).parents[3]
+    paths = [str(root)]
     command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path / "out"), *paths]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

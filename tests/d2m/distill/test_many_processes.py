@@ -32,8 +32,15 @@ pytestmark = pytest.mark.skipif(
 
 def many(size, case, workdir):
     """(exit code, lines that the processes printed as JSON) of a case run by `size` processes."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
-    command = [sys.executable, "-W", "ignore", str(TESTS / "crewcase.py"), str(size), case]
+    path = os.pathsep.join([str(TESTS.parent), *sys.path])
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(TESTS / "cases/many_processes.py"),
+        str(size),
+        case,
+    ]
     environment = {**os.environ, "PYTHONPATH": path}
     # Its own session, so that nothing of it is left when a test is stopped.
     with subprocess.Popen(
