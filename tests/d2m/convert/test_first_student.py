@@ -42,7 +42,7 @@ def run(dense, out, recipe=RECIPE, **options):
     def batches(pipe, seed):
         return shapes_batches(pipe, World(size=32), seed)
 
-    options = {"log": lambda text: None, "written": False} | options
+    options = {"log": lambda text: None, "write": False} | options
     return converted(dense, out, recipe, batches, neuron_importance, **options)
 
 

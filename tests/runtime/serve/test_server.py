@@ -83,7 +83,7 @@ def test_a_server_for_others_without_a_key_warns() -> None:
         (["--host", "no.such.host.invalid"], "the host is 'no.such.host.invalid'"),
         (["--deadline", "0"], "the deadline is 0"),
         (["--model-alias", ""], "model-alias is ''"),
-        (["nowhere"], "is not a directory"),
+        (["nowhere"], "is no directory"),
         (["--api-key-file", "/nowhere"], "cannot use '/nowhere'"),
         (["--api-key-file", os.devnull], "the API key is too short"),
     ],

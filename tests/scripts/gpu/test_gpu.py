@@ -71,7 +71,7 @@ def test_without_matplotlib_there_are_tables(measured: Path, tmp_path: Path) -> 
     command = [sys.executable, "-m", "scripts.gpu.roofline", copy]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and done.stderr.startswith("not drawn: ")
+    assert done.returncode == 0 and done.stderr.startswith("no plot: ")
     assert copy.with_suffix(".md").is_file() and not copy.with_name("roofline.svg").exists()
 
 
