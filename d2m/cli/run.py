@@ -58,9 +58,10 @@ def run(
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     offload: options.Offload = "none",
-    again: Annotated[
+    regenerate: Annotated[
         Path | None, typer.Option(help="PNG made by d2m: generate the same again, and compare.")
     ] = None,
+    again: Annotated[Path | None, typer.Option(hidden=True)] = None,  # the option's old name
     verify: Annotated[
         str, typer.Option(help="cached: hashes of unchanged files are remembered; or full.")
     ] = "cached",
@@ -71,37 +72,30 @@ def run(
     """Generate images of PROMPT from a bundle, without torch.
 
     Without BUNDLE, from the one that ships with d2m: a small model of coloured shapes.
-    With --again IMAGE.png, what that image says of itself: same bundle, settings and seed.
+    With --regenerate IMAGE.png, what that image says of itself: same bundle, settings and seed.
     """
     began = time.perf_counter()
     import runtime
     from runtime.image import save, settings_of
 
-    if again is not None:
-        from runtime.regenerate import draw_again
+    if (png := regenerate or again) is not None:
+        from runtime.regenerate import regenerate as function
 
         if second is not None or (first is not None and bundle is not None):
-            raise ValueError("--again takes the prompt from the image; name the bundle alone")
+            raise ValueError("--regenerate takes the prompt from the image; name the bundle alone")
+        options = {"experts": experts, "offload": offload}
         with progress_bars() as progress:
-            image, told = draw_again(
-                again,
-                first or bundle,
-                backend,
-                experts=experts,
-                offload=offload,
-                progress=progress,
-            )
-        print_answer(told | {"file": str(save(image, out))}, json_)
+            image, answer = function(png, first or bundle, backend, progress=progress, **options)
+        print_answer(answer | {"file": str(save(image, out))}, json_)
         return
     if first is None:
-        raise ValueError("no prompt is given; add one, or --again IMAGE.png")
+        raise ValueError("no prompt is given; add one, or --regenerate IMAGE.png")
     prompt, path = (first, bundle) if second is None else (second, Path(first))
     if second is not None and bundle is not None:
         raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")
     if second is not None and not Path(first).exists():
         raise ValueError(
-            f"{first!r} is no bundle that is there; "
-            "put a prompt of several words in one pair of quotes"
+            f"there is no bundle {first!r}; put a prompt of several words in one pair of quotes"
         )
     if second is None and (Path(first) / "manifest.json").is_file():
         raise ValueError(f"{first!r} is a bundle and no prompt follows it; add the prompt")
@@ -109,7 +103,7 @@ def run(
         raise ValueError(f"the image's file is {str(out)!r}, expected a name ending in .png")
     pipeline = runtime.load(path, backend, experts=experts, verify=verify, key=key, offload=offload)
     with progress_bars() as progress:
-        answer = pipeline(
+        result = pipeline(
             prompt,
             negative=negative,
             seed=seed,
@@ -124,7 +118,7 @@ def run(
             budget=budget,
             progress=progress,
         )
-    images = answer if isinstance(answer, list) else [answer]
+    images = result if isinstance(result, list) else [result]
     names = [out] if n == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(n)]
     files = [str(save(image, name)) for image, name in zip(images, names, strict=True)]
     seconds = round(time.perf_counter() - began, 2)

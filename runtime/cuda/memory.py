@@ -26,7 +26,7 @@ class Memory:
         self.weights: dict[tuple[str, str], int] = {}
         self.regions = {"arena": (0, 0), "scratch": (0, 0)}  # address, bytes
         self._owned: set[int] = set()
-        weakref.finalize(self, give_back, device, self._owned)
+        weakref.finalize(self, free_all, device, self._owned)
 
     def reserve(self, region: str, size: int, *, keep: bool = False) -> int:
         """The region's address, with room for `size` bytes at least; `keep`: with its contents."""
@@ -69,7 +69,7 @@ class Memory:
         return address
 
 
-def give_back(device: Any, owned: set[int]) -> None:
+def free_all(device: Any, owned: set[int]) -> None:
     """Free what an executor held."""
     while owned:
         device.free(owned.pop())
