@@ -31,11 +31,7 @@ class NotMeasured(ValueError):
 
 
 def pick_knobs(
-    key: Mapping[str, Any],
-    bundle: Path,
-    request: Request,
-    budget: float,
-    given: Mapping[str, Any],
+    key: Mapping[str, Any], bundle: Path, request: Request, budget: float, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """steps, top_k and kappa for a request, of which those not None in `given` are fixed.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
 from runtime.families import family_of
-from runtime.files.tensors import to_dtype, to_float32
+from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
 from runtime.program.executor import Executor, batch_limit, choose_backend, open_component
 from runtime.program.threads import thread_count
@@ -115,7 +115,7 @@ class Opened:
     ) -> dict[str, np.ndarray]:
         """A component's inputs in the dtypes that it declares."""
         row = self.bundle.component(component)["inputs"]
-        return {name: to_dtype(value, row[name]["dtype"]) for name, value in inputs.items()}
+        return {name: cast(value, row[name]["dtype"]) for name, value in inputs.items()}
 
     def executor(self, component: str) -> Executor:
         """The component's executor, opened once.

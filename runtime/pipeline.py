@@ -75,6 +75,7 @@ class Pipeline(Opened):
             sigmas=sigmas,
             negative=negative,
         )
+        # Everything is checked before the first image: a call of many fails at once or not at all.
         if budget is not None:
             given = {"steps": steps, "top_k": top_k, "kappa": kappa}
             request = with_knobs(self.manifest, request, **self.pick_knobs(request, budget, given))

@@ -138,10 +138,7 @@ def prepare_latents(
 
 
 def noise_levels(
-    model: Opened,
-    steps: int,
-    latent_size: tuple[int, int],
-    given: Sequence[float] | None = None,
+    model: Opened, steps: int, latent_size: tuple[int, int], given: Sequence[float] | None = None
 ) -> np.ndarray:
     """The noise levels [steps + 1] of the bundle's scheduler, or those that follow `given`."""
     tokens = image_tokens(model.manifest["latents"], latent_size)

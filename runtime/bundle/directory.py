@@ -62,9 +62,7 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | os.PathLike[str],
-    check: str = "cached",
-    key: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str], check: str = "cached", key: str | os.PathLike[str] | None = None
 ) -> Bundle:
     """Open and check a bundle directory.
 

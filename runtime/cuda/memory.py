@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.cuda.arena import SIZES, aligned
-from runtime.files.tensors import SafeTensors, narrow, to_float32
+from runtime.files.tensors import SafeTensors
 
 
 class Memory:
@@ -73,18 +73,3 @@ def free_all(device: Any, owned: set[int]) -> None:
     """Free what an executor held."""
     while owned:
         device.free(owned.pop())
-
-
-def numpy_dtype(dtype: str) -> str:
-    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
-def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array, bfloat16 being uint16 bits, as `dtype`, C-contiguous; no copy where it is so."""
-    if array.dtype == numpy_dtype(dtype):
-        return np.ascontiguousarray(array)
-    wide = to_float32(array) if array.dtype == np.uint16 else array
-    if dtype == "bfloat16":
-        return narrow(wide)
-    return np.ascontiguousarray(wide, dtype)

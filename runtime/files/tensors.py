@@ -233,11 +233,17 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array as an executor takes it; bfloat16 as uint16 bits."""
-    if dtype == "bfloat16":
-        return narrow(array)
-    return np.ascontiguousarray(array, dtype)
+def numpy_dtype(dtype: str) -> str:
+    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array, bfloat16 being uint16 bits, as `dtype`, C-contiguous; no copy where it is so."""
+    if array.dtype == numpy_dtype(dtype):
+        return np.ascontiguousarray(array)
+    wide = to_float32(array) if array.dtype == np.uint16 else array
+    return narrow(wide) if dtype == "bfloat16" else np.ascontiguousarray(wide, dtype)
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:

@@ -12,19 +12,15 @@ from runtime.request import check_request
 from runtime.sampling import noise_levels, request_inputs
 
 
-def block_number(prefix: str) -> int:
-    """A block's index in the dense model's list: `transformer_blocks.3.blocks.4.` -> 4."""
-    return int(prefix.rstrip(".").rpartition(".")[2])
-
-
 def group_rows(component: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A component's groups for people: name, blocks in the dense model's count, alpha."""
-    program = component["program"]
+    # A block's index in the dense model's list: `transformer_blocks.3.blocks.4.` -> 4.
+    blocks = [call["prefix"].rstrip(".").rpartition(".")[2] for call in component["program"]]
     return [
         {
             "name": name,
             "list": name.rpartition(".")[0],
-            "blocks": [block_number(program[call]["prefix"]) for call in group["calls"]],
+            "blocks": [int(blocks[call]) for call in group["calls"]],
             "alpha": group["alpha"],
         }
         for name, group in groups_of(component)

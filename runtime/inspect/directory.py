@@ -47,8 +47,10 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
     index = read_json(root / "model_index.json")
     config = read_json(root / "transformer/config.json")
     named = [name for name, row in index.items() if loadable(row) and inside(name)]
-    tensors = {name: read_weights(root / name) for name in named}
-    tensors = {name: found for name, found in tensors.items() if found}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in named:
+        for path in weight_files(root / name):
+            tensors.setdefault(name, {}).update(read_header(path))
     if "transformer" not in tensors:
         raise FileNotFoundError(
             f"{root / 'transformer'} has no .safetensors files, expected the transformer's weights."
@@ -68,7 +70,8 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
             " blocks from 1; convert again."
         )
     recipe = root / "recipe.json"
-    files = walk(root)
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(root)): path.stat().st_size for path in paths}
     return {
         "what": "sparse checkpoint" if sites else "dense pipeline",
         "path": str(root),
@@ -265,20 +268,3 @@ def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def loadable(row: Any) -> bool:
     """Whether an entry of model_index.json names a component that is there."""
     return isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The headers of a component's safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        tensors.update(read_header(path))
-    return tensors
-
-
-def walk(root: Path) -> dict[str, int]:
-    """Every file below a directory and its size in bytes."""
-    return {
-        str(path.relative_to(root)): path.stat().st_size
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.block_groups import first_calls, rows_by_call, sections
-from runtime.cuda.memory import cast
+from runtime.files.tensors import cast
 from runtime.ort.block_weights import HeldWeights, StreamedWeights, Weights
 from runtime.ort.memory_places import ELEMENTS, Host, Place
 from runtime.ort.sessions import check_session, open_session

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.cuda.arena import ALIGN
-from runtime.cuda.memory import Memory, numpy_dtype
-from runtime.files.tensors import SafeTensors
+from runtime.cuda.memory import Memory
+from runtime.files.tensors import SafeTensors, numpy_dtype
 from runtime.ort.sessions import CPU
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.bundle.block_groups import per_sample
 from runtime.files.extras import need
+from runtime.files.tensors import numpy_dtype
 from runtime.program.backends import BACKENDS, CUDA_LIBRARIES, GPU_BACKENDS, MODULES, PLAN_BACKENDS
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def check_inputs(component: Mapping[str, Any], inputs: Mapping[str, np.ndarray])
             size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
             for size, dim in zip(array.shape, row["shape"], strict=True)
         )
-        dtype = "uint16" if row["dtype"] == "bfloat16" else row["dtype"]
+        dtype = numpy_dtype(row["dtype"])
         if not fits or array.dtype.name != dtype:
             raise ValueError(
                 f"input {name!r} is {array.dtype.name} {list(array.shape)},"

@@ -81,7 +81,9 @@ class GenerateThreads:
         batch = [job for job in batch if not job.cancelled.is_set()]
         if not batch:
             return
-        self.begin(batch)
+        with self._lock:
+            self.active += batch
+        self.metrics.active.inc(len(batch))
         counted = None
         try:
             images, began, step = self.images(batch, min_batch)
@@ -102,7 +104,9 @@ class GenerateThreads:
                 job.answer.set_result(Generated(mine, notes, began, ended, self.pipeline.backend))
             counted = step, ended - began
         finally:
-            self.end(batch)
+            with self._lock:
+                self.active = [job for job in self.active if job not in batch]
+            self.metrics.active.dec(len(batch))
         if counted is not None:
             self.meter.add_batch(*counted)  # after the answers, so that none waits for it
             return
@@ -143,15 +147,3 @@ class GenerateThreads:
             for image, each in zip(images, requests, strict=True)
         ]
         return files, began, sampler.step
-
-    def begin(self, batch: list[Job]) -> None:
-        """Count jobs that are generated from now on."""
-        with self._lock:
-            self.active += batch
-        self.metrics.active.inc(len(batch))
-
-    def end(self, batch: list[Job]) -> None:
-        """And those that are done."""
-        with self._lock:
-            self.active = [job for job in self.active if job not in batch]
-        self.metrics.active.dec(len(batch))

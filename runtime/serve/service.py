@@ -83,6 +83,7 @@ class Service:
             ),
             deadline=deadline,
         )
+        # From the queue to the threads: whatever counts or tries out images shares the pipeline.
         self.metrics = Metrics()
         self.jobs = Jobs(whole_number(max_queue, "max-queue", 1, 100_000))
         self.meter = Meter(self.pipeline)

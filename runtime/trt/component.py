@@ -20,8 +20,9 @@ import numpy as np
 from runtime.bundle.block_groups import Starts, first_calls, rows_by_call, sections
 from runtime.cuda.arena import Buffer
 from runtime.cuda.device import Device, bindings, capability
-from runtime.cuda.memory import Memory, cast, numpy_dtype
+from runtime.cuda.memory import Memory
 from runtime.files.extras import need
+from runtime.files.tensors import cast, numpy_dtype
 from runtime.program.executor import check_inputs, graph_key
 from runtime.trt.expert_kernels import Cubins
 from runtime.trt.experts import ExpertsContext, experts_of
@@ -44,12 +45,7 @@ log = logging.getLogger("runtime")
 
 
 def open_plans(
-    bundle: Bundle,
-    component: str,
-    api: str,
-    *,
-    threads: int | None = None,
-    experts: str = "auto",
+    bundle: Bundle, component: str, api: str, *, threads: int | None = None, experts: str = "auto"
 ) -> Plans:
     """Check library, release, driver and GPU against the manifest, in this order; then load.
 
