@@ -3,7 +3,7 @@
 Importing this package is cheap: torch and diffusers are imported by what needs them. Folders, from
 the ground up; each one's docstring is its map:
 
-    recipe/    what a conversion is told, as data
+    recipe/    the settings of a conversion, as data
     families/  one folder a family of models: row, weights, published configs, presets
     model/     the sparse transformer: op, FFN, groups of blocks, shared modulation, surgery
     kernels/   Triton kernels of the routed experts

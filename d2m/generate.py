@@ -1,4 +1,4 @@
-"""Pictures out of a diffusers pipeline directory, dense or sparse, in batches, one seed each."""
+"""Images out of a diffusers pipeline directory, dense or sparse, in batches, one seed each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from d2m.model.knobs import Knob
 
-Draw = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
+Generate = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
 
 
 def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
@@ -29,6 +29,15 @@ def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
     return values | given
 
 
+def need_libraries(work: str) -> None:
+    """ImportError that says how to install torch and diffusers, which `work` needs."""
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(need("convert", f"{work} needs torch and diffusers", error)) from error
+
+
 def load_pipeline(
     directory: str | Path, *, device: str = "auto", dtype: str = "auto", transformer: bool = True
 ) -> Any:
@@ -40,13 +49,11 @@ def load_pipeline(
     Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
     """
     generation_defaults(directory)  # a clear error before five seconds of imports
-    try:
-        import torch
-        from diffusers import DiffusionPipeline
-        from diffusers.utils import logging as diffusers_logging
-    except ImportError as error:
-        said = "generating from a pipeline directory needs torch and diffusers"
-        raise ImportError(need("convert", said, error)) from error
+    need_libraries("generating from a pipeline directory")
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -65,19 +72,19 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def pipeline_draw(
+def generate_with(
     pipe: DiffusionPipeline,
     *,
     batch_size: int = 16,
     top_k: Knob = None,
     kappa: Knob = None,
     **values: Any,
-) -> Draw:
-    """A function (prompts, seeds) -> pictures; `values` are the fields of `generation_defaults`.
+) -> Generate:
+    """A function (prompts, seeds) -> images; `values` are the fields of `generation_defaults`.
 
     top_k, kappa: experts a token uses and blocks a group keeps meanwhile, or lists with one number
     for every denoising step; None: as the model has them.
-    A picture depends on its own prompt and seed and on nothing else: one CPU generator per seed,
+    An image depends on its own prompt and seed and on nothing else: one CPU generator per seed,
     so that batches, and CPU and CUDA, start from the same noise.
     """
     import torch
@@ -88,22 +95,28 @@ def pipeline_draw(
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}, expected 1 or more")
     steps = int(values.get("num_inference_steps", 28))  # the pipeline's own default
-    turned = {"top_k": top_k, "kappa": kappa}
-    generate = family_of_pipeline(pipe).data.generate
-    with knobs(pipe.transformer, steps, **turned):
-        pass  # a wrong number is answered before anything is drawn
+    counts = {"top_k": top_k, "kappa": kappa}
+    call_pipeline = family_of_pipeline(pipe).data.generate
+    with knobs(pipe.transformer, steps, **counts):
+        pass  # a wrong number is answered before anything is generated
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds, expected as many")
-        pictures: list[Image] = []
-        with torch.inference_mode(), knobs(pipe.transformer, steps, **turned) as on_step_end:
+            raise ValueError(
+                f"{len(prompts)} prompts but {len(seeds)} seeds, expected one seed a prompt"
+            )
+        images: list[Image] = []
+        with torch.inference_mode(), knobs(pipe.transformer, steps, **counts) as on_step_end:
             for start in range(0, len(prompts), batch_size):
                 chunk = slice(start, start + batch_size)
                 generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds[chunk]]
-                given = {"prompt": list(prompts[chunk]), "generator": generators}
-                answer = generate(pipe, {**given, "callback_on_step_end": on_step_end, **values})
-                pictures.extend(answer.images)
-        return pictures
+                arguments: dict[str, Any] = {
+                    "prompt": list(prompts[chunk]),
+                    "generator": generators,
+                }
+                arguments |= {"callback_on_step_end": on_step_end, **values}
+                answer = call_pipeline(pipe, arguments)
+                images.extend(answer.images)
+        return images
 
-    return draw
+    return generate

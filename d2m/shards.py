@@ -28,7 +28,7 @@ INDEX = f"{STEM}.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of a checkpoint directory: where each is and its shape. Nothing is open."""
+    """The tensors of a checkpoint directory: the file and shape of each. Nothing is open."""
 
     folder: Path
     where: Mapping[str, str]
@@ -41,41 +41,41 @@ class Shards:
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.where[name], []).append(name)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for file, inside in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
-                found |= {name: shard.get_tensor(name) for name in inside}
-        return found
+                tensors |= {name: shard.get_tensor(name) for name in inside}
+        return tensors
 
 
 def open_shards(folder: str | os.PathLike[str]) -> Shards:
     """The checkpoint in `folder`, as diffusers saves one: an index and shards, or a single file.
 
     Raises FileNotFoundError or ValueError, in one sentence, where a file is missing, truncated or
-    not the one the index speaks of.
+    not as the index says.
     """
     folder = Path(folder)
     index, single = folder / INDEX, f"{STEM}.safetensors"
     if index.is_file():
-        told = read_index(index)
+        file_of = read_index(index)
     elif (folder / single).is_file():
-        told = dict.fromkeys(read_header(folder / single), single)
+        file_of = dict.fromkeys(read_header(folder / single), single)
     else:
         raise FileNotFoundError(
             f"{folder} has neither {INDEX} nor {single}; expected a transformer's weights as "
             "diffusers saves them."
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(told.values())):
+    for file in sorted(set(file_of.values())):
         inside = shapes_of(read_header(folder / file))
-        for name in (name for name, where in told.items() if where == file):
+        for name in (name for name, where in file_of.items() if where == file):
             if name not in inside:
                 raise ValueError(
                     f"{folder / file} lacks {name}, which {INDEX} says it holds; copy the "
                     "checkpoint again."
                 )
             shapes[name] = inside[name]
-    return Shards(folder, told, shapes)
+    return Shards(folder, file_of, shapes)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -113,13 +113,13 @@ def shard_name(number: int, count: int) -> str:
 
 def write_index(folder: Path, files: Iterable[str]) -> Shards:
     """Write the index of the shards that lie in `folder`; returns what it describes."""
-    told: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     size = 0
     for file in files:
         tensors = read_header(folder / file)
-        told |= dict.fromkeys(tensors, file)
+        file_of |= dict.fromkeys(tensors, file)
         size += sum(tensor.end - tensor.start for tensor in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": told})
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": file_of})
     return open_shards(folder)
 
 

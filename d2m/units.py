@@ -7,7 +7,7 @@ import math
 GB = 10**9  # bytes
 
 
-def human(number: int) -> str:
+def count_text(number: int) -> str:
     """A parameter count as people say it: `5.15 B`, `11.4 M`, `812 k`, `96`."""
     for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
         if number >= unit:
@@ -15,7 +15,7 @@ def human(number: int) -> str:
     return str(number)
 
 
-def shown(size: float) -> str:
+def bytes_text(size: float) -> str:
     """12.3 GB, 840 MB."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 

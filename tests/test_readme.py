@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -51,6 +52,27 @@ def test_extras_named_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {e for m in re.findall(r"'\.\[([a-z,-]+)\]'", EVERYTHING) for e in m.split(",")}
     assert named == {*project["optional-dependencies"]}
+
+
+def test_the_five_lines_of_a_newcomer(tmp_path: Path) -> None:
+    """In a new virtual environment; packages and the build backend are those of this one."""
+    pytest.importorskip("hatchling")
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("no git checkout")
+    [box] = [box for box in documents.boxes(documents.README) if "git clone" in box.text]
+    assert len(box.text.splitlines()) == 5
+    script = box.text.replace("REPOSITORY", f"-q {ROOT}").replace("python3", sys.executable)
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_QUIET": "1"}
+    environment |= {"PYTHONPATH": sysconfig.get_path("purelib"), "D2M_THREADS": "1"}
+    script += "command -v d2m\npython -c 'import d2m; print(d2m.__file__)'"
+    command = ["bash", "-euc", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    clone = tmp_path / "dense2moe"
+    found = [str(clone / ".venv/bin/d2m"), str(clone / "d2m/__init__.py")]
+    assert done.stdout.split()[-2:] == found
+    assert (clone / "image.png").is_file()
 
 
 def test_docker_targets_are_there() -> None:

@@ -1,6 +1,6 @@
 """What the parts of a model cost under a recipe: FLOPs of its pieces, as `d2m plan` counts them.
 
-Torch-free. A step is one denoising step of one picture of the model's own size.
+Torch-free. A step is one denoising step of one image of the model's own size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from calib.budget.knapsack import Piece, smallest
 from d2m.families.family import check_adaln
 from d2m.families.weights import Stack, Structure
+from d2m.plan.count import structure_of
 from d2m.plan.model_config import Subject
 from d2m.recipe.recipe import Recipe
 from d2m.recipe.structure import KINDS, Blocks
@@ -21,7 +22,7 @@ STEPS = (0.5, 0.75, 1.0, 1.25)  # a block's experts, times the recipe's: wider o
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """FLOPs of one step of one picture: of the dense model, of all but blocks, of the pieces.
+    """FLOPs of one step of one image: of the dense model, of all but blocks, of the pieces.
 
     block: kind -> block -> its FLOPs with each of the sizes. router: size of a group -> FLOPs, of
     sizes that the model can have.
@@ -127,8 +128,7 @@ def check_reach(subject: Subject, costs: Costs, budget: float) -> float:
 
 def _stacks(subject: Subject, recipe: Recipe) -> list[Stack]:
     check_adaln(subject.family, recipe.adaln.mode)
-    structure = Structure(recipe.spec, recipe.blocks, recipe.adaln)
-    return subject.family.plan.weights(subject.config, structure, *_tokens(subject))
+    return subject.family.plan.weights(subject.config, structure_of(recipe), *_tokens(subject))
 
 
 def _tokens(subject: Subject) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def pieces(
 
 def smallest(depth: Mapping[str, int], found: Sequence[Piece]) -> float:
     """The least cost of any choice: every list of blocks cut into pieces from end to end."""
-    return sum(_best(n, [p for p in found if p.kind == kind])[0] for kind, n in depth.items())
+    return sum(_best(n, _of(found, kind))[0] for kind, n in depth.items())
 
 
 def _best(count: int, found: Sequence[Piece]) -> tuple[float, list[Piece]]:

@@ -27,15 +27,12 @@ from d2m.plan.hub import locate
 from d2m.plan.model_config import Subject, subject_of
 from d2m.plan.presets import presets_for, recipe_named
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe, Stage
+from d2m.recipe.recipe import Batches, Progress, Recipe, Stage
 from d2m.recipe.structure import KINDS, Blocks, Shares
 from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 
 def recipe_for(
@@ -49,10 +46,10 @@ def recipe_for(
     steps: Sequence[float] = STEPS,
     progress: Progress | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe for a budget, and what is to be said of it.
+    """The recipe for a budget, and facts about it.
 
     Args:
-        dense: the pipeline's directory, which knows the size of its pictures; model: its
+        dense: the pipeline's directory, which knows the size of its images; model: its
             transformer; batches: (step, size) -> calibration batch.
         scores: importance of its neurons, site -> [N], as the conversion will split them.
         budget: share of the dense model's FLOPs, over 0 and under 1, as `d2m plan` counts them.
@@ -82,6 +79,7 @@ def recipe_for(
     found = sensitivity(
         model, batches, plain, scores, specs, longest, seed=base.seed, progress=progress
     )
+    # Damages were measured one at a time; from here on they are taken to add up.
     every = [
         piece
         for kind, _ in subject.family.blocks.kinds
@@ -94,6 +92,7 @@ def recipe_for(
             partial(can_group, subject, kind),
         )
     ]
+    # What stands outside the blocks is spent in any case.
     room = budget * costs.dense - costs.fixed
     chosen = choose(depth, every, room)
     made = recipe_of(plain, chosen, options, subject, f"{base.name}-budget-{budget:g}")
@@ -121,7 +120,7 @@ def check_budget(budget: float) -> None:
         )
 
 
-def measured(
+def recipe_for_pipeline(
     dense: str | os.PathLike[str],
     budget: float,
     base: Recipe,
@@ -166,21 +165,23 @@ def for_conversion(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Recipe, Callable[..., dict[str, Tensor]], dict[str, Any]]:
-    """What `d2m convert --budget` gives to `convert`: a recipe, an importance, facts to be told.
+    """What `d2m convert --budget` gives to `convert`: a recipe, an importance, facts.
 
-    On a resume the recipe is that of the conversion to `out`, nothing is measured and no facts are
-    told. Errors as `convert` and `recipe_for` raise them.
+    On a resume the recipe is that of the conversion to `out`, nothing is measured and there are no
+    facts. Errors as `convert` and `recipe_for` raise them.
     """
     check_budget(budget)
-    if resume and (made := chosen_before(out, budget)):
+    if resume and (made := earlier_recipe(out, budget)):
         return made, importance, {}
     check_free(Path(out), work_of(Path(out)), resume)
     base = recipes.changed(recipe_named(base, dense), seed=seed)
-    recipe, facts, scores = measured(dense, budget, base, batches, importance, progress=progress)
+    recipe, facts, scores = recipe_for_pipeline(
+        dense, budget, base, batches, importance, progress=progress
+    )
     return recipe, lambda *args, **options: scores, facts
 
 
-def told(facts: Mapping[str, Any]) -> str:
+def summary(facts: Mapping[str, Any]) -> str:
     """What was chosen, in a sentence or two."""
     groups = [f"{k} {row[0]}-{row[-1]}" for k, lists in facts["groups"].items() for row in lists]
     sizes = Counter(each for row in facts["shares"].values() for each in row)
@@ -193,7 +194,7 @@ def told(facts: Mapping[str, Any]) -> str:
     )
 
 
-def chosen_before(out: str | os.PathLike[str], budget: float) -> Recipe | None:
+def earlier_recipe(out: str | os.PathLike[str], budget: float) -> Recipe | None:
     """The recipe that an unfinished or finished conversion to `out` has, None for neither.
 
     ValueError if that was made for another budget.
@@ -218,11 +219,7 @@ def chosen_before(out: str | os.PathLike[str], budget: float) -> Recipe | None:
 
 
 def recipe_of(
-    base: Recipe,
-    chosen: Sequence[Piece],
-    options: Sequence[float],
-    subject: Subject,
-    name: str,
+    base: Recipe, chosen: Sequence[Piece], options: Sequence[float], subject: Subject, name: str
 ) -> Recipe:
     """The chosen pieces as a recipe; see `recipe_for` for its stages."""
     groups: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in KINDS}

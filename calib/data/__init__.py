@@ -23,11 +23,6 @@ from typing import TYPE_CHECKING
 from runtime.files.lazy import lazy
 
 if TYPE_CHECKING:
-    from calib.data.option import chosen
+    from calib.data.option import open_data
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "calib.data.option": "chosen",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"calib.data.option": "open_data"})

@@ -47,7 +47,7 @@ def digest_of(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def kept(
+def cached(
     folder: Path | None,
     kind: str,
     key: Callable[[], str],

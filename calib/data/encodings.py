@@ -8,10 +8,11 @@ C packed channels, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.data.encoding_cache import digest_of, kept, key_of
+from calib.data.encoding_cache import cached, digest_of, key_of
 from calib.data.pixels import pixels
 from d2m.families import family_of_pipeline
 
@@ -33,7 +34,7 @@ def check_size(pipe: DiffusionPipeline, height: int, width: int) -> None:
         )
 
 
-def picture_encoder(
+def image_encoder(
     pipe: DiffusionPipeline,
     height: int,
     width: int,
@@ -56,10 +57,8 @@ def picture_encoder(
             image = torch.from_numpy(pixels(data, height, width))
             return {"latents": encode_images(pipe, image[None])[0]}
 
-        def key() -> str:
-            return key_of("latents", HOW, encoder, data, height, width)
-
-        return kept(cache, "latents", key, compute, log)
+        key = partial(key_of, "latents", HOW, encoder, data, height, width)
+        return cached(cache, "latents", key, compute, log)
 
     return encode
 
@@ -90,7 +89,7 @@ def text_encoder(
             ids = [str(each(caption).input_ids) for each in parts_of(pipe, "tokenizer")]
             return key_of("text", *encoders, *ids, caption, length)
 
-        return kept(cache, "text", key, compute, log)
+        return cached(cache, "text", key, compute, log)
 
     return encode
 

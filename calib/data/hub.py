@@ -7,6 +7,7 @@ so that one that is damaged is one sample less and not an error of a library.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
     def rows(shard: str, first: int) -> Iterator[Sample]:
         part = data.shard(count, number[shard], contiguous=True)
         for row, values in enumerate(part.skip(first) if first else part, first):
-            yield Sample(f"{shard}, row {row}", _reader(values[picture], values[caption]))
+            yield Sample(f"{shard}, row {row}", partial(_read, values[picture], values[caption]))
 
     def length(shard: str) -> int:
         part = data.shard(count, number[shard], contiguous=True).select_columns([caption])
@@ -91,7 +92,11 @@ def _columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
     images = [column for column, kind in features.items() if _is_image(kind)]
     images += [column for column in PICTURES if column in features and column not in images]
     texts = [column for column in CAPTIONS if column in features]
-    strings = [column for column, kind in features.items() if _is_text(kind)]
+    strings = [
+        column
+        for column, kind in features.items()
+        if isinstance(kind, str) or getattr(kind, "dtype", None) == "string"
+    ]
     texts = texts or (strings if len(strings) == 1 else [])
     if not images or not texts:
         what = "picture" if not images else "caption"
@@ -106,24 +111,16 @@ def _is_image(kind: Any) -> bool:
     return type(kind).__name__ == "Image"
 
 
-def _is_text(kind: Any) -> bool:
-    return isinstance(kind, str) or getattr(kind, "dtype", None) == "string"
+def _read(value: Any, caption: Any) -> tuple[bytes, str]:
+    """A sample: the bytes of its picture's file, and its caption."""
+    data = value
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if not data and value.get("path"):
+            import fsspec  # of the datasets library: paths may lie in archives or far away
 
-
-def _reader(value: Any, caption: Any) -> Any:
-    """A sample's `read`."""
-
-    def read() -> tuple[bytes, str]:
-        data = value
-        if isinstance(value, Mapping):
-            data = value.get("bytes")
-            if not data and value.get("path"):
-                import fsspec  # of the datasets library: paths may lie in archives or far away
-
-                with fsspec.open(value["path"], "rb") as file:
-                    data = file.read()
-        if not isinstance(data, bytes):
-            raise ValueError(f"the picture is a {type(value).__name__}, expected its file's bytes")
-        return checked(data, caption)
-
-    return read
+            with fsspec.open(value["path"], "rb") as file:
+                data = file.read()
+    if not isinstance(data, bytes):
+        raise ValueError(f"the picture is a {type(value).__name__}, expected its file's bytes")
+    return checked(data, caption)

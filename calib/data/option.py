@@ -38,7 +38,7 @@ class Data:
 
     batches: (pipeline, seed) -> batches; label: tells it from other data on a resume, None for
     shapes; prompts(count): captions for the report; categories: what a batch's `category` counts;
-    facts(): what was met on the way, in JSON types; kind: one of d2m.families.family.SOURCES.
+    facts(): the source and the number of samples left out; kind: one of `family.SOURCES`.
     """
 
     batches: Callable[[DiffusionPipeline, int], Batches]
@@ -49,7 +49,7 @@ class Data:
     kind: str = SHAPES
 
 
-def chosen(
+def open_data(
     how: str,
     settings: Callable[[], Mapping[str, Any]],
     *,
@@ -60,7 +60,7 @@ def chosen(
     columns: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Data:
-    """The data that `--data HOW` names.
+    """Open the data that `--data HOW` names.
 
     Args:
         how: "shapes", a file of prompts (.txt), a folder of pictures, .tar shards (path, folder,
@@ -86,7 +86,7 @@ def chosen(
         for option, value in (("--cache", folder), ("--columns", columns), ("--size", size)):
             if value is not None:
                 raise ValueError(
-                    f"{option} is {str(value)!r}, but shapes are drawn anew at the pipeline's own "
+                    f"{option} is {str(value)!r}, but shapes are made anew at the pipeline's own "
                     "size; leave it out"
                 )
         return Data(
@@ -96,7 +96,8 @@ def chosen(
             tuple(CATEGORIES),
             dict,
         )
-    source = source_of(how, _pair(columns))
+    source = open_source(how, _pair(columns))
+    # One count for the whole conversion: calibration and training meet the same damaged samples.
     unreadable = Unreadable(source.name, skip, log)
 
     def batches(pipe: DiffusionPipeline, seed: int) -> Batches:
@@ -123,13 +124,13 @@ def chosen(
 
 
 CURES = {
-    "shapes": "shapes, for a pipeline that draws 32 to 256 pixels",
+    "shapes": "shapes, for a pipeline that generates 32 to 256 pixels",
     "pictures": "pictures and captions (a folder, .tar shards or a dataset)",
     "prompts": "a .txt file of prompts",
 }
 
 
-def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
+def check_data(dense: str | os.PathLike[str], data: Data) -> None:
     """ValueError, with the cure, where the pipeline's family cannot learn from such data.
 
     Reads JSON alone; a hub id that is not fetched yet, and what is no pipeline, are left to the
@@ -156,7 +157,7 @@ def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
     except ValueError as error:
         more = [text for kind, text in words.items() if kind != SHAPES]
         raise ValueError(
-            f"--data is shapes, but {root} draws {size} pixels, which no world of shapes has "
+            f"--data is shapes, but {root} generates {size} pixels, which no world of shapes has "
             f"({error}); expected {' or '.join(more)} as --data"
         ) from error
 
@@ -164,7 +165,7 @@ def check_taught(dense: str | os.PathLike[str], data: Data) -> None:
 def shapes_size(root: Path) -> int:
     """The pixels a pipeline directory learns shapes at: its VAE's size, as `world_of` takes it.
 
-    Where its VAE names none, what it draws.
+    Where its VAE names none, the size it generates.
     """
     try:
         found = read_json(root / "vae" / "config.json").get("sample_size")
@@ -173,8 +174,8 @@ def shapes_size(root: Path) -> int:
     return found if isinstance(found, int) else int(generation_defaults(root)["height"])
 
 
-def source_of(how: str, columns: tuple[str, str] | None = None) -> Source:
-    """The source that a path, pattern or name means; errors as `chosen`."""
+def open_source(how: str, columns: tuple[str, str] | None = None) -> Source:
+    """The source that a path, pattern or name means; errors as `open_data`."""
     path = Path(how)
     if path.is_file() and path.suffix == ".txt":
         return prompts_source(path)
@@ -184,7 +185,7 @@ def source_of(how: str, columns: tuple[str, str] | None = None) -> Source:
         return tar_source(how, columns)
     if path.is_dir() and not _dataset_in(path):
         return folder_source(path, columns)
-    # `pictures/hous` beside a folder `pictures` is a mistyped path, nothing to ask the hub for.
+    # `pictures/hous` next to a folder `pictures` is a mistyped path, nothing to ask the hub for.
     near = path.parent != Path() and path.parent.exists()
     if not path.is_dir() and (path.exists() or near or how.count("/") > 1 or how[:1] in ".~/"):
         raise FileNotFoundError(
@@ -232,17 +233,17 @@ def source_batches(
     lengths = read_lengths(cache, source.digest)
     if source.single:
         lengths = dict.fromkeys(source.shards, 1)
-    known = len(lengths)
+    known = len(lengths)  # lengths found on the way are written for the next run
     height, width = settings["height"], settings["width"]
     if source.pictures:
-        from calib.data.encodings import collate, picture_encoder, text_encoder
+        from calib.data.encodings import collate, image_encoder, text_encoder
 
-        picture = picture_encoder(pipe, height, width, cache, log)
+        picture = image_encoder(pipe, height, width, cache, log)
         text = text_encoder(pipe, settings["max_sequence_length"], cache, log)
-        emptied = emptier(pipe, seed)
+        dropped = caption_dropper(pipe, seed)
 
         def decode(epoch: int, data: bytes, caption: str) -> dict[str, Tensor]:
-            return picture(data) | text("" if emptied(epoch, caption) else caption)
+            return picture(data) | text("" if dropped(epoch, caption) else caption)
 
         samples = feed(source, seed, window, lengths, unreadable, decode)
 
@@ -268,14 +269,14 @@ def source_batches(
     return batch
 
 
-def emptier(pipe: DiffusionPipeline, seed: int) -> Callable[[int, str], bool]:
+def caption_dropper(pipe: DiffusionPipeline, seed: int) -> Callable[[int, str], bool]:
     """A function (epoch, caption) -> whether the model is to learn it as an empty one, a pure one.
 
     A share of `Data.unconditional` is: classifier-free guidance asks a model for both.
     """
     share = family_of_pipeline(pipe).data.unconditional
 
-    def emptied(epoch: int, caption: str) -> bool:
+    def dropped(epoch: int, caption: str) -> bool:
         return random.Random(f"{seed}/empty/{epoch}/{caption}").random() < share
 
-    return emptied
+    return dropped

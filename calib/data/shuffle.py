@@ -16,11 +16,7 @@ from calib.data.source import Sample, Source
 
 
 def order(
-    source: Source,
-    seed: int,
-    window: int,
-    lengths: MutableMapping[str, int],
-    start: int = 0,
+    source: Source, seed: int, window: int, lengths: MutableMapping[str, int], start: int = 0
 ) -> Iterator[tuple[int, Sample]]:
     """(epoch, sample) of position `start`, `start` + 1, ..., without end.
 
@@ -57,12 +53,7 @@ def order(
 
 
 def _rows(
-    source: Source,
-    shard: str,
-    seed: str,
-    window: int,
-    lengths: MutableMapping[str, int],
-    skip: int,
+    source: Source, shard: str, seed: str, window: int, lengths: MutableMapping[str, int], skip: int
 ) -> Iterator[Sample]:
     """The samples of one shard after the first `skip`, every window of rows permuted by itself."""
     first = skip - skip % window

@@ -1,8 +1,8 @@
 """Data-free training data: latents that the dense model makes itself, on its way from noise.
 
-For every prompt the teacher draws once, through its pipeline itself and as the pipeline directory
+For every prompt the teacher generates once, through its own pipeline, as the pipeline directory
 says; what a student learns from are points of that way, with the times that the scheduler put them
-at. The data are thus what both models meet when they draw. Letters: B batch, T image tokens, C
+at. The data are thus what both models meet when they generate. Letters: B batch, T image tokens, C
 packed channels, S denoising steps.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.data.encoding_cache import digest_of, kept, key_of
+from calib.data.encoding_cache import cached, digest_of, key_of
 from calib.data.encodings import Encoding, check_size, collate, text_encoder
 
 if TYPE_CHECKING:
@@ -26,13 +26,10 @@ HELD = 2  # ways in memory: batches may end in the middle of one
 
 
 def trajectory(
-    pipe: DiffusionPipeline,
-    text: Encoding,
-    noise: Tensor,
-    settings: Mapping[str, Any],
+    pipe: DiffusionPipeline, text: Encoding, noise: Tensor, settings: Mapping[str, Any]
 ) -> Encoding:
     """The teacher's way from `noise` [T, C]: `states` [S + 1, T, C], the last one the latents of
-    the picture, and `times` [S + 1] from about 1, pure noise, to 0.
+    the image, and `times` [S + 1] from about 1, pure noise, to 0.
 
     text: of one prompt, as `calib.data.encodings.text_encoder` makes it; settings: the fields of
     `d2m.families.generation_defaults.generation_defaults`.
@@ -69,7 +66,7 @@ def trajectory_decoder(
     """A function: (epoch, no bytes, prompt) -> POINTS samples of one trajectory, a pure one.
 
     A sample holds a prompt's text, `latents` [T, C] (where the way ends), `noisy` [T, C] and `time`
-    (a point of the way), `guidance`. ValueError for a size that the pipeline cannot draw.
+    (a point of the way), `guidance`. ValueError for a size that the pipeline cannot generate.
     """
     import torch
 
@@ -89,8 +86,8 @@ def trajectory_decoder(
         place = f"{seed}/{epoch % ROUNDS}"
 
         def compute() -> Encoding:
-            draw = generator_at(seed, "way", place, prompt)
-            noise = family.data.noise(pipe, height, width, draw).to(pipe.transformer.dtype)
+            generator = generator_at(seed, "way", place, prompt)
+            noise = family.data.noise(pipe, height, width, generator).to(pipe.transformer.dtype)
             return trajectory(pipe, text, noise, settings)
 
         def key() -> str:
@@ -99,7 +96,7 @@ def trajectory_decoder(
                 *(text[name].float().numpy().tobytes() for name in sorted(text)),
             )  # fmt: skip
 
-        way = kept(cache, "trajectories", key, compute, log)
+        way = cached(cache, "trajectories", key, compute, log)
         states, times = way["states"], way["times"]
         steps = len(states) - 1
         picks = random.Random(f"{seed}/{epoch}/{prompt}")

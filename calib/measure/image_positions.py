@@ -1,6 +1,6 @@
-"""Which experts which part of the picture goes to: counts of choices by image position.
+"""Which experts each part of the image uses: counts of choices by image position.
 
-Shape letters: B batch, T image tokens, E experts, K chosen, P cells of the picture.
+Shape letters: B batch, T image tokens, E experts, K chosen, P cells of the image.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 MOST = 8  # ours: cells along a side; more than that is more than a page can show
 
 
-def picture_cells(img_ids: Tensor, most: int = MOST) -> tuple[Tensor, tuple[int, int]]:
+def image_cells(img_ids: Tensor, most: int = MOST) -> tuple[Tensor, tuple[int, int]]:
     """The cell [T] of every image token, row by row, and (rows, columns) of cells.
 
-    `img_ids` [T, 3] are FLUX's: row in column 1, column in column 2. A picture of more than `most`
+    `img_ids` [T, 3] are FLUX's: row in column 1, column in column 2. An image of more than `most`
     tokens a side is cut into `most` equal parts, the same token being always in the same one.
     """
     places = img_ids[:, 1:3].round().long().cpu()
@@ -34,7 +34,7 @@ def picture_cells(img_ids: Tensor, most: int = MOST) -> tuple[Tensor, tuple[int,
 def choices_by_cell(logits: Tensor, top_k: int, cells: Tensor, count: int) -> Tensor:
     """How often tokens of each cell chose each expert, [E, count], float64.
 
-    `logits` [B, .., E] whose last T tokens are the picture's (text stands before it), `cells` [T].
+    `logits` [B, .., E] whose last T tokens are the image's (text stands before it), `cells` [T].
     """
     tokens = cells.numel()
     image = logits.detach()[:, -tokens:].transpose(0, 1)  # [T, B, E]

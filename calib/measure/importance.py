@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,8 @@ from d2m.families.inputs import noised, transformer_inputs
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from d2m.recipe.recipe import Recipe
+    from d2m.recipe.recipe import Batches, Progress, Recipe
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 WIDE = torch.float32  # thousands of bfloat16 values are summed in it
@@ -61,7 +59,7 @@ def neuron_importance(
             for i in range(recipe.calibration.batches)
         )
         return taylor(model, losses, recipe.calibration.batches, progress)
-    return magnitude(model) if recipe.split == "magnitude" else random(model, seed)
+    return scores_of(model, magnitudes if recipe.split == "magnitude" else uniform(seed))
 
 
 def flow_matching_loss(
@@ -102,8 +100,6 @@ def taylor(
 @contextmanager
 def _scoring(model: nn.Module, scores: dict[str, Tensor]) -> Iterator[None]:
     """Within: backward adds every FFN weight's score to `scores` instead of keeping gradients."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    handles = []
 
     def score(site: str, width: int, axis: int | None) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -116,53 +112,43 @@ def _scoring(model: nn.Module, scores: dict[str, Tensor]) -> Iterator[None]:
 
         return hook
 
-    try:
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
         for name, block, site in _sites(model):
             fc1, fc2 = (f"{block}.{linear}" for linear in (site.fc1, site.fc2))
             bias = model.get_parameter(f"{fc1}.bias")
             width = bias.numel()
             scores[name] = torch.zeros(width, dtype=torch.float64, device=bias.device)
-            for parameter, axis in ((f"{fc1}.weight", 1), (f"{fc1}.bias", None)):
-                weight = model.get_parameter(parameter).requires_grad_(True)
-                handles.append(weight.register_post_accumulate_grad_hook(score(name, width, axis)))
-            weight = model.get_parameter(f"{fc2}.weight").requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(score(name, width, 0)))
+            for key, axis in ((f"{fc1}.weight", 1), (f"{fc1}.bias", None), (f"{fc2}.weight", 0)):
+                weight = model.get_parameter(key).requires_grad_(True)
+                hook = weight.register_post_accumulate_grad_hook(score(name, width, axis))
+                stack.enter_context(hook)
         with torch.enable_grad():
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
 
 
-def magnitude(model: nn.Module) -> dict[str, Tensor]:
-    """Sum of the absolute values of every neuron's weights: site -> [N]. Runs nothing (ours)."""
-    scores = {}
+def scores_of(model: nn.Module, scores: Scores) -> dict[str, Tensor]:
+    """Scores that need the weights alone, FFN by FFN: site -> [N]. Runs nothing."""
     with torch.no_grad():
-        for name, block, site in _sites(model):
-            fc1_w, fc1_b, fc2_w, _ = read_ffn(model.get_parameter, block, site)
-            scores[name] = magnitudes(name, fc1_w, fc1_b, fc2_w).cpu()
-    return scores
+        return {
+            name: scores(name, *read_ffn(model.get_parameter, block, site)[:3]).cpu()
+            for name, block, site in _sites(model)
+        }
 
 
 def magnitudes(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
-    """The same of one FFN: fc1 weight [N, D], bias [N], fc2 columns [D, N] -> float32 [N]."""
+    """Sum of the absolute values of every neuron's weights (ours), float32 [N].
+
+    fc1 weight [N, D], bias [N], fc2 columns [D, N].
+    """
     sums = (fc1_w.abs().sum(1, dtype=WIDE), fc2_w.abs().sum(0, dtype=WIDE))
     return sums[0] + fc1_b.abs().to(WIDE) + sums[1]
 
 
-def random(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Uniform scores by seed and site name: the baseline that Taylor must beat. site -> [N]."""
-    return {
-        name: uniform(seed)(name, *read_ffn(model.get_parameter, block, site)[:3])
-        for name, block, site in _sites(model)
-    }
-
-
 def uniform(seed: int) -> Scores:
-    """The same of one FFN, its weights' values unseen."""
+    """Uniform scores by seed and site name: the baseline that Taylor must beat."""
     return lambda name, fc1_w, fc1_b, fc2_w: torch.rand(
         fc1_b.numel(), generator=generator_at(seed, "random", name)
     )
@@ -191,21 +177,7 @@ def from_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
 
 
-def in_file(path: str | os.PathLike[str]) -> Scores:
-    """The scores of a file, FFN by FFN; ValueError names one that the file lacks."""
-    known = from_file(path)
-
-    def scores(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
-        if name not in known:
-            raise ValueError(
-                f"{path} has no scores of {name}; expected one for every FFN of the model."
-            )
-        return known[name]
-
-    return scores
-
-
-def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
+def importance_from_option(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, str]:
     """What `--importance` means: "calibration", "magnitude" or a file's path.
 
     Returns (scores of a whole model, as `neuron_importance` has them; scores of one FFN from its
@@ -216,9 +188,17 @@ def chosen(how: str) -> tuple[Callable[..., dict[str, Tensor]], Scores | None, s
     if how == "calibration":
         return neuron_importance, None, how
     if how == "magnitude":
-        return lambda model, *args, **options: magnitude(model), magnitudes, how
-    found = from_file(how)
-    return lambda *args, **options: found, in_file(how), f"file {sha256(how)}"
+        return lambda model, *args, **options: scores_of(model, magnitudes), magnitudes, how
+    known = from_file(how)
+
+    def scores(name: str, *weights: Tensor) -> Tensor:
+        if name not in known:
+            raise ValueError(
+                f"{how} has no scores of {name}; expected one for every FFN of the model."
+            )
+        return known[name]
+
+    return lambda *args, **options: known, scores, f"file {sha256(how)}"
 
 
 def _sites(model: nn.Module) -> list[tuple[str, str, Site]]:

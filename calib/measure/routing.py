@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calib.measure.blocks_run import tallies
-from calib.measure.image_positions import choices_by_cell, picture_cells, position_figures
+from calib.measure.image_positions import choices_by_cell, image_cells, position_figures
 from d2m.distill.features import without_padding
 from d2m.distill.losses import choices, dead_experts, load_figures
 from d2m.families.flow import generator_at
 from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import block_groups
 from d2m.model.grouping import dense_name
-from d2m.model.surgery import sparse_ffns
+from d2m.model.surgery import restored, sparse_ffns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+    from d2m.recipe.recipe import Batches
+
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-TEXT = ".ff_context"  # FFNs of text tokens alone, which are nowhere in the picture
+TEXT = ".ff_context"  # FFNs of text tokens alone, which have no place in the image
 
 
 def routing_statistics(logits: Tensor, top_k: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def routing_table(
     Returns plain numbers, the model is left as it was:
     `top_k`, `edges`; `layers`: {name: {"all": figures, "buckets": [figures, ...]}} with the figures
     of `routing_statistics`; `positions`: {"rows", "columns", "layers": {name: figures}} with those
-    of `calib.measure.image_positions.position_figures`, for layers that see the picture; `groups`:
+    of `calib.measure.image_positions.position_figures`, for layers with image tokens; `groups`:
     {name: `calib.measure.blocks_run.Tally.figures`}, empty without groups of blocks that choose.
 
     Raises ValueError if the model has no routed experts, top_k is 0, or the edges do not rise.
@@ -102,7 +103,7 @@ def routing_table(
             batch = batches(step, batch_size)
             low, high = edges[bucket], edges[bucket + 1]
             _run(model, batch, low, high, generator_at(seed, "routing", step))
-            cells, shape = picture_cells(batch["img_ids"])
+            cells, shape = image_cells(batch["img_ids"])
             for name, ffn in ffns.items():
                 if ffn.last_logits is None:  # of a block that no sample chose
                     continue
@@ -117,6 +118,7 @@ def routing_table(
                 tally.add(logits, bucket, batch["category"] if categories else None)
             if progress:
                 progress("routing statistics", step + 1, count * buckets)
+    # A layer in a group may have seen no token in some bucket, or in none at all.
     layers = {}
     for name, parts in totals.items():
         nothing = _nothing(ffns[name].num_experts)
@@ -138,19 +140,17 @@ def routing_table(
 def _recording(model: nn.Module, top_k: int) -> Iterator[None]:
     """Within: SparseFFNs use top_k experts, they and groups keep their logits; restored after."""
     ffns, groups = sparse_ffns(model).values(), block_groups(model).values()
-    before = [(ffn.top_k, ffn.record) for ffn in ffns]
-    kept = [group.record for group in groups]
-    try:
-        for group in groups:
-            group.record = True
-        for ffn in ffns:
-            ffn.top_k, ffn.record = top_k, True
-        yield
-    finally:
-        for ffn, (k, record) in zip(ffns, before):
-            ffn.top_k, ffn.record, ffn.last_logits = k, record, None
-        for group, was in zip(groups, kept):
-            group.record, group.last_logits = was, None
+    modules: list[Any] = [*ffns, *groups]
+    with restored(ffns, "top_k", "record"), restored(groups, "record"):
+        try:
+            for module in modules:
+                module.record = True
+            for ffn in ffns:
+                ffn.top_k = top_k
+            yield
+        finally:
+            for module in modules:
+                module.last_logits = None
 
 
 def _run(

@@ -6,8 +6,8 @@ change at a time and everything else dense. Nothing is trained and the model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,15 @@ from d2m.families import Site, family_of_model
 from d2m.families.ffn_sites import sites_of
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
-from d2m.model.block_group import Passed
+from d2m.model.block_group import SkippedBlock
 from d2m.model.routing import route, routing_dtype
 from d2m.model.surgery import gate_weight, split_neurons
-from d2m.recipe.recipe import SparseSpec, hidden_sizes
+from d2m.recipe.recipe import Batches, Progress, SparseSpec, hidden_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from d2m.recipe.recipe import Recipe
-
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 
 QUARTER = 4  # ours: a relative error of the whole output needs fewer samples than neurons' scores
@@ -39,7 +36,7 @@ class Sensitivity:
     """Damages, by kind of block.
 
     skipped: kind -> (first, length) -> damage without these blocks. ffn: kind -> block -> damage
-    with the block's FFNs of each structure that was asked for, before any training.
+    with the block's FFNs of each structure to try, before any training.
     """
 
     skipped: dict[str, dict[tuple[int, int], float]]
@@ -78,7 +75,7 @@ def sensitivity(
     total = sum(len(runs[kind]) + len(blocks) * len(specs) for kind, blocks in lists.items())
     done = 0
 
-    def told(value: float) -> float:
+    def counted(value: float) -> float:
         nonlocal done
         done += 1
         if progress:
@@ -93,14 +90,14 @@ def sensitivity(
             skipped[kind] = {}
             for first, length in runs[kind]:
                 with left_out(lists[kind], range(first, first + length)):
-                    skipped[kind][first, length] = told(damage(model, data, expected))
+                    skipped[kind][first, length] = counted(damage(model, data, expected))
             ffn[kind] = []
             for index in range(len(lists[kind])):
                 here = [row for row in sites if row[1] == f"{name}.{index}"]
                 row = []
                 for spec in specs:
                     with sparse_sites(model, here, scores, spec, recipe.seed):
-                        row.append(told(damage(model, data, expected)))
+                        row.append(counted(damage(model, data, expected)))
                 ffn[kind].append(row)
     return Sensitivity(skipped, ffn)
 
@@ -119,7 +116,7 @@ def left_out(blocks: Any, indices: Sequence[int]) -> Iterator[None]:
     before = [blocks[i] for i in indices]
     try:
         for i in indices:
-            blocks[i] = Passed()
+            blocks[i] = SkippedBlock()
         yield
     finally:
         for i, block in zip(indices, before):
@@ -139,14 +136,12 @@ def sparse_sites(
     A converted FFN is the dense one with each token's hidden neurons multiplied by 1 (shared), by
     E times its gate (experts of the token's choice) or by 0: hooks do that.
     """
-    handles: list[Any] = []
-    try:
+    with ExitStack() as hooks:
         for name, block_name, site in sites:
-            handles += _hooks(model.get_submodule(block_name), name, site, scores[name], spec, seed)
+            block = model.get_submodule(block_name)
+            for hook in _hooks(block, name, site, scores[name], spec, seed):
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hooks(
@@ -163,7 +158,7 @@ def _hooks(
     expert[places] = torch.arange(count, device=device).repeat_interleave(width)
     scales: list[Tensor] = []
 
-    def ask(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def record_gates(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         weights = x.new_zeros(*x.shape[:-1], count + 1)
         weights[..., count] = 1
@@ -181,7 +176,7 @@ def _hooks(
         return (hidden, *args[1:])
 
     return [
-        fc1.register_forward_pre_hook(ask),
+        fc1.register_forward_pre_hook(record_gates),
         block.get_submodule(site.fc2).register_forward_pre_hook(scale),
     ]
 
@@ -191,8 +186,8 @@ def _inputs(
 ) -> dict[str, Tensor]:
     """One calibration batch as the model's inputs, at random noise levels."""
     batch = batches(index, recipe.calibration.batch_size)
-    draw = generator_at(seed, "sensitivity", index)
-    x, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
+    generator = generator_at(seed, "sensitivity", index)
+    x, t, _ = noised(model, batch, generator, recipe.t_mean, recipe.t_std)
     return transformer_inputs(model, batch, x, t.to(x.dtype))
 
 

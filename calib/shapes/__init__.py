@@ -6,5 +6,5 @@ A seed enters; captions, training pictures, batches and verdicts leave.
     render    Scenes drawn as images: anti-aliased shapes on grey
     batches   Training and calibration batches for shapes pipelines
     verify    Whether an image shows exactly what a caption says
-    suite     The shapes suite: draw held-out captions, verify each image, count, and show
+    suite     The shapes suite: generate from held-out captions, verify each image, count, and show
 """

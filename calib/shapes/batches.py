@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int, int], dict[str, "Tensor"]]
 
-# Scenes that need binding or counting are shown more often, as when the teacher was trained (ours).
+# Scenes that need binding or counting are learnt last, so they are shown more often (ours).
 SHARES: Mapping[str, float] = {
     "single_object": 0.06,
     "two_object": 0.18,
@@ -35,7 +35,7 @@ SHARES: Mapping[str, float] = {
 def world_of(pipe: DiffusionPipeline) -> World:
     """The default world at the pipeline's image size (its VAE's sample_size, in pixels).
 
-    ValueError if that is no size a world can have: the pipeline does not draw shapes.
+    ValueError if that is no size a world can have: the pipeline does not generate shapes.
     """
     size = pipe.vae.config.sample_size
     try:
@@ -54,7 +54,7 @@ def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: in
     `latents` [B, ...]: VAE means, shifted and scaled as the family's transformer takes them;
     the family's conditions (FLUX: `encoder_hidden_states` [B, L, width of T5],
     `pooled_projections` [B, width of CLIP], `txt_ids` [L, 3]), a share of them of empty captions
-    where it is drawn with classifier-free guidance; `img_ids` [T, 3], places of image tokens;
+    where classifier-free guidance is used; `img_ids` [T, 3], places of image tokens;
     `category` [B]: int64, the scenes' places in `calib.shapes.world.CATEGORIES`.
     Its attribute `rows(step, batch size, first, end)` makes those rows of the batch alone.
 

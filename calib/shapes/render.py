@@ -43,13 +43,11 @@ def render(
 ) -> np.ndarray:
     """One image of the scene, uint8 [S, S, 3], S = world.size.
 
-    Colours that the caption leaves free are drawn at random, without held-out pairs when split is
-    "train"; counted things share one colour. Raises ValueError if a "train" image is asked of a
+    Colours that the caption leaves free are sampled at random, without held-out pairs when split is
+    "train"; counted things share one colour. Raises ValueError if a "train" image is wanted of a
     scene that names a held-out pair.
     """
-    image = np.empty((world.size, world.size, 3), np.uint8)
-    _draw(image, scene, world, rng, split)
-    return image
+    return render_batch([scene], world, rng, split)[0]
 
 
 def render_batch(
@@ -58,7 +56,7 @@ def render_batch(
     """Images of the scenes, uint8 [B, S, S, 3]: the same as B calls of `render` with this rng."""
     images = np.empty((len(scenes), world.size, world.size, 3), np.uint8)
     for image, scene in zip(images, scenes, strict=True):
-        _draw(image, scene, world, rng, split)
+        _paint(image, scene, world, rng, split)
     return images
 
 
@@ -71,7 +69,7 @@ def layout(
     return [(t.shape, c, b) for t, c, b in zip(scene.things, colours, boxes, strict=True)]
 
 
-def _draw(
+def _paint(
     image: np.ndarray, scene: Scene, world: World, rng: np.random.Generator, split: Split
 ) -> None:
     image[...] = BACKGROUND

@@ -1,4 +1,4 @@
-"""The shapes suite: draw held-out captions, verify each image, count, and show.
+"""The shapes suite: generate from held-out captions, verify each image, count, and show.
 
 Our stand-in for GenEval's score: the share of prompts whose image shows exactly what the prompt
 says.
@@ -6,8 +6,7 @@ says.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from calib.shapes.verify import Verdict, verify
 from calib.shapes.world import CATEGORIES, Scene, World, eval_scenes
+from runtime.files.atomic import write_bytes
 
-Draw = Callable[[list[str], list[int]], Sequence[Image.Image]]
+Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of the suite: scene, seed, the image drawn (uint8 [S, S, 3]) and the verdict."""
+    """One prompt of the suite: scene, seed, the image (uint8 [S, S, 3]) and the verdict."""
 
     scene: Scene
     seed: int
@@ -52,23 +52,22 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def evaluate(
-    draw: Draw,
+    generate: Generate,
     n: int = 600,
     seed: int = 0,
     world: World | None = None,
     batch: int = 16,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Score `draw(prompts, seeds) -> images` on n held-out captions of a world (default: World()).
+    """Score `generate(prompts, seeds) -> images` on n held-out captions of a world.
 
     Prompt i gets image seed `seed * 1_000_000 + i`, whatever the batch, so that two models see
     the same captions and noise. `progress(done, n)` is called after every batch.
-    images_per_second counts the time inside `draw` only.
+    images_per_second counts the time inside `generate` only.
 
     Returns the result (JSON types: suite, n, seed, overall, categories, images_per_second;
-    overall is the mean over all prompts) and all samples in the order drawn. Raises ValueError if
-    n or batch is not positive, or if `draw` returns another number of images or another size than
-    asked.
+    overall is the mean over all prompts) and all samples in order. Raises ValueError if
+    n or batch is not positive, or if `generate` returns another number of images or another size.
     """
     world = world or World()
     if batch < 1:
@@ -80,12 +79,12 @@ def evaluate(
         part = scenes[start : start + batch]
         seeds = [seed * 1_000_000 + start + i for i in range(len(part))]
         before = time.perf_counter()
-        images = draw([scene.caption for scene in part], seeds)
+        images = generate([scene.caption for scene in part], seeds)
         seconds += time.perf_counter() - before
         if len(images) != len(part):
-            raise ValueError(f"draw returned {len(images)} images for {len(part)} prompts")
-        for scene, image_seed, picture in zip(part, seeds, images):
-            image = _pixels(picture, world)
+            raise ValueError(f"generate returned {len(images)} images for {len(part)} prompts")
+        for scene, image_seed, generated in zip(part, seeds, images):
+            image = _pixels(generated, world)
             samples.append(Sample(scene, image_seed, image, verify(image, scene, world)))
         if progress:
             progress(len(samples), n)
@@ -114,14 +113,15 @@ def _rate(oks: Sequence[bool]) -> dict[str, float | int]:
     return {"score": round(sum(oks) / n, 4), "low": round(low, 4), "high": round(high, 4), "n": n}
 
 
-def _pixels(picture: Image.Image, world: World) -> np.ndarray:
-    if picture.size != (world.size, world.size):
-        width, height = picture.size
+def _pixels(image: Image.Image, world: World) -> np.ndarray:
+    if image.size != (world.size, world.size):
+        width, height = image.size
         raise ValueError(
-            f"draw returned an image of {width} x {height} pixels, the world's are {world.size} x "
-            f"{world.size}; draw at that size or evaluate with World(size={height})"
+            f"generate returned an image of {width} x {height} pixels, the world's are "
+            f"{world.size} x {world.size}; generate at that size or evaluate with "
+            f"World(size={height})"
         )
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
 # Layout of the grid, in pixels.
@@ -134,11 +134,11 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def save_grid(samples: Sequence[Sample], path: str | Path, per_category: int = 7) -> None:
-    """A labelled picture grid, PNG: a row per category with its score and its first samples.
+    """A labelled image grid, PNG: a row per category with its score and its first samples.
 
     The first and not the best: the grid shows what the score counts. A green border marks an
-    image that passed; under one that did not stands why. Written to a temporary file in the same
-    folder and then renamed. Raises ValueError if there are no samples.
+    image that passed; under one that did not stands why. Written whole or
+    not at all. Raises ValueError if there are no samples.
     """
     if not samples:
         raise ValueError("save_grid needs at least one sample")
@@ -167,7 +167,9 @@ def save_grid(samples: Sequence[Sample], path: str | Path, per_category: int = 7
             for i, (words, colour) in enumerate(lines):
                 pen.text((left, top + side * zoom + 8 + i * line), words, colour, text)
         y += height
-    _save_png(sheet, Path(path))
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    write_bytes(Path(path), png.getvalue())
 
 
 def _percent(rate: dict[str, float | int]) -> str:
@@ -178,8 +180,8 @@ def _paste(sheet: Image.Image, sample: Sample, x: int, y: int, side: int) -> Non
     """The image, `side` pixels wide, with its border; top left at x, y."""
     border = (x, y, x + side + 5, y + side + 5)
     ImageDraw.Draw(sheet).rectangle(border, GOOD if sample.verdict.ok else BAD)
-    picture = Image.fromarray(sample.image)
-    sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x + 3, y + 3))
+    image = Image.fromarray(sample.image)
+    sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x + 3, y + 3))
 
 
 def _label(sample: Sample, width: int, font: Font) -> list[tuple[str, tuple[int, int, int]]]:
@@ -198,16 +200,3 @@ def _wrapped(words: str, width: int, font: Font) -> list[str]:
         else:
             lines.append(word)
     return lines
-
-
-def _save_png(sheet: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            sheet.save(file, "PNG")
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

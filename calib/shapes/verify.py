@@ -35,7 +35,7 @@ FINE = 4  # points per pixel side when an ideal shape is turned into coverage
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object seen in an image; shape or colour is "?" if unclear.
 
     x, y (centroid, 0 = middle of the first pixel) and size (root of the area) in pixels.
@@ -55,7 +55,7 @@ class Verdict:
 
     ok: bool
     reason: str
-    found: tuple[Found, ...]
+    found: tuple[DetectedObject, ...]
 
 
 def verify(image: np.ndarray, scene: Scene, world: World) -> Verdict:
@@ -68,7 +68,7 @@ def verify(image: np.ndarray, scene: Scene, world: World) -> Verdict:
     return Verdict(reason is None, reason or "ok", found)
 
 
-def find_objects(image: np.ndarray, world: World) -> tuple[Found, ...]:
+def find_objects(image: np.ndarray, world: World) -> tuple[DetectedObject, ...]:
     """All objects in an image, uint8 [S, S, 3], those that fit no shape or colour included.
 
     Raises ValueError for another shape or dtype.
@@ -98,8 +98,8 @@ def find_objects(image: np.ndarray, world: World) -> tuple[Found, ...]:
     for k, area in enumerate(areas, start=1):
         if area >= smallest:
             rows, columns = np.nonzero(ghosts == k)
-            x, y = float(columns.mean()), float(rows.mean())
-            found.append(Found("?", "?", round(x, 2), round(y, 2), round(area**0.5, 2), 0.0))
+            x, y = round(float(columns.mean()), 2), round(float(rows.mean()), 2)
+            found.append(DetectedObject("?", "?", x, y, round(area**0.5, 2), 0.0))
     return tuple(found)
 
 
@@ -133,18 +133,18 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
 def _describe(
     labels: np.ndarray, k: int, pixels: np.ndarray, offset: np.ndarray, world: World
-) -> Found:
+) -> DetectedObject:
     """Component k of labels [S, S]; pixels, and offsets from the background: float32 [S, S, 3]."""
-    mine = labels == k
-    rows, columns = np.flatnonzero(mine.any(1)), np.flatnonzero(mine.any(0))
+    inside = labels == k
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     top, left = max(rows[0] - 2, 0), max(columns[0] - 2, 0)
     window = np.s_[top : rows[-1] + 3, left : columns[-1] + 3]
-    mine, others = mine[window], (labels[window] != k) & (labels[window] > 0)
+    inside, others = inside[window], (labels[window] != k) & (labels[window] > 0)
     offset, pixels = offset[window], pixels[window]
     contrast = (offset**2).sum(-1)
 
     # The strongest half: edge pixels are mixtures with the background.
-    strong = mine & (contrast >= _median(contrast[mine]))
+    strong = inside & (contrast >= _median(contrast[inside]))
     colour_offset = _median(offset[strong])
     distances = np.linalg.norm(_palette(world) - _median(pixels[strong]), axis=1)
     nearest = int(distances.argmin())
@@ -155,11 +155,11 @@ def _describe(
     norm = max(float((colour_offset**2).sum()), 1.0)  # 0 is possible in pure noise
     coverage = offset @ colour_offset / norm
     impure = ((offset - coverage[..., None] * colour_offset) ** 2).sum(-1) > 0.15 * norm
-    if impure[mine].mean() > MAX_IMPURE:
+    if impure[inside].mean() > MAX_IMPURE:
         colour = "?"
-    reach = _grow(_grow(mine)) & ~_grow(others)
+    reach = _grow(_grow(inside)) & ~_grow(others)
     # Noise of 4/255 on a contrast of 130 is a coverage of .03.
-    solid = (reach | mine) & (coverage >= 0.08)
+    solid = (reach | inside) & (coverage >= 0.08)
     coverage = np.where(solid, coverage.clip(0, 1), 0).astype(np.float32)
 
     area = max(float(coverage.sum()), 1e-3)
@@ -170,7 +170,7 @@ def _describe(
     if iou < MIN_IOU or min(sides) < MIN_SIDE * world.size or max(sides) > MAX_SIDE * world.size:
         shape = "?"
     x, y = round(x + float(left), 2), round(y + float(top), 2)
-    return Found(shape, colour, x, y, round(area**0.5, 2), round(iou, 3))
+    return DetectedObject(shape, colour, x, y, round(area**0.5, 2), round(iou, 3))
 
 
 @cache
@@ -267,7 +267,7 @@ def _pooling(n: int) -> tuple[np.ndarray, np.ndarray]:
     return mean, (kernel @ mean).astype(np.float32)
 
 
-def _difference(found: tuple[Found, ...], scene: Scene, world: World) -> str | None:
+def _difference(found: tuple[DetectedObject, ...], scene: Scene, world: World) -> str | None:
     """What is wrong with the found objects as an instance of the scene; None if nothing is."""
     unclear = [f for f in found if "?" in (f.shape, f.colour)]
     if unclear:

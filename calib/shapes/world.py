@@ -229,7 +229,7 @@ def sample_scene(
 ) -> Scene:
     """A random scene: category (uniform if None), then content, then prefix, each uniform.
 
-    Drawing the content first keeps held-out pairs at their natural share of "eval" (1/6 of
+    Choosing the content first keeps held-out pairs at their natural share of "eval" (1/6 of
     `colours`), although all of their captions and only a quarter of the others are in it.
     """
     if category is None:

@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     The command is invoked without typer's own `main`, which would swallow what a KeyboardInterrupt
     has to say (where a conversion stopped and how it continues).
     """
+    # Threads that wait take no core from who computes: read by OpenMP when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: nobody reads, the work is done
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -82,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
-        from d2m.distill.processes import settled
+        from d2m.distill.processes import final_error
 
-        ending, speaks = settled(error)
+        ending, speaks = final_error(error)
         sentence, code = explain(ending, resumes=arguments[0] == "convert")
         if speaks:
             say(sentence if isinstance(ending, KeyboardInterrupt) else f"error: {sentence}")

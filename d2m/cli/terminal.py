@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2m.distill.processes import Lost
+from d2m.distill.processes import ProcessLost
 from d2m.distill.stopping import Terminated
 
 QUIET = {
@@ -110,10 +110,10 @@ def explain(error: BaseException, resumes: bool = False) -> tuple[str, int]:
     """
     if isinstance(error, KeyboardInterrupt):
         ended = isinstance(error, Terminated)
-        said = "stopped by SIGTERM" if ended else "interrupted"
-        said += "; continue with --resume" if resumes else ""
-        return one_line(str(error)) or said, 143 if ended else 130
-    if isinstance(error, Lost):
+        sentence = "stopped by SIGTERM" if ended else "interrupted"
+        sentence += "; continue with --resume" if resumes else ""
+        return one_line(str(error)) or sentence, 143 if ended else 130
+    if isinstance(error, ProcessLost):
         return one_line(str(error)), 1
     if hasattr(error, "format_message"):  # a click usage error, click's own or the one in typer
         return f"{one_line(error.format_message())}; see d2m COMMAND --help", 2
@@ -123,8 +123,8 @@ def explain(error: BaseException, resumes: bool = False) -> tuple[str, int]:
         module = error.name.split(".")[0]
         if module not in EXTRAS:
             return _fault(error), 1
-        said = f"this command needs the Python package {module}, which is not installed"
-        return need(EXTRAS[module], said), 2
+        missing = f"this command needs the Python package {module}, which is not installed"
+        return need(EXTRAS[module], missing), 2
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f" {str(error.filename)!r}" if error.filename is not None else ""
         if error.errno in FULL:

@@ -22,9 +22,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.convert.in_memory import convert
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.convert.in_memory": "convert",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.convert.in_memory": "convert"})

@@ -1,4 +1,4 @@
-"""The dense pipeline that a conversion starts from: finding it, checking it, knowing it again.
+"""The dense pipeline that a conversion starts from: checked, and recognised by a fingerprint.
 
 Torch-free, so that a wrong path is answered at once.
 """

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Progress, Recipe
 from runtime.files.atomic import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
 GROUPING = ("groups", "alpha", "drop")  # and those that may where the start has all of its blocks
@@ -43,7 +41,7 @@ def first_student(
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
-    from d2m.convert.modulation_fit import compress_adaln
+    from d2m.convert.modulation_fit import compress_adaln, modulation_moments
     from d2m.convert.router_fit import spread_routers
     from d2m.families.flow import generator_at
     from d2m.families.inputs import noised, transformer_inputs
@@ -55,15 +53,19 @@ def first_student(
     x, t, _ = noised(dense, batch, generator_at(0, "identity"))
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
     if recipe.blocks.grouped:  # while the modulation is the dense model's
-        fitted = kept(
+        fitted = compute_once(
             work / "routers.safetensors",
             lambda: spread_routers(student, calibration, recipe, recipe.seed),
         )
         for name, weight in fitted.items():
             student.get_parameter(name).data.copy_(weight)
     if recipe.adaln.mode != "full":
-        compress_adaln(student, recipe.adaln, _moments(dense, calibration, recipe, work))
-    return (student if start is None else _loaded(start, student, recipe, family)), error
+        moments = compute_once(
+            work / "modulation.safetensors",
+            lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
+        )
+        compress_adaln(student, recipe.adaln, moments)
+    return (student if start is None else _load_start(start, student, recipe, family)), error
 
 
 def start_importance(start: Path) -> Callable[..., dict[str, Tensor]]:
@@ -81,7 +83,7 @@ def start_importance(start: Path) -> Callable[..., dict[str, Tensor]]:
     return lambda *args, **options: load_file(start / IMPORTANCE)
 
 
-def kept_importance(
+def neuron_scores(
     work: Path,
     identity: Mapping[str, Any],
     dense: nn.Module,
@@ -101,10 +103,10 @@ def kept_importance(
         write_json(work / "run.json", identity)
         return found
 
-    return kept(work / IMPORTANCE, scores)
+    return compute_once(work / IMPORTANCE, scores)
 
 
-def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> nn.Module:
+def _load_start(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> nn.Module:
     """The student with the float32 weights of `start`, once their structures are seen to agree.
 
     A start without groups has every block that groups are made of: stages 1 and 2 run all blocks,
@@ -115,25 +117,25 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     from d2m.model.grouping import renamed
     from d2m.model.sparse_transformer import sparse_class
 
-    found: Any = sparse_class(family).from_pretrained(
+    loaded: Any = sparse_class(family).from_pretrained(
         start / "transformer", torch_dtype=torch.float32, local_files_only=True
     )
-    configs: list[Any] = [found.config, student.config]
-    theirs, ours = (
+    configs: list[Any] = [loaded.config, student.config]
+    before, now = (
         json.loads(json.dumps({k: v for k, v in each.items() if not k.startswith("_")}))
         for each in configs
     )
-    whole = not theirs.get("groups") and not theirs.get("drop")
+    whole = not before.get("groups") and not before.get("drop")
     free = (*KNOBS, *GROUPING) if whole else KNOBS
-    for name, value in ours.items():
-        if name not in free and theirs.get(name) != value:
+    for name, value in now.items():
+        if name not in free and before.get(name) != value:
             raise ValueError(
-                f"{start} has {name} {theirs.get(name)!r} where the recipe makes {value!r}; start "
+                f"{start} has {name} {before.get(name)!r} where the recipe makes {value!r}; start "
                 "from a conversion of the same structure."
             )
     # Only what differs is taken: the rest stays shared with the dense model. Copies lie where a
     # training run's tensors lie, or kernels would round differently than in a run of all stages.
-    state = found.state_dict()
+    state = loaded.state_dict()
     if whole:
         state = renamed(state, recipe.blocks, family)
     tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
@@ -144,19 +146,7 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     return student
 
 
-def _moments(
-    dense: nn.Module, calibration: Batches, recipe: Recipe, work: Path
-) -> dict[str, Tensor]:
-    """The calibration of shared modulation, from the work directory if it was done before."""
-    from d2m.convert.modulation_fit import modulation_moments
-
-    return kept(
-        work / "modulation.safetensors",
-        lambda: modulation_moments(dense, calibration, recipe, recipe.seed),
-    )
-
-
-def kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def compute_once(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in `path`, computed and put there at once where it is missing."""
     from safetensors.torch import load_file
 

@@ -18,6 +18,7 @@ from d2m.convert.sparse_pipeline import (
     final_losses,
     parameters_of,
     publish,
+    shapes_of,
     stage_seconds,
     timed,
     write_sparse,
@@ -27,15 +28,13 @@ from d2m.distill.processes import ALONE, Crew
 from d2m.generate import load_pipeline
 from d2m.plan.hub import locate
 from d2m.plan.presets import recipe_named
-from d2m.recipe.recipe import Recipe
-from d2m.report.pareto import beside, own_rows
+from d2m.recipe.recipe import Batches, Progress, Recipe
+from d2m.report.pareto import merge_rows, own_rows
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
-Batches = Callable[[int, int], Mapping[str, "Tensor"]]
-Progress = Callable[[str, int, int], None]
 
 CALIBRATION = 1_000_003  # added to the seed: calibration must not see the training batches
 
@@ -69,16 +68,16 @@ class Report:
     """What is measured of the result, and shown in report.html and report.json.
 
     statistics: (sparse transformer, batches, top_k=, seed=, progress=) -> table of routing. score:
-    (draw) -> score, run on the dense and the sparse pipeline. prompts: what is generated with both.
-    known: other models, as `d2m.report.pareto.known_rows` reads them, for the plot. written: False
-    leaves the report out; scores are then in the model card alone.
+    (generate) -> score, run on the dense and the sparse pipeline. prompts: generated with both.
+    other_models: for the plot, as `d2m.report.pareto.known_rows` reads them. write: False leaves
+    the report out; scores are then in the model card alone.
     """
 
     statistics: Callable[..., dict[str, Any]] | None = None
     score: Callable[[Any], dict[str, Any]] | None = None
     prompts: Sequence[str] = ()
-    known: Sequence[Mapping[str, Any]] = ()
-    written: bool = True
+    other_models: Sequence[Mapping[str, Any]] = ()
+    write: bool = True
 
 
 def convert(
@@ -114,7 +113,7 @@ def convert(
     """
     recipe, crew = recipe_named(recipe, dense_dir), options.crew
     if not crew.leads:
-        _follow(locate(dense_dir), recipe, batches, work_of(Path(out_dir)), options)
+        _train_shards(locate(dense_dir), recipe, batches, work_of(Path(out_dir)), options)
         return {}
     start = None if options.start is None else Path(options.start)
     known = {"start": fingerprint(start) if start else None, "data": options.data}
@@ -122,7 +121,7 @@ def convert(
     if conversion is None:
         return {"out": str(Path(out_dir)), "already_converted": True}
     # All arguments are good as far as JSON can tell; the first slow import and the first load.
-    from d2m.convert.first_student import first_student, kept_importance, start_importance
+    from d2m.convert.first_student import first_student, neuron_scores, start_importance
 
     dense_path, work, result = conversion.dense, conversion.work, conversion.result
     seconds: dict[str, float] = {}
@@ -134,7 +133,7 @@ def convert(
     with timed(seconds, "importance"):
         if start:  # its neurons were split by its own scores, and must be again
             importance = start_importance(start)
-        neurons = kept_importance(
+        neurons = neuron_scores(
             work, conversion.identity, dense, calibration, recipe, importance, progress
         )
     with timed(seconds, "conversion"):
@@ -151,9 +150,9 @@ def convert(
             from d2m.distill.gather import to_cpu
 
             to_cpu(student, dense)
-        told: dict[str, Any] = {"workdir": work, "progress": progress, "log": log}
-        told |= {"seed": recipe.seed, **_training(options)}
-        history = distill(student, dense, recipe, batches(pipe, recipe.seed), **told)
+        keywords: dict[str, Any] = {"workdir": work, "progress": progress, "log": log}
+        keywords |= {"seed": recipe.seed, **_training(options)}
+        history = distill(student, dense, recipe, batches(pipe, recipe.seed), **keywords)
     seconds |= stage_seconds(history)
 
     # A kill from here on goes on from training's last checkpoint, and does all of this once more.
@@ -166,11 +165,11 @@ def convert(
         student.to(pipe.to(device).device)
     # Scores come before the papers because the model card shows them, with a report or without.
     with timed(seconds, "pictures and scores"):
-        shown = report.prompts if report.written else ()
+        shown = report.prompts if report.write else ()
         score = report.score
         images, scores = compare(pipe, student, dense_path, shown, score, recipe.seed, progress)
     more: dict[str, Any] | None = None
-    if report.written:
+    if report.write:
         routing = None
         if report.statistics and recipe.top_k:
             with timed(seconds, "routing statistics"):
@@ -179,8 +178,10 @@ def convert(
                 )
         more = {"history": history, "importance": neurons, "routing": routing, "images": images}
         more |= {"timings": seconds, "identity_error": error}
-        more["pareto"] = beside(own_rows(result, conversion.out.name, scores), report.known)
-    answer = publish(conversion, parameters_of(pipe, student, recipe), scores, more)
+        rows = own_rows(result, conversion.out.name, scores)
+        more["pareto"] = merge_rows(rows, report.other_models)
+    parameters = parameters_of(shapes_of(pipe.transformer), shapes_of(student), recipe)
+    answer = publish(conversion, parameters, scores, more)
     return answer | {
         "steps": recipe.steps,
         "identity_error": error,
@@ -204,7 +205,7 @@ def _loaded_as(recipe: Recipe, crew: Crew) -> str:
     return "bf16" if crew.size > 1 and recipe.precision == "bfloat16" else "fp32"
 
 
-def _follow(
+def _train_shards(
     dense: Path,
     recipe: Recipe,
     batches: Callable[[DiffusionPipeline, int], Batches],
@@ -219,5 +220,5 @@ def _follow(
 
     dtype = _loaded_as(recipe, crew)
     pipe = load_pipeline(dense, device=crew.device, dtype=dtype, transformer=False)
-    told: dict[str, Any] = {"workdir": work, "seed": recipe.seed, **_training(options)}
-    distill(None, None, recipe, batches(pipe, recipe.seed), **told)
+    keywords: dict[str, Any] = {"workdir": work, "seed": recipe.seed, **_training(options)}
+    distill(None, None, recipe, batches(pipe, recipe.seed), **keywords)

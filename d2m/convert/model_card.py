@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.units import human, percent
+from d2m.units import count_text, percent
 
 TAGS = ("d2m", "dense2moe", "mixture-of-experts", "text-to-image")
 
@@ -58,7 +58,7 @@ def model_card(
         defaults=defaults or {},
         licence=licence,
         plain=_plain,
-        human=human,
+        count_text=count_text,
         percent=percent,
         repr=repr,
     )

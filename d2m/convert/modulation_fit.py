@@ -8,7 +8,7 @@ D width, K rows of all norms' W together (n D each, n = 6 or 3), r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,9 @@ from d2m.families.flow import generator_at
 from d2m.families.inputs import global_embedding, noised
 from d2m.model.grouping import dense_name
 from d2m.model.modulation import SharedAdaLN, norms, own_linear, rank_of, share_adaln
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Recipe
 from d2m.recipe.structure import AdaLN
 from d2m.shards import Shards
-
-Batches = Callable[[int, int], Mapping[str, Tensor]]
 
 RIDGE = 1e-4  # ours: share of the mean variance that directions without calibration data count for
 
@@ -42,8 +40,8 @@ def modulation_moments(
     rows = []
     for i in range(recipe.calibration.batches):
         batch = batches(i, recipe.calibration.batch_size)
-        draw = generator_at(seed, "adaln", i)
-        _, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
+        generator = generator_at(seed, "adaln", i)
+        _, t, _ = noised(model, batch, generator, recipe.t_mean, recipe.t_std)
         rows.append(F.silu(global_embedding(model, batch, t)).double().cpu())
     return _moments(torch.cat(rows))
 
@@ -209,7 +207,7 @@ def _embeddings(source: Shards, sparse: Any, recipe: Recipe) -> Tensor:
     module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items()})
     module.float()
     n = recipe.calibration.batches * recipe.calibration.batch_size
-    draw = generator_at(recipe.seed, "modulation")
-    t = torch.sigmoid(torch.randn(n, generator=draw) * recipe.t_std + recipe.t_mean)
-    text = family_of_model(sparse).data.random_text(sparse.config, n, draw)
+    generator = generator_at(recipe.seed, "modulation")
+    t = torch.sigmoid(torch.randn(n, generator=generator) * recipe.t_std + recipe.t_mean)
+    text = family_of_model(sparse).data.random_text(sparse.config, n, generator)
     return F.silu(global_embedding(sparse, text, t))

@@ -8,7 +8,8 @@ shapes teacher: all three groups of S chose one block for every sample after 20 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,9 +19,7 @@ from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
 from d2m.model.block_group import TEXT_MASK, BlockGroup, block_groups, pool
 from d2m.model.surgery import unit_gates
-from d2m.recipe.recipe import Recipe
-
-Batches = Callable[[int, int], Mapping[str, Tensor]]
+from d2m.recipe.recipe import Batches, Recipe
 
 SPREAD = 1.0  # ours: standard deviation of a block's logit over samples
 
@@ -37,20 +36,15 @@ def spread_routers(
     decide which block they begin with.
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in block_groups(student)}
-    hooks = [
-        group.register_forward_pre_hook(_look(seen[name]), with_kwargs=True)
-        for name, group in block_groups(student).items()
-    ]
-    try:
-        with unit_gates(student):
-            for i in range(recipe.calibration.batches):
-                batch = batches(i, recipe.calibration.batch_size)
-                draw = generator_at(seed, "routers", i)
-                x, t, _ = noised(student, batch, draw, recipe.t_mean, recipe.t_std)
-                student(**transformer_inputs(student, batch, x, t))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, unit_gates(student):
+        for name, group in block_groups(student).items():
+            hook = group.register_forward_pre_hook(_record_inputs(seen[name]), with_kwargs=True)
+            hooks.enter_context(hook)
+        for i in range(recipe.calibration.batches):
+            batch = batches(i, recipe.calibration.batch_size)
+            generator = generator_at(seed, "routers", i)
+            x, t, _ = noised(student, batch, generator, recipe.t_mean, recipe.t_std)
+            student(**transformer_inputs(student, batch, x, t))
     found: dict[str, Tensor] = {}
     for name, group in block_groups(student).items():
         tokens, embeddings = (torch.cat(rows) for rows in zip(*seen[name]))
@@ -59,7 +53,7 @@ def spread_routers(
     return found
 
 
-def _look(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+def _record_inputs(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     """A hook that keeps what the group's router would look at: [B, 2 D] and [B, D], float64."""
 
     def hook(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:

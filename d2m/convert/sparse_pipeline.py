@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from d2m.convert.dense import licence_of
 from d2m.convert.workdir import Conversion
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults
-from d2m.generate import pipeline_draw
+from d2m.generate import generate_with
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Progress, Recipe
 from d2m.shards import library_errors
 from runtime.files.atomic import replace_dir, write_json, write_text
 from runtime.files.checked_json import read_json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Score = Callable[[Any], dict[str, Any]]
-Progress = Callable[[str, int, int], None]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_sparse(
@@ -77,29 +77,29 @@ def compare(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Pictures and scores of the dense pipeline and of the same with `student` in it.
+    """Images and scores of the dense pipeline and of the same with `student` in it.
 
-    Returns (images, scores): images [{"prompt", "seed", "dense", "sparse"}] with PIL pictures from
-    the same noise, scores {"dense", "sparse"} as `score(draw)` returns them, {} without `score`.
-    `pipe` has its dense transformer back afterwards.
+    Returns (images, scores): images [{"prompt", "seed", "dense", "sparse"}] of PIL images from the
+    same noise, scores {"dense", "sparse"} of `score(generate)`, {} without `score`. `pipe` has its
+    dense transformer back afterwards.
     """
     seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-    teacher, quiet = pipe.transformer, progress or (lambda phase, done, total: None)
-    pictures: dict[str, list[Any]] = {}
+    teacher, report = pipe.transformer, progress or (lambda phase, done, total: None)
+    images: dict[str, list[Any]] = {}
     scores: dict[str, Any] = {}
     total = 2 * (1 + (score is not None))
     try:
         for transformer, name in ((teacher, "dense"), (student, "sparse")):
             pipe.register_modules(transformer=transformer)
-            draw = pipeline_draw(pipe, **generation_defaults(dense))
-            pictures[name] = draw(prompts, seeds) if prompts else []
-            quiet("pictures and scores", len(pictures) + len(scores), total)
+            generate = generate_with(pipe, **generation_defaults(dense))
+            images[name] = generate(prompts, seeds) if prompts else []
+            report("images and scores", len(images) + len(scores), total)
             if score:
-                scores[name] = score(draw)
-                quiet("pictures and scores", len(pictures) + len(scores), total)
+                scores[name] = score(generate)
+                report("images and scores", len(images) + len(scores), total)
     finally:
         pipe.register_modules(transformer=teacher)
-    rows = zip(prompts, seeds, pictures["dense"], pictures["sparse"], strict=True)
+    rows = zip(prompts, seeds, images["dense"], images["sparse"], strict=True)
     return [dict(zip(("prompt", "seed", "dense", "sparse"), row)) for row in rows], scores
 
 
@@ -149,12 +149,12 @@ def final_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return losses
 
 
-def parameters_of(pipe: DiffusionPipeline, student: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """`runtime.files.parameters.count` of the dense and of the sparse transformer."""
+def parameters_of(dense: Shapes, sparse: Shapes, recipe: Recipe) -> dict[str, Any]:
+    """`runtime.files.parameters.count` of the dense and of the sparse transformer's shapes."""
     from runtime.files.parameters import count
 
-    sparse = count(shapes_of(student), recipe.top_k, recipe.blocks.kappa)
-    return {"dense": count(shapes_of(pipe.transformer)), "sparse": sparse}
+    counts = count(sparse, recipe.top_k, recipe.blocks.kappa)
+    return {"dense": count(dense), "sparse": counts}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

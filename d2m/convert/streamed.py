@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2m.convert.sparse_pipeline import publish, timed, write_around
+from d2m.convert.sparse_pipeline import parameters_of, publish, timed, write_around
 from d2m.convert.workdir import RECORD, begin
 from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe, SparseSpec
+from d2m.recipe.recipe import Progress, Recipe, SparseSpec
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from runtime.files.atomic import write_json
 from runtime.files.checked_json import read_json
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
-Progress = Callable[[str, int, int], None]
 PHASE = "convert block by block"
 EXPERTS = "experts"  # module of the matrices and biases of an FFN's experts
 SCORES = "importance"  # in the work directory: a file for every block that is done
@@ -96,13 +95,13 @@ def convert_stream(
     with torch.no_grad(), timed(seconds, "blocks"):
         first = folder / files[0]
         if not first.is_file():
-            write_shard(first, _outside(source, blocks, recipe, family, shared))
+            write_shard(first, _convert_outside(source, blocks, recipe, family, shared))
         for done, (block, file, experts) in enumerate(zip(blocks, files[1::2], files[2::2])):
             if progress:
                 progress(PHASE, done, len(blocks))
             if not ((folder / file).is_file() and (folder / experts).is_file()):
-                tensors, found = _block(source, block, recipe, family, scores, shared)
-                _keep(work / SCORES, block, found)
+                tensors, found = _convert_block(source, block, recipe, family, scores, shared)
+                write_shard(work / SCORES / f"{block}.safetensors", found)
                 apart = {key for key in tensors if key.split(".")[-2] == EXPERTS}
                 write_shard(folder / experts, {key: tensors[key] for key in sorted(apart)})
                 write_shard(folder / file, {k: v for k, v in tensors.items() if k not in apart})
@@ -114,14 +113,14 @@ def convert_stream(
     sparse.save_config(folder)
     with timed(seconds, "check"):
         checked = check_blocks(source, written, sampled(blocks, recipe.seed), recipe, family)
-    neurons = _kept(work / SCORES)
+    neurons = _load_scores(work / SCORES)
     for name in ("model_index.json", "recipe.json"):  # half of a result, of a kill
         (result / name).unlink(missing_ok=True)
     for part in result.iterdir():
         if part.is_dir() and part != folder:
             shutil.rmtree(part)
     write_around(result, family.names.sparse_class, path, recipe, neurons)
-    answer = publish(conversion, _counts(source, written, recipe), {}, None)
+    answer = publish(conversion, parameters_of(source.shapes, written.shapes, recipe), {}, None)
     return answer | {"importance": importance, "checked": checked, "seconds": seconds}
 
 
@@ -164,12 +163,8 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
         return sparse_class(family)(**{**config, **structure(recipe), **mode})
 
 
-def _outside(
-    source: Shards,
-    blocks: list[str],
-    recipe: Recipe,
-    family: Family,
-    shared: Mapping[str, Tensor],
+def _convert_outside(
+    source: Shards, blocks: list[str], recipe: Recipe, family: Family, shared: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What belongs to no block: embedders, output, routers of groups, shared modulation."""
     from d2m.model.grouping import group_router
@@ -184,7 +179,7 @@ def _outside(
     return tensors
 
 
-def _block(
+def _convert_block(
     source: Shards,
     block: str,
     recipe: Recipe,
@@ -212,11 +207,11 @@ def _block(
         width, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], spec_at(recipe.spec, name, family))
         permutations[name] = split_neurons(found[name], width, recipe.num_experts)
     tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
-    mine = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
-    norms = {key.rpartition(".")[0].removesuffix(".up") for key in mine}
+    shared_here = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
+    norms = {key.rpartition(".")[0].removesuffix(".up") for key in shared_here}
     replaced = tuple(f"{own_linear(source.where, norm)}." for norm in norms)
     kept = {k: v for k, v in tensors.items() if not k.startswith(replaced)}
-    return renamed(kept | mine, recipe.blocks, family), found
+    return renamed(kept | shared_here, recipe.blocks, family), found
 
 
 def _modulation(
@@ -225,7 +220,7 @@ def _modulation(
     """Tensors of shared modulation under their names in the dense block order; {} in mode full."""
     if recipe.adaln.mode == "full":
         return {}
-    from d2m.convert.first_student import kept
+    from d2m.convert.first_student import compute_once
     from d2m.convert.modulation_fit import fit_from_shards
 
     log(
@@ -233,15 +228,10 @@ def _modulation(
         "text encoder runs; distillation or a calibrated conversion does better."
     )
     file = work / "modulation.safetensors"
-    return kept(file, lambda: fit_from_shards(source, sparse, recipe))
+    return compute_once(file, lambda: fit_from_shards(source, sparse, recipe))
 
 
-def _keep(folder: Path, block: str, found: Mapping[str, Tensor]) -> None:
-    folder.mkdir(exist_ok=True)
-    write_shard(folder / f"{block}.safetensors", found)
-
-
-def _kept(folder: Path) -> dict[str, Tensor]:
+def _load_scores(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     found: dict[str, Tensor] = {}
@@ -256,13 +246,8 @@ def _kept(folder: Path) -> dict[str, Tensor]:
 def _check_complete(written: Shards, sparse: Any) -> None:
     """AssertionError unless names and shapes are those of the model that will read them."""
     expected = {name: tuple(tensor.shape) for name, tensor in sparse.state_dict().items()}
-    missing, extra = (
-        expected.keys() - written.shapes.keys(),
-        written.shapes.keys() - expected.keys(),
-    )
-    assert not missing and not extra, (sorted(missing)[:3], sorted(extra)[:3])
-    wrong = [name for name, shape in expected.items() if written.shapes[name] != shape]
-    assert not wrong, wrong[:3]
+    differing = dict(expected.items() ^ written.shapes.items())
+    assert not differing, sorted(differing)[:3]
 
 
 def check_blocks(
@@ -345,10 +330,3 @@ def _site_error(
             if not torch.equal(rest, read_rest(dense.__getitem__, block, site)):
                 return float("inf")
     return error
-
-
-def _counts(source: Shards, written: Shards, recipe: Recipe) -> dict[str, Any]:
-    from runtime.files.parameters import count
-
-    sparse = count(written.shapes, recipe.top_k, recipe.blocks.kappa)
-    return {"dense": count(source.shapes), "sparse": sparse}

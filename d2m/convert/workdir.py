@@ -16,11 +16,11 @@ from typing import Any
 
 from d2m.convert.dense import dense_family, fingerprint
 from d2m.families import Family
+from d2m.generate import need_libraries
 from d2m.plan.hub import locate
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Recipe
 from runtime.files.checked_json import read_json
-from runtime.files.extras import need
 
 RECORD = "run.json"
 KNOWN = {
@@ -76,7 +76,7 @@ def begin(
     check_free(path, work, resume)
     found = locate(dense)
     family = dense_family(found, recipe)
-    _need_torch()
+    need_libraries("converting")
     identity = identity_of(work, found, recipe, **facts)
     return Conversion(str(dense), found, family, recipe, path, work, identity)
 
@@ -127,12 +127,3 @@ def identity_of(work: Path, dense: Path, recipe: Recipe, **facts: str | None) ->
                 "start again."
             )
     return now
-
-
-def _need_torch() -> None:
-    try:
-        import diffusers  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        said = "converting needs torch and diffusers"
-        raise ImportError(need("convert", said, error)) from error

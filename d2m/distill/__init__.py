@@ -10,7 +10,7 @@ Read `loop` first; it calls the others.
     features     What a transformer's blocks put out, caught by forward hooks
     checkpoint   Training state on disk: safetensors and JSON, whole or not at all
     log          The log of a distillation: one JSON object per line in `log.jsonl`
-    stopping     Ctrl-C and SIGTERM in a long run: asked once it stops at the next good place
+    stopping     Ctrl-C and SIGTERM in a long run: the first stops at the next checkpoint
     activations  What a forward pass keeps for the backward one: all of it
     batch_rows   Which rows of a batch a process runs, one part after another
     processes    The processes of one run, as torchrun or accelerate starts them: who we are
@@ -27,9 +27,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.distill.loop import distill
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.distill.loop": "distill",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.distill.loop": "distill"})

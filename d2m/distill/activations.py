@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2m.families import family_of_model
-from d2m.model.block_group import BlockGroup, Passed
+from d2m.model.block_group import BlockGroup, SkippedBlock
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -21,7 +21,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         for block in getattr(model, name):
             if isinstance(block, BlockGroup):
                 found += block.blocks.values()
-            elif not isinstance(block, Passed):
+            elif not isinstance(block, SkippedBlock):
                 found.append(block)
     return found
 
@@ -35,12 +35,12 @@ def checkpointed(blocks: Iterable[nn.Module], offload: bool = False) -> Iterator
     """
     with ExitStack() as stack:
         for block in blocks:
-            vars(block)["forward"] = _again(block.forward, offload)
+            vars(block)["forward"] = _recomputed(block.forward, offload)
             stack.callback(vars(block).pop, "forward")
         yield
 
 
-def _again(forward: Any, offload: bool) -> Any:
+def _recomputed(forward: Any, offload: bool) -> Any:
     """The same function under `torch.utils.checkpoint`, tensors of its keywords kept as inputs."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

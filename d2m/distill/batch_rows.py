@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_shares(recipe: Recipe, crew: Crew, parts: int) -> None:
     """ValueError unless every stage's batch divides by processes and parts."""
     if parts < 1:
-        raise ValueError(f"a batch in {parts} parts was asked for, expected 1 or more.")
+        raise ValueError(f"accumulation is {parts}, expected 1 part of a batch or more.")
     for stage in recipe.stages:
         if not stage.skip and stage.batch_size % (crew.size * parts):
             raise ValueError(

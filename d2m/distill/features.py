@@ -8,7 +8,7 @@ a group that skips blocks has one feature per stream, named after its last block
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from d2m.distill.losses import token_loss
 from d2m.families import family_of_model
-from d2m.model.block_group import TEXT_MASK, BlockGroup, Passed, named_inputs
+from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock, named_inputs
 from d2m.model.sparse_ffn import SparseFFN
 from d2m.model.surgery import sparse_ffns
 
-PICTURE, TEXT = "image", "text"  # streams: the output is made from the picture's
+IMAGE, TEXT = "image", "text"  # streams: the output is made from the image's
 
 
 def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -32,7 +32,7 @@ def feature_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 found[f"{name}.{block.indices[-1]}"] = block
             elif isinstance(block, BlockGroup):
                 found |= {f"{name}.{i}": each for i, each in block.blocks.items()}
-            elif not isinstance(block, Passed):
+            elif not isinstance(block, SkippedBlock):
                 found[f"{name}.{index}"] = block
     return found
 
@@ -45,7 +45,7 @@ def feature_names(model: nn.Module) -> list[str]:
     """
     blocks, streams = list(feature_blocks(model)), family_of_model(model).blocks.streams
     names = [f"{block}.{stream}" for block in blocks[:-1] for stream in streams]
-    return [*names, f"{blocks[-1]}.{PICTURE}"]
+    return [*names, f"{blocks[-1]}.{IMAGE}"]
 
 
 def group_feature_names(model: nn.Module) -> list[str]:
@@ -68,7 +68,6 @@ def block_features(
     features: dict[str, Tensor] = {}
     wanted = set(feature_names(model) if names is None else names)
     streams = family_of_model(model).blocks.streams
-    handles = []
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...] | Tensor) -> None:
@@ -78,14 +77,11 @@ def block_features(
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for block_name, block in feature_blocks(model).items():
             if any(f"{block_name}.{stream}" in wanted for stream in streams):
-                handles.append(block.register_forward_hook(keep(block_name)))
+                hooks.enter_context(block.register_forward_hook(keep(block_name)))
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def feature_errors(
@@ -122,10 +118,9 @@ def without_padding(model: nn.Module) -> Iterator[None]:
     """Within: logits that FFNs of the text keep are of the tokens that its mask names, [N, E].
 
     Of families whose blocks get such a mask; other models' stay as they are. What a text is filled
-    up with reaches no picture, so that nothing should be learnt from where it is sent.
+    up with reaches no image, so that nothing should be learnt from its routing.
     """
     ends = {site.module for site in family_of_model(model).blocks.sites if site.stream == TEXT}
-    handles = []
 
     def keep(ffn: SparseFFN):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -135,13 +130,10 @@ def without_padding(model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for name, ffn in sparse_ffns(model).items():
             for end in ends:
                 if name.endswith(f".{end}"):
                     block = model.get_submodule(name.removesuffix(f".{end}"))
-                    handles.append(block.register_forward_hook(keep(ffn), with_kwargs=True))
+                    hooks.enter_context(block.register_forward_hook(keep(ffn), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from d2m.distill import checkpoint
-from d2m.distill.processes import Crew, mean, tell
+from d2m.distill.processes import Crew, broadcast, mean
 from d2m.shards import order
 
 
@@ -44,17 +44,19 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
     return whole.full_tensor()
 
 
-def spread(tensors: Mapping[str, Tensor], student: nn.Module, crew: Crew) -> dict[str, Tensor]:
+def distributed_state(
+    tensors: Mapping[str, Tensor], student: nn.Module, crew: Crew
+) -> dict[str, Tensor]:
     """A checkpoint's tensors, whole in the first process -> every process's part, on the CPU.
 
     `PREFIX/NAME` is laid out as the student's parameter NAME, anything else stays whole.
     """
-    told = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     found: dict[str, Tensor] = {}
     parameters = dict(student.named_parameters())
-    for name, (shape, dtype) in tell(crew, told).items():
+    for name, (shape, dtype) in broadcast(crew, headers).items():
         like = parameters.get(name.partition("/")[2])
-        part = handed_out(tensors.get(name), shape, dtype, like, crew)
+        part = distributed(tensors.get(name), shape, dtype, like, crew)
         found[name] = local(part).detach().cpu().clone()
     return found
 
@@ -138,7 +140,7 @@ def clip_shared(
     return norm
 
 
-def handed_out(
+def distributed(
     value: Tensor | None, shape: torch.Size, dtype: torch.dtype, like: Tensor | None, crew: Crew
 ) -> Tensor:
     """A tensor of the first process in all of them, laid out as `like`; whole without sharding.

@@ -64,7 +64,7 @@ def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
                 f"stage {stage.name!r} trains 'router' with kappa {stage.kappa}, where all blocks "
                 "of a group run; give it a kappa that leaves some out, or take the word out."
             )
-    words = _words(student)
+    words = _labels(student)
     asleep = {"router"} | ({"experts", "gate"} if stage.top_k == 0 else set())
     wide = {"groups", "blocks"}.intersection(stage.train)
     chosen = {
@@ -81,13 +81,13 @@ def trainable(student: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def learnt(student: nn.Module, recipe: Recipe) -> list[str]:
+def learnt_names(student: nn.Module, recipe: Recipe) -> list[str]:
     """Full names of what the stages that are run train, sorted."""
     stages = [stage for stage in recipe.stages if not stage.skip]
     return sorted({name for stage in stages for name in trainable(student, stage)})
 
 
-def _words(student: nn.Module) -> dict[str, set[str]]:
+def _labels(student: nn.Module) -> dict[str, set[str]]:
     """Which of `recipe.PARTS` every parameter belongs to."""
     words: dict[str, set[str]] = {name: set() for name, _ in student.named_parameters()}
     lists = tuple(name + "." for _, name in family_of_model(student).blocks.kinds)
@@ -127,7 +127,7 @@ def start(
     set_top_k(student, stage.top_k)
     set_kappa(student, stage.kappa)
     _record(student, True)
-    own = parts(parameters, crew)
+    own = local_parts(parameters, crew)
     # fused: one pass over weights and moments; 3 ms a step instead of 8 (2.4 M weights, one core).
     optimizer = torch.optim.AdamW(
         _by_rate(student, own), betas=BETAS, weight_decay=stage.weight_decay, fused=True
@@ -136,7 +136,7 @@ def start(
     return Learner(stage, parameters, own, optimizer, average, crew)
 
 
-def parts(parameters: Mapping[str, Tensor], crew: Crew) -> dict[str, Tensor]:
+def local_parts(parameters: Mapping[str, Tensor], crew: Crew) -> dict[str, Tensor]:
     """What of every parameter this process holds, in the same memory."""
     if crew.size == 1:
         return dict(parameters)
@@ -191,8 +191,8 @@ def update(learner: Learner, step: int) -> Tensor:
     for name, parameter in learner.parameters.items():
         if parameter.grad is None:  # of a block that no sample chose: a step like any other,
             parameter.grad = torch.zeros_like(parameter)  # so that all count the same steps
-        if (mine := learner.own[name]) is not parameter:
-            mine.grad, parameter.grad = parameter.grad.to_local(), None  # type: ignore[attr-defined]
+        if (local_part := learner.own[name]) is not parameter:
+            local_part.grad, parameter.grad = parameter.grad.to_local(), None  # type: ignore[attr-defined]
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(stage, step) * group["factor"]
     if learner.crew.size == 1:
@@ -232,8 +232,8 @@ def state(learner: Learner) -> dict[str, Tensor]:
 
 def restore(learner: Learner, tensors: Mapping[str, Tensor], step: int) -> None:
     """Undo `state` after `step` steps of the stage."""
-    copy_into(part(tensors, "average"), learner.average)
-    first, second = (part(tensors, moment) for moment in MOMENTS)
+    copy_into(with_prefix(tensors, "average"), learner.average)
+    first, second = (with_prefix(tensors, moment) for moment in MOMENTS)
     for name in first:
         parameter = learner.own[name]
         learner.optimizer.state[parameter] = {
@@ -243,7 +243,7 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], step: int) -> None:
         }
 
 
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors named `prefix/...`, without the prefix."""
     return {
         name.removeprefix(prefix + "/"): tensor

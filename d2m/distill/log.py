@@ -49,20 +49,10 @@ def averages(
         if name == "features":
             fields[name] = {layer: _short(x) for layer, x in zip(feature_names, mean, strict=True)}
         elif name == "load":
-            figures = [load_figures(counts) for counts in mean]
-            shares = [
-                [_short(count / max(sum(counts), 1e-9)) for count in counts] for counts in mean
-            ]
-            fields["experts"] = {
-                site: {"share": share} | {key: _short(x) for key, x in figure.items()}
-                for site, share, figure in zip(sites, shares, figures, strict=True)
-            }
-            fields["dead"] = sum(int(figure["dead"]) for figure in figures)
+            fields["experts"] = dict(zip(sites, map(_load, mean), strict=True))
+            fields["dead"] = sum(int(figures["dead"]) for figures in fields["experts"].values())
         elif name.startswith(GROUP):
-            figure = load_figures(mean)
-            share = [_short(count / max(sum(mean), 1e-9)) for count in mean]
-            short = {key: _short(x) for key, x in figure.items()}
-            fields.setdefault("groups", {})[name.removeprefix(GROUP)] = {"share": share} | short
+            fields.setdefault("groups", {})[name.removeprefix(GROUP)] = _load(mean)
         else:
             fields[name] = _short(mean)
     return fields
@@ -107,6 +97,12 @@ def rewind(path: Path, done: int) -> list[dict[str, Any]]:
         kept.append(fields)
     write_text(path, "".join(json.dumps(fields) + "\n" for fields in kept))
     return kept
+
+
+def _load(counts: Sequence[float]) -> dict[str, Any]:
+    """Every expert's (or window's) share of the choices, and `load_figures` of them."""
+    share = [_short(count / max(sum(counts), 1e-9)) for count in counts]
+    return {"share": share} | {key: _short(x) for key, x in load_figures(counts).items()}
 
 
 def _short(value: float) -> float:

@@ -1,8 +1,8 @@
 """Distillation: the student learns from its dense teacher, stage after stage, in one loop.
 
 A stage is a row of the recipe: which parameters learn, how many experts a token uses, how long, how
-fast, and which losses. Nothing random is kept between steps (draws come from seed, stage and step),
-so a killed run goes on from its last checkpoint to the same bits.
+fast, and which losses. Nothing random is kept between steps (noise is made from seed, stage and
+step), so a killed run goes on from its last checkpoint to the same bits.
 
 The same loop runs in one process and in many (d2m.distill.processes, d2m.distill.sharding): there
 each has its rows of every batch and its part of every weight, and the first one alone keeps the
@@ -26,8 +26,8 @@ from d2m.distill import log as trainlog
 from d2m.distill.activations import blocks_of, checkpointed
 from d2m.distill.batch_rows import batch_rows, check_shares, shares
 from d2m.distill.features import block_features, without_padding
-from d2m.distill.loss_terms import forget, terms, view
-from d2m.distill.processes import ALONE, Crew, anyone, tell
+from d2m.distill.loss_terms import drop_logits, terms, view
+from d2m.distill.processes import ALONE, Crew, any_process, broadcast
 from d2m.distill.stopping import interrupt, stop_on_signal
 from d2m.families import family_of_model
 from d2m.families.flow import generator_at, training_point
@@ -35,9 +35,7 @@ from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import TEXT_MASK
 from d2m.model.grouping import dense_name
 from d2m.model.surgery import sparse_ffns
-from d2m.recipe.recipe import Recipe
-
-Batches = Callable[[int, int], Mapping[str, Tensor]]
+from d2m.recipe.recipe import Batches, Recipe
 
 
 def distill(
@@ -65,7 +63,7 @@ def distill(
         teacher: the dense one, only run.
         batches: (step, batch size) -> dict of latents [B, T, C] (clean, packed), the transformer's
             encoder_hidden_states, pooled_projections, img_ids, txt_ids, and maybe guidance [B], or
-            noisy [B, T, C] and time [B] where no noise is to be drawn (`flow.training_point`). A
+            noisy [B, T, C] and time [B] where no noise is to be added (`flow.training_point`). A
             pure function of its arguments; `step` counts through all stages.
         workdir: gets `checkpoints/` (d2m.distill.checkpoint) and `log.jsonl` (d2m.distill.log).
         resume: go on from the last whole checkpoint instead of starting from the beginning.
@@ -85,8 +83,8 @@ def distill(
             number, or a resume under another recipe, seed or model.
         OSError: a checkpoint or the log cannot be written; the checkpoints before are whole.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written; its text says so.
-        RuntimeError: another process is gone; `d2m.distill.processes.settled` makes one sentence of
-            it.
+        RuntimeError: another process is gone; `d2m.distill.processes.final_error` makes it one
+            sentence.
     """
     workdir = Path(workdir)
     check_shares(recipe, crew, parts)
@@ -99,16 +97,16 @@ def distill(
     from d2m.distill.gather import collect
     from d2m.distill.sharding import shard
 
-    pupil, master = shard(student, teacher, recipe, batches, crew)
-    with checkpointed(blocks_of(pupil) if blocks_again else [], offload):
-        history = _train(pupil, master, run, progress, log)
-    collect(pupil, student, learner.learnt(pupil, recipe))
+    active, master = shard(student, teacher, recipe, batches, crew)
+    with checkpointed(blocks_of(active) if blocks_again else [], offload):
+        history = _train(active, master, run, progress, log)
+    collect(active, student, learner.learnt_names(active, recipe))
     return history
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What `distill` was told, but for the models."""
+    """The arguments of `distill`, but for the models."""
 
     recipe: Recipe
     batches: Batches
@@ -140,8 +138,8 @@ def _train(
         if recipe.precision == "float32":
             teacher.float()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    # All stages at once, before the first step: a word that names nothing to train is told now and
-    # not after hours, and what any stage will move stops being the teacher's memory.
+    # All stages at once, before the first step: a word that names nothing to train is an error now
+    # and not after hours, and what any stage will move stops being the teacher's memory.
     learning = [{} if stage.skip else learner.trainable(student, stage) for stage in recipe.stages]
     learner.unshare(student, teacher, {name for group in learning for name in group})
     dense_sites = [dense_name(site) for site in sparse_ffns(student)]
@@ -155,8 +153,8 @@ def _train(
         facts, first, step = record["facts"], record["stage"], record["step"]
         done, pending, seconds = facts["done"], facts["pending"], facts["seconds"]
         # Weights of the stages before and of this one; moments and averages when the stage starts.
-        own = learner.parts(dict(student.named_parameters()), crew)
-        learner.copy_into(learner.part(tensors, "student"), own)
+        own = learner.local_parts(dict(student.named_parameters()), crew)
+        learner.copy_into(learner.with_prefix(tensors, "student"), own)
         if crew.leads:
             log(f"resuming {workdir} after {done} of {total} steps.")
     # Lines after the checkpoint are of steps that are taken again.
@@ -167,7 +165,7 @@ def _train(
         """A checkpoint of `state` and of all weights that a stage until this one has trained."""
         learnt = {name: p for group in learning[: stage + 1] for name, p in group.items()}
         facts = {"done": done, "pending": pending, "seconds": time.monotonic() - started}
-        own = learner.parts(learnt, crew)
+        own = learner.local_parts(learnt, crew)
         state = {f"student/{name}": part.detach() for name, part in own.items()} | state
         if crew.leads:  # before the checkpoint: a log may run ahead of it, never behind
             trainlog.sync(log_file)
@@ -183,41 +181,42 @@ def _train(
             stage = recipe.stages[index]
             if stage.skip:
                 continue
-            pupil = learner.start(student, stage, learning[index], crew)
-            learner.restore(pupil, tensors, step)
-            window = {name: t.to(device) for name, t in learner.part(tensors, "window").items()}
+            active = learner.start(student, stage, learning[index], crew)
+            learner.restore(active, tensors, step)
+            window = learner.with_prefix(tensors, "window")
+            window = {name: tensor.to(device) for name, tensor in window.items()}
             tensors = {}  # only the first stage of a resumed run has a past
             seen = view(student, stage)
             past = sum(each.steps for each in recipe.stages[:index])  # batches of skipped ones too
             saved = time.monotonic()
 
-            features = block_features(student, seen.names), block_features(teacher, seen.names)
-            with features[0] as mine, features[1] as aims, without_padding(student):
+            catch = [block_features(model, seen.names) for model in (student, teacher)]
+            with catch[0] as features, catch[1] as wanted, without_padding(student):
                 while step < stage.steps:
-                    # Every part of the batch takes its rows of one draw, so the step is the same
-                    # however many processes and parts share it.
+                    # Every part of the batch takes its rows of the same noise, so the step is the
+                    # same however many processes and parts share it.
                     for rows in shares(stage.batch_size, crew, run.parts):
-                        draw = generator_at(seed, index, step)
+                        generator = generator_at(seed, index, step)
                         batch = batch_rows(run.batches, past + step, stage.batch_size, rows)
                         place = (rows[0], stage.batch_size)
                         x, t = training_point(
-                            batch, draw, recipe.t_mean, recipe.t_std, calls.noised, place
+                            batch, generator, recipe.t_mean, recipe.t_std, calls.noised, place
                         )
                         inputs = transformer_inputs(teacher, batch, x, t)
                         with amp:
                             with torch.no_grad():
                                 target = calls.predicted(teacher(**inputs, return_dict=False)[0])
-                            guess = calls.predicted(student(**inputs, return_dict=False)[0])
+                            prediction = calls.predicted(student(**inputs, return_dict=False)[0])
                         # Outside autocast: losses are float32 whatever the passes ran in.
                         mask = inputs.get(TEXT_MASK)
-                        both = mine, aims
-                        loss, figures = terms(stage, guess, target, both, seen, crew, mask)
+                        both = features, wanted
+                        loss, figures = terms(stage, prediction, target, both, seen, crew, mask)
                         (loss / run.parts).backward()
-                        mine.clear()  # or the graph of this part would live on into the next
-                        aims.clear()
-                        forget(seen)
+                        features.clear()  # or the graph of this part would live on into the next
+                        wanted.clear()
+                        drop_logits(seen)
                         trainlog.add(window, {n: each / run.parts for n, each in figures.items()})
-                    trainlog.add(window, {"gradient": learner.update(pupil, step)})
+                    trainlog.add(window, {"gradient": learner.update(active, step)})
 
                     step, done, pending = step + 1, done + 1, pending + 1
                     if step % run.log_every == 0 or step == stage.steps:
@@ -235,21 +234,21 @@ def _train(
                     # One process's clock or signal decides for all: a checkpoint is a meeting, and
                     # one that stopped alone would leave the others waiting.
                     due = crew.leads and time.monotonic() - saved >= run.save_seconds
-                    due, stop = anyone(crew, [due, stop_asked()])
+                    due, stop = any_process(crew, [due, stop_asked()])
                     if step < stage.steps and (due or stop):
                         trainlog.check(window)  # never a checkpoint of a run that has gone wrong
                         state = {f"window/{name}": tensor for name, tensor in window.items()}
-                        save(index, step, learner.state(pupil) | state)
+                        save(index, step, learner.state(active) | state)
                         saved = time.monotonic()
                     if step < stage.steps and stop:
                         interrupt(done, total, workdir)
 
             # The end of a stage is the beginning of the next in a checkpoint: no moments, no
             # window, and weights that are the stage's average where it has one.
-            learner.finish(student, pupil)
+            learner.finish(student, active)
             step = 0
             save(index + 1, step, {})
-            if anyone(crew, [stop_asked()])[0]:
+            if any_process(crew, [stop_asked()])[0]:
                 interrupt(done, total, workdir)
     return history
 
@@ -270,7 +269,8 @@ def _found(
         else:
             log(f"{folder} holds no usable checkpoint; training starts from the beginning.")
     if run.crew.size > 1:
-        from d2m.distill.gather import spread
+        from d2m.distill.gather import distributed_state
 
-        record, tensors = tell(run.crew, record), spread(tensors, student, run.crew)
+        record = broadcast(run.crew, record)
+        tensors = distributed_state(tensors, student, run.crew)
     return record, tensors

@@ -47,7 +47,7 @@ def view(student: nn.Module, stage: Stage) -> View:
 
 def terms(
     stage: Stage,
-    guess: Tensor,
+    prediction: Tensor,
     target: Tensor,
     features: tuple[dict[str, Tensor], dict[str, Tensor]],
     seen: View,
@@ -57,13 +57,13 @@ def terms(
     """(loss to descend, figures): figures are of the whole batch, `loss` and its terms among them.
 
     Args:
-        guess, target: the student's and the teacher's output.
+        prediction, target: the student's and the teacher's output.
         features: both models' as `block_features` catches them.
         mask [B, L]: true for the tokens of the text that count; None: all do.
 
     The routers' logits that the student's modules hold are taken out of them.
     """
-    own: dict[str, Tensor] = {"output": output_loss(guess, target)}
+    own: dict[str, Tensor] = {"output": output_loss(prediction, target)}
     figures: dict[str, Tensor] = {}
     if seen.names:
         errors, norms, powers = feature_errors(*features, seen.names, mask)
@@ -83,11 +83,11 @@ def terms(
         own["group_balance"], used = _group_balance(seen.groups, crew)
         figures |= {GROUP + name: counts for name, counts in used.items()}
     loss: Any = sum(weight * own[name] for name, weight in stage.losses.items())
-    told = dict(zip((*own, "loss"), mean(crew, [*own.values(), loss])))
-    return loss, figures | told
+    averages = dict(zip((*own, "loss"), mean(crew, [*own.values(), loss])))
+    return loss, figures | averages
 
 
-def forget(seen: View) -> None:
+def drop_logits(seen: View) -> None:
     """Drop logits that a repeated forward pass has left in the modules, with their graph."""
     for module in (*seen.sites.values(), *seen.groups.values()):
         module.last_logits = None
@@ -117,13 +117,13 @@ def _balance(sites: Mapping[str, Any], top_k: int, crew: Crew) -> tuple[Tensor, 
         losses = [balance_loss(probabilities, counts) for _, probabilities, counts in found]
         return torch.cat(losses).mean(), load
     # Processes had different numbers of tokens where blocks were chosen: each counts by its own.
-    (everyone,) = mean(crew, [load])
-    tokens_of_all = everyone.sum(-1)
+    (all_loads,) = mean(crew, [load])
+    tokens_of_all = all_loads.sum(-1)
     total = torch.zeros((), device=load.device)
     for where, probabilities, counts in found:
         share = counts.sum(-1) / tokens_of_all[where]
-        total = total + (share * balance_loss(probabilities, everyone[where])).sum()
-    return total / (tokens_of_all > 0).sum(), everyone
+        total = total + (share * balance_loss(probabilities, all_loads[where])).sum()
+    return total / (tokens_of_all > 0).sum(), all_loads
 
 
 def _group_balance(groups: Mapping[str, Any], crew: Crew) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # The first process prepares the student while the others wait. A process that dies is noticed at
 # once, by its closed connections; this long waits only who waits for one that hangs.
-PATIENCE = datetime.timedelta(hours=2)
+TIMEOUT = datetime.timedelta(hours=2)
 # In the text of errors of collectives whose peer is gone.
-SIGNS = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Crew:
 ALONE = Crew()
 
 
-class Lost(RuntimeError):
+class ProcessLost(RuntimeError):
     """Another process of the run ended without a word (killed, out of memory); its text says so."""
 
 
-def launched() -> Crew:
+def from_environment() -> Crew:
     """Who the environment says we are, before anything is joined; no torch is imported."""
     try:
         rank, size = (int(os.environ.get(name, "")) for name in ("RANK", "WORLD_SIZE"))
@@ -61,7 +61,7 @@ def join() -> Crew:
 
     Raises ImportError where accelerate or a torch with distributed support is missing.
     """
-    found = launched()
+    found = from_environment()
     if found.size == 1:
         return ALONE
     import torch
@@ -72,7 +72,7 @@ def join() -> Crew:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     # What the launcher set up for accelerate decides the device, as in any program on accelerate.
     return Crew(found.rank, found.size, str(PartialState(cpu=not cuda).device))
 
@@ -106,7 +106,7 @@ def mean(crew: Crew, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors)]
 
 
-def anyone(crew: Crew, flags: Sequence[bool]) -> list[bool]:
+def any_process(crew: Crew, flags: Sequence[bool]) -> list[bool]:
     """Which of the flags are set in any process."""
     if crew.size == 1:
         return list(flags)
@@ -118,7 +118,7 @@ def anyone(crew: Crew, flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
-def tell(crew: Crew, what: Any = None) -> Any:
+def broadcast(crew: Crew, what: Any = None) -> Any:
     """What the first process says, in all of them; `what` of the others is not looked at."""
     if crew.size == 1:
         return what
@@ -132,18 +132,18 @@ def tell(crew: Crew, what: Any = None) -> Any:
 # ---------------------------------------------------------------- endings
 
 
-def settled(error: BaseException) -> tuple[BaseException, bool]:
+def final_error(error: BaseException) -> tuple[BaseException, bool]:
     """(the error that ends this process, whether this is the one that tells it).
 
     Of the processes that one launcher started on a machine, the first one that ends tells why; a
     process that only saw a connection close gives way to one with an error of its own, which came
     first, and else says that another process was lost.
     """
-    me = launched()
+    me = from_environment()
     if me.size == 1:
         return error, True
     text = str(error)
-    lost = isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
+    lost = isinstance(error, RuntimeError) and any(sign in text for sign in PEER_GONE)
     parent, port = os.getppid(), os.environ.get("MASTER_PORT", "")
     claim = Path(tempfile.gettempdir()) / f"d2m-ended-{parent}-{port}.txt"
     try:
@@ -152,7 +152,7 @@ def settled(error: BaseException) -> tuple[BaseException, bool]:
     except FileExistsError:
         return error, False
     if lost:
-        return Lost(
+        return ProcessLost(
             f"one of the {me.size} processes ended without a word (killed, or out of memory?), so "
             "all end; go on with --resume."
         ), True

@@ -13,28 +13,27 @@ every process, in float32: bf16 logits would choose other experts, and they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from d2m.distill.activations import blocks_of
 from d2m.distill.batch_rows import batch_rows
-from d2m.distill.gather import handed_out
-from d2m.distill.learner import learnt
-from d2m.distill.processes import Crew, anyone, tell
+from d2m.distill.gather import distributed
+from d2m.distill.learner import learnt_names
+from d2m.distill.processes import Crew, any_process, broadcast
 from d2m.families import family_of_model
 from d2m.families.flow import generator_at, training_point
 from d2m.families.inputs import transformer_inputs
 from d2m.model.block_group import block_groups
 from d2m.model.surgery import sparse_ffns
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import Batches, Recipe
 
-Batches = Callable[[int, int], Mapping[str, Tensor]]
 Pair = tuple[nn.Module, nn.Module]
 
 
@@ -48,7 +47,7 @@ def shard(
     """(student, teacher), sharded over the processes of `crew`, both frozen and run once.
 
     student, teacher: whole, and left as they are, in the first process; the others give None.
-    recipe: what it says is learnt in any stage is float32; with precision "bfloat16" the rest is
+    recipe: what it trains in any stage is float32; with precision "bfloat16" the rest is
     kept in bfloat16, and weights travel so. batches: as `d2m.distill.loop.distill` takes them.
 
     Where the two models share a tensor that no stage trains, they share its shard.
@@ -56,39 +55,39 @@ def shard(
     mesh = init_device_mesh(torch.device(crew.device).type, (crew.size,))
     facts = None
     if student is not None and teacher is not None:
-        names = learnt(student, recipe)
+        names = learnt_names(student, recipe)
         common = _common(student, teacher, set(names))
         facts = (_blueprint(student), _blueprint(teacher), names, common)
-    ours, theirs, names, common = tell(crew, facts)
+    ours, theirs, names, common = broadcast(crew, facts)
     pair = []
-    for whole, (kind, config), mine in ((student, ours, set(names)), (teacher, theirs, set())):
+    for whole, (kind, config), trained in ((student, ours, set(names)), (teacher, theirs, set())):
         with torch.device("meta"):
             model = kind(**config).eval()
         frozen = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         kept = _routing(model)
         for name, parameter in model.named_parameters():
-            wanted = torch.float32 if name in mine or name in kept else frozen
+            wanted = torch.float32 if name in trained or name in kept else frozen
             parameter.data = parameter.data.to(wanted)
         model.requires_grad_(False)
         _wrap(model, mesh, kept, recipe.precision)
         pair.append((model, whole))
-    (pupil, first), (master, second) = pair
-    _fill(master, second, crew, set())
-    shares = dict(master.named_parameters())
+    (sharded_student, first), (sharded_teacher, second) = pair
+    _load_values(sharded_teacher, second, crew, set())
+    shares = dict(sharded_teacher.named_parameters())
     for name, other in common.items():
         place, _, leaf = name.rpartition(".")
-        setattr(pupil.get_submodule(place), leaf, shares[other])
-    _fill(pupil, first, crew, set(common))
-    for group in block_groups(pupil).values():
-        group.anyone = lambda flags: anyone(crew, flags)
-    _wake(pupil, names, recipe, batches, crew)
-    return pupil, master
+        setattr(sharded_student.get_submodule(place), leaf, shares[other])
+    _load_values(sharded_student, first, crew, set(common))
+    for group in block_groups(sharded_student).values():
+        group.any_process = lambda flags: any_process(crew, flags)
+    _first_forward(sharded_student, names, recipe, batches, crew)
+    return sharded_student, sharded_teacher
 
 
 # ---------------------------------------------------------------- steps of `shard`
 
 
-def _wake(
+def _first_forward(
     student: nn.Module, names: Iterable[str], recipe: Recipe, batches: Batches, crew: Crew
 ) -> None:
     """Run the student once with everything that will ever learn marked so.
@@ -115,13 +114,13 @@ def _blueprint(model: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
     return type(model), {key: each for key, each in config.items() if not key.startswith("_")}
 
 
-def _common(student: nn.Module, teacher: nn.Module, learnt: set[str]) -> dict[str, str]:
+def _common(student: nn.Module, teacher: nn.Module, learnt_names: set[str]) -> dict[str, str]:
     """Names of the student's frozen parameters that are the teacher's, and the teacher's names."""
     places = {parameter.data_ptr(): name for name, parameter in teacher.named_parameters()}
     return {
         name: places[parameter.data_ptr()]
         for name, parameter in student.named_parameters()
-        if parameter.data_ptr() in places and name not in learnt
+        if parameter.data_ptr() in places and name not in learnt_names
     }
 
 
@@ -137,10 +136,7 @@ def _routing(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _wrap(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    kept: Mapping[str, nn.Parameter],
-    precision: str,
+    model: nn.Module, mesh: DeviceMesh, kept: Mapping[str, nn.Parameter], precision: str
 ) -> None:
     """`fully_shard` on every block and on the rest, in place."""
     size = mesh.size()
@@ -167,7 +163,7 @@ def _placement(shape: torch.Size, size: int) -> Shard:
     return Shard(next((i for i, length in enumerate(shape) if length % size == 0), 0))
 
 
-def _fill(model: nn.Module, whole: nn.Module | None, crew: Crew, done: set[str]) -> None:
+def _load_values(model: nn.Module, whole: nn.Module | None, crew: Crew, done: set[str]) -> None:
     """Values of parameters and buffers, from the first process's whole model."""
     have = (
         {} if whole is None else {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
@@ -175,7 +171,7 @@ def _fill(model: nn.Module, whole: nn.Module | None, crew: Crew, done: set[str])
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in done:
             continue
-        found = handed_out(have.get(name), tensor.shape, tensor.dtype, tensor, crew)
+        found = distributed(have.get(name), tensor.shape, tensor.dtype, tensor, crew)
         place, _, leaf = name.rpartition(".")
         module = model.get_submodule(place)
         if isinstance(tensor, nn.Parameter):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a long run: asked once it stops at the next good place, twice at once."""
+"""Ctrl-C and SIGTERM in a long run: the first stops at the next checkpoint, the second at once."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def terminated_on_signal() -> Iterator[None]:
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether Ctrl-C or SIGTERM came; a second one interrupts at once."""
-    asked = threading.Event()
+    requested = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # Python lets only the main thread set handlers
+        yield requested.is_set  # Python lets only the main thread set handlers
         return
     before = {number: signal.getsignal(number) for number in numbers}
 
-    def ask(number: int, frame: object) -> None:
-        asked.set()
+    def request(number: int, frame: object) -> None:
+        requested.set()
         for each, handler in before.items():
             signal.signal(each, handler)
 
     try:
         for number in numbers:
-            signal.signal(number, ask)
-        yield asked.is_set
+            signal.signal(number, request)
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

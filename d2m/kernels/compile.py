@@ -80,10 +80,7 @@ def _compiled(
         (i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(types) if kind[0] == "*"
     }
     source = ASTSource(
-        function,
-        dict(types),
-        {(order.index(name),): value for name, value in constants},
-        aligned,
+        function, dict(types), {(order.index(name),): value for name, value in constants}, aligned
     )
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if ptx_version is not None:

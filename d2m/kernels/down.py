@@ -71,14 +71,7 @@ def token_sum(rows, slots, token, columns, D: tl.constexpr, K: tl.constexpr, BLO
 
 
 @triton.jit
-def combine(
-    rows,
-    slots,
-    y,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def combine(rows, slots, y, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr):
     """y [T, D] = the sum of rows [slots, D] over a token's K slots.
 
     A gather instead of atomics: the same bits on every run. Grid: (T, ceil(D / BLOCK_D)).

@@ -23,12 +23,7 @@ from d2m.kernels.plan import (
     residual_plan,
 )
 
-DTYPES = {
-    "i32": torch.int32,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+DTYPES = {"i32": torch.int32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -76,14 +71,11 @@ def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return outputs
 
 
-def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> Sizes:
+def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> tuple[Sizes, Tiles]:
+    """The sizes of a call, and the tiles that its plan takes on x's device."""
     (tokens, width), (experts, _, hidden) = x.shape, w1.shape
-    return Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
-
-
-def call_tiles(x: Tensor, sizes: Sizes) -> Tiles:
-    sm = architecture(x.device)
-    return tiles_for(sm, sizes.dtype, sizes.tokens, sizes.width, sizes.hidden)
+    sizes = Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
+    return sizes, tiles_for(architecture(x.device), sizes.dtype, tokens, width, hidden)
 
 
 def contiguous(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> dict[str, Tensor]:
@@ -103,10 +95,8 @@ def forward_triton(
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`. `tiles` only to try
     others."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
-    sizes = call_sizes(x, w1, top_k)
-    plan = forward_plan(sizes, tiles or call_tiles(x, sizes))
+    sizes, known = call_sizes(x, w1, top_k)
+    plan = forward_plan(sizes, tiles or known)
     return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
 
 
@@ -133,8 +123,7 @@ def forward_residual(
             f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
             "multiple: one row of scale for every sample."
         )
-    sizes = call_sizes(x, w1, top_k)
-    plan = residual_plan(sizes, call_tiles(x, sizes), tokens // samples)
+    plan = residual_plan(*call_sizes(x, w1, top_k), tokens // samples)
     more = {"shared": shared, "residual": residual, "scale": scale}
     inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
     return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
@@ -153,20 +142,9 @@ def backward_triton(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed."""
-    weights = (w1, b1, w2)
-    if x.shape[0] == 0:
-        dweights = [torch.zeros_like(w) if need_weights else w.new_empty(0) for w in weights]
-        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *dweights
-    sizes = call_sizes(x, w1, top_k)
-    plan = backward_plan(sizes, tiles or call_tiles(x, sizes), need_x, need_weights)
-    inputs = {"dy": dy.to(x.dtype).contiguous(), **contiguous(x, logits, *weights)}
+    sizes, known = call_sizes(x, w1, top_k)
+    plan = backward_plan(sizes, tiles or known, need_x, need_weights)
+    inputs = {"dy": dy.to(x.dtype).contiguous(), **contiguous(x, logits, w1, b1, w2)}
     out = execute(plan, inputs)
-    empty = x.new_empty(0)
-    dlogits = out["dlogits"].to(logits.dtype)
-    return (
-        out.get("dx", empty),
-        dlogits,
-        out.get("dw1", empty),
-        out.get("db1", w1.new_empty(0)),
-        out.get("dw2", w1.new_empty(0)),
-    )
+    dx, *dweights = (out.get(name, x.new_empty(0)) for name in ("dx", "dw1", "db1", "dw2"))
+    return dx, out["dlogits"].to(logits.dtype), *dweights

@@ -74,6 +74,7 @@ def build(
         "kernels": {},
         "plans": [],
     }
+    # `up` and `down` are the same code for every top_k: several plans name one file.
     out.parent.mkdir(parents=True, exist_ok=True)
     with temporary_dir(out) as folder:
         for done, (arch, stream, k) in enumerate(cases):

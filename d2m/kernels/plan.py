@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from d2m.kernels.configs import Tile, Tiles, next_power
 
 # Tensor name -> dtype and shape.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 Constants = tuple[tuple[str, int | bool | str], ...]
+MAPS = "slot_token slot_gate tile_expert tile_rows"  # tensors of `place` that the others read
 
 # Kernel name -> where it is defined.
 KERNELS = {
@@ -86,15 +88,19 @@ def tiles_bound(sizes: Sizes, m: int) -> int:
     return (pairs + min(sizes.experts, pairs) * (m - 1)) // m
 
 
-def _named(**values: str | int) -> tuple[tuple[str, str | int], ...]:
-    return tuple(values.items())
+def _arguments(same: str, **others: str | int) -> tuple[tuple[str, str | int], ...]:
+    """Arguments by parameter name; those in `same` are tensors of the parameter's own name."""
+    return (*((name, name) for name in same.split()), *others.items())
 
 
-def _matmul(tile: Tile, sizes: Sizes, **more: int | bool) -> Constants:
-    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+def _matmul(
+    label: str, kernel: str, grid: tuple[int, ...], arguments: Any, tile: Tile, **constants: int
+) -> Launch:
+    """A launch whose tile says how large its blocks are and how many warps and stages it takes."""
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     # tf32 would lose 10 bits of float32; "ieee" has no meaning for the 16-bit dtypes.
-    constants: dict[str, int | bool | str] = {**more, **blocks, "PRECISION": "ieee"}
-    return tuple(constants.items())
+    every: Constants = (*constants.items(), ("PRECISION", "ieee"))
+    return Launch(label, kernel, grid, arguments, every, tile.warps, tile.stages)
 
 
 def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
@@ -117,40 +123,25 @@ def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
         "route",
         "route",
         (blocks,),
-        _named(logits="logits", gates="gates", chosen="chosen", counts="counts", T=T),
+        _arguments("logits gates chosen counts", T=T),
         (("E", E), ("K", K), ("E_PAD", pad), ("BLOCK_T", tiles.block_t)),
     )
-    names = [name for name in work if name != "counts"]
-    names = ["chosen", "gates", "counts", *names[2:]]
+    filled = "chosen gates counts slots slot_token slot_gate tile_expert tile_rows expert_slot"
     place = Launch(
         "place",
         "place",
         (blocks,),
-        _named(**{name: name for name in names}, T=T, blocks=blocks, tiles=bound),
-        (
-            ("K", K),
-            ("E_PAD", pad),
-            ("BLOCK_T", tiles.block_t),
-            ("BLOCK_M", tiles.m),
-            ("CHUNK", 64),
-        ),
+        _arguments(f"{filled} expert_rows", T=T, blocks=blocks, tiles=bound),
+        (("K", K), ("E_PAD", pad), ("BLOCK_T", tiles.block_t), ("BLOCK_M", tiles.m), ("CHUNK", 64)),
     )
     return work, [route, place]
 
 
 def _down(label: str, a: str, w: str, out: str, sizes: Sizes, tile: Tile, bound: int) -> Launch:
-    constants = _matmul(
-        tile, sizes, INNER=sizes.hidden, OUTER=sizes.width, TRANSPOSED=label == "dx"
-    )
-    return Launch(
-        label,
-        "down",
-        (bound * ceil_div(sizes.width, tile.n),),
-        _named(a=a, w=w, tile_expert="tile_expert", tile_rows="tile_rows", out=out),
-        constants,
-        tile.warps,
-        tile.stages,
-    )
+    grid = (bound * ceil_div(sizes.width, tile.n),)
+    arguments = _arguments("tile_expert tile_rows", a=a, w=w, out=out)
+    constants = {"INNER": sizes.hidden, "OUTER": sizes.width, "TRANSPOSED": label == "dx"}
+    return _matmul(label, "down", grid, arguments, tile, **constants)
 
 
 def _combine(label: str, rows: str, out: str, sizes: Sizes) -> Launch:
@@ -160,7 +151,7 @@ def _combine(label: str, rows: str, out: str, sizes: Sizes) -> Launch:
         label,
         "combine",
         (sizes.tokens, ceil_div(sizes.width, block)),
-        _named(rows=rows, slots="slots", y=out),
+        _arguments("slots", rows=rows, y=out),
         (("D", sizes.width), ("K", sizes.top_k), ("BLOCK_D", block)),
         4 if block >= 1024 else 1,
     )
@@ -184,18 +175,9 @@ def forward_plan(sizes: Sizes, tiles: Tiles) -> Plan:
     bound = tiles_bound(sizes, tiles.m)
     work["hidden"] = (sizes.dtype, (bound * tiles.m, sizes.hidden))
     work["rows"] = (sizes.dtype, (bound * tiles.m, sizes.width))
-    maps = ("slot_token", "slot_gate", "tile_expert", "tile_rows")
-    launches.append(
-        Launch(
-            "up",
-            "up",
-            (bound * ceil_div(sizes.hidden, tiles.up.n),),
-            _named(x="x", w1="w1", b1="b1", **{m: m for m in maps}, hidden="hidden"),
-            _matmul(tiles.up, sizes, D=sizes.width, H=sizes.hidden),
-            tiles.up.warps,
-            tiles.up.stages,
-        )
-    )
+    grid = (bound * ceil_div(sizes.hidden, tiles.up.n),)
+    arguments = _arguments(f"x w1 b1 {MAPS} hidden")
+    launches.append(_matmul("up", "up", grid, arguments, tiles.up, D=sizes.width, H=sizes.hidden))
     launches.append(_down("down", "hidden", "w2", "rows", sizes, tiles.down, bound))
     launches.append(_combine("combine", "rows", "y", sizes))
     outputs: Shapes = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
@@ -210,13 +192,9 @@ def residual_plan(sizes: Sizes, tiles: Tiles, sample_tokens: int) -> Plan:
     """
     plan = forward_plan(sizes, tiles)
     *launches, combine = plan.launches
-    names = ("rows", "slots", "shared", "residual", "scale", "y")
-    last = replace(
-        combine,
-        label="combine_residual",
-        kernel="combine_residual",
-        arguments=_named(**{name: name for name in names}, sample_tokens=sample_tokens),
-    )
+    arguments = _arguments("rows slots shared residual scale y", sample_tokens=sample_tokens)
+    name = "combine_residual"
+    last = replace(combine, label=name, kernel=name, arguments=arguments)
     kind, (tokens, width) = sizes.dtype, (sizes.tokens, sizes.width)
     more: Shapes = {
         "shared": (kind, (tokens, width)),
@@ -238,49 +216,19 @@ def backward_plan(sizes: Sizes, tiles: Tiles, need_x: bool, need_weights: bool) 
     parts, slots = ceil_div(H, tile.n), bound * tiles.m
     work["hidden"] = work["dbefore"] = (sizes.dtype, (slots, H))
     work["dgate_parts"] = ("fp32", (parts, slots))
-    maps = ("slot_token", "slot_gate", "tile_expert", "tile_rows")
-    results = ("hidden", "dbefore", "dgate_parts")
+    arguments = _arguments(f"dy x w1 b1 w2 {MAPS} hidden dbefore dgate_parts", slots_in_all=slots)
     launches.append(
-        Launch(
-            "hidden_backward",
-            "hidden_backward",
-            (bound * parts,),
-            _named(
-                dy="dy",
-                x="x",
-                w1="w1",
-                b1="b1",
-                w2="w2",
-                **{name: name for name in maps + results},
-                slots_in_all=slots,
-            ),
-            _matmul(tile, sizes, D=D, H=H),
-            tile.warps,
-            tile.stages,
-        )
+        _matmul("hidden_backward", "hidden_backward", (bound * parts,), arguments, tile, D=D, H=H)
     )
     outputs: Shapes = {"dlogits": ("fp32", (T, E))}
+    constants = {"E": E, "K": sizes.top_k, "E_PAD": next_power(E), "PARTS": parts}
     launches.append(
         Launch(
             "gate_backward",
             "gate_backward",
             (ceil_div(T, tiles.block_t),),
-            _named(
-                logits="logits",
-                chosen="chosen",
-                slots="slots",
-                dgate_parts="dgate_parts",
-                dlogits="dlogits",
-                T=T,
-                slots_in_all=slots,
-            ),
-            (
-                ("E", E),
-                ("K", sizes.top_k),
-                ("E_PAD", next_power(E)),
-                ("PARTS", parts),
-                ("BLOCK_T", tiles.block_t),
-            ),
+            _arguments("logits chosen slots dgate_parts dlogits", T=T, slots_in_all=slots),
+            (*constants.items(), ("BLOCK_T", tiles.block_t)),
         )
     )
     if need_x:
@@ -300,23 +248,7 @@ def _weights(
     label: str, a: str, b: str, db: str, shape: tuple[int, int], sizes: Sizes, tile: Tile
 ) -> Launch:
     first = label == "dw1"
-    constants = _matmul(
-        tile, sizes, M=shape[0], N=shape[1], GATHER_A=first, GATHER_B=not first, BIAS=first
-    )
-    return Launch(
-        label,
-        "weight_backward",
-        (ceil_div(shape[0], tile.m) * ceil_div(shape[1], tile.n), sizes.experts),
-        _named(
-            a=a,
-            b=b,
-            slot_token="slot_token",
-            expert_slot="expert_slot",
-            expert_rows="expert_rows",
-            dw=label,
-            db=db,
-        ),
-        constants,
-        tile.warps,
-        tile.stages,
-    )
+    grid = (ceil_div(shape[0], tile.m) * ceil_div(shape[1], tile.n), sizes.experts)
+    arguments = _arguments("slot_token expert_slot expert_rows", a=a, b=b, dw=label, db=db)
+    constants = {"M": shape[0], "N": shape[1], "GATHER_A": first, "GATHER_B": not first}
+    return _matmul(label, "weight_backward", grid, arguments, tile, **constants, BIAS=first)

@@ -3,7 +3,7 @@
 Shape letters: B batch, T image tokens, L text tokens, D width, m blocks of a group,
 W = m - kappa + 1 windows.
 A group sits in the model's block list where its first block was and takes a block's own arguments;
-the places of its other blocks hold `Passed`, so that indices stay the dense model's.
+the places of its other blocks hold `SkippedBlock`, so that indices stay the dense model's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m.model.routing import routing_dtype
+from d2m.model.routing import Gate, routing_dtype
 
 ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
@@ -36,9 +35,8 @@ class Router(nn.Module):
     def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
         super().__init__()
         self.alpha = alpha
-        kind = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
-        self.tokens = nn.Linear(2 * dim, blocks, bias=False, device=device, **kind)  # W_x
-        self.embedding = nn.Linear(dim, blocks, bias=False, device=device, **kind)  # W_y
+        self.tokens = Gate(2 * dim, blocks, dtype, device)  # W_x
+        self.embedding = Gate(dim, blocks, dtype, device)  # W_y
         for linear in (self.tokens, self.embedding):
             nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
 
@@ -53,13 +51,18 @@ class Router(nn.Module):
 
         mask [B, L]: true where text is, for families that fill texts up and mask them.
         """
-        dtype = routing_dtype(temb)
-        with torch.autocast(temb.device.type, enabled=False):
-            logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
-            if self.alpha:
-                pooled = pool(hidden_states, encoder_hidden_states, mask, dtype)
-                logits = logits + self.alpha * _linear(pooled, self.tokens)
+        logits = (1 - self.alpha) * self.embedding(temb)
+        if self.alpha:
+            pooled = pool(hidden_states, encoder_hidden_states, mask, routing_dtype(temb))
+            logits = logits + self.alpha * self.tokens(pooled)
         return logits
+
+
+class Members(nn.ModuleDict):
+    """Blocks by dense index: a number finds one too, as in the model's own lists of blocks."""
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        return super().__getitem__(str(key))
 
 
 class BlockGroup(nn.Module):
@@ -67,19 +70,20 @@ class BlockGroup(nn.Module):
 
     `blocks` by dense index, in order. Attributes: `kappa`, 1..m, may be changed at any time, m runs
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
-    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m). `anyone`:
-    set where processes share the blocks' weights; tells which of the flags any of them raises.
+    of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
+    `any_process`: set where processes share the blocks' weights; which flags any of them raises.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
         super().__init__()
         weight = next(parameter for block in blocks.values() for parameter in block.parameters())
-        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.blocks = Members({str(index): block for index, block in blocks.items()})
+        self.names = _parameters(type(next(iter(blocks.values()))).forward)
         self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
         self.kappa = kappa
         self.record = False
         self.last_logits: Tensor | None = None
-        self.anyone: Callable[[list[bool]], list[bool]] | None = None
+        self.any_process: Callable[[list[bool]], list[bool]] | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -98,11 +102,7 @@ class BlockGroup(nn.Module):
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        *args: Any,
-        **others: Any,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **others: Any
     ) -> Streams:
         """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 
@@ -113,8 +113,8 @@ class BlockGroup(nn.Module):
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
-        block = next(iter(self.blocks.values()))
-        others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
+        given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
+        others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
         temb: Tensor = others["temb"]
         streams = (encoder_hidden_states, hidden_states)
         mask = others.get(TEXT_MASK)
@@ -124,15 +124,19 @@ class BlockGroup(nn.Module):
         if self.kappa < len(self.blocks):
             logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
             self.last_logits = logits if self.record else None
+            if torch.compiler.is_compiling() and not logits.requires_grad:
+                return self._compiled(logits, streams, others)
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
+        # With weights shared over processes, a block runs in all of them or in none.
         wanted = [bool(rows) for rows in chosen]
-        if self.anyone is not None and self.kappa < len(self.blocks):
-            wanted = self.anyone(wanted)
+        if self.any_process is not None and self.kappa < len(self.blocks):
+            wanted = self.any_process(wanted)
         for offset, (block, rows) in enumerate(zip(self.blocks.values(), chosen)):
             if not wanted[offset]:
                 continue
+            # No sample here chose it: one runs without effect, since gathering is for all.
             idle, rows = not rows, rows or [0]
             part = len(rows) < batch
             index = torch.tensor(rows, device=temb.device) if part else slice(None)
@@ -142,7 +146,7 @@ class BlockGroup(nn.Module):
                 "encoder_hidden_states": text,
                 "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
             }
-            named = {name: _mine(each, index, batch) for name, each in others.items()}
+            named = {name: _dict_rows(each, index, batch) for name, each in others.items()}
             if mask is not None:
                 named[TEXT_MASK] = mask[index]
             after = block(**named | given)
@@ -161,11 +165,35 @@ class BlockGroup(nn.Module):
             streams = (after[0], after[1])
         return streams
 
+    def _compiled(self, logits: Tensor, streams: Streams, others: Mapping[str, Any]) -> Streams:
+        """As the rest of `forward`, without a wait for the device, which would break the graph.
+
+        A block that anybody chose runs with all samples, and only those that chose it keep what it
+        made.
+        """
+        starts = logits.argmax(-1)
+        for offset, block in enumerate(self.blocks.values()):
+            mine = ((starts <= offset) & (offset < starts + self.kappa))[:, None, None]
+
+            def run(text: Tensor, image: Tensor, block: Any = block, mine: Any = mine) -> Streams:
+                given = {"hidden_states": image, "encoder_hidden_states": text}
+                after = block(**{**others, **given})
+                kept = [torch.where(mine, *pair) for pair in zip(after, (text, image))]
+                return kept[0].contiguous(), kept[1].contiguous()
+
+            def passed(text: Tensor, image: Tensor) -> Streams:
+                return tuple(
+                    each.clone(memory_format=torch.contiguous_format) for each in (text, image)
+                )
+
+            streams = torch.cond(mine.any(), run, passed, streams)
+        return streams
+
     def extra_repr(self) -> str:
         return f"kappa={self.kappa}"
 
 
-class Passed(nn.Module):
+class SkippedBlock(nn.Module):
     """Where a block was that a group holds, or that is left out: hands both streams on."""
 
     def forward(
@@ -231,11 +259,7 @@ def pool(
     return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
 
 
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    return F.linear(x, linear.weight.to(x.dtype))
-
-
-def _mine(value: Any, index: Any, batch: int) -> Any:
+def _dict_rows(value: Any, index: Any, batch: int) -> Any:
     """Of a dict the rows `index`; anything else as it is."""
     return _rows(value, index, batch) if isinstance(value, dict) else value
 

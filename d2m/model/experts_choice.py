@@ -2,7 +2,7 @@
 
 Triton kernels on CUDA from sm_80 up, `F.grouped_mm` on CUDA from sm_90 up without Triton, the
 sorted loop everywhere else. `use("sorted")` or the environment variable D2M_EXPERTS=sorted decides
-by hand; a realisation that cannot do what it was asked for is an error, never another realisation.
+by hand; a realisation that cannot run the call is an error, never another realisation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REALISATIONS = {
     "sorted": "d2m.model.sorted_loop:forward_sorted,backward_sorted",
 }
 VARIABLE = "D2M_EXPERTS"
-_by_hand: list[str] = []
+_forced: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def impossible(name: str, case: Case) -> str | None:
     return None
 
 
-def unwise(name: str, case: Case) -> str | None:
+def slower(name: str, case: Case) -> str | None:
     """Why a realisation that could run a case is not the one to take, or None."""
     if name == "triton" and case.device != "cuda":
         return "off CUDA it runs in Triton's interpreter, which is for tests"
@@ -103,11 +103,11 @@ def unwise(name: str, case: Case) -> str | None:
 def use(name: str) -> Iterator[None]:
     """Inside the `with`, every call takes the named realisation or raises ValueError."""
     _known(name, "use")
-    _by_hand.append(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _by_hand.pop()
+        _forced.pop()
 
 
 def _known(name: str, source: str) -> None:
@@ -118,23 +118,23 @@ def _known(name: str, source: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def choose(case: Case, by_hand: str | None, source: str) -> str:
+def choose(case: Case, forced: str | None, source: str) -> str:
     """The realisation for a case. Logs the choice and its reasons the first time."""
     kind = f"sm_{case.sm}" if case.device == "cuda" else case.device
     what = f"routed experts on {kind}, {case.dtype}, D={case.width}, H={case.hidden}"
-    if by_hand:
-        _known(by_hand, source)
-        reason = impossible(by_hand, case)
+    if forced:
+        _known(forced, source)
+        reason = impossible(forced, case)
         if reason:
             raise ValueError(
-                f"{source} asks for the realisation {by_hand!r} but {reason}; unset it or name "
+                f"{source} asks for the realisation {forced!r} but {reason}; unset it or name "
                 "another."
             )
-        log.info("%s: %s, because %s says so", what, by_hand, source)
-        return by_hand
+        log.info("%s: %s, because %s says so", what, forced, source)
+        return forced
     passed: list[str] = []
     for name in REALISATIONS:
-        reason = impossible(name, case) or unwise(name, case)
+        reason = impossible(name, case) or slower(name, case)
         if reason is None:
             why = "; ".join(passed) or "the fastest there is"
             log.info("%s: %s (%s)", what, name, why)
@@ -154,8 +154,8 @@ def functions(name: str) -> tuple[Callable, Callable]:
 
 def realisation(x: Tensor, w1: Tensor) -> tuple[Callable, Callable]:
     """Forward and backward for a call with x [T, D] and w1 [E, D, H]."""
-    if _by_hand:
-        by_hand, source = _by_hand[-1], "use()"
+    if _forced:
+        forced, source = _forced[-1], "use()"
     else:
-        by_hand, source = os.environ.get(VARIABLE, ""), VARIABLE
-    return functions(choose(case_of(x, w1), by_hand, source))
+        forced, source = os.environ.get(VARIABLE, ""), VARIABLE
+    return functions(choose(case_of(x, w1), forced, source))

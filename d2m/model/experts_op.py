@@ -1,4 +1,4 @@
-"""The op `d2m::routed_experts` and the modules that call it.
+"""The op `d2m::routed_experts`.
 
 Shape letters: B batch, T tokens, D width, E experts, H expert hidden, S shared hidden, K chosen.
 """
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from d2m.model.experts_choice import realisation
 
-# ---------------------------------------------------------------- the op
-
 
 @torch.library.custom_op("d2m::routed_experts", mutates_args=())
 def routed_experts(
@@ -22,6 +20,8 @@ def routed_experts(
     Forward and backward share nothing but the arguments, so each may be any realisation.
     """
     check_arguments(x, logits, w1, b1, w2, top_k)
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
     forward, _ = realisation(x, w1)
     return forward(x, logits, w1, b1, w2, top_k)
 
@@ -39,6 +39,9 @@ def routed_experts_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `routed_experts`: an op of its own, so that a traced backward stays whole."""
+    if x.shape[0] == 0:
+        zeros = (torch.zeros_like(w) if need_weights else w.new_empty(0) for w in (w1, b1, w2))
+        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *zeros
     _, backward = realisation(x, w1)
     return backward(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights)
 
@@ -76,7 +79,7 @@ routed_experts.register_autograd(_backward, setup_context=_setup_context)
 def check_arguments(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> None:
-    """Raise ValueError, in one sentence, unless shapes, dtypes and top_k fit together."""
+    """Raise ValueError, in one sentence, unless shapes, dtypes, devices and top_k fit together."""
     if x.ndim != 2 or w1.ndim != 3:
         raise ValueError(
             f"routed_experts got x {list(x.shape)} and w1 {list(w1.shape)}; expected [T, D] and "
@@ -104,6 +107,14 @@ def check_arguments(
             f"routed_experts got x in {x.dtype} but weights in {w1.dtype}, {b1.dtype}, {w2.dtype}; "
             "expected one dtype: cast x or the weights."
         )
+    # Some on the meta device would go to the fake implementation, whose answer is no number.
+    places = {"x": x, "logits": logits, "w1": w1, "b1": b1, "w2": w2}
+    if any(tensor.device != x.device for tensor in places.values()):
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in places.items())
+        raise ValueError(
+            f"routed_experts got {found}; expected one device: move the model there, or call the "
+            "module that owns the weights, whose hooks load offloaded ones."
+        )
 
 
 def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int) -> Tensor:
@@ -118,6 +129,3 @@ def experts_op(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, to
         dtype = torch.get_autocast_dtype(device)
         x, w1, b1, w2 = (tensor.to(dtype) for tensor in (x, w1, b1, w2))
     return torch.ops.d2m.routed_experts(x, logits, w1, b1, w2, top_k)
-
-
-# ---------------------------------------------------------------- modules

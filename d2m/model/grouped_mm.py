@@ -26,19 +26,22 @@ def group_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tenso
     return order, inverse, owner, ends
 
 
+def laid_out(weights: Tensor) -> Tensor:
+    """[E, a, b] as grouped_mm reads it: each expert's rows, or its columns, in one piece."""
+    return weights if 1 in weights.stride()[1:] else weights.contiguous()
+
+
 def forward_grouped(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
     _, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     rows = x.index_select(0, order // top_k)
     scale = gates.reshape(-1)[order].to(x.dtype)[:, None]
-    before = F.grouped_mm(rows, w1, offs=ends) + b1.index_select(0, owner)
+    before = F.grouped_mm(rows, laid_out(w1), offs=ends) + b1.index_select(0, owner)
     hidden = F.gelu(before, approximate="tanh") * scale
-    return sum_pairs(F.grouped_mm(hidden, w2, offs=ends), inverse, x.shape[0], top_k)
+    return sum_pairs(F.grouped_mm(hidden, laid_out(w2), offs=ends), inverse, x.shape[0], top_k)
 
 
 def backward_grouped(
@@ -53,17 +56,14 @@ def backward_grouped(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed. Recomputes hidden."""
-    if x.shape[0] == 0:
-        zeros = (torch.zeros_like(w) if need_weights else w.new_empty(0) for w in (w1, b1, w2))
-        return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *zeros
     probabilities, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     tokens = order // top_k
     rows, drows = x.index_select(0, tokens), dy.to(x.dtype).index_select(0, tokens)
     scale = gates.reshape(-1)[order].to(x.dtype)[:, None]
-    before = F.grouped_mm(rows, w1, offs=ends) + b1.index_select(0, owner)
+    before = F.grouped_mm(rows, laid_out(w1), offs=ends) + b1.index_select(0, owner)
     hidden = F.gelu(before, approximate="tanh")
-    dhidden = F.grouped_mm(drows, w2.transpose(1, 2), offs=ends)
+    dhidden = F.grouped_mm(drows, laid_out(w2).transpose(1, 2), offs=ends)
     dgates = (dhidden * hidden).sum(1, dtype=probabilities.dtype)
     dbefore = torch.ops.aten.gelu_backward(dhidden * scale, before, approximate="tanh")
     dw1, db1, dw2 = (w.new_empty(0) for w in (w1, b1, w2))
@@ -75,7 +75,7 @@ def backward_grouped(
         db1 = (experts == owner[None, :]).to(dbefore.dtype) @ dbefore
     dx = x.new_empty(0)
     if need_x:
-        dpairs = F.grouped_mm(dbefore, w1.transpose(1, 2), offs=ends)
+        dpairs = F.grouped_mm(dbefore, laid_out(w1).transpose(1, 2), offs=ends)
         dx = sum_pairs(dpairs, inverse, x.shape[0], top_k)
     dlogits = route_backward(dgates.index_select(0, inverse), probabilities, chosen)
     return dx, dlogits.to(logits.dtype), dw1, db1, dw2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m.families import Family, family_of_model
-from d2m.model.block_group import ROUTER_STD, BlockGroup, Passed
+from d2m.model.block_group import ROUTER_STD, BlockGroup, SkippedBlock
 from d2m.model.routing import routing_dtype
 from d2m.recipe.structure import KINDS, Blocks, check_depth
 
@@ -33,9 +33,9 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
             members = {index: each[index] for index in group}
             each[group[0]] = BlockGroup(members, model.inner_dim, blocks.kappa, blocks.alpha)  # type: ignore[arg-type]
             for index in group[1:]:
-                each[index] = Passed()
+                each[index] = SkippedBlock()
         for index in blocks.dropped(kind):
-            each[index] = Passed()
+            each[index] = SkippedBlock()
     return model
 
 

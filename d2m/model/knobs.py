@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from d2m.model.block_group import block_groups, set_kappa
-from d2m.model.surgery import set_top_k, sparse_ffns
+from d2m.model.surgery import restored, set_top_k, sparse_ffns
 
 Knob = int | Sequence[int] | None  # one number, or one for every denoising step
 
@@ -34,32 +34,25 @@ def knobs(
     does not have.
     """
     ffns, groups = sparse_ffns(model), block_groups(model)
-    before_k = [ffn.top_k for ffn in ffns.values()]
-    before_kappa = [group.kappa for group in groups.values()]
-    plans = [
+    settings = [
         (set_top_k, _per_step("top_k", top_k, steps, bool(ffns), "experts")),
         (set_kappa, _per_step("kappa", kappa, steps, bool(groups), "groups of blocks")),
     ]
 
-    def turn(step: int) -> None:
-        for setter, plan in plans:
-            if plan:
-                setter(model, plan[step % steps])
+    def set_step(step: int) -> None:
+        for setter, numbers in settings:
+            if numbers:
+                setter(model, numbers[step % steps])
 
     def on_step_end(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        turn(step + 1)
+        set_step(step + 1)
         return tensors
 
-    try:
+    with restored(ffns.values(), "top_k"), restored(groups.values(), "kappa"):
         for step in range(steps):  # every number is tried before anything is generated
-            turn(step)
-        turn(0)
+            set_step(step)
+        set_step(0)
         yield on_step_end
-    finally:
-        for ffn, k in zip(ffns.values(), before_k):
-            ffn.top_k = k
-        for group, kept in zip(groups.values(), before_kappa):
-            group.kappa = kept
 
 
 def _per_step(name: str, knob: Knob, steps: int, there: bool, what: str) -> list[int]:

@@ -7,12 +7,33 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def routing_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 activations, float32 for all others: the gate never runs in bf16."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Gate(nn.Linear):
+    """A router's Linear without bias: [.., D] -> [.., out] in float32, autocast or not.
+
+    float64 for float64 inputs and weights of such models. Whatever dtype the rest is stored in:
+    bf16 logits change the chosen experts. It is called, never read, so that hooks which move its
+    weight at its forward (offloading) find it.
+    """
+
+    def __init__(self, dim: int, out: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        super().__init__(dim, out, bias=False, device=device, dtype=kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = routing_dtype(x)
+        # Only where autocast is on: the context is a node of traced graphs.
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x.to(dtype), self.weight.to(dtype))
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,14 +63,16 @@ def routed_experts_reference(
 ) -> Tensor:
     """What the op means, in the plainest form: y = sum of gate_i * (gelu(x W1_i + b1_i) W2_i).
 
-    Args and result as `experts_op`. Every expert sees every token and unchosen ones weigh zero;
-    computed in float32, or float64 if x is float64. Differentiable by autograd.
+    Args and result as `experts_op`. An expert sees the tokens that chose it and no others, so what
+    it would make of them, NaN even, has no say. Computed in float32, or float64 if x is float64.
+    Differentiable by autograd.
     """
     dtype = routing_dtype(x)
     _, gates, experts = route(logits.to(dtype), top_k)
-    weights = torch.zeros(logits.shape, dtype=dtype, device=x.device).scatter(1, experts, gates)
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for i in range(w1.shape[0]):
-        hidden = F.gelu(x.to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype), approximate="tanh")
-        y = y + weights[:, i, None] * (hidden @ w2[i].to(dtype))
+        token, rank = torch.nonzero(experts == i, as_tuple=True)
+        rows = x[token].to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype)
+        hidden = F.gelu(rows, approximate="tanh")
+        y = y.index_add(0, token, gates[token, rank, None] * (hidden @ w2[i].to(dtype)))
     return y.to(x.dtype)

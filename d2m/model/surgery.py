@@ -8,7 +8,7 @@ Shape letters: D width, N = 4 D dense hidden neurons, S shared hidden, E experts
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,17 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
             )
     for ffn in ffns.values():
         ffn.top_k = top_k
+
+
+@contextmanager
+def restored(modules: Iterable[nn.Module], *fields: str) -> Iterator[None]:
+    """Within: these fields of the modules may be set; they have their old values afterwards."""
+    before = [(module, name, getattr(module, name)) for module in modules for name in fields]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 # ---------------------------------------------------------------- values
@@ -118,20 +129,6 @@ def convert_ffn(
         "experts.b1": fc1_b[tail].view(experts, -1),
         "experts.w2": w2.contiguous() * experts,
     }
-
-
-def unconvert_ffn(ffn: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A SparseFFN's tensors -> (fc1_w, fc1_b, fc2_w, fc2_b): every row back at its dense index."""
-    experts, dim, _ = ffn["experts.w1"].shape
-    home = torch.argsort(ffn["neurons"])
-    w1 = ffn["experts.w1"].transpose(1, 2).reshape(-1, dim)
-    w2 = ffn["experts.w2"].reshape(-1, dim).T / experts
-    return (
-        torch.cat([ffn["shared.fc1.weight"], w1])[home],
-        torch.cat([ffn["shared.fc1.bias"], ffn["experts.b1"].reshape(-1)])[home],
-        torch.cat([ffn["shared.fc2.weight"], w2], dim=1)[:, home],
-        ffn["shared.fc2.bias"],
-    )
 
 
 def gate_weight(name: str, experts: int, dim: int, seed: int) -> Tensor:
@@ -196,22 +193,17 @@ def unit_gates(model: nn.Module) -> Iterator[None]:
     All blocks of groups are on too.
     """
     ffns, groups = sparse_ffns(model).values(), block_groups(model).values()
-    before = [(ffn.top_k, ffn.gate.weight.detach().clone()) for ffn in ffns]
-    kappas = [group.kappa for group in groups]
-    try:
-        set_kappa(model, None)
-        for ffn in ffns:
-            ffn.top_k = ffn.num_experts
-            with torch.no_grad():
-                ffn.gate.weight.zero_()
-        yield
-    finally:
-        for group, kappa in zip(groups, kappas):
-            group.kappa = kappa
-        for ffn, (top_k, gate) in zip(ffns, before):
-            ffn.top_k = top_k
-            with torch.no_grad():
-                ffn.gate.weight.copy_(gate)
+    gates = [ffn.gate.weight.detach().clone() for ffn in ffns]
+    with restored(ffns, "top_k"), restored(groups, "kappa"):
+        try:
+            set_kappa(model, None)
+            for ffn in ffns:
+                ffn.top_k = ffn.num_experts
+                ffn.gate.weight.detach().zero_()
+            yield
+        finally:
+            for ffn, gate in zip(ffns, gates):
+                ffn.gate.weight.detach().copy_(gate)
 
 
 def identity_error(sparse: nn.Module, dense: nn.Module, inputs: Mapping[str, Any]) -> float:

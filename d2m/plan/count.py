@@ -1,7 +1,7 @@
 """What a model will cost before it is made: parameters, FLOPs and memory, from numbers alone.
 
 Torch-free: a plan needs a model's config and a recipe, no weights. Figures are of one denoising
-step of one picture; `d2m.families.weights` says what is counted as a FLOP.
+step of one image; `d2m.families.weights` says what is counted as a FLOP.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan(
         preset, recipe: what makes the dense model sparse; without either a dense model is counted
             as it is. A sparse one has its own structure and takes neither.
         blocks: such as "8D+38S": only so many of the model's blocks are left.
-        height, width: of the picture in pixels, text_tokens: of the prompt; None: the model's own.
+        height, width: of the image in pixels, text_tokens: of the prompt; None: the model's own.
         top_k: experts a token uses, in place of the recipe's.
 
     Returns JSON values: `total_params`, `activated_params` (K of E experts and kappa blocks of a
@@ -49,7 +49,7 @@ def plan(
     `ffn_activated_share` (of the matrices of an FFN that runs), `components` (part -> params,
     activated, flops, dense_params, dense_flops), `dense` (params and flops of the dense model with
     all its blocks), `blocks` (kind -> dense, kept, groups, active), `memory` (dtype -> bytes of
-    weights and buffers; gates and routers stay float32), and what was asked: `model`, `recipe`
+    weights and buffers; gates and routers stay float32), and the input: `model`, `recipe`
     (its name, None for a dense model), `adaln`, `num_experts`, `top_k`, `height`, `width`,
     `image_tokens`, `text_tokens`.
 
@@ -60,10 +60,11 @@ def plan(
     family = subject.family
     config = {**subject.config, **{field: depth[kind] for kind, field in family.blocks.depths}}
     structure, name = _structure(subject, depth, preset, recipe, top_k)
-    asked = {"height": height, "width": width, "text_tokens": text_tokens}
-    size = {k: int(getattr(subject, k)) if v is None else v for k, v in asked.items()}
+    given = {"height": height, "width": width, "text_tokens": text_tokens}
+    size = {k: int(getattr(subject, k)) if v is None else v for k, v in given.items()}
     image, text = _tokens(size, subject.pixels)
     weights = family.plan.weights
+    # Twice: as the recipe makes it, and dense with all its blocks, which shares refer to.
     stacks = weights(config, structure, image, text)
     whole = weights(subject.config, Structure(), image, text)
     components = _components(stacks, whole)
@@ -90,7 +91,7 @@ def plan(
     }
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- arguments
 
 
 def _kept(blocks: str | None, subject: Subject) -> dict[str, int]:
@@ -137,7 +138,7 @@ def _structure(
         if top_k is not None:
             raise ValueError(f"--top-k is {top_k}, but a dense model has no experts; add --preset")
         return Structure(), None
-    structure = _structure_in(made)
+    structure = structure_of(made)
     check_depth(structure.blocks, depth)
     subject.family.blocks.check_blocks(structure.blocks, depth)
     check_adaln(subject.family, structure.adaln.mode)
@@ -155,15 +156,8 @@ def _structure(
     return structure, made.name
 
 
-def structure_of(obj: Mapping[str, Any], source: str) -> Structure:
-    """The structure in a recipe's JSON object; ValueError, beginning with `source`, for mistakes.
-
-    The whole recipe is checked, so that a mistyped key is named here too.
-    """
-    return _structure_in(recipes.from_dict(obj, source))
-
-
-def _structure_in(recipe: recipes.Recipe) -> Structure:
+def structure_of(recipe: recipes.Recipe) -> Structure:
+    """What of a recipe is counted."""
     return Structure(recipe.spec, recipe.blocks, recipe.adaln)
 
 
@@ -234,7 +228,7 @@ def _blocks(
 def _memory(stacks: Sequence[Stack], bytes_: int) -> int:
     """Bytes of all weights and buffers at `bytes_` each; what is kept in float32 takes 4."""
     return sum(
-        stack.count * (weight.size * (4 if weight.kept else bytes_) + weight.buffer)
+        stack.count * (weight.size * (4 if weight.float32 else bytes_) + weight.buffer)
         for stack in stacks
         for weight in stack.weights
     )

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from d2m import __version__
 from d2m.plan.fits_here import needs
 from d2m.plan.machine import machine
-from d2m.units import shown
+from d2m.units import bytes_text
 from runtime.files.extras import EXTRAS, command
 
 BASE = ("numpy", "onnxruntime", "tokenizers", "safetensors", "PIL", "typer", "rich")
@@ -36,7 +37,7 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
     for row in packages.values():
         extras[row["extra"]] = extras.get(row["extra"], True) and row["works"]
     answer = {
-        "d2m": own_version(),
+        "d2m": __version__,
         "python": platform.python_version(),
         "machine": found,
         "packages": packages,
@@ -50,21 +51,11 @@ def doctor(path: str, backends: Mapping[str, tuple[str, str]]) -> dict[str, Any]
     return answer | {"advice": advice(answer)}
 
 
-def own_version() -> str:
-    """Of d2m, as installed or as it lies here."""
-    from d2m import __version__
-
-    return __version__
-
-
 def state(module: str) -> dict[str, Any]:
     """{"version", "works", "reason"} of a module: imported, since only that shows that it works."""
     if importlib.util.find_spec(module) is None:
         return {"version": None, "works": False, "reason": "not installed"}
-    try:
-        version: str | None = importlib.metadata.version(PACKAGES.get(module, module))
-    except importlib.metadata.PackageNotFoundError:
-        version = None
+    version = installed_version(PACKAGES.get(module, module))
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken library raises what it likes; that is the finding
@@ -88,72 +79,84 @@ def backend(
 def advice(answer: Mapping[str, Any]) -> list[str]:
     """What to do, the most important first; each a sentence with what was seen and the cure."""
     found, packages = answer["machine"], answer["packages"]
-    said = []
+    sentences = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        said.append(f"Python is {answer['python']}, expected 3.11 to 3.13: make another .venv.")
+        sentences.append(
+            f"Python is {answer['python']}, expected 3.11 to 3.13: make another .venv."
+        )
     for module, row in packages.items():
         if row["version"] and not row["works"]:
-            said.append(f"{module} {row['version']} is installed and broken ({row['reason']}).")
-    if all(installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
-        said.append(
+            sentences.append(
+                f"{module} {row['version']} is installed and broken ({row['reason']})."
+            )
+    if all(installed_version(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        sentences.append(
             "onnxruntime and onnxruntime-gpu are both installed and share one module: uninstall"
             " onnxruntime, then install onnxruntime-gpu again with --force-reinstall --no-deps."
         )
     for extra, what in (("convert", "convert"), ("export", "export"), ("trt-rtx", "build plans")):
         missing = [m for m, row in packages.items() if row["extra"] == extra and not row["version"]]
         if missing:
-            said.append(f"To {what}: {command(extra)} ({', '.join(missing)} missing).")
+            sentences.append(f"To {what}: {command(extra)} ({', '.join(missing)} missing).")
     torch = packages["torch"]
     if found["gpus"] and "+cpu" in (torch["version"] or ""):
-        said.append(f"torch {torch['version']} cannot use the GPU: install a CUDA build to train.")
+        sentences.append(
+            f"torch {torch['version']} cannot use the GPU: install a CUDA build to train."
+        )
     if not found["gpus"]:
-        said.append(
-            "No GPU is visible: d2m run draws on the CPU with ONNX Runtime; plans can be built"
+        sentences.append(
+            "No GPU is visible: d2m run generates on the CPU with ONNX Runtime; plans can be built"
             " here (--trt-rtx) and run elsewhere."
         )
     for gpu in found["gpus"]:
         if gpu["sm"] == 90:
-            said.append(f"{gpu['name']} (SM90) is in no TensorRT-RTX support matrix: use --trt.")
+            sentences.append(
+                f"{gpu['name']} (SM90) is in no TensorRT-RTX support matrix: use --trt."
+            )
     if found["share"] < 0.6:
-        said.append(
+        sentences.append(
             f"One thread gets {found['share']:.0%} of a core: other programs compute here, so that"
             f" everything takes about {1 / max(found['share'], 0.01):.0f} times as long."
         )
     for row in answer["stages"]:
         if not row["fits"]:
-            said.append(f"{MODEL}, {row['stage']} does not fit: {row['obstacle']}; {row['cure']}.")
-    return said
+            sentences.append(
+                f"{MODEL}, {row['stage']} does not fit: {row['obstacle']}; {row['cure']}."
+            )
+    return sentences
 
 
-def installed(package: str) -> bool:
-    """Whether a distribution of that name is installed."""
+def installed_version(package: str) -> str | None:
+    """Of a distribution, None where it is not installed."""
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def lines(answer: Mapping[str, Any]) -> list[str]:
     """The answer for a person, but for the table of stages."""
     found = answer["machine"]
-    ram = f"{shown(found['ram_available'])} of {shown(found['ram'])} free" if found["ram"] else "?"
-    speed = f", written at {shown(found['disk_speed'])}/s" if found["disk_speed"] else ", read-only"
+    ram, speed = "?", ", read-only"
+    if found["ram"]:
+        ram = f"{bytes_text(found['ram_available'])} of {bytes_text(found['ram'])} free"
+    if found["disk_speed"]:
+        speed = f", written at {bytes_text(found['disk_speed'])}/s"
     text = [
         f"d2m {answer['d2m']}, Python {answer['python']}",
-        f"memory {ram}; disk {shown(found['disk_free'])} free{speed}; {found['cores']} cores, "
+        f"memory {ram}; disk {bytes_text(found['disk_free'])} free{speed}; {found['cores']} cores, "
         f"{found['flops'] / 1e9:.0f} GFLOP/s in float32, one thread gets {found['share']:.0%}",
     ]
     for gpu in found["gpus"]:
         text.append(
-            f"GPU {gpu['name']}, SM{gpu['sm']}, {shown(gpu['free'])} of {shown(gpu['memory'])}"
-            f" free, driver {gpu['driver']}"
+            f"GPU {gpu['name']}, SM{gpu['sm']}, {bytes_text(gpu['free'])} of "
+            f"{bytes_text(gpu['memory'])} free, driver {gpu['driver']}"
         )
     text += [] if found["gpus"] else ["GPU none visible"]
     for extra, works in answer["extras"].items():
         rows = {m: row for m, row in answer["packages"].items() if row["extra"] == extra}
-        told = ", ".join(f"{m} {row['version'] or 'missing'}" for m, row in rows.items())
-        text.append(f"{'works  ' if works else 'missing'} {extra}: {told}")
+        versions = ", ".join(f"{m} {row['version'] or 'missing'}" for m, row in rows.items())
+        text.append(f"{'works  ' if works else 'missing'} {extra}: {versions}")
     for name, row in answer["backends"].items():
         text.append(f"backend {name}: {'works' if row['works'] else row['reason']}")
     return text

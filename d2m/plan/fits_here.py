@@ -1,4 +1,4 @@
-"""What each stage needs, against this machine: what fits is told, what cannot is refused early."""
+"""What each stage needs, compared with this machine; what cannot fit is refused before any work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from d2m.plan.machine import disk_free, existing, gpus, memory
 from d2m.plan.model_config import subject_of
 from d2m.plan.needs import Needs, convert_needs, export_needs, folder_bytes, run_needs
-from d2m.units import clock, shown
+from d2m.units import bytes_text, clock
 
 SURE = 0.75  # memory is refused when short by more than the formulas may be wrong
 CURES = {
@@ -50,12 +50,12 @@ def row(stage: str, title: str, found: Needs, machine: Mapping[str, Any]) -> dic
     short = []
     on_gpu = stage == "run" and gpu is not None and found.vram is not None
     if on_gpu and gpu is not None and found.vram is not None and found.vram > gpu["free"]:
-        short.append(f"{shown(found.vram)} of GPU memory, {shown(gpu['free'])} free")
+        short.append(f"{bytes_text(found.vram)} of GPU memory, {bytes_text(gpu['free'])} free")
     free = machine["ram_available"]
     if not on_gpu and free is not None and found.ram > free:
-        short.append(f"{shown(found.ram)} of memory, {shown(free)} available")
+        short.append(f"{bytes_text(found.ram)} of memory, {bytes_text(free)} available")
     if stage != "run" and found.disk > machine["disk_free"]:
-        short.append(f"{shown(found.disk)} of disk, {shown(machine['disk_free'])} free")
+        short.append(f"{bytes_text(found.disk)} of disk, {bytes_text(machine['disk_free'])} free")
     trains = title == "convert"
     return {
         "stage": title,
@@ -77,9 +77,9 @@ def needs_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list
     cells = [
         [
             each["stage"],
-            shown(each["ram"]),
-            shown(each["vram"]) if each["vram"] else "",
-            shown(each["disk"]) if each["disk"] else "",
+            bytes_text(each["ram"]),
+            bytes_text(each["vram"]) if each["vram"] else "",
+            bytes_text(each["disk"]) if each["disk"] else "",
             clock(each["seconds"]) if each["seconds"] is not None else "",
             "yes" if each["fits"] else f"no: {each['obstacle']}",
         ]
@@ -117,7 +117,7 @@ def check_convert(
         return
     work = Path(out).with_name(Path(out).name + ".work")
     done = folder_bytes(work) if resume and work.is_dir() else 0
-    refuse_early(found, out, "" if streamed else CURES["convert"], done=done, gpu=not streamed)
+    check_room(found, out, "" if streamed else CURES["convert"], done=done, gpu=not streamed)
 
 
 def check_export(
@@ -138,10 +138,10 @@ def check_export(
         found = export_needs(sparse, top_k=top_k, plans=plans, link=together, storage=size)
     except (ValueError, FileNotFoundError):
         return
-    refuse_early(found, out, "" if link else "--link shares what is the same with the checkpoint")
+    check_room(found, out, "" if link else "--link shares what is the same with the checkpoint")
 
 
-def refuse_early(
+def check_room(
     found: Needs, out: str | os.PathLike[str], cure: str, *, done: int = 0, gpu: bool = False
 ) -> None:
     """OSError if disk or memory are sure not to be enough.
@@ -153,13 +153,14 @@ def refuse_early(
     free = disk_free(out)
     if found.disk - done > free:
         raise OSError(
-            f"{found.stage} writes {shown(found.disk - done)} to {out}, expected as much room there"
-            f" and found {shown(free)}: free some, or choose an output on another disk{more}."
+            f"{found.stage} writes {bytes_text(found.disk - done)} to {out}, where "
+            f"{bytes_text(free)} are free: delete files there, or choose an output on another "
+            f"disk{more}."
         )
     ram = memory()
     if ram is None or SURE * found.ram <= ram[1] or (gpu and gpus()):
         return
     raise OSError(
-        f"{found.stage} needs about {shown(found.ram)} of memory ({found.formula}), expected that"
-        f" and found {shown(ram[1])} available: end other programs, or use a larger machine{more}."
+        f"{found.stage} needs about {bytes_text(found.ram)} of memory ({found.formula}), but only "
+        f"{bytes_text(ram[1])} are available: end other programs, or use a larger machine{more}."
     )

@@ -16,10 +16,10 @@ from typing import Any
 from d2m.families.weights import Stack, Structure, Weight, dim_of
 from d2m.plan.count import plan, structure_of
 from d2m.plan.model_config import subject_of
-from d2m.plan.needs import around_bytes
+from d2m.plan.needs import component_bytes
 from d2m.plan.presets import preset_file
 from d2m.recipe import recipe as recipes
-from d2m.units import GB, shown
+from d2m.units import GB, bytes_text
 
 RESERVE = 6 * GB  # CUDA's context, NCCL's buffers, fragmentation: a guess, on the safe side
 SAVED = 27  # numbers of 2 bytes a token and D that a block saves (counted: double, top_k 2, bf16)
@@ -90,7 +90,7 @@ def fits(
             "expected numbers of 1 or more"
         )
     found = counted(model, preset=preset, recipe=recipe, **size)
-    known = around_bytes(model)
+    known = component_bytes(model)
     result = []
     for number in gpus:
         b = 2 if precision == "bfloat16" and number > 1 else 4
@@ -140,26 +140,25 @@ def counted(
         )
     answer = plan(model, preset=preset, recipe=recipe, **size)
     made = recipes.load(recipe or preset_file(str(preset), subject.family, subject.depth))
-    structure = structure_of(recipes.to_dict(made), made.name)
+    structure = structure_of(made)
     config, image, text = subject.config, answer["image_tokens"], answer["text_tokens"]
     weights = subject.family.plan.weights
     sparse = weights(config, structure, image, text)
     dense = weights(config, Structure(), image, text)
     stages = [stage for stage in made.stages if not stage.skip]
     trained = [learning(sparse, made, stage.train) for stage in stages]
-    every = learning(sparse, made, {word for stage in stages for word in stage.train})
+    words = {word for stage in stages for word in stage.train}
     depth = sum(row["kept"] for row in answer["blocks"].values())
     groups = sum(row["groups"] for row in answer["blocks"].values())
     rows = list(_each(sparse))
-    routing = sum(count * weight.size for _, count, weight in rows if weight.kept)
-    ours = {word for stage in stages for word in stage.train}
+    routing = sum(count * weight.size for _, count, weight in rows if weight.float32)
     fresh = [(prefix, count, weight) for prefix, count, weight in rows if _new(weight)]
-    moved = learning(sparse, made, ours, fresh)
-    never = sum(count * weight.size for _, count, weight in fresh) - moved
+    never = sum(count * weight.size for _, count, weight in fresh)
+    never -= learning(sparse, made, words, fresh)
     return Counted(
         dense=sum(count * weight.size for _, count, weight in _each(dense)),
         frozen=never,
-        learnt=every,
+        learnt=learning(sparse, made, words),
         stage=max(trained, default=0),
         routing=routing,
         block=max(sum(weight.size for weight in stack.weights) for stack in sparse if stack.prefix),
@@ -184,7 +183,7 @@ def learning(stacks: Sequence[Stack], recipe: recipes.Recipe, words: Any, among:
     members = {kind: sum(map(len, recipe.blocks.groups(kind))) for kind in ("double", "single")}
     total = 0.0
     for prefix, count, weight in _each(stacks) if among is None else among:
-        if weight.kept:
+        if weight.float32:
             continue
         kind = "single" if prefix.startswith("single") else "double"
         if _word(weight) in words or ("blocks" in words and prefix):
@@ -211,7 +210,7 @@ def _new(weight: Weight) -> bool:
     The attention's half of a single block's `proj_out` is a copy: its columns are cut out.
     """
     cut = weight.name.startswith("proj_out.linear")
-    return not weight.kept and (cut or _word(weight) in ("shared", "experts"))
+    return not weight.float32 and (cut or _word(weight) in ("shared", "experts"))
 
 
 def _each(stacks: Sequence[Stack]) -> Any:
@@ -220,7 +219,7 @@ def _each(stacks: Sequence[Stack]) -> Any:
             yield stack.prefix, stack.count, weight
 
 
-# ---------------------------------------------------------------- shown
+# ---------------------------------------------------------------- bytes_text
 
 
 def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
@@ -230,7 +229,7 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[
     cells = [
         [
             f"{row['gpus']} x {row['memory'] / GB:g} GB",
-            *(shown(row[part]) for part in parts),
+            *(bytes_text(row[part]) for part in parts),
             "yes" if row["fits"] else "no",
             str(row["rows"]),
         ]
@@ -242,5 +241,5 @@ def fits_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[
 def formula() -> str:
     """FORMULA with its constants."""
     return FORMULA.format(
-        saved=SAVED, encoders=shown(around_bytes("flux-dev")), reserve=shown(RESERVE)
+        saved=SAVED, encoders=bytes_text(component_bytes("flux-dev")), reserve=bytes_text(RESERVE)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from d2m.plan.model_config import shipped
+from d2m.plan.model_config import shipped_configs
 
 
 def locate(dense: str | os.PathLike[str]) -> Path:
@@ -17,8 +17,8 @@ def locate(dense: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     owner, _, name = str(dense).partition("/")
-    # `models/shapes-dens` beside a folder `models` is a mistyped path, nothing to ask the hub for.
-    if dense in shipped():
+    # `models/shapes-dens` next to a folder `models` is a mistyped path, nothing to ask the hub for.
+    if dense in shipped_configs():
         raise FileNotFoundError(
             f"{dense} is a config that comes with d2m, for d2m plan; expected a model with "
             "weights: give a pipeline directory, or a hub id such as black-forest-labs/FLUX.1-dev."

@@ -1,4 +1,4 @@
-"""What a plan is made for: a model's config and how it draws, from a directory or shipped as JSON.
+"""What a plan is made for: a model's config and image size, from a directory or shipped as JSON.
 
 Reads JSON only, never a weight, and needs no torch.
 """
@@ -27,7 +27,7 @@ class Subject:
     """A transformer to plan for.
 
     config: diffusers' fields, none missing; sparse: for a sparse model its structure under a
-    recipe's keys, None for a dense one; height, width: of its pictures, in pixels; pixels: the side
+    recipe's keys, None for a dense one; height, width: of its images, in pixels; pixels: the side
     of what one image token shows; text_tokens: length of the text.
     """
 
@@ -47,7 +47,7 @@ class Subject:
         return {kind: found.get(kind, 0) for kind in KINDS}
 
 
-def shipped() -> dict[str, Path]:
+def shipped_configs() -> dict[str, Path]:
     """The models whose config comes with d2m, without weights: name -> its file."""
     found = Path(__file__).parents[1].glob("families/*/configs/*.json")
     return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
@@ -59,7 +59,7 @@ def subject_of(model: str | os.PathLike[str]) -> Subject:
     FileNotFoundError where it is nothing of these, ValueError where its JSON is broken or of a
     class that is not known; in one sentence.
     """
-    if file := shipped().get(str(model)):
+    if file := shipped_configs().get(str(model)):
         row = read_json(file)
         config = row.pop("transformer")
         return Subject(row.pop("title"), family_of(config), sizes(config, str(model)), **row)
@@ -75,7 +75,7 @@ def subject_of(model: str | os.PathLike[str]) -> Subject:
     what = "has neither model_index.json nor config.json" if root.is_dir() else "is no directory"
     raise FileNotFoundError(
         f"{str(model)!r} {what}; expected a pipeline or transformer directory, dense or sparse, or "
-        f"one of the shipped configs: {', '.join(shipped())}."
+        f"one of the shipped configs: {', '.join(shipped_configs())}."
     )
 
 
@@ -85,26 +85,22 @@ def _of_transformer(folder: Path, pipeline: Path | None, family: Family) -> Subj
     raw = read_json(file)
     if family_of(raw) is not family:
         raise ValueError(f"{str(file)!r} is of another family than its pipeline; copy it again.")
-    sparse = None
+    sparse: dict[str, Any] | None = None
     if raw.get("_class_name") == family.names.sparse_class:
         recipe = pipeline / "recipe.json" if pipeline else None
-        told = read_json(recipe) if recipe and recipe.is_file() else {}
-        sparse = {"name": told.get("name", "of its own"), **_sparse(raw)}
-    drawing: dict[str, int] = {}
+        record = read_json(recipe) if recipe and recipe.is_file() else {}
+        # The keys of a recipe that are structure, from the model's own config.
+        blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
+        adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
+        sparse = {"name": record.get("name", "of its own"), "blocks": blocks, "adaln": adaln}
+        sparse |= {key: raw[key] for key in EXPERTS if raw.get(key) is not None}
+    image: dict[str, int] = {}
     if pipeline is not None:
         values = generation_defaults(pipeline)
-        drawing = {key: values[key] for key in ("height", "width")}
-        drawing["text_tokens"] = family.plan.text_before + values["max_sequence_length"]
-        drawing["pixels"] = _pixels(pipeline / "vae" / "config.json", family)
-    return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **drawing)
-
-
-def _sparse(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A sparse transformer's config -> the keys of a recipe that are structure."""
-    blocks = {key: raw[key] for key in BLOCKS if raw.get(key) is not None}
-    adaln = {"mode": raw.get("adaln", "full"), "rank": raw.get("adaln_rank")}
-    experts = {key: raw[key] for key in EXPERTS if raw.get(key) is not None}
-    return {**experts, "blocks": blocks, "adaln": adaln}
+        image = {key: values[key] for key in ("height", "width")}
+        image["text_tokens"] = family.plan.text_before + values["max_sequence_length"]
+        image["pixels"] = _pixels(pipeline / "vae" / "config.json", family)
+    return Subject(str(pipeline or folder), family, sizes(raw, str(file)), sparse, **image)
 
 
 def _pixels(vae: Path, family: Family) -> int:

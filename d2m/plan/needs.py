@@ -1,7 +1,7 @@
 """What convert, export and run will need, before they start: memory, disk and time, by formula.
 
 Torch-free, from configs and sizes of files. Memory and disk are counted (block by block, tensor by
-tensor) on top of what the libraries take, which was measured; the formulas stand beside each need.
+tensor) on top of what the libraries take, which was measured; every need carries its formula.
 Time is counted in work (bytes, FLOPs) at this machine's measured speed, and is what it is on a
 machine that other programs use: right within a factor of two.
 """
@@ -72,22 +72,24 @@ def folder_bytes(folder: Path, *, without: str = "") -> int:
     )
 
 
-def around_bytes(model: str | os.PathLike[str], *, drawn: bool = False, held: bool = False) -> int:
-    """Bytes of what a pipeline has beside its transformer: all, or what a bundle gets of it
-    (`drawn`), or what export holds in memory (`held`).
+def component_bytes(
+    model: str | os.PathLike[str], *, bundled: bool = False, held: bool = False
+) -> int:
+    """Bytes of a pipeline's components but its transformer: all, or what a bundle gets of it
+    (`bundled`), or what export holds in memory (`held`).
 
     A shipped config has no files: the family's published components count, in 16 bits.
     """
     root, family = Path(model), subject_of(model).family
     if not root.is_dir():
         rows = [each for each in family.plan.encoders.values() if each.whole or not held]
-        return sum(2 * (each.bundled if drawn else each.params) for each in rows)
+        return sum(2 * (each.bundled if bundled else each.params) for each in rows)
     if not (root / "model_index.json").is_file():
         return 0
     sizes = {name: folder_bytes(root / name) for name in family.plan.encoders}
     if held:
         return sum(sizes[name] for name, each in family.plan.encoders.items() if each.whole)
-    if not drawn:
+    if not bundled:
         return folder_bytes(root, without="transformer")
     left = (
         sizes[name] * (each.params - each.bundled) // each.params
@@ -96,8 +98,8 @@ def around_bytes(model: str | os.PathLike[str], *, drawn: bool = False, held: bo
     return folder_bytes(root, without="transformer") - sum(left)
 
 
-def largest_beside(model: str | os.PathLike[str]) -> int:
-    """Bytes of the largest tensor beside the transformer, with those that export reads one by one.
+def largest_component_tensor(model: str | os.PathLike[str]) -> int:
+    """Bytes of the largest tensor outside the transformer, with those that export reads one by one.
 
     Of a directory by its files, else the family's published components in 16 bits.
     """
@@ -135,7 +137,7 @@ def convert_needs(
     params = answer["dense"]["params"]
     size = element_bytes(Path(model) / "transformer", params)
     dtype = {2: "bf16", 4: "fp32"}[size]
-    around = around_bytes(model)
+    around = component_bytes(model)
     disk = answer["memory"][dtype] + around
     if streamed:
         ram = CONVERTING + block_peak(subject, size)
@@ -147,7 +149,7 @@ def convert_needs(
     # In float32: both models, and for what learns a gradient and Adam's two moments.
     disk = answer["memory"]["fp32"] + around
     ram = CONVERTING + around + 4 * params + 4 * 4 * answer["total_params"]
-    formula = "libraries + encoders + 4 B x dense + 16 B x sparse parameters, activations beside"
+    formula = "libraries + encoders + 4 B x dense + 16 B x sparse parameters, and activations"
     return Needs("convert", int(ram), disk, START, formula, vram=int(ram - CONVERTING))
 
 
@@ -196,11 +198,11 @@ def export_needs(
     sparse = answer["num_experts"] is not None
     experts = expert_bytes(root) if link and sparse and size == own else 0
     weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
-    encoders, around = around_bytes(model, drawn=True), subject.family.plan.encoders
+    encoders, around = component_bytes(model, bundled=True), subject.family.plan.encoders
     graphs = 2 + len(around) + len(block_stacks(subject)) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
-    held = around_bytes(model, held=True)
-    largest = max(dim_of(subject.config) ** 2 * 6 * max(size, own), largest_beside(model))
+    held = component_bytes(model, held=True)
+    largest = max(dim_of(subject.config) ** 2 * 6 * max(size, own), largest_component_tensor(model))
     ram = EXPORTING + held + 2 * largest
     cpu = START + TRACE * graphs + WRITE * (weights - experts) + COMPILE * graphs * plans
     formula = "libraries + VAE and CLIP + the largest tensor and its copy"
@@ -230,7 +232,7 @@ def neuron_bytes(subject: Subject, sparse: bool) -> int:
 
 
 def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: float) -> int:
-    """Numbers that decoding a picture of height x width holds at once.
+    """Numbers that decoding an image of height x width holds at once.
 
     The most of `tensors` of its widest tensors, and the scores and weights of its attention, of a
     head too large to be fused, between all latents. A shipped config counts as published.
@@ -247,12 +249,12 @@ def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: fl
 
 
 def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) -> Needs:
-    """Of drawing one picture from the bundle: on a GPU in 16 bits, on a CPU in float32.
+    """Of generating one image from the bundle: on a GPU in 16 bits, on a CPU in float32.
 
     size: height, width, text_tokens, top_k, preset, recipe of `d2m.plan.count.plan`.
     """
     answer = plan(model, **size)
-    encoders = around_bytes(model, drawn=True)
+    encoders = component_bytes(model, bundled=True)
     tokens = answer["image_tokens"] + answer["text_tokens"]
     dim = dim_of(subject_of(model).config)
     # Streams, QKV, hidden of the widest matmul and its neighbours: about 20 D numbers a token.

@@ -30,7 +30,7 @@ def presets_for(family: Family, depth: Mapping[str, int]) -> dict[str, Path]:
 def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
     """The file of preset `name` for such a model; ValueError names the presets there are for it."""
     files = presets_for(family, depth)
-    name = in_their_case(name, files)
+    name = match_case(name, files)
     if name not in files:
         raise ValueError(
             f"preset {name!r} is not known; expected one of {', '.join(files)} for "
@@ -40,7 +40,7 @@ def preset_file(name: str, family: Family, depth: Mapping[str, int]) -> Path:
     return files[name]
 
 
-def in_their_case(name: str, names: Iterable[str]) -> str:
+def match_case(name: str, names: Iterable[str]) -> str:
     """The one of `names` that differs from `name` at most in upper and lower case; else `name`."""
     return next((each for each in names if each.lower() == name.lower()), name)
 
@@ -53,7 +53,7 @@ def preset_of(name: str, dense: str | os.PathLike[str]) -> Path:
     """
     every = (*ANY_DEPTH.glob("*.json"), *FAMILIES.glob("*/presets/*/*.json"))
     names = sorted({path.stem for path in every})
-    if in_their_case(name, names) not in names:
+    if match_case(name, names) not in names:
         raise ValueError(
             f"preset {name!r} is not known; expected one of {', '.join(names)}, or give a recipe "
             "file."

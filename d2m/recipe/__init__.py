@@ -1,4 +1,4 @@
-"""What a conversion is told, as data.
+"""The settings of a conversion, as data.
 
 A recipe (JSON) enters, checked records leave. `presets/` holds the recipes for a model of any
 depth; those for one depth lie with their family. Torch-free.

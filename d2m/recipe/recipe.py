@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2m.recipe.records import check as _check
 from d2m.recipe.records import number as _number
@@ -20,6 +21,12 @@ from d2m.recipe.records import whole as _whole
 from d2m.recipe.structure import AdaLN, Blocks, Shares, adaln_from, blocks_from, shares_from
 from runtime.files.checked_json import read_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a conversion gets besides its recipe: (step, batch size) -> a batch; (phase, done, total).
+Batches = Callable[[int, int], Mapping[str, "Tensor"]]
+Progress = Callable[[str, int, int], None]
 # What a stage may train. The first three are parts of SparseFFN; adaln: every block's modulation;
 # groups: all of the blocks in groups; router: the groups' routers; blocks: all of every block.
 PARTS = ("shared", "experts", "gate", "adaln", "groups", "router", "blocks")
@@ -111,16 +118,12 @@ class Stage:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or copied
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _stage, ({**values, "losses": dict(self.losses)},)
-
-
-def _stage(values: dict[str, Any]) -> Stage:
-    return Stage(**values)
+        return partial(Stage, **{**values, "losses": dict(self.losses)}), ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a conversion is told, but for the directories.
+    """All settings of a conversion, but for the directories.
 
     t_mean, t_std: noise levels of training and calibration, t = sigmoid(N(mean, std)), t = 1 is
     pure noise. precision: what the forward passes run in; weights are float32 throughout.
@@ -161,10 +164,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values; `from_dict` is its inverse."""
     plain = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     plain["calibration"] = dataclasses.asdict(recipe.calibration)
-    plain |= {"blocks": recipe.blocks.to_dict(), "adaln": recipe.adaln.to_dict()}
-    plain |= {"shares": recipe.shares.to_dict()}
-    if not recipe.shares:
-        del plain["shares"]
+    plain |= {"blocks": recipe.blocks.to_dict(), "adaln": dataclasses.asdict(recipe.adaln)}
+    if plain.pop("shares"):
+        plain["shares"] = recipe.shares.to_dict()
     plain["stages"] = [
         {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
         | {"train": list(stage.train), "losses": dict(stage.losses)}
@@ -281,12 +283,11 @@ def changed(
     and data on its own as among the others. init_only: split the FFNs and train nothing. ema: of
     every stage. ValueError for values that cannot be, or that contradict one another.
     """
-    if init_only and steps is not None:
-        raise ValueError(f"steps is {steps} but init_only trains nothing; give one of the two.")
-    if init_only and stages:
-        raise ValueError(
-            f"stages is {list(stages)} but init_only trains nothing; give one of them."
-        )
+    for name, value in (("steps", steps), ("stages", list(stages) or None)):
+        if init_only and value is not None:
+            raise ValueError(
+                f"{name} is {value} but init_only trains nothing; give one of the two."
+            )
     _check(precision in (None, *PRECISIONS), "precision", precision, " or ".join(PRECISIONS))
     fine = ema is None or 0 <= ema < 1
     _check(fine, "ema", ema, "0 (none) or a decay under 1, such as 0.999")

@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -43,9 +44,8 @@ def record(cls: type, obj: Any, place: str) -> dict[str, Any]:
     if not isinstance(obj, dict):
         raise ValueError(f"{place} is {obj!r:.60}; expected a JSON object.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    check_keys(obj, place, fields)
     for key, value in obj.items():
-        if key not in fields:
-            raise ValueError(f"{place} has the unknown key {key!r}; known are {', '.join(fields)}.")
         fits, words = _KINDS[str(fields[key].type)]
         check(fits(value), f"{place}: {key}", value, words)
     for name, f in fields.items():
@@ -53,6 +53,13 @@ def record(cls: type, obj: Any, place: str) -> dict[str, Any]:
         if needed and name not in obj:
             raise ValueError(f"{place} has no {name!r}; add it.")
     return dict(obj)
+
+
+def check_keys(obj: Iterable[str], place: str, known: Iterable[str]) -> None:
+    """ValueError that names a key of `obj` that is none of the known ones."""
+    for key in obj:
+        if key not in known:
+            raise ValueError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}.")
 
 
 def check(fine: bool, what: str, value: Any, expected: str) -> None:

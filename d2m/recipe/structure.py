@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d2m.recipe.records import check, number, whole
+from d2m.recipe.records import check, check_keys, number, whole
 
 KINDS = ("double", "single")
 ADALN_MODES = ("full", "single", "lowrank")
@@ -69,10 +69,6 @@ class AdaLN:
 
     mode: str = "full"
     rank: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `adaln_from` is the inverse."""
-        return {"mode": self.mode, "rank": self.rank}
 
 
 @dataclass(frozen=True)
@@ -195,9 +191,7 @@ def lowrank_default(dim: int, chunks: int) -> int:
 
 def _object(obj: Any, place: str, known: Iterable[str]) -> dict[str, Any]:
     check(isinstance(obj, Mapping), place, obj, "an object")
-    for key in obj:
-        if key not in known:
-            raise ValueError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}.")
+    check_keys(obj, place, known)
     return dict(obj)
 
 

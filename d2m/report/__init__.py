@@ -20,9 +20,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.report.build import build_report
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.report.build": "build_report",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.report.build": "build_report"})

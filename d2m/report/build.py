@@ -43,7 +43,7 @@ def build_report(
         importance: FFN site -> scores of its neurons [N] (tensor, array or list).
         routing: `calib.measure.routing.routing_table`.
         pareto: this model and others as rows of `d2m.report.pareto`.
-        images: [{"prompt", "seed", "dense", "sparse"}] with pictures from the same noise.
+        images: [{"prompt", "seed", "dense", "sparse"}] made from the same noise.
         scores: {"dense", "sparse"} -> result of `calib.shapes.suite.evaluate`; either may be
             missing.
         timings: seconds of the conversion's parts, in order.
@@ -77,7 +77,7 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> P
     """Write `report.json` and `report.html` into `folder`; returns the latter's path.
 
     Raises:
-        ValueError: the report holds what JSON cannot, or pictures that are no PNG data URIs.
+        ValueError: the report holds what JSON cannot, or images that are no PNG data URIs.
         OSError: the folder cannot be written.
     """
     from d2m.report.page import render
@@ -130,10 +130,10 @@ def importance_curve(scores: Any) -> list[float]:
     return curve
 
 
-def data_uri(picture: Image | str) -> str:
-    """A picture as a PNG data URI; a string is passed on."""
-    if isinstance(picture, str):
-        return picture
+def data_uri(image: Image | str) -> str:
+    """An image as a PNG data URI; a string is passed on."""
+    if isinstance(image, str):
+        return image
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

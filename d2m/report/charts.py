@@ -144,6 +144,7 @@ def line_chart(
         if line.band:
             axes.fill_between(*zip(*line.band), color=ink, alpha=0.14, linewidth=0)
         ys += [y for _, y in points]
+    # Over less than a decade a logarithmic axis takes even ticks, or it would have one or none.
     if y_range:
         axes.set_ylim(y_range)
     elif log_y:
@@ -286,7 +287,7 @@ def interval_chart(
 class Kind:
     """What dots have in common. shape: circle, square, diamond or triangle; colour: `c0` ..."""
 
-    words: str
+    label: str
     colour: int
     shape: str = "circle"
     hollow: bool = False
@@ -325,7 +326,7 @@ def scatter_chart(
     height is a panel's. ValueError without dots.
     """
     if not panels or not all(panel.dots for panel in panels.values()):
-        raise ValueError("no dots to draw; expected one at least")
+        raise ValueError("no dots for the chart; expected at least one")
     figure = Figure(figsize=(width / 72, height * len(panels) / 72))
     every = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (heading, panel) in zip(every, panels.items()):
@@ -338,7 +339,7 @@ def scatter_chart(
         axes.xaxis.set_major_formatter(lambda x, _, show=panel.x_show: show(x))
         axes.yaxis.set_major_formatter(PERCENT)
         for kind in dict.fromkeys(dot.kind for dot in panel.dots):
-            axes.plot([], [], label=kind.words, **_mark(kind))
+            axes.plot([], [], label=kind.label, **_mark(kind))
         axes.plot([], [], label="best", **_best())
     _legend(figure)
     figure.draw_without_rendering()  # dots and labels are placed in pixels: the axes stay from here
@@ -490,5 +491,5 @@ def place(
 
 def _hits(box: Box, boxes: np.ndarray) -> int:
     """How many of boxes [N, 4] the box overlaps."""
-    beside = (boxes[:, :2] >= box[2:]) | (boxes[:, 2:] <= box[:2])
-    return int((~beside.any(axis=1)).sum())
+    apart = (boxes[:, :2] >= box[2:]) | (boxes[:, 2:] <= box[:2])
+    return int((~apart.any(axis=1)).sum())

@@ -14,7 +14,7 @@ from d2m.report.pareto import pareto
 from d2m.report.routing import block_choices, dead, positions
 from d2m.report.section import Chart
 from d2m.report.training import experts, importance, training
-from d2m.units import duration, human, percent, power
+from d2m.units import count_text, duration, percent, power
 
 Report = Mapping[str, Any]
 
@@ -25,13 +25,13 @@ def render(report: Report) -> str:
     """The page of a report as made by `d2m.report.build.build_report`; parts without data are left
     out.
 
-    ValueError if a picture is no PNG data URI (nothing else may reach an image's source).
+    ValueError if an image is no PNG data URI (nothing else may reach an image's source).
     """
     for row in report["images"]:
         for side in ("dense", "sparse"):
             if not _PNG.fullmatch(row[side]):
                 raise ValueError(
-                    f"the {side} picture of {row['prompt']!r} is {row[side][:30]!r}..., expected a "
+                    f"the {side} image of {row['prompt']!r} is {row[side][:30]!r}..., expected a "
                     "PNG data URI; make it with d2m.report.build.data_uri."
                 )
     makers = (pareto, training, experts, positions, block_choices, dead, importance)
@@ -52,7 +52,7 @@ def page(template: str, folder: Path | None = None, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (duration, human, percent, power)}
+    environment.filters |= {f.__name__: f for f in (duration, count_text, percent, power)}
     return environment.get_template(template).render(**facts).strip() + "\n"
 
 
@@ -69,7 +69,7 @@ def scores(report: Report) -> dict[str, Any] | None:
     chart = interval_chart(
         dots,
         sides,
-        x_label="share of pictures judged right",
+        x_label="share of images judged right",
         title="Scores by category, with 95 % intervals",
     )
     return {"sides": sides, "results": results, "rows": rows, "chart": Chart("", [chart])}

@@ -18,14 +18,10 @@ from d2m.plan.count import plan
 from d2m.recipe.records import check, number
 from d2m.report.charts import PERCENT, Dot, Kind, Panel, scatter_chart
 from d2m.report.section import Chart, Section
-from d2m.units import human
+from d2m.units import count_text
 from runtime.files.checked_json import read_json
 
 Row = Mapping[str, Any]
-
-
-def _human(count: float) -> str:
-    return human(int(count))
 
 
 KINDS = {
@@ -39,7 +35,11 @@ KINDS = {
 # key of a row -> heading, title of the axis, a tick's words
 COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "flops_vs_dense": ("Score against FLOPs", "FLOPs of a step, share of dense", PERCENT),
-    "activated_params": ("Score against activated parameters", "activated parameters", _human),
+    "activated_params": (
+        "Score against activated parameters",
+        "activated parameters",
+        lambda x: count_text(int(x)),
+    ),
 }
 
 
@@ -77,10 +77,10 @@ def own_rows(
     ]
 
 
-def beside(own: Sequence[Row], known: Sequence[Row]) -> list[dict[str, Any]]:
+def merge_rows(own: Sequence[Row], known: Sequence[Row]) -> list[dict[str, Any]]:
     """Both lists as one; a known row whose name is taken is called `NAME (compared)`.
 
-    The same model judged on other pictures has another score, so none takes another's place.
+    The same model judged on other images has another score, so none takes another's place.
     """
     taken = {row["name"] for row in own}
     names = {row["name"]: row["name"] for row in known}
@@ -115,17 +115,17 @@ def chart(rows: Sequence[Row], width: int = 960) -> Markup | None:
 def pareto(report: Mapping[str, Any]) -> Section | None:
     """The section of a report: its `pareto` rows against both costs."""
     rows = report.get("pareto") or ()
-    drawn = chart(rows)
-    if not drawn:
+    svg = chart(rows)
+    if not svg:
         return None
     sizes = sorted({row["score"]["n"] for row in rows if row["score"]})
     counts = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     note = (
-        f"Share of pictures judged right, of {counts} a row, with 95 % Wilson intervals. The "
+        f"Share of images judged right, of {counts} a row, with 95 % Wilson intervals. The "
         "dashed line joins what nothing cheaper beats; a solid one, a model and settings of its "
         "knobs. Rows of equal cost stand side by side."
     )
-    return Section("Score against cost", note, [Chart("", [drawn])], "stack")
+    return Section("Score against cost", note, [Chart("", [svg])], "stack")
 
 
 # ---------------------------------------------------------------- what a file says

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from d2m.report.charts import DIVERGING, RISING, heat_map
-from d2m.report.section import Chart, Key, Section, Table
+from d2m.report.section import Chart, ColourScale, Section, Table
 from d2m.report.training import KINDS, diverging, rising
 from d2m.units import percent
 
@@ -17,7 +17,7 @@ Report = Mapping[str, Any]
 SHOWN = 6  # layers whose maps are drawn: those where the position tells most
 
 
-def words_of(site: str) -> str:
+def layer_title(site: str) -> str:
     """`single_transformer_blocks.3.proj_mlp` as `single 3`, a double block's with its stream."""
     kind, index, part = site.rsplit(".", 2)
     block = f"{'single' if kind.startswith('single') else 'double'} {index}"
@@ -28,7 +28,7 @@ def words_of(site: str) -> str:
 
 
 def positions(report: Report) -> Section | None:
-    """How much the place in the picture decides the expert, and the maps where it does most."""
+    """How much the place in the image decides the expert, and the maps where it does most."""
     found = (report["routing"] or {}).get("positions")
     if not found or not found["layers"]:
         return None
@@ -56,18 +56,20 @@ def positions(report: Report) -> Section | None:
     maps = _maps({name: layers[name]["share"] for name in shown}, tells, shape)
     top = max(tells, key=lambda name: (tells[name], name))
     note = (
-        f"The picture in {shape[0]} x {shape[1]} parts. The position tells at most "
-        f"{percent(tells[top], 1)} of which expert is chosen ({words_of(top)}), "
+        f"The image in {shape[0]} x {shape[1]} parts. The position tells at most "
+        f"{percent(tells[top], 1)} of which expert is chosen ({layer_title(top)}), "
         f"{percent(sum(tells.values()) / len(tells), 1)} on the mean: mutual information over "
-        "log E, less what chance alone would show. Blank: never chosen for a part of the picture."
+        "log E, less what chance alone would show. Blank: never chosen for a part of the image."
     )
-    caption = f"Experts over the picture, the {len(shown)} layers where it tells most"
+    caption = f"Experts over the image, the {len(shown)} layers where it tells most"
     return Section(
         "Experts by image position",
         note,
         [
-            Chart("How much the position tells", charts, Key(RISING, "0", "", percent(most))),
-            Chart(caption, [maps], Key(DIVERGING, "¼", "its mean", "4 x")),
+            Chart(
+                "How much the position tells", charts, ColourScale(RISING, "0", "", percent(most))
+            ),
+            Chart(caption, [maps], ColourScale(DIVERGING, "¼", "its mean", "4 x")),
         ],
     )
 
@@ -77,9 +79,9 @@ def _maps(
     tells: Mapping[str, float],
     shape: tuple[int, int],
 ) -> Markup:
-    """A row of small pictures per layer, one per expert: its share here over its mean share.
+    """A row of small maps per layer, one per expert: its share here over its mean share.
 
-    An expert that is never chosen has no place: its picture is blank.
+    An expert that is never chosen has no place: its map is blank.
     """
     rows, columns = shape
     size = max(4.0, min(14.0, 56 / max(shape)))
@@ -95,14 +97,14 @@ def _maps(
         for row in range(rows):
             part = slice(row * columns, (row + 1) * columns)
             values.append([ratio for each in ratios for ratio in each[part]])
-            headings.append(f"{words_of(name)}: {percent(tells[name], 1)}")
+            headings.append(f"{layer_title(name)}: {percent(tells[name], 1)}")
     return heat_map(
         [""] * len(values),
         [""] * count * columns,
         values,
         level=diverging,
         x_label="expert",
-        title="Share of every expert by place in the picture",
+        title="Share of every expert by place in the image",
         row_groups=headings,
         column_groups=[str(expert) for expert in range(count) for _ in range(columns)],
         cell=(size, size),
@@ -121,14 +123,14 @@ def block_choices(report: Report) -> Section | None:
     edges = report["routing"]["edges"]
     times = ["all", *(f"< {edge:g}" for edge in edges[1:])]
     by_time = _blocks(groups, times, lambda g: [g["all"], *g["buckets"]], 46, "noise level t")
-    key = Key(RISING, "0 %", "", "100 %")
+    key = ColourScale(RISING, "0 %", "", "100 %")
     charts = [Chart("By noise level (1 is pure noise)", [by_time], key)]
     one = next(iter(groups.values()))
     if kinds := one["categories"]:
         heads = [f"{name.replace('_', ' ')} ({kinds[name]['samples']})" for name in kinds]
         wide = 12 + 6.2 * max(map(len, heads))
-        drawn = _blocks(groups, heads, lambda g: g["categories"].values(), wide, "kind of prompt")
-        charts.append(Chart("By kind of prompt (samples seen)", [drawn], key))
+        by_kind = _blocks(groups, heads, lambda g: g["categories"].values(), wide, "kind of prompt")
+        charts.append(Chart("By kind of prompt (samples seen)", [by_kind], key))
     fixed = sum(max(group["all"]["share"]) > 0.99 for group in groups.values())
     note = (
         f"Share of {one['all']['samples']} samples that ran each block; the others skip it. "
@@ -177,7 +179,7 @@ def dead(report: Report) -> Section | None:
     for name, layer in routing["layers"].items():
         everywhere = layer["all"]["dead_experts"]
         if not layer["all"]["tokens"]:
-            body.append([words_of(name), "no token came here: its group ran other blocks", ""])
+            body.append([layer_title(name), "no token came here: its group ran other blocks", ""])
             continue
         total += len(everywhere)
         at_times = []
@@ -186,12 +188,12 @@ def dead(report: Report) -> Section | None:
             if more and bucket["tokens"]:
                 at_times.append(f"{when}: {', '.join(more)}")
         if everywhere or at_times:
-            body.append([words_of(name), ", ".join(map(str, everywhere)), "; ".join(at_times)])
+            body.append([layer_title(name), ", ".join(map(str, everywhere)), "; ".join(at_times)])
     reached = [layer["all"] for layer in routing["layers"].values() if layer["all"]["tokens"]]
     note = (
         f"{total} of {sum(len(layer['load']) for layer in reached)} experts in layers that ran are "
         "dead: on these data they take under 1 % of their fair share of the choices, at all noise "
         "levels together."
     )
-    table = Table(("layer", "dead at all noise levels", "and at some"), body, words=3)
+    table = Table(("layer", "dead at all noise levels", "and at some"), body, text_columns=3)
     return Section("Dead experts", note, table=table if body else None)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Key:
+class ColourScale:
     """The colours of a heat map in a row, named at both ends and in the middle."""
 
     colours: Sequence[str]
@@ -25,17 +25,17 @@ class Chart:
     """Drawings under one caption, with the key of their colours."""
 
     caption: str
-    drawn: Sequence[Markup]
-    key: Key | None = None
+    svgs: Sequence[Markup]
+    scale: ColourScale | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first `words` columns are words, the others figures."""
+    """The first `text_columns` columns are text, the others figures."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    words: int = 1
+    text_columns: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from d2m.report.charts import DIVERGING, RISING, Line, heat_map, line_chart
-from d2m.report.section import Chart, Key, Section
+from d2m.report.section import Chart, ColourScale, Section
 from d2m.units import percent
 
 Report = Mapping[str, Any]
@@ -53,12 +55,6 @@ def _stages(history: Lines) -> dict[str, Lines]:
     }
 
 
-def _marks(history: Lines) -> list[tuple[float, str]]:
-    """Where the stages after the first begin."""
-    starts = [(lines[0]["done"], name) for name, lines in _stages(history).items()]
-    return [(float(start), f"stage {name}") for start, name in starts[1:]]
-
-
 def _curve(history: Lines, key: str, title: str, y_label: str, log_y: bool = False) -> Chart | None:
     """One figure of the log over the steps, a line per stage."""
     lines = []
@@ -68,16 +64,19 @@ def _curve(history: Lines, key: str, title: str, y_label: str, log_y: bool = Fal
             lines.append(Line(f"stage {name}", points, colour))
     if not lines:
         return None
-    chart = line_chart(
+    return Chart(title, [_over_steps(history, lines, y_label=y_label, title=title, log_y=log_y)])
+
+
+def _over_steps(history: Lines, lines: Sequence[Line], **options: Any) -> Markup:
+    """Lines over the training steps, marked where the stages after the first begin."""
+    starts = [(part[0]["done"], name) for name, part in _stages(history).items()]
+    return line_chart(
         lines,
         x_label="training step",
-        y_label=y_label,
-        title=title,
-        log_y=log_y,
         x_range=(0.0, float(history[-1]["done"])),
-        marks=_marks(history),
+        marks=[(float(start), f"stage {name}") for start, name in starts[1:]],
+        **options,
     )
-    return Chart(title, [chart])
 
 
 def _routing(history: Lines) -> Chart | None:
@@ -92,15 +91,9 @@ def _routing(history: Lines) -> Chart | None:
         )
     ]
     low = min(y for line in lines for _, y in line.points)
-    chart = line_chart(
-        lines,
-        x_label="training step",
-        y_label="entropy / log E",
-        title="Entropy of expert load",
-        x_range=(0.0, float(history[-1]["done"])),
-        marks=_marks(history),
-        y_range=(min(0.8, math.floor(low * 10) / 10), 1.0),
-    )
+    y_range = (min(0.8, math.floor(low * 10) / 10), 1.0)
+    labels = {"y_label": "entropy / log E", "title": "Entropy of expert load"}
+    chart = _over_steps(history, lines, y_range=y_range, **labels)
     return Chart("Entropy of the experts' load (1 = even)", [chart])
 
 
@@ -180,8 +173,8 @@ def experts(report: Report) -> Section | None:
         f"{max(used):.1f} times its fair share at most, {sum(used) / len(used):.1f} times on the "
         "mean."
     )
-    fair = Key(DIVERGING, "¼", "fair share", "4 x")
-    even = Key(RISING, "1", "", f"{count} experts")
+    fair = ColourScale(DIVERGING, "¼", "fair share", "4 x")
+    even = ColourScale(RISING, "1", "", f"{count} experts")
     return Section(
         "Experts",
         note,

@@ -39,6 +39,8 @@ def compose(
     input of that name (int64). `shards` are more files of weights, in the same directory. Only
     their headers are read.
     """
+    # By onnx's helper: a model built in onnx_ir notes the type and shape of every weight once more
+    # (27 kB of 145 for a small transformer), and its shared constants have other bytes.
     from onnx import TensorProto, helper
 
     from runtime.files.tensors import read_header
@@ -48,12 +50,14 @@ def compose(
         for file in (weights, *shards)
         for name, tensor in read_header(file).items()
     }
+    # Filled by `call` as the program is walked: functions once a type, weights once a name.
     functions: dict[str, Any] = {}
     nodes: list[Any] = []
     initializers: list[Any] = []
     cast: dict[str, str] = {}  # tensor -> the name under which blocks read it
     env = {name: name for name in program.inputs}
     inputs = [value_info(name, spec) for name, spec in program.inputs.items()]
+    # The call that writes a tensor last, which gives the component's output its name.
     last = {
         name: index
         for index, (kind, _) in enumerate(program.calls)
@@ -62,12 +66,14 @@ def compose(
     opening = {group.calls[0]: name for name, group in program.groups.items()}
     member = {call: name for name, group in program.groups.items() for call in group.calls}
 
+    # A block reads only what its graph for this top_k reads: experts that do not run are no weights
+    # of the model. A weight that two calls share is one initializer, with one Cast.
     def call(kind: str, prefix: str, results: list[str]) -> onnx.NodeProto:
         row = program.types[kind]
         graph = row.graphs[str(top_k) if row.routed else ""]
         read = used_inputs(graph)
-        for part in (*graph.functions, function(row, graph, read)):
-            functions[f"{part.domain}:{part.name}"] = part
+        for each in (*graph.functions, function(row, graph, read)):
+            functions[f"{each.domain}:{each.name}"] = each
         arguments = [env[name] for name in row.inputs if name in read]
         for local, spec in row.weights.items():
             if local not in read:
@@ -87,10 +93,12 @@ def compose(
         return helper.make_node(kind, arguments, results, name=prefix or kind, domain=BLOCKS)
 
     for index, (kind, prefix) in enumerate(program.calls):
+        # A group's router runs before the first of its blocks, on what enters that block.
         if group := opening.get(index):
             router, logits = program.groups[group], f"{group}.{LOGITS}"
             nodes.append(call(router.type, router.prefix, [logits]))
             nodes += choice(group, logits, BLOCKS)
+        # Every call writes names of its own; the last writer of a program's output has that name.
         before, results = dict(env), []
         for name in program.types[kind].outputs:
             closing = name in program.outputs and last[name] == index

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m.model.block_group import TEXT_MASK, BlockGroup, Passed, Router, pool
+from d2m.model.block_group import TEXT_MASK, BlockGroup, Router, SkippedBlock, pool
 from export.graph.trace import Spec
 
 LOGITS = "logits"  # what a router writes, [B, m]
@@ -73,5 +73,5 @@ def placed_blocks(model: Any, kind: str) -> Iterator[tuple[str, nn.Module, str |
         if isinstance(block, BlockGroup):
             for member, inner in block.blocks.items():
                 yield f"{name}.blocks.{member}.", inner, name
-        elif not isinstance(block, Passed):
+        elif not isinstance(block, SkippedBlock):
             yield f"{name}.", block, None

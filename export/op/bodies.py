@@ -110,5 +110,5 @@ def routings(model: onnx.ModelProto) -> Iterator[Routing]:
         if (node.domain, node.op_type) == (DOMAIN, OP):
             w1: Any = node.inputs[2]
             experts, *sizes = w1.shape
-            width = sizes[0] if isinstance(sizes[0], int) else 0
-            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), width)
+            known = [size if isinstance(size, int) else 0 for size in sizes]
+            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), *known)

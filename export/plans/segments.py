@@ -52,6 +52,7 @@ def cut(model: onnx.ModelProto) -> list[Any]:
     bare = with_body(model, None)
     graph = onnx.shape_inference.infer_shapes(bare).graph  # sizes have no type as traced
     whole = _Graph(graph)
+    # Forwards: a wave of experts is all whose inputs need no other experts that are still to come.
     done: set[int] = set()
     plan: list[tuple[list[int], list[Any]]] = []  # a segment's nodes, the experts after it
     left = [node for node in graph.node if is_experts(node)]
@@ -64,6 +65,7 @@ def cut(model: onnx.ModelProto) -> list[Any]:
     ends = [value.name for value in graph.output]
     plan.append((whole.needed(ends, done), []))
 
+    # Backwards, for what a segment must write is what later steps read.
     steps: list[Any] = []
     wanted = [*ends]  # what later steps read, from the last segment backwards
     for place, (nodes, wave) in reversed(list(enumerate(plan))):
@@ -194,7 +196,7 @@ class _Graph:
                     node.input[place] = rows
 
     def measure_what_is_read(self, body: Sequence[Any], made: Mapping[str, Any]) -> None:
-        """A Shape of a tensor from outside is asked of one that the segment reads anyway."""
+        """A Shape of a tensor from outside is taken of one that the segment reads anyway."""
 
         def dims(name: str) -> list[Any]:
             return list(self.row(name)["shape"])

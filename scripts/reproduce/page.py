@@ -1,4 +1,4 @@
-"""The summary as a page that loads nothing, and as a drawing: report.html and pareto.svg."""
+"""The summary as a page that loads nothing, and as a plot: report.html and pareto.svg."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from d2m.report.charts import alone, heat_map
 from d2m.report.page import page
 from d2m.report.pareto import chart, pareto
-from d2m.report.section import Chart, Key, Section, Table
+from d2m.report.section import Chart, ColourScale, Section, Table
 from d2m.report.training import RISING, rising
-from d2m.units import human
+from d2m.units import count_text
 from scripts.reproduce.tables import HEAD, cells, found, short
 
 Summary = Mapping[str, Any]
-WIDTH = 860  # of the drawing, in pixels: a README's column
+WIDTH = 860  # of the plot, in pixels: a README's column
 
 
-def drawing(summary: Summary) -> str | None:
+def pareto_svg(summary: Summary) -> str | None:
     """Score against both costs as the text of an .svg file; None where no row was judged."""
-    drawn = chart(summary["rows"], WIDTH)
-    return alone(drawn) if drawn else None
+    svg = chart(summary["rows"], WIDTH)
+    return alone(svg) if svg else None
 
 
 def render(summary: Summary) -> str:
@@ -30,7 +30,7 @@ def render(summary: Summary) -> str:
     facts = {
         "judged": judged,
         "states": [check["state"] for check in summary["checks"]],
-        "rows": Table(HEAD, [cells(row) for row in summary["rows"]], words=3),
+        "rows": Table(HEAD, [cells(row) for row in summary["rows"]], text_columns=3),
         "pareto": pareto({"pareto": summary["rows"]}),
         "kinds": {check["kind"]: check["test"] for check in summary["checks"]},
         "categories": categories(judged) if judged else None,
@@ -43,7 +43,7 @@ def categories(judged: list[Mapping[str, Any]]) -> Section:
     """Scores by category, a row per model."""
     names = list(dict.fromkeys(name for row in judged for name in row["categories"]))
     words = [name.replace("_", " ") for name in names]
-    drawn = heat_map(
+    scores = heat_map(
         [row["name"] for row in judged],
         words,
         [[row["categories"].get(name, {}).get("score", 0.0) for name in names] for row in judged],
@@ -60,7 +60,7 @@ def categories(judged: list[Mapping[str, Any]]) -> Section:
             for r in rates
         ]
         body.append([row["name"], *figures])
-    charts = [Chart("Score by category", [drawn], Key(RISING, "0 %", "", "100 %"))]
+    charts = [Chart("Score by category", [scores], ColourScale(RISING, "0 %", "", "100 %"))]
     table = Table(("row", *words), body)
     return Section("Categories", "95 % Wilson intervals.", charts, table=table)
 
@@ -71,7 +71,7 @@ def seeds(judged: list[Mapping[str, Any]]) -> Section:
     body = []
     for row in judged:
         scores = [short(row["per_seed"].get(str(seed))) for seed in every]
-        body.append([row["name"], *scores, human(row["total_params"]), f"{row['steps']:,}"])
+        body.append([row["name"], *scores, count_text(row["total_params"]), f"{row['steps']:,}"])
     head = ("row", *(f"seed {seed}" for seed in every), "all parameters", "steps")
     note = "Seeds differ in training and in captions. Steps: those of the row it starts from too."
     return Section("Seed by seed", note, table=Table(head, body))

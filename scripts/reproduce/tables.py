@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2m.units import human
+from d2m.units import count_text
 from runtime.files.atomic import write_text
 
 BEGIN, END = "<!-- by python -m scripts.reproduce --table -->", "<!-- /reproduce -->"
@@ -25,7 +25,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         return [*words, NOT_RUN, "", "", ""]
     share = row["of_dense"]
     of_dense = "1" if row["kind"] == "dense" else short(share["value"]) if share else "no dense"
-    cost = [human(row["activated_params"]), short(row["flops_vs_dense"])]
+    cost = [count_text(row["activated_params"]), short(row["flops_vs_dense"])]
     return [*words, interval(row["score"]), of_dense, *cost]
 
 
@@ -105,7 +105,7 @@ def checks(summary: Summary) -> str:
 
 
 def section(summary: Summary, plot: str | None) -> str:
-    """What docs/results.md holds between BEGIN and END. plot: path of the drawing, if there is."""
+    """What docs/results.md holds between BEGIN and END. plot: path of the plot, if there is."""
     image = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
     parts = [
         BEGIN,

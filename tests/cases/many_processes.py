@@ -1,8 +1,8 @@
 """Distillation by several processes: run by tests/d2m/distill/test_many_processes.py, and its cases
 for one process.
 
-Usage: python crewcase.py SIZE CASE WORKDIR. The first process prints the log's lines, or what ended
-the run, as JSON; the exit code is the first process's.
+Usage: python tests/cases/many_processes.py SIZE CASE WORKDIR. The first process prints the log's
+lines, or what ended the run, as JSON; the exit code is the first process's.
 """
 
 import json
@@ -18,9 +18,9 @@ import torch
 import torch.multiprocessing as mp
 
 from d2m.cli.terminal import explain
-from d2m.distill.learner import learnt
+from d2m.distill.learner import learnt_names
 from d2m.distill.loop import distill
-from d2m.distill.processes import ALONE, Crew, join, leave, settled
+from d2m.distill.processes import ALONE, Crew, final_error, join, leave
 from d2m.recipe.recipe import Recipe
 from tests.tiny.pair import BLOCKS, EXPERTS, GROUPS, RECIPE, SHARED, grouped_pair, tiny_batches
 
@@ -68,7 +68,7 @@ def facts(crew: Crew) -> dict[str, Any]:
     student, teacher = shard(*pair, recipe, tiny_batches, crew)
     ours = {name: local(p) for name, p in student.named_parameters()}
     theirs = {local(p).data_ptr() for p in teacher.parameters()}
-    trained = learnt(student, recipe)
+    trained = learnt_names(student, recipe)
     name = next(name for name in trained if name.endswith("experts.w1"))
     sizes = [p.numel() / student.get_parameter(n).numel() for n, p in ours.items()]
     return {
@@ -96,7 +96,7 @@ def worker(rank: int, size: int, case: str, workdir: str, port: int) -> None:
             print(json.dumps(history), flush=True)
         leave(crew)
     except (Exception, KeyboardInterrupt) as error:
-        error, speaks = settled(error)
+        error, speaks = final_error(error)
         sentence, code = explain(error)
         if speaks:
             print(json.dumps(sentence), flush=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2m.families.generation_defaults import generation_defaults, write_defaults
-from d2m.generate import load_pipeline, pipeline_draw, settings
+from d2m.generate import generate_with, load_pipeline, settings
 from tests.tiny.pipeline import IMAGE_SIZE, MAX_SEQUENCE_LENGTH
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross above a ring"]
@@ -117,8 +117,8 @@ def test_load_refuses_an_unknown_dtype(directory: Path) -> None:
 def test_pictures_do_not_depend_on_the_batch(directory: Path, pipe) -> None:
     values = settings(directory, num_inference_steps=2)
     seeds = [5, 6, 7]
-    together = pipeline_draw(pipe, batch_size=3, **values)(PROMPTS, seeds)
-    apart = pipeline_draw(pipe, batch_size=2, **values)(PROMPTS, seeds)
+    together = generate_with(pipe, batch_size=3, **values)(PROMPTS, seeds)
+    apart = generate_with(pipe, batch_size=2, **values)(PROMPTS, seeds)
     assert [picture.size for picture in together] == [(IMAGE_SIZE, IMAGE_SIZE)] * 3
     for one, other in zip(together, apart, strict=True):
         # sums are rounded differently in another batch: a grey level at most
@@ -127,7 +127,7 @@ def test_pictures_do_not_depend_on_the_batch(directory: Path, pipe) -> None:
 
 
 def test_a_picture_is_its_prompt_and_its_seed(directory: Path, pipe) -> None:
-    draw = pipeline_draw(pipe, batch_size=4, **settings(directory, num_inference_steps=2))
+    draw = generate_with(pipe, batch_size=4, **settings(directory, num_inference_steps=2))
     a, b, c, d = (np.asarray(x) for x in draw([PROMPTS[0]] * 3 + [PROMPTS[1]], [1, 1, 2, 1]))
     assert (a == b).all()
     assert (a != c).any()
@@ -138,7 +138,7 @@ def test_draw_is_what_the_pipeline_draws(directory: Path, pipe) -> None:
     import torch
 
     values = settings(directory, num_inference_steps=2)
-    [ours] = pipeline_draw(pipe, **values)(PROMPTS[:1], [9])
+    [ours] = generate_with(pipe, **values)(PROMPTS[:1], [9])
     plain = pipe(
         PROMPTS[0],
         height=IMAGE_SIZE,
@@ -153,6 +153,6 @@ def test_draw_is_what_the_pipeline_draws(directory: Path, pipe) -> None:
 
 def test_bad_arguments_of_draw(directory: Path, pipe) -> None:
     with pytest.raises(ValueError, match="batch size is 0"):
-        pipeline_draw(pipe, batch_size=0)
+        generate_with(pipe, batch_size=0)
     with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
-        pipeline_draw(pipe, **settings(directory))(PROMPTS[:2], [1])
+        generate_with(pipe, **settings(directory))(PROMPTS[:2], [1])

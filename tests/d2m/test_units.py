@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2m.units import clock, human, shown
+from d2m.units import bytes_text, clock, count_text
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ def test_clock(seconds: float, text: str) -> None:
 
 
 def test_human():
-    assert [human(n) for n in (96, 812_000, 11_400_000, 5_147_000_000)] == [
+    assert [count_text(n) for n in (96, 812_000, 11_400_000, 5_147_000_000)] == [
         "96",
         "812 k",
         "11.4 M",
@@ -23,4 +23,4 @@ def test_human():
 
 
 def test_shown():
-    assert [shown(size) for size in (12.34e9, 1e9, 8.4e8)] == ["12.3 GB", "1.0 GB", "840 MB"]
+    assert [bytes_text(size) for size in (12.34e9, 1e9, 8.4e8)] == ["12.3 GB", "1.0 GB", "840 MB"]

@@ -78,10 +78,10 @@ def sparse_of(pipe: Any, made: Any, dtype: torch.dtype = torch.float32) -> tuple
     """(dense, sparse) transformers, gates that leave no doubt."""
     import copy
 
-    from calib.measure.importance import magnitude
+    from calib.measure.importance import magnitudes, scores_of
 
     dense = copy.deepcopy(pipe.transformer).to(dtype)
-    sparse = sparse_model_of(dense, magnitude(dense), made, family_of_pipeline(pipe))
+    sparse = sparse_model_of(dense, scores_of(dense, magnitudes), made, family_of_pipeline(pipe))
     generator = torch.Generator().manual_seed(3)
     for ffn in sparse_ffns(sparse).values():
         torch.nn.init.normal_(ffn.gate.weight, generator=generator)
@@ -199,11 +199,11 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
 def test_a_budget_is_kept(tiny: Tiny, pipe: Any, dense_dir: Path) -> None:
     """`--budget`: blocks that cost otherwise, that no group may hold, or that have no text."""
     from calib.budget.recipe import recipe_for
-    from calib.measure.importance import magnitude
+    from calib.measure.importance import magnitudes, scores_of
     from d2m.plan.count import plan
     from d2m.recipe.recipe import to_dict
 
-    base, scores = recipe(), magnitude(pipe.transformer)
+    base, scores = recipe(), scores_of(pipe.transformer, magnitudes)
 
     def asked(budget: float) -> tuple[Any, dict[str, Any]]:
         return recipe_for(dense_dir, pipe.transformer, batches(pipe), scores, budget, base)
@@ -306,15 +306,15 @@ def test_diffusers_gradient_checkpointing_gives_the_same_gradients(tiny: Tiny, p
 
 def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
     """Prompts alone and shapes make batches; what it cannot learn from is refused with the cure."""
-    from calib.data.option import check_taught, chosen
+    from calib.data.option import check_data, open_data
     from calib.shapes.batches import shapes_batches
     from calib.shapes.world import World
     from d2m.generate import settings
 
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     told = settings(dense_dir, height=SIZE, width=SIZE, num_inference_steps=2)
-    prompts = chosen(str(tmp_path / "prompts.txt"), lambda: told, log=lambda _: None)
-    check_taught(dense_dir, prompts)
+    prompts = open_data(str(tmp_path / "prompts.txt"), lambda: told, log=lambda _: None)
+    check_data(dense_dir, prompts)
     for batch in (prompts.batches(pipe, 0)(0, 2), shapes_batches(pipe, World(size=32))(0, 2)):
         x, t = batch.get("noisy", batch["latents"]), torch.rand(2)
         with torch.no_grad():
@@ -322,8 +322,8 @@ def test_data_of_the_family(pipe: Any, dense_dir: Path, tmp_path: Path) -> None:
                 **transformer_inputs(pipe.transformer, batch, x, t), return_dict=False
             )[0]
         assert family_of_pipeline(pipe).data.predicted(found).shape == batch["latents"].shape
-    with pytest.raises(ValueError, match="--data is shapes, but .* draws 16 pixels.* expected"):
-        check_taught(dense_dir, chosen("shapes", lambda: told))
+    with pytest.raises(ValueError, match="--data is shapes, but .* generates 16 pixels.* expected"):
+        check_data(dense_dir, open_data("shapes", lambda: told))
 
 
 @pytest.fixture(scope="module")
@@ -331,12 +331,12 @@ def sparse_dir(tiny: Tiny, pipe: Any, dense_dir: Path) -> Path:
     """Converted without training, with groups and shared modulation; gates that leave no doubt."""
     from safetensors.torch import load_file, save_file
 
-    from calib.measure.importance import chosen
+    from calib.measure.importance import importance_from_option
     from d2m.convert.in_memory import Options, Report, convert
     from d2m.recipe.structure import AdaLN
 
     out = dense_dir.with_name(f"{tiny.family}-{tiny.build.__name__}")
-    neurons, _, _ = chosen("magnitude")
+    neurons, _, _ = importance_from_option("magnitude")
     made = dataclasses.replace(recipe(groups=tiny.groups, kappa=1), adaln=AdaLN(mode_of(tiny)))
     answer = convert(
         dense_dir,
@@ -345,7 +345,7 @@ def sparse_dir(tiny: Tiny, pipe: Any, dense_dir: Path) -> Path:
         lambda p, seed: batches(p),
         neurons,
         options=Options(device="cpu"),
-        report=Report(written=False),
+        report=Report(write=False),
         log=lambda _: None,
     )
     assert answer["identity_error"] < 1e-5

@@ -8,7 +8,7 @@ import torch
 
 from calib.budget import recipe as budgets
 from calib.budget.costs import check_reach, costs_of, flops_of, resized, shares_of
-from calib.budget.recipe import chosen_before, recipe_for, stages_for
+from calib.budget.recipe import earlier_recipe, recipe_for, stages_for
 from d2m.families import FLUX
 from d2m.families.ffn_sites import sites_of
 from d2m.model.sparse_transformer import sparse_model_of
@@ -107,18 +107,18 @@ def test_stages_follow_the_groups(tiny_dense_dir):
 
 def test_a_resume_takes_the_recipe_that_was_chosen(tmp_path):
     out = tmp_path / "out"
-    assert chosen_before(out, 0.45) is None
+    assert earlier_recipe(out, 0.45) is None
     named = dataclasses.replace(L, name="L-budget-0.45")
     (tmp_path / "out.work").mkdir()
     record = {"recipe": recipes.to_dict(named)}
     (tmp_path / "out.work" / "run.json").write_text(json.dumps(record))
-    assert chosen_before(out, 0.45) == named
+    assert earlier_recipe(out, 0.45) == named
     with pytest.raises(ValueError, match="recipe L-budget-0.45, which is not one for --budget 0.5"):
-        chosen_before(out, 0.5)
+        earlier_recipe(out, 0.5)
     out.mkdir()
     (out / "recipe.json").write_text(json.dumps(recipes.to_dict(L)))
     with pytest.raises(ValueError, match="by the recipe L, which is not"):
-        chosen_before(out, 0.45)
+        earlier_recipe(out, 0.45)
 
 
 def test_sizes_of_experts_that_do_not_fit():

@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from calib.data.encoding_cache import digest_of, kept, key_of, read_lengths, write_lengths
-from calib.data.option import chosen
+from calib.data.encoding_cache import cached, digest_of, key_of, read_lengths, write_lengths
+from calib.data.option import open_data
 from tests.tiny import data as tinydata
 from tests.tiny.pipeline import build_pipeline, tiny_transformer
 
@@ -27,7 +27,7 @@ def pipe():
 
 def batches(pipe, how, cache=None, seed=0, **options):
     options = {"log": lambda text: None} | options
-    return chosen(str(how), lambda: SETTINGS, cache=cache, **options).batches(pipe, seed)
+    return open_data(str(how), lambda: SETTINGS, cache=cache, **options).batches(pipe, seed)
 
 
 def equal(a, b):
@@ -136,7 +136,7 @@ def test_a_killed_run_leaves_nothing_corrupt(pipe, tmp_path):
 
 def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert kept(None, "x", lambda: "never", lambda: {"a": torch.ones(2)})["a"].sum() == 2
+    assert cached(None, "x", lambda: "never", lambda: {"a": torch.ones(2)})["a"].sum() == 2
     write_lengths(None, "abc", {"x": 1})
     assert files(tmp_path) == [] and read_lengths(None, "abc") == {}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.data.option import chosen, source_of
+from calib.data.option import open_data, open_source
 from calib.data.pixels import pixels
 from calib.data.samples import Unreadable, feed
 from calib.data.source import Damaged
@@ -46,7 +46,7 @@ def place(request, tmp_path_factory):
 
 
 def data_of(how, **options):
-    return chosen(str(how), lambda: SETTINGS, **({"log": lambda text: None} | options))
+    return open_data(str(how), lambda: SETTINGS, **({"log": lambda text: None} | options))
 
 
 def read_all(source):
@@ -59,7 +59,7 @@ def equal(a, b):
 
 def test_every_sample_comes_with_its_caption(place):
     expected = [(tinydata.png(i), tinydata.CAPTIONS[i]) for i in range(12)]
-    source = source_of(place)
+    source = open_source(place)
     assert sorted(read_all(source)) == sorted(expected)
     assert sum(source.length(shard) for shard in source.shards) == 12
     last = source.shards[-1]
@@ -158,7 +158,7 @@ def test_an_error_of_ours_is_no_damaged_sample(tmp_path):
     def decode(epoch, data, caption):
         raise OSError("no space left on device")
 
-    source = source_of(str(tinydata.folder(tmp_path / "set")))
+    source = open_source(str(tinydata.folder(tmp_path / "set")))
     unreadable = Unreadable("set", 100)
     with pytest.raises(OSError, match="no space left"):
         feed(source, 0, 4, {}, unreadable, decode)(0, 1)
@@ -170,7 +170,7 @@ def test_a_shard_that_ends_too_early(tmp_path, cut, whole):
     """What stands before the end is read; what is lost is at least one sample that is counted."""
     path = Path(tinydata.shards(tmp_path / "set", 12, 12).replace("{000..000}", "000"))
     path.write_bytes(path.read_bytes()[:cut])  # a sample has 4,096 bytes
-    rows = list(source_of(str(path)).rows(str(path), 0))
+    rows = list(open_source(str(path)).rows(str(path), 0))
     for i in range(whole):
         assert rows[i].read() == (tinydata.png(i), tinydata.CAPTIONS[i])
     for sample in rows[whole:]:
@@ -186,7 +186,7 @@ def test_rows_of_metadata_that_are_none(tmp_path):
         file.write('{"file_name": "../secret.png", "text": "x"}\n')
         file.write('{"file_name": "/etc/passwd", "text": "x"}\n')
         file.write('not json\n[1]\n{"text": "x"}\n{"file_name": "none.png", "text": "x"}\n')
-    source, reasons = source_of(str(path)), []
+    source, reasons = open_source(str(path)), []
     for shard in source.shards[3:]:
         [sample] = source.rows(shard, 0)
         with pytest.raises((OSError, ValueError)) as caught:
@@ -206,7 +206,7 @@ def test_tars_give_no_file_but_plain_ones(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             archive.addfile(member)
-    first, second = source_of(str(path)).rows(str(path), 0)
+    first, second = open_source(str(path)).rows(str(path), 0)
     assert first.read() == (tinydata.png(0), "x")
     with pytest.raises(ValueError, match=r"no picture, only \.pkl, \.txt"):
         second.read()
@@ -221,8 +221,8 @@ def test_brace_patterns():
 def test_patterns_name_the_same_shards(tmp_path):
     braces = tinydata.shards(tmp_path / "set")
     for pattern in (str(tmp_path / "set"), str(tmp_path / "set/train-*.tar")):
-        assert source_of(pattern).shards == source_of(braces).shards
-    assert len(source_of(str(tmp_path / "set/train-001.tar")).shards) == 1
+        assert open_source(pattern).shards == open_source(braces).shards
+    assert len(open_source(str(tmp_path / "set/train-001.tar")).shards) == 1
 
 
 def test_columns_are_named_by_hand(tmp_path):
@@ -234,17 +234,18 @@ def test_columns_are_named_by_hand(tmp_path):
     made = datasets.Dataset.from_dict(row)
     made.to_parquet(tmp_path / "set/x.parquet")
     with pytest.raises(ValueError, match="it has first, second, de, en: name two of them"):
-        source_of(str(tmp_path / "set"))
-    assert read_all(source_of(str(tmp_path / "set"), ("second", "en"))) == [(tinydata.png(1), "a")]
+        open_source(str(tmp_path / "set"))
+    source = open_source(str(tmp_path / "set"), ("second", "en"))
+    assert read_all(source) == [(tinydata.png(1), "a")]
     with pytest.raises(ValueError, match="no column 'fr'"):
-        source_of(str(tmp_path / "set"), ("second", "fr"))
+        open_source(str(tmp_path / "set"), ("second", "fr"))
     made.save_to_disk(tmp_path / "saved")
-    assert read_all(source_of(str(tmp_path / "saved"), ("first", "de"))) == [
+    assert read_all(open_source(str(tmp_path / "saved"), ("first", "de"))) == [
         (tinydata.png(0), "ein")
     ]
     tinydata.tar(tmp_path / "a.tar", {"0.in.png": tinydata.png(0), "0.out.png": tinydata.png(1),
                                       "0.de.txt": b"ein", "0.txt": b"a"})  # fmt: skip
-    assert read_all(source_of(str(tmp_path / "a.tar"), ("out.png", "de.txt"))) == [
+    assert read_all(open_source(str(tmp_path / "a.tar"), ("out.png", "de.txt"))) == [
         (tinydata.png(1), "ein")
     ]
 

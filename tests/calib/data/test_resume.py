@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.data.option import chosen
+from calib.data.option import open_data
 from calib.measure.importance import neuron_importance
 from d2m.families.generation_defaults import generation_defaults
 from d2m.recipe import recipe as recipes
@@ -38,7 +38,7 @@ def dense(tmp_path_factory):
 
 def run(dense, out, how, cache=None, seen=None, **options):
     """Convert with `--data how`; `seen` gets every training batch by its step."""
-    data = chosen(
+    data = open_data(
         how,
         lambda: generation_defaults(dense),
         cache=cache,

@@ -11,7 +11,7 @@ from calib.data.shuffle import order
 from calib.data.source import Sample, Source
 
 
-def source_of(sizes, log=None, counted=None):
+def open_source(sizes, log=None, counted=None):
     """Shards of these sizes; `log` gets every row read, `counted` every length asked for."""
     names = tuple(f"shard {i}" for i in range(len(sizes)))
 
@@ -30,7 +30,7 @@ def source_of(sizes, log=None, counted=None):
 
 
 def keys(sizes, count, seed=0, window=4, lengths=None, start=0):
-    found = order(source_of(sizes), seed, window, {} if lengths is None else lengths, start)
+    found = order(open_source(sizes), seed, window, {} if lengths is None else lengths, start)
     return [(epoch, sample.key) for epoch, sample in islice(found, count)]
 
 
@@ -71,7 +71,7 @@ def test_shuffled_by_seed_and_epoch():
 def test_what_lies_before_the_start_is_counted_and_not_read():
     sizes = [1000] * 10
     log, counted = [], []
-    source = source_of(sizes, log, counted)
+    source = open_source(sizes, log, counted)
     found = next(order(source, 0, 50, {}, 5500))
     assert found[1].key == keys(sizes, 5501, window=50)[-1][1]
     assert len(counted) <= 6 and len(set(counted)) == len(counted)
@@ -83,14 +83,14 @@ def test_what_lies_before_the_start_is_counted_and_not_read():
 
 def test_memory_is_bounded_by_the_window():
     held = []
-    found = order(source_of([100, 100], held), 0, 8, {})
+    found = order(open_source([100, 100], held), 0, 8, {})
     for taken, _ in enumerate(islice(found, 150), 1):
         assert len(held) - taken <= 8
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="holds no sample"):
-        next(order(source_of([0, 0]), 0, 4, {}))
+        next(order(open_source([0, 0]), 0, 4, {}))
     with pytest.raises(ValueError, match="shard 0 of test had 5 rows and has fewer"):
         keys([3], 4, lengths={"shard 0": 5})
     with pytest.raises(ValueError, match="shard 0 of test had 50 rows and has fewer"):

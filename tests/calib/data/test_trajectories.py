@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from calib.data.encodings import text_encoder
-from calib.data.option import chosen
+from calib.data.option import open_data
 from calib.data.trajectories import POINTS, trajectory
 from d2m.families.flow import flow_matching, generator_at, noisy, training_point
 from tests.tiny import data as tinydata
@@ -28,7 +28,7 @@ def pipe():
 
 
 def batches(pipe, path, seed=0, **options):
-    data = chosen(str(tinydata.prompts(path)), lambda: SETTINGS | options)
+    data = open_data(str(tinydata.prompts(path)), lambda: SETTINGS | options)
     return data.batches(pipe, seed)
 
 
@@ -113,7 +113,7 @@ def test_what_is_learnt_from(pipe, tmp_path):
 
 def test_epochs_begin_with_other_noise(pipe, tmp_path):
     (tmp_path / "one.txt").write_text("a red circle\n")
-    data = chosen(str(tmp_path / "one.txt"), lambda: SETTINGS).batches(pipe, 0)
+    data = open_data(str(tmp_path / "one.txt"), lambda: SETTINGS).batches(pipe, 0)
     ends = torch.stack([data(epoch, POINTS)["latents"][0] for epoch in (0, 1, 8)])
     assert not torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])  # after ROUNDS a cache has them all

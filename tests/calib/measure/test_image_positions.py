@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from calib.measure.image_positions import choices_by_cell, picture_cells, position_figures
+from calib.measure.image_positions import choices_by_cell, image_cells, position_figures
 from tests.tiny.pipeline import tiny_inputs
 
 
@@ -15,9 +15,9 @@ def ids(rows: int, columns: int) -> torch.Tensor:
 
 
 def test_cells_of_small_and_of_large_pictures() -> None:
-    cells, shape = picture_cells(ids(2, 3))
+    cells, shape = image_cells(ids(2, 3))
     assert cells.tolist() == [0, 1, 2, 3, 4, 5] and shape == (2, 3)
-    cells, shape = picture_cells(ids(4, 6), most=3)
+    cells, shape = image_cells(ids(4, 6), most=3)
     assert shape == (3, 3)
     assert cells.reshape(4, 6).tolist() == [
         [0, 0, 1, 1, 2, 2],
@@ -25,7 +25,7 @@ def test_cells_of_small_and_of_large_pictures() -> None:
         [3, 3, 4, 4, 5, 5],
         [6, 6, 7, 7, 8, 8],
     ]
-    assert picture_cells(tiny_inputs()["img_ids"])[1] == (4, 4)
+    assert image_cells(tiny_inputs()["img_ids"])[1] == (4, 4)
 
 
 def test_choices_are_counted_by_cell_and_text_is_left_out() -> None:

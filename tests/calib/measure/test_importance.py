@@ -7,10 +7,11 @@ import torch
 
 from calib.measure.importance import (
     flow_matching_loss,
-    magnitude,
+    magnitudes,
     neuron_importance,
-    random,
+    scores_of,
     taylor,
+    uniform,
 )
 from d2m.families import FLUX
 from d2m.families.ffn_sites import read_ffn, sites_of
@@ -150,7 +151,7 @@ def test_flow_matching_loss_is_zero_for_a_perfect_model():
 
 def test_magnitude_and_random_run_nothing():
     model = tiny_transformer()
-    scores = magnitude(model)
+    scores = scores_of(model, magnitudes)
     block = model.transformer_blocks[1]
     linear1, linear2 = block.ff_context.net[0].proj, block.ff_context.net[2]
     expected = linear1.weight[9].abs().sum() + linear1.bias[9].abs()
@@ -160,11 +161,12 @@ def test_magnitude_and_random_run_nothing():
     def nothing(step, batch_size):
         raise AssertionError("no batch is needed")
 
-    for split, function in (("magnitude", magnitude(model)), ("random", random(model, 3))):
+    for split, function in (("magnitude", magnitudes), ("random", uniform(3))):
         recipe = dataclasses.replace(RECIPE, split=split)
         again = neuron_importance(model, nothing, recipe, seed=3)
-        assert all(torch.equal(again[name], score) for name, score in function.items())
-    first, second = random(model, 3), random(model, 4)
+        known = scores_of(model, function)
+        assert all(torch.equal(again[name], score) for name, score in known.items())
+    first, second = scores_of(model, uniform(3)), scores_of(model, uniform(4))
     assert not torch.equal(first[SINGLE], second[SINGLE])
     assert not torch.equal(first[SINGLE], first["single_transformer_blocks.0.proj_mlp"])
 

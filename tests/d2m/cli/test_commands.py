@@ -554,5 +554,6 @@ def test_a_prompt_in_pieces(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_sparse_pipeline_is_not_converted_again(
     tiny_sparse_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, "convert", tiny_sparse_dir, "-o", tmp_path / "out", "--init-only")
-    assert said.endswith(f"; compile it with: d2m export {tiny_sparse_dir} -o NEW")
+    exact = ("--init-only", "--importance", "magnitude")
+    said = refused(capsys, "convert", tiny_sparse_dir, "-o", tmp_path / "out", *exact)
+    assert said.endswith(f": compile it with: d2m export {tiny_sparse_dir} -o NEW")

@@ -155,7 +155,7 @@ def test_resume_with_another_start_is_refused(dense, first, tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[4:]
-from test_start import run
+from tests.d2m.convert.test_first_student import run
 
 def progress(phase, done, total):
     if phase == "stage groups" and done == 1:
@@ -168,8 +168,8 @@ run(sys.argv[1], sys.argv[2], stages=[3], start=sys.argv[3], progress=progress, 
 def test_kill_in_stage_three_and_resume_give_the_same_bits(dense, first, tmp_path):
     options = {"stages": [3], "start": first[0]}
     run(dense, tmp_path / "whole", **options)
-    here, root = Path(__file__).parent, Path(__file__).parents[3]
-    paths = [str(here), str(here.parent), str(root)]
+    root = Path(__file__).parents[3]
+    paths = [str(root)]
     directories = [str(dense), str(tmp_path / "out"), str(first[0])]
     command = [sys.executable, "-c", KILLED, *directories, *paths]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -124,7 +124,7 @@ def test_only_what_the_stages_train_has_moved(dense, whole):
 
 def test_init_only_and_random_split(dense, tmp_path):
     recipe = dataclasses.replace(RECIPE, split="random", precision="bfloat16")
-    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, written=False, score=None)
+    answer = run(dense, tmp_path / "out", recipe, init_only=True, seed=3, write=False, score=None)
     assert answer["scores"] == {} and not (tmp_path / "out" / "report.html").exists()
     assert answer["steps"] == 0 and answer["losses"] == {}
     assert recipes.load(tmp_path / "out" / "recipe.json").seed == 3
@@ -138,7 +138,7 @@ def test_init_only_and_random_split(dense, tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3:]
-from test_convert import run
+from tests.d2m.convert.test_in_memory import run
 
 def progress(phase, done, total):
     if phase == "stage experts" and done == 2:
@@ -150,8 +150,8 @@ run(sys.argv[1], sys.argv[2], progress=progress, save_seconds=0)
 
 def test_kill_and_resume_give_the_same_bytes(dense, whole, tmp_path):
     out = tmp_path / "sparse"
-    here, root = Path(__file__).parent, Path(__file__).parents[3]
-    paths = [str(here), str(here.parent), str(root)]
+    root = Path(__file__).parents[3]
+    paths = [str(root)]
     command = [sys.executable, "-c", KILLED, str(dense), str(out), *paths]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import d2m  # noqa: F401 - diffusers finds our class in a module that is imported
-from calib.measure.importance import magnitude, magnitudes
+from calib.measure.importance import magnitudes, scores_of
 from d2m.convert.modulation_fit import compress_adaln
 from d2m.convert.streamed import block_names, check_blocks, convert_stream, sampled
 from d2m.families import FLUX
@@ -53,7 +53,7 @@ def dense(tmp_path_factory):
 
 def in_memory(dense, recipe):
     model = FluxTransformer2DModel.from_pretrained(dense / "transformer")
-    return sparse_model_of(model, magnitude(model), recipe, FLUX)
+    return sparse_model_of(model, scores_of(model, magnitudes), recipe, FLUX)
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, GROUPED], ids=["L", "grouped"])
@@ -77,10 +77,8 @@ def test_it_is_the_conversion_in_memory(dense, tmp_path, recipe):
     assert answer["checked"] and max(answer["checked"].values()) < 1e-6
     assert not (tmp_path / "out.work").exists()
     scores = load_file(tmp_path / "out" / "importance.safetensors")
-    assert (
-        scores.keys()
-        == magnitude(FluxTransformer2DModel.from_pretrained(dense / "transformer")).keys()
-    )
+    model = FluxTransformer2DModel.from_pretrained(dense / "transformer")
+    assert scores.keys() == scores_of(model, magnitudes).keys()
 
 
 @pytest.mark.parametrize("adaln", [AdaLN("single"), AdaLN("lowrank"), AdaLN("lowrank", 5)])
@@ -113,7 +111,7 @@ def test_shared_modulation_is_the_fit_in_memory(dense, tmp_path, adaln):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3:]
-from test_stream import run
+from tests.d2m.convert.test_streamed import run
 
 def progress(phase, done, total):
     if done == 2:
@@ -125,8 +123,8 @@ run(__import__("pathlib").Path(sys.argv[1]), sys.argv[2], progress=progress)
 
 def test_killed_it_goes_on_at_the_block_it_was_killed_in(dense, tmp_path):
     run(dense, tmp_path / "whole")
-    here, root = Path(__file__).parent, Path(__file__).parents[3]
-    paths = [str(here), str(here.parent), str(root)]
+    root = Path(__file__).parents[3]
+    paths = [str(root)]
     command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path / "out"), *paths]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -135,7 +135,7 @@ import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from d2m.distill.loop import distill
-from tinypair import recipe_with, tiny_batches, tiny_pair
+from tests.tiny.pair import recipe_with, tiny_batches, tiny_pair
 import d2m.model.sparse_transformer
 
 workdir, kills, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -171,8 +171,8 @@ assert os.waitpid(train("killed", 0), 0)[1] == 0
 
 
 def kill_and_compare(tmp_path, kills, steps):
-    here, root = Path(__file__).parents[2], Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": f"{here}:{root}", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", KILLER, str(tmp_path), str(kills), str(steps)]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -32,8 +32,15 @@ pytestmark = pytest.mark.skipif(
 
 def many(size, case, workdir):
     """(exit code, lines that the processes printed as JSON) of a case run by `size` processes."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
-    command = [sys.executable, "-W", "ignore", str(TESTS / "crewcase.py"), str(size), case]
+    path = os.pathsep.join([str(TESTS.parent), *sys.path])
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(TESTS / "cases/many_processes.py"),
+        str(size),
+        case,
+    ]
     environment = {**os.environ, "PYTHONPATH": path}
     # Its own session, so that nothing of it is left when a test is stopped.
     with subprocess.Popen(
@@ -198,24 +205,24 @@ def test_batches_that_do_not_divide(size, parts, words):
 def test_who_we_are(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.launched() == ALONE == processes.join() and ALONE.leads
+    assert processes.from_environment() == ALONE == processes.join() and ALONE.leads
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes.launched() == Crew(1, 2) and not processes.launched().leads
+    assert processes.from_environment() == Crew(1, 2) and not processes.from_environment().leads
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert processes.launched() == ALONE
+    assert processes.from_environment() == ALONE
 
 
 def test_one_process_tells_the_end(monkeypatch, tmp_path):
     error = ValueError("the learning rate is no number")
-    assert processes.settled(error) == (error, True)
+    assert processes.final_error(error) == (error, True)
     monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     gone = RuntimeError("[...] Connection closed by peer [127.0.0.1]:1")
-    told, speaks = processes.settled(gone)
-    assert speaks and isinstance(told, processes.Lost) and "go on with --resume" in str(told)
-    assert processes.settled(error) == (error, False)
+    told, speaks = processes.final_error(gone)
+    assert speaks and isinstance(told, processes.ProcessLost) and "go on with --resume" in str(told)
+    assert processes.final_error(error) == (error, False)
 
 
 # ---------------------------------------------------------------- the command line

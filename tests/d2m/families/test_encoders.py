@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from d2m.families import FAMILIES
 from d2m.families.encoders import EncoderSize
-from d2m.plan.model_config import shipped, subject_of
+from d2m.plan.model_config import shipped_configs, subject_of
 from d2m.plan.needs import (
     ALIVE,
-    around_bytes,
+    component_bytes,
     decoding,
     export_needs,
-    largest_beside,
+    largest_component_tensor,
     neuron_bytes,
     run_needs,
 )
@@ -164,13 +164,13 @@ def test_decoding_counts_the_directorys_own_vae(tiny_dense_dir: Path, tmp_path: 
         assert decoding(tmp_path / "flux", 64, 64, 3.0) == expected
 
 
-@pytest.mark.parametrize("config", shipped())
+@pytest.mark.parametrize("config", shipped_configs())
 def test_forecasts_count_the_familys_own_components(config: str) -> None:
     beside = subject_of(config).family.plan.encoders
     drawn = 2 * sum(each.bundled for each in beside.values())
-    assert around_bytes(config) == 2 * sum(each.params for each in beside.values())
-    assert around_bytes(config, drawn=True) == drawn
-    assert largest_beside(config) == 2 * max(each.largest for each in beside.values())
+    assert component_bytes(config) == 2 * sum(each.params for each in beside.values())
+    assert component_bytes(config, drawn=True) == drawn
+    assert largest_component_tensor(config) == 2 * max(each.largest for each in beside.values())
     run, export = run_needs(config, preset="L"), export_needs(config, preset="L")
     size = run.disk - drawn  # the transformer's
     assert run.vram is not None and run.vram > size + drawn and run.ram > 2 * drawn
@@ -189,12 +189,12 @@ def test_of_a_directory_its_files_count(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "qwen")
     root = tmp_path / "qwen"
     vae_size = sum(path.stat().st_size for path in (root / "vae").iterdir())
-    assert around_bytes(root, held=True) == vae_size
+    assert component_bytes(root, held=True) == vae_size
     every = sum(
         p.stat().st_size for p in root.rglob("*") if p.is_file() and "transformer" not in p.parts
     )
-    assert around_bytes(root, drawn=True) < around_bytes(root) == every
+    assert component_bytes(root, drawn=True) < component_bytes(root) == every
     (root / "text_encoder" / "more.safetensors").unlink(missing_ok=True)
     save_file({"wide": torch.zeros(300, 400)}, root / "text_encoder" / "more.safetensors")
-    assert largest_beside(root) == pytest.approx(4 * 300 * 400, rel=0.02)
+    assert largest_component_tensor(root) == pytest.approx(4 * 300 * 400, rel=0.02)
     assert isinstance(subject_of(root).family.plan.encoders["vae"], EncoderSize)

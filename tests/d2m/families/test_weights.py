@@ -5,7 +5,6 @@ computed by two matrix products here, which it counts.
 """
 
 import collections
-import json
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
 from d2m.plan.count import structure_of, used_share
 from d2m.plan.model_config import sizes, subject_of
 from d2m.plan.presets import FAMILIES
-from d2m.recipe.recipe import SparseSpec
+from d2m.recipe.recipe import SparseSpec, load
 from d2m.recipe.structure import AdaLN, Blocks
 from tests.cases import flops
 from tests.tiny.pipeline import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny_transformer
@@ -132,7 +131,7 @@ def test_every_weight_of_the_presets():
     """Preset by preset at FLUX.1 [dev]'s size, on the meta device."""
     dense_name = pytest.importorskip("d2m.model.grouping", reason="no Mixture of Blocks").dense_name
     for path in sorted((FAMILIES / "flux/presets/19d-38s").glob("*.json")):
-        structure = structure_of(json.loads(path.read_text()), path.stem)
+        structure = structure_of(load(path))
         found = real(SparseFluxTransformer2DModel, FLUX_DEV, **fields(structure))
         assert {dense_name(name): size for name, size in found.items()} == listed(
             FLUX_DEV, structure

@@ -26,7 +26,7 @@ def test_sharded_weights():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(TESTS / "shardedcase.py"), port]
+    command = [sys.executable, str(TESTS / "cases/sharded.py"), port]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = dict(line.split() for line in done.stdout.splitlines())

@@ -225,7 +225,7 @@ def test_fusing_first_and_mapping_afterwards_are_the_same_on_the_shapes_model(tm
 
     The recipe for step-distilled LoRAs fuses first: the split then sees the changed weights.
     """
-    from calib.measure.importance import magnitude
+    from calib.measure.importance import magnitudes, scores_of
     from d2m.model.sparse_transformer import sparse_model_of
     from d2m.recipe import recipe as recipes
 
@@ -241,7 +241,7 @@ def test_fusing_first_and_mapping_afterwards_are_the_same_on_the_shapes_model(tm
     defaults = json.loads((tmp_path / "fused/defaults.json").read_text())
     own = json.loads((TEACHER / "defaults.json").read_text())
     assert defaults == own | {"num_inference_steps": 8}
-    recipe, scores = recipes.preset("L"), magnitude(teacher)
+    recipe, scores = recipes.preset("L"), scores_of(teacher, magnitudes)
     first = sparse_model_of(fused, scores, recipe, FLUX)
     sparse = pipeline(tmp_path / "sparse", sparse_model_of(teacher, scores, recipe, FLUX))
     mapped = lora(file, sparse, tmp_path / "mapped")

@@ -5,8 +5,8 @@ import torch
 
 from d2m.model.block_group import (
     BlockGroup,
-    Passed,
     Router,
+    SkippedBlock,
     block_groups,
     set_kappa,
     straight_through,
@@ -267,7 +267,7 @@ def test_kappa_out_of_range():
 def test_structure():
     student, _ = grouped_pair()
     kinds = [type(block) for block in student.transformer_blocks]
-    assert kinds[1] is BlockGroup and kinds[2:] == [Passed, Passed]
+    assert kinds[1] is BlockGroup and kinds[2:] == [SkippedBlock, SkippedBlock]
     assert list(block_groups(student)) == [
         "transformer_blocks.1",
         "single_transformer_blocks.0",

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from d2m.model.experts_choice import REALISATIONS, Case, choose, functions, use
-from d2m.model.experts_op import experts_op, routed_experts_reference
+from d2m.model.experts_op import experts_op
+from d2m.model.routing import routed_experts_reference
 
 H200 = Case("cuda", 90, torch.bfloat16, 3072, 768, True, False)
 

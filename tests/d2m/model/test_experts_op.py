@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from d2m.model.experts_op import experts_op, routed_experts_reference
-from d2m.model.routing import route
+from d2m.model.experts_op import experts_op
+from d2m.model.grouped_mm import backward_grouped, forward_grouped
+from d2m.model.routing import route, routed_experts_reference
 from d2m.model.sparse_ffn import AttentionPlusFFN, SparseFFN
 
 T, D, E, H = 23, 16, 12, 8
@@ -91,6 +92,30 @@ def test_strided_inputs():
     w2 = w2.transpose(1, 2).contiguous().transpose(1, 2)
     expected = routed_experts_reference(x, logits, w1, b1, w2, 2)
     assert relative(experts_op(x, logits, w1, b1, w2, 2), expected) < 1e-13
+
+
+@pytest.mark.parametrize("function", [routed_experts_reference, experts_op, forward_grouped])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_an_expert_that_nobody_chose_has_no_say(function, bad):
+    x, logits, w1, b1, w2 = make(40)
+    logits[:, 5] = -60
+    expected = routed_experts_reference(x, logits, w1, b1, w2, 2)
+    for held in (w1, b1, w2):
+        held[5] = bad
+    assert relative(function(x, logits, w1, b1, w2, 2), expected) < 1e-6
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (0, 2, 1), (2, 1, 0)])
+def test_grouped_mm_takes_weights_of_any_strides(order):
+    x, logits, w1, b1, w2 = make(40)
+    dy, back = torch.ones(40, D), [order.index(axis) for axis in range(3)]
+    strided = [w.permute(order).contiguous().permute(back) for w in (w1, w2)]
+    assert strided[1].stride() != w2.stride() and strided[1].equal(w2)
+    given = x, logits, strided[0], b1, strided[1], 2
+    assert relative(forward_grouped(*given), forward_grouped(x, logits, w1, b1, w2, 2)) < 1e-6
+    expected = backward_grouped(dy, x, logits, w1, b1, w2, 2, True, True)
+    for one, other in zip(backward_grouped(dy, *given, True, True), expected):
+        assert relative(one, other) < 1e-6
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2m.families import FLUX
-from d2m.model.block_group import Passed, block_groups
+from d2m.model.block_group import SkippedBlock, block_groups
 from d2m.model.grouping import dense_name, group_blocks, grouped_state_dict, router_weights
 from d2m.recipe.structure import Blocks
 from tests.tiny.pair import BLOCKS, DEPTH, RECIPE, grouped_pair, tiny_pair
@@ -74,7 +74,7 @@ def test_dropped_blocks_are_gone():
     """Depth pruning: equal to a dense model that never had the blocks."""
     blocks = Blocks(drop_double=(1, 2), drop_single=(4,))
     student, teacher = grouped_pair(blocks=blocks)
-    assert type(student.transformer_blocks[1]) is Passed
+    assert type(student.transformer_blocks[1]) is SkippedBlock
     assert not any(name.startswith("transformer_blocks.1.") for name in student.state_dict())
     for kind, indices in (("transformer_blocks", (2, 1)), ("single_transformer_blocks", (4,))):
         for index in indices:

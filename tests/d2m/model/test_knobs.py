@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2m.generate import pipeline_draw
+from d2m.generate import generate_with
 from d2m.model.block_group import block_groups
 from d2m.model.knobs import knobs
 from d2m.model.surgery import sparse_ffns
@@ -34,7 +34,7 @@ def test_every_step_has_its_own_numbers(pipe):
     handle = pipe.transformer.register_forward_pre_hook(
         lambda module, args: seen.append(numbers(module))
     )
-    draw = pipeline_draw(
+    draw = generate_with(
         pipe, batch_size=1, num_inference_steps=3, top_k=[4, 0, 12], kappa=[2, 1, 1], **SIZE
     )
     draw(["a ring", "a cross"], [0, 1])
@@ -45,7 +45,7 @@ def test_every_step_has_its_own_numbers(pipe):
 
 def test_one_number_is_as_setting_it(pipe):
     def picture(**turned):
-        draw = pipeline_draw(pipe, num_inference_steps=2, **turned, **SIZE)
+        draw = generate_with(pipe, num_inference_steps=2, **turned, **SIZE)
         return np.asarray(draw(["a ring"], [0])[0])
 
     from d2m.model.sparse_transformer import set_top_k
@@ -76,7 +76,7 @@ def test_restored_after_an_error():
 )
 def test_wrong_numbers(pipe, values, words):
     with pytest.raises(ValueError, match=words):
-        pipeline_draw(pipe, num_inference_steps=3, **values)
+        generate_with(pipe, num_inference_steps=3, **values)
     assert numbers(pipe.transformer) == ({2}, {1})
 
 

@@ -21,7 +21,6 @@ from d2m.model.surgery import (
     sparse_ffns,
     sparsify,
     split_neurons,
-    unconvert_ffn,
     unit_gates,
 )
 from d2m.recipe.recipe import SparseSpec
@@ -30,6 +29,20 @@ from tests.tiny.pipeline import TRANSFORMER_CONFIG, randomize, tiny_inputs, tiny
 SPEC = SparseSpec(num_experts=12, shared_ratio=1.0, expert_ratio=0.25, top_k=2)
 LIMITS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
 D = 32
+
+
+def unconvert_ffn(ffn):
+    """A SparseFFN's tensors -> (fc1_w, fc1_b, fc2_w, fc2_b): every row back at its dense index."""
+    experts, dim, _ = ffn["experts.w1"].shape
+    home = torch.argsort(ffn["neurons"])
+    w1 = ffn["experts.w1"].transpose(1, 2).reshape(-1, dim)
+    w2 = ffn["experts.w2"].reshape(-1, dim).T / experts
+    return (
+        torch.cat([ffn["shared.fc1.weight"], w1])[home],
+        torch.cat([ffn["shared.fc1.bias"], ffn["experts.b1"].reshape(-1)])[home],
+        torch.cat([ffn["shared.fc2.weight"], w2], dim=1)[:, home],
+        ffn["shared.fc2.bias"],
+    )
 
 
 def permutations_for(state, seed=0):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from d2m.cli import main
-from d2m.plan.gpus import GB, activations, counted, fits
+from d2m.plan.gpus import activations, counted, fits
+from d2m.units import GB
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -10,7 +10,7 @@ from d2m.plan import fits_here as early
 from d2m.plan import machine
 from d2m.plan.fits_here import needs, needs_table
 from d2m.plan.needs import Needs, convert_needs, run_needs
-from d2m.units import GB, shown
+from d2m.units import GB, bytes_text
 from runtime.files.extras import command
 
 LARGE = {
@@ -108,17 +108,17 @@ def test_refusals_name_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(early, "disk_free", lambda path: 2 * GB)
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 12 * GB))
     with pytest.raises(OSError, match="writes 3.0 GB to .* found 2.0 GB: free some.*, or: do else"):
-        early.refuse_early(ask, tmp_path, "do else")
-    early.refuse_early(ask, tmp_path, "", done=2 * GB)  # a resume: the most is there
+        early.check_room(ask, tmp_path, "do else")
+    early.check_room(ask, tmp_path, "", done=2 * GB)  # a resume: the most is there
     monkeypatch.setattr(early, "disk_free", lambda path: 4 * GB)
-    early.refuse_early(ask, tmp_path, "")
+    early.check_room(ask, tmp_path, "")
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 5 * GB))
     with pytest.raises(
         OSError, match="about 8.0 GB of memory .the sum of things., .* found 5.0 GB"
     ):
-        early.refuse_early(ask, tmp_path, "")
+        early.check_room(ask, tmp_path, "")
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 7 * GB))  # the formula may be wrong
-    early.refuse_early(ask, tmp_path, "")
+    early.check_room(ask, tmp_path, "")
 
 
 @pytest.mark.parametrize("stage", ["convert", "export"])
@@ -173,4 +173,4 @@ def test_doctor_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_shown() -> None:
-    assert [shown(size) for size in (12.34e9, 840e6, 1000)] == ["12.3 GB", "840 MB", "0 MB"]
+    assert [bytes_text(size) for size in (12.34e9, 840e6, 1000)] == ["12.3 GB", "840 MB", "0 MB"]

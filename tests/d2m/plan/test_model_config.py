@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from d2m.plan.model_config import shipped, sizes, subject_of
+from d2m.plan.model_config import shipped_configs, sizes, subject_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_flux_dev_is_shipped_and_is_diffusers_default():
     names = ["flux-dev", "flux-schnell", "pixart-sigma", "qwen-image"]
-    assert [*shipped()] == [*names, "sd3.5-large", "sd3.5-medium"]
+    assert [*shipped_configs()] == [*names, "sd3.5-large", "sd3.5-medium"]
     subject = subject_of("flux-dev")
     assert subject.title == "FLUX.1 [dev]" and subject.sparse is None
     assert subject.config == sizes({"guidance_embeds": True}, "defaults")

@@ -8,7 +8,7 @@ import pytest
 from d2m.families import FLUX
 from d2m.plan.count import structure_of
 from d2m.plan.presets import ANY_DEPTH, FAMILIES, preset_file, preset_of, presets_for, recipe_named
-from d2m.recipe.recipe import load
+from d2m.recipe.recipe import from_dict, load
 from d2m.recipe.structure import active_blocks, check_depth
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +67,7 @@ def test_an_unknown_name_is_answered_before_the_model_is_looked_for():
 def test_files_fit_their_models_and_differ_in_structure_alone(path):
     obj = json.loads(path.read_text())
     assert obj["name"] == path.stem
-    structure, depth = structure_of(obj, path.stem), DEPTHS[path.parent.name]
+    structure, depth = structure_of(from_dict(obj, path.stem)), DEPTHS[path.parent.name]
     check_depth(structure.blocks, depth)
     assert structure.adaln.mode == ("single" if depth["double"] == 19 else "full")
     groups = structure.blocks.double + structure.blocks.single
@@ -85,7 +85,7 @@ def test_shapes_counterparts_are_the_nearest_in_active_blocks(name):
 
     def active(folder):
         obj = json.loads((OWN / folder / f"{name}.json").read_text())
-        return (*active_blocks(structure_of(obj, name).blocks, DEPTHS[folder]).values(),)
+        return (*active_blocks(structure_of(from_dict(obj, name)).blocks, DEPTHS[folder]).values(),)
 
     x, y = PAPER[name]
     assert active("19d-38s") == (x, y)

@@ -1,5 +1,7 @@
 """Groups of blocks and modulation as data: round trips, and mistakes in one sentence."""
 
+import dataclasses
+
 import pytest
 
 from d2m.recipe.structure import (
@@ -33,7 +35,7 @@ def test_round_trip():
     assert blocks.single == ((2, 3, 4), (7, 8)) and blocks.drop_double == (1, 5)
     assert blocks_from(blocks.to_dict()) == blocks and blocks.alpha == 0.0
     assert "drop" not in Blocks().to_dict()
-    assert adaln_from(AdaLN("lowrank", 7).to_dict()) == AdaLN("lowrank", 7)
+    assert adaln_from(dataclasses.asdict(AdaLN("lowrank", 7))) == AdaLN("lowrank", 7)
 
 
 def test_active_blocks_of_the_papers_presets():

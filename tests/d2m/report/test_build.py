@@ -53,7 +53,7 @@ def lines():
 
 
 def everything(**changes):
-    picture = Image.new("RGB", (4, 4), "red")
+    image = Image.new("RGB", (4, 4), "red")
     facts = {
         "name": "shapes-L",
         "base_model": "models/shapes-dense",
@@ -77,7 +77,7 @@ def everything(**changes):
             "edges": [0.0, 0.5, 1.0],
             "layers": {site: {"all": FIGURES, "buckets": [FIGURES] * 2} for site in SITES},
         },
-        "images": [{"prompt": "a red circle", "seed": 7, "dense": picture, "sparse": picture}],
+        "images": [{"prompt": "a red circle", "seed": 7, "dense": image, "sparse": image}],
         "scores": {"dense": SCORE, "sparse": SCORE},
         "timings": {"importance": 12.0, "stage shared": 200.0},
         "identity_error": 2.34e-7,
@@ -125,7 +125,7 @@ def test_page_has_every_section(whole):
     for title in ("Pictures", "Scores", "Training", "Experts", "Importance of neurons", "Recipe"):
         assert title in page.words, title
     assert {"Parameters", "Time"} <= set(page.words)
-    for words in ("0.808 – 0.867", "2.3·10⁻⁷", "share of pictures judged right", "3 min 20 s"):
+    for words in ("0.808 – 0.867", "2.3·10⁻⁷", "share of images judged right", "3 min 20 s"):
         assert words in page.text, words
     assert "two object" in page.text and "a red circle seed 7" in page.text
     assert page.tags.count("img") == 2
@@ -151,13 +151,13 @@ def test_text_from_outside_is_escaped(evil):
     recipe = to_dict(preset("L"))
     recipe["stages"][0]["name"] = evil
     history = [line | {"stage": evil if line["index"] == 0 else "x"} for line in lines()]
-    picture = Image.new("RGB", (2, 2))
+    image = Image.new("RGB", (2, 2))
     report = everything(
         name=evil,
         base_model=evil,
         recipe=recipe | {"name": evil},
         history=history,
-        images=[{"prompt": evil, "seed": 0, "dense": picture, "sparse": picture}],
+        images=[{"prompt": evil, "seed": 0, "dense": image, "sparse": image}],
         scores={"dense": SCORE | {"suite": evil, "categories": {evil: RATE}}},
         timings={evil: 1.0},
     )
@@ -169,9 +169,9 @@ def test_text_from_outside_is_escaped(evil):
 
 
 @pytest.mark.parametrize("source", ["https://example.org/a.png", "data:text/html;base64,AA", "x"])
-def test_pictures_must_be_png_data(source):
+def test_images_must_be_png_data(source):
     images = [{"prompt": "p", "seed": 0, "dense": source, "sparse": source}]
-    with pytest.raises(ValueError, match="the dense picture of 'p' is .*expected a PNG data URI"):
+    with pytest.raises(ValueError, match="the dense image of 'p' is .*expected a PNG data URI"):
         render(everything(images=images))
 
 
@@ -188,7 +188,7 @@ def test_layers_that_no_token_reached_have_no_load_to_show():
     layers[SITES[-1]] = {"all": nothing, "buckets": [nothing]}
     part = experts(everything(routing={"top_k": 2, "edges": [0.0, 1.0], "layers": layers}))
     assert "1.0 times on the mean" in part.note
-    loads, evenness = (chart.drawn[0] for chart in part.charts)
+    loads, evenness = (chart.svgs[0] for chart in part.charts)
     cells = [len(re.findall(r"fill: var\(--[ds]\d+\)", chart)) for chart in (loads, evenness)]
     assert cells == [3 * 2 * 12, 3 * 2]
 
@@ -237,8 +237,8 @@ def test_thin_keeps_layers_at_the_ends_of_stages():
 
 
 def test_data_uri_is_the_picture():
-    picture = Image.new("RGB", (3, 2), (1, 2, 3))
-    uri = data_uri(picture)
+    image = Image.new("RGB", (3, 2), (1, 2, 3))
+    uri = data_uri(image)
     data = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
     assert list(Image.open(io.BytesIO(data)).convert("RGB").tobytes()) == [1, 2, 3] * 6
     assert data_uri(uri) == uri

@@ -65,14 +65,14 @@ def test_the_section() -> None:
     part = pareto({"pareto": rows})
     assert part is not None and "of 120 to 600 a row" in part.note
     for words in ("Score against FLOPs", "activated parameters", "dense", "L", "score"):
-        assert f">{words}<" in part.charts[0].drawn[0]
+        assert f">{words}<" in part.charts[0].svgs[0]
     assert pareto({"pareto": [row(score=None)]}) is None and pareto({}) is None
     assert chart([]) is None
 
 
 def test_the_models_own_rows_and_others_of_the_same_name(tiny_sparse_dir) -> None:
     from d2m.plan.count import plan
-    from d2m.report.pareto import beside, own_rows
+    from d2m.report.pareto import merge_rows, own_rows
 
     planned = plan(tiny_sparse_dir)
     scores = {"dense": {"overall": RATE}, "sparse": {"overall": RATE | {"score": 0.7}}}
@@ -81,7 +81,7 @@ def test_the_models_own_rows_and_others_of_the_same_name(tiny_sparse_dir) -> Non
     assert own[1]["flops_vs_dense"] == planned["flops_vs_dense"] < 1 == own[0]["flops_vs_dense"]
     assert own[1]["activated_params"] == planned["activated_params"] < own[0]["activated_params"]
     assert own_rows(tiny_sparse_dir, "L", {}) == []
-    both = beside(own, [row("L"), row("L k=1", of="L"), row("S")])
+    both = merge_rows(own, [row("L"), row("L k=1", of="L"), row("S")])
     names = ["dense", "L", "L (compared)", "L k=1", "S"]
     assert [each["name"] for each in both] == names
     assert [each["of"] for each in both] == [None, None, None, "L (compared)", None]

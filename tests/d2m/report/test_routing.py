@@ -2,7 +2,7 @@
 
 import re
 
-from d2m.report.routing import block_choices, dead, positions, words_of
+from d2m.report.routing import block_choices, dead, layer_title, positions
 
 RUN = {"load": [0.5, 0.5, 0.0], "tokens": 90, "dead_experts": [2]}
 FINE = {"load": [0.4, 0.3, 0.3], "tokens": 90, "dead_experts": []}
@@ -23,9 +23,9 @@ def texts(chart):
 
 
 def test_names_of_layers() -> None:
-    assert words_of("transformer_blocks.3.ff") == "double 3 image"
-    assert words_of("transformer_blocks.3.ff_context") == "double 3 text"
-    assert words_of("single_transformer_blocks.11.proj_mlp") == "single 11"
+    assert layer_title("transformer_blocks.3.ff") == "double 3 image"
+    assert layer_title("transformer_blocks.3.ff_context") == "double 3 text"
+    assert layer_title("single_transformer_blocks.11.proj_mlp") == "single 11"
 
 
 def test_positions_show_the_layers_where_they_tell_most() -> None:
@@ -39,13 +39,13 @@ def test_positions_show_the_layers_where_they_tell_most() -> None:
     assert part is not None
     assert "at most 50.0 % of which expert is chosen (double 0 image)" in part.note
     tells, maps = part.charts
-    assert colours(tells.drawn[0]) == ["s8"]  # 0.5 is the most
-    assert colours(tells.drawn[1]) == ["s0"] * 4 + ["s1"] * 5  # 0 to 8 hundredths, block by block
-    drawn = re.findall(r">((?:double|single) [^<]*): ([\d.]+ %)<", maps.drawn[0])
+    assert colours(tells.svgs[0]) == ["s8"]  # 0.5 is the most
+    assert colours(tells.svgs[1]) == ["s0"] * 4 + ["s1"] * 5  # 0 to 8 hundredths, block by block
+    drawn = re.findall(r">((?:double|single) [^<]*): ([\d.]+ %)<", maps.svgs[0])
     singles = [(f"single {i}", f"{i}.0 %") for i in (8, 7, 6, 5, 4)]
     assert drawn == [("double 0 image", "50.0 %"), *singles]
     # Two places of two experts a layer: 1.6 and 0.4 times the mean; the third is never chosen.
-    assert colours(maps.drawn[0]) == ["d7", "d2", "d2", "d7"] * 6
+    assert colours(maps.svgs[0]) == ["d7", "d2", "d2", "d7"] * 6
 
 
 def test_blocks_by_noise_level_and_prompt() -> None:
@@ -64,7 +64,7 @@ def test_blocks_by_noise_level_and_prompt() -> None:
     part = block_choices(report(groups=groups))
     assert part is not None
     assert "1 of 2 groups run the same blocks for nearly every sample" in part.note
-    times, prompts = (chart.drawn[0] for chart in part.charts)
+    times, prompts = (chart.svgs[0] for chart in part.charts)
     words = texts(times)
     assert {"double 3 – 5, 1 of 3 run", "single 6 – 8, 1 of 3 run", "all", "&lt; 1"} <= set(words)
     rows = ["s4", "s8", "s0"], ["s4", "s0", "s8"], ["s0", "s0", "s0"]  # of 0.5, 1, 0 ...

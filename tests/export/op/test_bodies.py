@@ -93,6 +93,35 @@ def test_bodies_are_the_reference(kind: str, top_k: int) -> None:
             assert error < 2e-6, (name, tokens, error)
 
 
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("top_k", [1, 2, E])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_no_token_gives_no_row(kind: str, top_k: int, dtype: int) -> None:
+    run = session(with_body(bare_model(top_k, dtype), kind, tile=4))
+    x = np.empty((0, D), "f4" if dtype == TensorProto.FLOAT else "f2")
+    halves = {name: value.astype(x.dtype) for name, value in weights().items()}
+    (y,) = run.run(None, {"x": x, "logits": np.empty((0, E), "f4"), **halves})
+    assert y.shape == (0, D) and y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_an_expert_that_nobody_chose_has_no_say(kind: str, tokens: int, bad: float) -> None:
+    """Whatever it holds; but `every` multiplies all of w2, where it must be a finite number."""
+    logits = np.random.default_rng(tokens).standard_normal((tokens, E)).astype("f4")
+    logits[:, 5] = -60
+    x = np.random.default_rng(1).standard_normal((tokens, D)).astype("f4")
+    held = weights()
+    few_rows = kind == "every" or (kind == "either" and tokens <= few(Routing(E, 2, width=D)))
+    for name in ("w1", "b1", "w2"):
+        held[name] = held[name].copy()
+        held[name][5] = 3e38 if name == "w2" and few_rows else bad
+    run = session(with_body(bare_model(2), kind, tile=4))
+    (y,) = run.run(None, {"x": x, "logits": logits, **held})
+    np.testing.assert_allclose(y, expected(x, logits, 2), rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("tile", [1, 3, 16, 256])
 def test_any_tile_gives_the_same(tile: int) -> None:
     x = np.random.default_rng(1).standard_normal((50, D)).astype("f4")

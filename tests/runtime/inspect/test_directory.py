@@ -108,7 +108,7 @@ def test_plans_and_the_machine_they_need(tiny_bundle: Path, tmp_path: Path) -> N
 
 
 def test_refusals(tiny_dense_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no directory, expected a bundle"):
+    with pytest.raises(FileNotFoundError, match="is no directory, expected a pipeline"):
         inspect(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json and no model_index\.json"):
         inspect(tmp_path)

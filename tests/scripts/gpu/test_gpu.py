@@ -25,7 +25,7 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "bench_gpu.json"
     done = script(
-        "bench_gpu.py", "--toy", "--sections", "ceilings,correctness,layer", "--json", path
+        "scripts.gpu", "--toy", "--sections", "ceilings,correctness,layer", "--json", path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return path
@@ -47,7 +47,7 @@ def test_a_second_run_measures_nothing_again(measured: Path) -> None:
     done = script("scripts.gpu", "--toy", "--sections", "ceilings,correctness", "--json", measured)
     assert done.returncode == 0 and json.loads(measured.read_text())["cells"] == before
     later = script(
-        "bench_gpu.py", "--toy", "--sections", "blocks", "--seconds", 0, "--json", measured
+        "scripts.gpu", "--toy", "--sections", "blocks", "--seconds", 0, "--json", measured
     )
     assert later.returncode == 3 and "8 left" in later.stdout
 
