@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.files.atomic import write_json, write_pieces
-from runtime.files.tensors import DTYPE_NAMES, pieces_of, read_header, read_index, shapes_of
+from runtime.files.atomic import write_chunks, write_json
+from runtime.files.tensors import DTYPE_NAMES, file_chunks, read_header, read_index, shapes_of
 
 if TYPE_CHECKING:
     from torch import Size, Tensor, dtype
@@ -98,7 +98,7 @@ def write_one_by_one(path: Path, kinds: Kinds, tensor: Callable[[str], Tensor]) 
     ]
     flat = (tensor(name).detach().contiguous().reshape(-1) for name in names)
     data = (each.view(torch.uint8).numpy().data for each in flat)
-    write_pieces(path, pieces_of(rows, data, {"format": "pt"}))  # which transformers asks for
+    write_chunks(path, file_chunks(rows, data, {"format": "pt"}))  # which transformers asks for
 
 
 def order(kinds: Kinds) -> list[str]:

@@ -25,11 +25,10 @@ seconds; `nvtriton` an old name of serve/triton.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
     from runtime.pipeline import Pipeline
@@ -57,47 +56,28 @@ def load(
     `verify` "full" computes every file's hash anew rather than once for as long as the file
     stays; `key` is a public key's file by which the bundle must be signed (None: that of the
     environment variable D2M_PUBLIC_KEY, if it is set). `offload` "block" streams the
-    transformer's weights block by block, so that a model larger than memory draws (ort, ort-cuda).
+    transformer's weights block by block, for models larger than memory (ort, ort-cuda).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     from runtime.pipeline import Pipeline
 
-    return Pipeline(
-        bundle,
-        backend,
-        threads=threads,
-        experts=experts,
-        verify=verify,
-        key=key,
-        offload=offload,
-    )
+    options: dict[str, Any] = {"threads": threads, "experts": experts, "offload": offload}
+    return Pipeline(bundle, backend, verify=verify, key=key, **options)
 
 
 def run(
     prompt: str | Sequence[str],
     bundle: str | os.PathLike[str] | None = None,
     *,
-    seed: int | Sequence[int] = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    n: int = 1,
-    top_k: int | Sequence[int] | None = None,
-    kappa: int | Sequence[int] | None = None,
-    sigmas: Sequence[float] | None = None,
-    budget: float | None = None,
     backend: str = "auto",
-    latents: np.ndarray | None = None,
-    negative: str | Sequence[str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    callback: Callable[[int, int, np.ndarray], None] | None = None,
-    cancel: Callable[[], bool] | None = None,
+    **arguments: Any,
 ) -> Image | list[Image]:
-    """Draw `n` images of `prompt`; one image, or a list of them where n > 1 or prompts are a list.
+    """Generate images of `prompt`: one, or a list of them where n > 1 or `prompt` is a list.
 
-    Arguments left out come from the bundle; see `runtime.pipeline.Pipeline.__call__`. The
-    pipeline opened last is kept, so that calling again with the same bundle costs no loading.
+    `arguments` (seed, steps, guidance, height, width, n, top_k, kappa, sigmas, budget, latents,
+    negative, progress, callback, cancel) are those of `runtime.pipeline.Pipeline.__call__`; what
+    is left out comes from the bundle. The pipeline loaded last stays in memory, so that calling
+    again with the same bundle costs no loading.
     """
     from runtime.opened import default_bundle
 
@@ -111,21 +91,4 @@ def run(
         pipeline = load(path, backend)
         _last.clear()
         _last[key] = pipeline
-    return _last[key](
-        prompt,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        n=n,
-        top_k=top_k,
-        kappa=kappa,
-        sigmas=sigmas,
-        budget=budget,
-        latents=latents,
-        negative=negative,
-        progress=progress,
-        callback=callback,
-        cancel=cancel,
-    )
+    return _last[key](prompt, **arguments)

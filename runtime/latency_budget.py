@@ -1,11 +1,12 @@
 """A latency budget: the measured setting that fits into some seconds and is nearest to the best.
 
-The table of measurements is a file, bound to bundle, machine, backend and size of image;
+The table of measurements is a file for one bundle, machine, backend and size of image;
 runtime.measure.latency writes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,107 +17,107 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files.checked_json import parse_json
+from runtime.files.checked_json import parse_json, show
 from runtime.files.hashes import cache_dir, write_cached
 from runtime.program.threads import physical_cores
-from runtime.request import Request, show
+from runtime.request import Request
 
 KNOBS = ("steps", "top_k", "kappa")
 MAX_TABLE = 4 << 20  # bytes
 
 
-class Unmeasured(ValueError):
+class NotMeasured(ValueError):
     """There is no table for such a call; the sentence names paths of this machine."""
 
 
-def within(
-    key: Mapping[str, Any],
-    bundle: Path,
-    request: Request,
-    budget: float,
-    knobs: Mapping[str, Any],
+def pick_knobs(
+    key: Mapping[str, Any], bundle: Path, request: Request, budget: float, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """steps, top_k and kappa for a request of which `knobs` were given; None: to be picked.
+    """steps, top_k and kappa for a request, of which those not None in `given` are fixed.
 
-    `key`: what the call is measured by (`key_of`); bundle: its path, which errors name. Raises
+    `key`: what the call is measured by (`table_key`); bundle: its path, which errors name. Raises
     ValueError where nothing was measured for such a request, or nothing fits.
     """
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
         raise ValueError(f"budget is {show(budget)}, expected seconds above 0.")
-    given = {name: value for name, value in knobs.items() if value is not None}
+    fixed = {name: value for name, value in given.items() if value is not None}
     if request.sigmas is not None:
-        given["steps"] = len(request.sigmas)
-    for name, value in given.items():
+        fixed["steps"] = len(request.sigmas)
+    for name, value in fixed.items():
         if isinstance(value, list | tuple | np.ndarray):
             raise ValueError(
                 f"{name} is {show(value)} with a budget, expected one number or none: lists were"
                 " not measured."
             )
-    row = pick(read_table(key, bundle), budget, given)
+    row = pick_row(read_table(key, bundle), budget, fixed)
     return {name: row[name] for name in KNOBS}
 
 
-def pick(
-    table: Mapping[str, Any], budget: float, given: Mapping[str, int] | None = None
+def pick_row(
+    table: Mapping[str, Any], budget: float, fixed: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """The row nearest to the bundle's own setting whose slowest drawing took `budget` at most.
+    """The row nearest to the bundle's own setting whose slowest run took at most `budget` seconds.
 
-    `given`: knobs that are settled. Raises ValueError where no row is left.
+    `fixed`: knobs that are given. Raises ValueError where no row is left.
     """
-    given = given or {}
-    rows = [r for r in table["rows"] if all(r[name] == value for name, value in given.items())]
+    fixed = fixed or {}
+    rows = [r for r in table["rows"] if all(r[name] == value for name, value in fixed.items())]
     key = table["for"]
-    what = (
-        f"{key['images']} image{'s' if key['images'] > 1 else ''} of {key['width']} x"
-        f" {key['height']} on {key['backend']}"
-    )
+    what = f"{images_of(key)} on {key['backend']}"
     if not rows:
-        asked = ", ".join(f"{name} {value}" for name, value in given.items())
+        missing = ", ".join(f"{name} {value}" for name, value in fixed.items())
         raise ValueError(
-            f"the budget's table has no {asked} among what was measured for {what}; measure it"
-            f" with: d2m measure --{next(iter(given)).replace('_', '-')} ..."
+            f"the budget's table has no {missing} among what was measured for {what}; measure it"
+            f" with: d2m measure --{next(iter(fixed)).replace('_', '-')} ..."
         )
     fitting = [row for row in rows if row["slowest"] <= budget]
     if not fitting:
-        quick = min(rows, key=lambda row: row["slowest"])
-        took = ", ".join(f"{name} {quick[name]}" for name in KNOBS if quick[name] is not None)
+        fastest = min(rows, key=lambda row: row["slowest"])
+        knobs = ", ".join(f"{name} {fastest[name]}" for name in KNOBS if fastest[name] is not None)
         raise ValueError(
             f"budget is {budget:g} s, but the fastest of {len(rows)} measured settings took"
-            f" {quick['slowest']:.3g} s for {what} ({took}), expected that much at least; give it"
-            " more time or draw a smaller picture."
+            f" {fastest['slowest']:.3g} s for {what} ({knobs}), expected that much at least; give"
+            " it more time or generate a smaller image."
         )
     best: dict[str, Any] = min(fitting, key=lambda row: (row["deviation"], row["slowest"]))
     return best
 
 
+def images_of(key: Mapping[str, Any]) -> str:
+    """What a table is about, for messages: 2 images of 64 x 32."""
+    return (
+        f"{key['images']} image{'s' if key['images'] > 1 else ''} of {key['width']} x"
+        f" {key['height']}"
+    )
+
+
 def write_table(table: Mapping[str, Any]) -> None:
-    """Keep a table in the user's cache; ValueError where there is none, OSError."""
-    write_cached(place_of(table["for"]), json.dumps(table, indent=1))
+    """Write a table to the user's cache; ValueError where there is none, OSError."""
+    write_cached(table_path(table["for"]), json.dumps(table, indent=1))
 
 
 def read_table(key: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
     """What was measured for this bundle, machine, backend and size; ValueError for nothing."""
-    place = place_of(key)
-    height, width, images = key["height"], key["width"], key["images"]
-    size = f"--height {height} --width {width}" + (f" -n {images}" if images > 1 else "")
+    path = table_path(key)
+    size = f"--height {key['height']} --width {key['width']}"
+    size += f" -n {key['images']}" if key["images"] > 1 else ""
     cure = f"measure it with: d2m measure {bundle} --backend {key['backend']} {size}"
     try:
-        with open(place, "rb") as file:
+        with open(path, "rb") as file:
             table = parse_json(file.read(MAX_TABLE))
     except FileNotFoundError:
-        raise Unmeasured(
-            f"no budget was measured for {images} image{'s' if images > 1 else ''} of {width} x"
-            f" {height} from this bundle on this machine; {cure}"
+        raise NotMeasured(
+            f"no budget was measured for {images_of(key)} from this bundle on this machine; {cure}"
         ) from None
     except ValueError as error:
-        raise Unmeasured(f"the budget's table {place} is no JSON ({error}); {cure}") from None
-    if not isinstance(table, dict) or table.get("for") != key or not sound(table.get("rows")):
-        raise Unmeasured(f"the budget's table {place} is not what was written there; {cure}")
+        raise NotMeasured(f"the budget's table {path} is no JSON ({error}); {cure}") from None
+    if not isinstance(table, dict) or table.get("for") != key or not valid(table.get("rows")):
+        raise NotMeasured(f"the budget's table {path} is not what was written there; {cure}")
     return table
 
 
-def sound(rows: Any) -> bool:
-    """Whether rows have their numbers."""
+def valid(rows: Any) -> bool:
+    """Whether all rows of a table have their numbers."""
     fields = ("steps", "slowest", "deviation")
     return isinstance(rows, list) and all(
         isinstance(row, dict)
@@ -126,8 +127,8 @@ def sound(rows: Any) -> bool:
     )
 
 
-def key_of(setting: Mapping[str, Any], height: int, width: int, images: int) -> dict[str, Any]:
-    """What a table is bound to; `setting` is that of an opened bundle."""
+def table_key(setting: Mapping[str, Any], height: int, width: int, images: int) -> dict[str, Any]:
+    """What a table holds for; `setting` is that of an opened bundle."""
     size = {"height": height, "width": width, "images": images}
     return {**setting, "machine": machine(), **size}
 
@@ -140,13 +141,21 @@ def machine() -> dict[str, Any]:
         for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
         for name in lines_of(path, "Model")
     ]
-    found: dict[str, Any] = {"processor": (rows or [platform.processor()])[0], "gpus": gpus}
-    found |= {"machine": platform.machine(), "cores": physical_cores(), "onnxruntime": None}
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            found["onnxruntime"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    return {
+        "processor": (rows or [platform.processor()])[0],
+        "gpus": gpus,
+        "machine": platform.machine(),
+        "cores": physical_cores(),
+        "onnxruntime": next(iter(releases("onnxruntime-gpu", "onnxruntime").values()), None),
+    }
+
+
+def releases(*distributions: str) -> dict[str, str]:
+    """Distribution -> its release, of those that are installed."""
+    found = {}
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 
@@ -160,12 +169,10 @@ def lines_of(path: Path, field: str) -> list[str]:
     return [value.strip() for name, _, value in pairs if name.strip() == field]
 
 
-def place_of(key: Mapping[str, Any]) -> Path:
+def table_path(key: Mapping[str, Any]) -> Path:
     """The file of the user's cache that holds a key's table; ValueError where there is no cache."""
     base = cache_dir()
     if base is None:
-        raise ValueError(
-            "D2M_CACHE is empty, expected a directory where the budget's table is kept; set it."
-        )
+        raise ValueError("D2M_CACHE is empty, expected a directory for the budget's table; set it.")
     text = json.dumps(key, sort_keys=True)
     return base / "budgets" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

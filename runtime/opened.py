@@ -12,9 +12,9 @@ import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
 from runtime.families import family_of
-from runtime.files.tensors import to_dtype, to_float32
+from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
-from runtime.program.executor import Executor, batch_limit, choose, open_component
+from runtime.program.executor import Executor, batch_limit, choose_backend, open_component
 from runtime.program.threads import thread_count
 from runtime.tokenizer import TextTokenizer
 
@@ -22,20 +22,13 @@ if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
 
 log = logging.getLogger("runtime")
-Witness = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
+StepHook = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
 VERIFY = ("cached", "full")
 
 
 def default_bundle() -> Path:
     """The bundle that ships with the package."""
     return Path(__file__).parent / "default"
-
-
-def check_of(verify: str) -> str:
-    """What `open_bundle` checks: hashes always, for images are generated."""
-    if verify not in VERIFY:
-        raise ValueError(f"--verify is {verify!r}, expected one of {', '.join(VERIFY)}.")
-    return verify
 
 
 class Opened:
@@ -70,15 +63,17 @@ class Opened:
         if isinstance(bundle, Bundle):
             opened = bundle
         else:
+            if verify not in VERIFY:  # never "sizes" alone: images are generated
+                raise ValueError(f"--verify is {verify!r}, expected one of {', '.join(VERIFY)}.")
             key = required_key() if key is None else key
-            opened = open_bundle(bundle or default_bundle(), check_of(verify), key)
+            opened = open_bundle(bundle or default_bundle(), verify, key)
         self.bundle = opened
         self.manifest: dict[str, Any] = opened.manifest
         self.family = family_of(self.manifest)
         self.family.check_scheduler(self.manifest["scheduler"])
-        self.asked = backend
+        self.requested = backend
         self.offload = check_offload(offload)
-        self.backend, reason = choose(opened, backend, self.offload)
+        self.backend, reason = choose_backend(opened, backend, self.offload)
         log.info("backend %s (%s)", self.backend, reason)
         check_experts(experts, self.backend)
         check_offload(self.offload, self.backend)
@@ -86,7 +81,7 @@ class Opened:
         limit = batch_limit(opened, self.backend) // (1 + self.family.guided)  # rows an image
         self.max_batch = min(max_batch, max(1, limit))
         self.min_batch = min(min_batch, self.max_batch)
-        self.witness: Witness | None = None  # told of every step's inputs, top_k and kappa
+        self.step_hook: StepHook | None = None  # called with every step's inputs, top_k and kappa
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self.tokenizers = {
@@ -120,7 +115,7 @@ class Opened:
     ) -> dict[str, np.ndarray]:
         """A component's inputs in the dtypes that it declares."""
         row = self.bundle.component(component)["inputs"]
-        return {name: to_dtype(value, row[name]["dtype"]) for name, value in inputs.items()}
+        return {name: cast(value, row[name]["dtype"]) for name, value in inputs.items()}
 
     def executor(self, component: str) -> Executor:
         """The component's executor, opened once.
@@ -132,23 +127,22 @@ class Opened:
             if self.backend in PLAN_BACKENDS:
                 options = {"experts": self.experts}
             try:
-                opened = open_component(
+                self._executors[component] = open_component(
                     self.bundle, component, self.backend, threads=self.threads, **options
                 )
             except (ImportError, OSError, ValueError) as error:
-                if self.asked != "auto" or self.backend not in GPU_BACKENDS:
+                if self.requested != "auto" or self.backend not in GPU_BACKENDS:
                     raise
                 log.warning("backend ort in place of %s: %s", self.backend, error)
                 self.backend = "ort"
                 self._executors.clear()
                 return self.executor(component)
-            self._executors[component] = opened
         return self._executors[component]
 
-    def left_out(self, prompt: str) -> list[str]:
+    def truncations(self, prompt: str) -> list[str]:
         """What the tokenizers leave out of a prompt that is too long for them, a clause each."""
         text = self.family.with_template(prompt)
-        return [clause for each in self.tokenizers.values() if (clause := each.left_out(text))]
+        return [clause for each in self.tokenizers.values() if (clause := each.truncation(text))]
 
     def warm(self) -> None:
         """Open what stays open now rather than when the first image needs it."""

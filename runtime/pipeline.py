@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.opened import Opened
 from runtime.request import Request, check_request, read_latents, with_knobs
-from runtime.sampling import AfterStep, Progress, generate_batch
+from runtime.sampling import Progress, StepCallback, generate_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,12 +36,12 @@ class Pipeline(Opened):
         latents: np.ndarray | None = None,
         negative: str | Sequence[str] | None = None,
         progress: Progress | None = None,
-        callback: AfterStep | None = None,
+        callback: StepCallback | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Image | list[Image]:
-        """Draw: one image, or a list of them where n > 1 or `prompt` is a list.
+        """Generate one image, or a list of them where n > 1 or `prompt` is a list.
 
-        prompt   a text, or a list of them; every one is drawn `n` times
+        prompt   a text, or a list of them; `n` images are generated of each
         seed     of the first image; image i of a prompt has seed + i. With a list of prompts,
                  a list of seeds (one per prompt) or one seed that all of them start from
         steps    1 to 1000; guidance: a number from 0; height, width: pixels
@@ -52,12 +52,12 @@ class Pipeline(Opened):
                  are picked from what was measured here (runtime.latency_budget; d2m measure)
         latents  initial noise instead of a seed's: [images, C, h, w] or, of families that pack,
                  [images, tokens, channels]
-        negative what not to draw: a text, or one per prompt; for families that are drawn with
+        negative negative prompt: a text, or one per prompt; for families that use
                  classifier-free guidance
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
-        cancel   asked before every step (an Event's is_set, say); True raises Cancelled
+        cancel   called before every step (such as an Event's is_set); True raises Cancelled
 
         Arguments left out come from the bundle. Raises ValueError with one sentence.
         """
@@ -75,9 +75,10 @@ class Pipeline(Opened):
             sigmas=sigmas,
             negative=negative,
         )
+        # Everything is checked before the first image: a call of many fails at once or not at all.
         if budget is not None:
-            picked = self.within(request, budget, {"steps": steps, "top_k": top_k, "kappa": kappa})
-            request = with_knobs(self.manifest, request, **picked)
+            given = {"steps": steps, "top_k": top_k, "kappa": kappa}
+            request = with_knobs(self.manifest, request, **self.pick_knobs(request, budget, given))
         noise = None
         if latents is not None:
             noise = read_latents(latents, request, self.manifest)
@@ -85,15 +86,15 @@ class Pipeline(Opened):
         images: list[Image] = []
         for start in range(0, len(request.prompts), self.max_batch):
             part = slice(start, start + self.max_batch)
-            given = None if noise is None else noise[part]
-            images += generate_batch(
-                self, request, part, given, progress=progress, callback=callback, cancel=cancel
-            )
+            start_noise = None if noise is None else noise[part]
+            images += generate_batch(self, request, part, start_noise, progress, callback, cancel)
         return images if request.many else images[0]
 
-    def within(self, request: Request, budget: float, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    def pick_knobs(
+        self, request: Request, budget: float, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """steps, top_k and kappa for a request within `budget` seconds (runtime.latency_budget)."""
-        from runtime.latency_budget import key_of, within
+        from runtime.latency_budget import pick_knobs, table_key
 
-        key = key_of(self.setting(), request.height, request.width, len(request.prompts))
-        return within(key, self.bundle.path, request, budget, knobs)
+        key = table_key(self.setting(), request.height, request.width, len(request.prompts))
+        return pick_knobs(key, self.bundle.path, request, budget, given)

@@ -1,4 +1,4 @@
-"""An image made again from what its PNG says: same bundle, same settings, same batch."""
+"""An image generated again from what its PNG says: same bundle, same settings, same batch."""
 
 from __future__ import annotations
 
@@ -11,62 +11,53 @@ import numpy as np
 from runtime.files.checked_json import printable
 from runtime.image import settings_of
 from runtime.pipeline import Pipeline
-from runtime.request import whole
+from runtime.request import whole_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KNOBS = (
+ARGUMENTS = (
     *("prompt", "negative", "seed", "steps", "guidance"),
     *("height", "width", "top_k", "kappa", "sigmas"),
 )
 
 
-def draw_again(
+def regenerate(
     path: str | os.PathLike[str],
     bundle: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     *,
-    threads: int | None = None,
-    experts: str = "auto",
-    offload: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
 ) -> tuple[Image, dict[str, Any]]:
-    """(the image, how it compares): draws what the PNG at `path` says that it is.
+    """(the image, a comparison): generates what the PNG at `path` says that it is.
 
-    `backend` "auto" takes the one that the image was drawn on. The comparison holds `same`,
-    `pixels_that_differ`, the `largest_difference` of a colour value (of 255), and the settings.
-    Raises FileNotFoundError, ImportError or ValueError with one sentence: no PNG of ours, drawn
-    from latents that were given, or from another bundle than this one.
+    `backend` "auto" takes the one that the image was generated on; `options` (threads, experts,
+    offload) are those of runtime.load. The comparison holds `same`, `pixels_that_differ`, the
+    `largest_difference` of a colour value (of 255), and the settings. Raises FileNotFoundError,
+    ImportError or ValueError with one sentence: no PNG of ours, generated from latents that were
+    given, or from another bundle than this one.
     """
-    said = settings_of(path)
-    if not all(isinstance(said.get(name), str) for name in ("bundle", "prompt")):
-        raise ValueError(f"{path} does not say how it was made, expected a PNG that d2m has drawn.")
-    if said.get("seed") is None:
-        raise ValueError(f"{path} was drawn from latents that were given, expected from a seed.")
-    rows = whole(said.get("batch", 1), f"the batch that {path} names", 1, 1024)
+    settings = settings_of(path)
+    if not all(isinstance(settings.get(name), str) for name in ("bundle", "prompt")):
+        raise ValueError(f"{path} does not say how it was made, expected a PNG that d2m generated.")
+    if settings.get("seed") is None:
+        raise ValueError(f"{path} was generated from given latents, expected from a seed.")
+    rows = whole_number(settings.get("batch", 1), f"the batch that {path} names", 1, 1024)
     if backend == "auto":
-        backend = str(said.get("backend"))
-    pipeline = Pipeline(
-        bundle,
-        backend,
-        threads=threads,
-        experts=experts,
-        offload=offload,
-        max_batch=rows,
-        min_batch=rows,
-    )
+        backend = str(settings.get("backend"))
+    pipeline = Pipeline(bundle, backend, max_batch=rows, min_batch=rows, **options)
     digest = pipeline.bundle.digest
-    if said["bundle"] != digest:
+    if settings["bundle"] != digest:
         raise ValueError(
-            f"{path} was drawn from bundle {printable(said['bundle'][:12])}... named"
-            f" {str(said.get('name'))[:60]!r}, but {pipeline.bundle.path} is {digest[:12]}...;"
-            f" name the bundle that it was drawn from."
+            f"{path} was generated from bundle {printable(settings['bundle'][:12])}... named"
+            f" {str(settings.get('name'))[:60]!r}, but {pipeline.bundle.path} is {digest[:12]}...;"
+            " name the bundle that it was generated from."
         )
-    knobs: dict[str, Any] = {name: said[name] for name in KNOBS if name in said}
-    image = pipeline(**knobs, progress=progress)
+    arguments: dict[str, Any] = {name: settings[name] for name in ARGUMENTS if name in settings}
+    image = pipeline(**arguments, progress=progress)
     assert not isinstance(image, list)
-    return image, compare(path, image) | {"settings": said, "backend": pipeline.backend}
+    return image, compare(path, image) | {"settings": settings, "backend": pipeline.backend}
 
 
 def compare(path: str | os.PathLike[str], image: Image) -> dict[str, Any]:
@@ -79,7 +70,7 @@ def compare(path: str | os.PathLike[str], image: Image) -> dict[str, Any]:
     if before.shape != after.shape:
         raise ValueError(
             f"{path} is {before.shape[1]} x {before.shape[0]} pixels but says that it is"
-            f" {after.shape[1]} x {after.shape[0]}; it was changed after it was drawn."
+            f" {after.shape[1]} x {after.shape[0]}; it was changed after it was generated."
         )
     differences = np.abs(before - after).max(-1)
     return {

@@ -1,17 +1,16 @@
-"""The arguments of a call, checked once: what comes out can be drawn."""
+"""The arguments of a call, checked once: what comes out can be generated."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import smallest
-from runtime.bundle.manifest import MAX_PIXELS
+from runtime.bundle.block_groups import largest_kappa
 from runtime.families import family_of
+from runtime.files.checked_json import show
 
 MAX_STEPS = 1000
 MAX_IMAGES = 10_000  # of one call
@@ -23,7 +22,7 @@ class Request:
     """One entry of `prompts` and `seeds` per image; of `top_k` and `kappa` per step."""
 
     prompts: list[str]
-    seeds: list[int | None]  # None: drawn from latents that were given
+    seeds: list[int | None]  # None: generated from latents that were given
     top_k: list[int | None]
     kappa: list[int | None]  # None: the bundle has no groups of blocks
     guidance: float
@@ -32,24 +31,26 @@ class Request:
     latent_size: tuple[int, int]
     many: bool  # whether the answer is a list
     sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
-    negative: list[str] | None = None  # a prompt against per image; None: no guidance by one
+    negative: list[str] | None = None  # negative prompt per image; None: no guidance by one
 
     def settings(self, index: int) -> dict[str, Any]:
-        """What the text chunk of image `index` says, with the model's name: enough to redraw it."""
-        return {
+        """What the text chunk of image `index` says: enough to generate it again."""
+        settings = {
             "prompt": self.prompts[index],
             "seed": self.seeds[index],
             "steps": len(self.top_k),
             "guidance": self.guidance,
             "height": self.height,
             "width": self.width,
-            "top_k": one_or_all(self.top_k),
-            **({} if self.kappa[0] is None else {"kappa": one_or_all(self.kappa)}),
-            **({} if self.sigmas is None else {"sigmas": list(self.sigmas)}),
-            **(
-                {"negative": self.negative[index]} if self.negative and self.negative[index] else {}
-            ),
+            "top_k": one_or_list(self.top_k),
         }
+        if self.kappa[0] is not None:
+            settings["kappa"] = one_or_list(self.kappa)
+        if self.sigmas is not None:
+            settings["sigmas"] = list(self.sigmas)
+        if self.negative and self.negative[index]:
+            settings["negative"] = self.negative[index]
+        return settings
 
 
 def check_request(
@@ -67,27 +68,22 @@ def check_request(
     sigmas: Sequence[float] | None = None,
     negative: str | Sequence[str] | None = None,
 ) -> Request:
-    """Fill in the bundle's defaults and refuse, in one sentence, what cannot be drawn."""
+    """Fill in the bundle's defaults; ValueError, one sentence, for what cannot be generated."""
     defaults = manifest["defaults"]
-    one = isinstance(prompt, str)
     prompts = check_prompts(prompt)
-    n = whole(n, "n", 1, MAX_IMAGES // len(prompts))
+    n = whole_number(n, "n", 1, MAX_IMAGES // len(prompts))
     levels = check_sigmas(manifest, sigmas)
-    usual = defaults["steps"] if levels is None else len(levels)
-    steps = whole(usual if steps is None else steps, "steps", 1, MAX_STEPS)
+    default = defaults["steps"] if levels is None else len(levels)
+    steps = whole_number(default if steps is None else steps, "steps", 1, MAX_STEPS)
     if levels is not None and len(levels) != steps:
         raise ValueError(
             f"sigmas lists {len(levels)} noise levels but steps is {steps}, expected as many;"
             " leave steps out."
         )
-    factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
-    largest = family_of(manifest).largest(manifest)
-    height = side(defaults["height"] if height is None else height, "height", factor, largest)
-    width = side(defaults["width"] if width is None else width, "width", factor, largest)
-    if guidance is None:
-        guidance = defaults["guidance"]
-    number = isinstance(guidance, int | float | np.integer | np.floating)
-    if isinstance(guidance, bool) or not number or not 0 <= guidance <= 1000:
+    height = check_side(manifest, "height", height)
+    width = check_side(manifest, "width", width)
+    guidance = defaults["guidance"] if guidance is None else guidance
+    if not is_number(guidance) or not 0 <= guidance <= 1000:
         raise ValueError(f"guidance is {guidance!r}, expected a number from 0 to 1000.")
     scale = manifest["latents"]["vae_scale_factor"]
     seeds = check_seeds(seed, len(prompts), n)
@@ -100,7 +96,7 @@ def check_request(
         height=height,
         width=width,
         latent_size=(height // scale, width // scale),
-        many=not one or n > 1,
+        many=not isinstance(prompt, str) or n > 1,
         sigmas=levels,
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
     )
@@ -110,12 +106,9 @@ def with_knobs(
     manifest: dict[str, Any], request: Request, *, steps: int, top_k: Any, kappa: Any
 ) -> Request:
     """A checked request with other steps, top_k and kappa, of which these alone are checked."""
-    steps = whole(steps, "steps", 1, MAX_STEPS)
-    return replace(
-        request,
-        top_k=check_top_k(manifest, top_k, steps),
-        kappa=check_kappa(manifest, kappa, steps),
-    )
+    steps = whole_number(steps, "steps", 1, MAX_STEPS)
+    top_k, kappa = check_top_k(manifest, top_k, steps), check_kappa(manifest, kappa, steps)
+    return replace(request, top_k=top_k, kappa=kappa)
 
 
 def check_prompts(prompt: Any) -> list[str]:
@@ -124,15 +117,14 @@ def check_prompts(prompt: Any) -> list[str]:
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ValueError(
             f"the prompt is {type(prompt).__name__} {show(prompt)}, expected a text or a list"
-            f" of at least one text."
+            " of at least one text."
         )
     if len(prompts) > MAX_IMAGES:
         raise ValueError(f"there are {len(prompts)} prompts, expected at most {MAX_IMAGES}.")
     for text in prompts:
         if not isinstance(text, str):
-            raise ValueError(
-                f"a prompt is {type(text).__name__} {show(text)}, expected a text (str)."
-            )
+            kind = type(text).__name__
+            raise ValueError(f"a prompt is {kind} {show(text)}, expected a text (str).")
         if len(text) > MAX_PROMPT:
             raise ValueError(
                 f"a prompt has {len(text)} characters, expected at most {MAX_PROMPT}; shorten it."
@@ -149,20 +141,20 @@ def check_prompts(prompt: Any) -> list[str]:
 def check_negative(
     manifest: dict[str, Any], negative: Any, prompts: int, n: int, guidance: float
 ) -> list[str] | None:
-    """A negative prompt per image; None where nothing is guided by one."""
+    """A negative prompt per image; None without classifier-free guidance."""
     if not family_of(manifest).guided:
         if negative is None:
             return None
         raise ValueError(
-            f"negative is {show(negative)}, expected none: this bundle's family is not drawn with"
-            " classifier-free guidance; leave it out."
+            f"negative is {show(negative)}, expected none: this bundle's family does not generate"
+            " with classifier-free guidance; leave it out."
         )
     texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
     texts = check_prompts(texts)
     if len(texts) not in (1, prompts):
         raise ValueError(
-            f"there are {len(texts)} negative prompts for {prompts} prompts, expected one or as"
-            " many."
+            f"there are {len(texts)} negative prompts for {prompts} prompts, expected one, or one"
+            " per prompt."
         )
     if guidance <= 1:
         return None
@@ -172,13 +164,13 @@ def check_negative(
 
 def check_seeds(seed: Any, prompts: int, n: int) -> list[int]:
     """The first seed of every prompt."""
-    if not isinstance(seed, list | tuple | np.ndarray):
-        return [whole(seed, "seed", 0, 2**63 - 1 - n)] * prompts
-    if len(seed) != prompts:
+    seeds = seed if isinstance(seed, list | tuple | np.ndarray) else [seed] * prompts
+    if len(seeds) != prompts:
         raise ValueError(
-            f"there are {len(seed)} seeds for {prompts} prompts, expected one seed or as many."
+            f"there are {len(seeds)} seeds for {prompts} prompts, expected one seed, or one per"
+            " prompt."
         )
-    return [whole(value, "seed", 0, 2**63 - 1 - n) for value in seed]
+    return [whole_number(value, "seed", 0, 2**63 - 1 - n) for value in seeds]
 
 
 def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | None]:
@@ -189,30 +181,29 @@ def check_top_k(manifest: dict[str, Any], top_k: Any, steps: int) -> list[int | 
     if not choices:
         raise ValueError(
             f"top_k is {show(top_k)}, expected none: this bundle holds a dense model, which has"
-            f" no experts."
+            " no experts."
         )
     values = per_step("top_k", top_k, steps)
     for k in values:
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k not in choices:
+        if not is_whole(k) or k not in choices:
             known = ", ".join(map(str, sorted(choices)))
             raise ValueError(
                 f"top_k is {show(k)}, expected one of {known}, which this bundle was exported"
-                f" with; export again with --top-k to have others."
+                " with; export again with --top-k to have others."
             )
     return [int(k) for k in values]
 
 
 def check_sigmas(manifest: dict[str, Any], sigmas: Any) -> tuple[float, ...] | None:
-    """Noise levels that fall from at most 1 and stay above 0, before the scheduler's shift."""
+    """Noise levels that decrease from at most 1 and stay above 0, before the scheduler's shift."""
     if sigmas is None:
         return None
     values = sigmas.tolist() if isinstance(sigmas, np.ndarray) else sigmas
-    what = "falling numbers, at most 1 and above 0, such as [1, 0.7, 0.3]"
+    what = "decreasing numbers, at most 1 and above 0, such as [1, 0.7, 0.3]"
     if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_STEPS:
         raise ValueError(f"sigmas is {show(sigmas)}, expected a list of 1 to {MAX_STEPS} {what}.")
     for value, before in zip(values, (None, *values)):
-        number = isinstance(value, int | float | np.integer | np.floating)
-        if isinstance(value, bool) or not number or not 0 < value <= 1:
+        if not is_number(value) or not 0 < value <= 1:
             raise ValueError(f"sigmas holds {show(value)}, expected {what}.")
         if before is not None and not value < before:
             raise ValueError(f"sigmas holds {value} after {before}, expected {what}.")
@@ -232,10 +223,10 @@ def check_kappa(manifest: dict[str, Any], kappa: Any, steps: int) -> list[int | 
     if default is None:
         raise ValueError(
             f"kappa is {show(kappa)}, expected none: this bundle's blocks are in no groups, all of"
-            f" them run."
+            " them run."
         )
-    most = min(smallest(row) for row in manifest["components"].values() if row.get("groups"))
-    return [whole(value, "kappa", 1, most) for value in per_step("kappa", kappa, steps)]
+    most = min(largest_kappa(row) for row in manifest["components"].values() if row.get("groups"))
+    return [whole_number(value, "kappa", 1, most) for value in per_step("kappa", kappa, steps)]
 
 
 def per_step(name: str, value: Any, steps: int) -> list[Any]:
@@ -243,13 +234,14 @@ def per_step(name: str, value: Any, steps: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * steps
     if len(values) != steps:
         raise ValueError(
-            f"{name} lists {len(values)} numbers for {steps} steps, expected one number or as many."
+            f"{name} lists {len(values)} numbers for {steps} steps, expected one number, or one"
+            " per step."
         )
     return values
 
 
-def one_or_all(values: list[Any]) -> Any:
-    """A list of equal values as one of them."""
+def one_or_list(values: list[Any]) -> Any:
+    """The value that all of a list are, or the list."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 
@@ -272,29 +264,33 @@ def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np
     return values if latents.shape == known[0] else family.arrange(values)
 
 
-def whole(value: Any, name: str, low: int, high: int) -> int:
-    """A whole number from low to high."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or not low <= value <= high:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or numpy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of Python or numpy."""
+    return is_whole(value) or isinstance(value, float | np.floating)
+
+
+def whole_number(value: Any, name: str, low: int, high: int) -> int:
+    """`value` where it is a whole number from low to high; ValueError, one sentence."""
+    if not is_whole(value) or not low <= value <= high:
         raise ValueError(f"{name} is {show(value)}, expected a whole number from {low} to {high}.")
     return int(value)
 
 
-def side(value: Any, name: str, factor: int, largest: int = MAX_PIXELS) -> int:
-    """A side of the picture in pixels."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or not factor <= value <= largest or value % factor:
-        near = ""
-        if integer and factor <= value <= largest:
-            near = f"; {math.floor(value / factor) * factor} is the nearest below"
+def check_side(manifest: dict[str, Any], name: str, value: Any) -> int:
+    """Height or width in pixels; None: the bundle's own."""
+    value = manifest["defaults"][name] if value is None else value
+    factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
+    largest = family_of(manifest).largest(manifest)
+    in_range = is_whole(value) and factor <= value <= largest
+    if not in_range or value % factor:
+        near = f"; {value // factor * factor} is the nearest below" if in_range else ""
         raise ValueError(
             f"{name} is {show(value)}, expected a multiple of {factor} from {factor} to"
             f" {largest}{near}."
         )
     return int(value)
-
-
-def show(value: Any) -> str:
-    """A value of unknown size as at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import known_beforehand
+from runtime.bundle.block_groups import can_forecast
 from runtime.families.family import Arrays, rows
 from runtime.families.latents import image_tokens
 from runtime.opened import Opened
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[str, int, int], None]
-AfterStep = Callable[[int, int, np.ndarray], None]
+StepCallback = Callable[[int, int, np.ndarray], None]
 
 
 class Cancelled(Exception):
-    """Given up because `cancel` said so."""
+    """Generating was stopped, because `cancel` returned True."""
 
 
 def generate_batch(
@@ -38,17 +38,16 @@ def generate_batch(
     request: Request,
     part: slice,
     noise: np.ndarray | None,
-    *,
     progress: Progress | None = None,
-    callback: AfterStep | None = None,
+    callback: StepCallback | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> list[Image]:
     """The images `part` of a checked request; `noise` None: that of its seeds."""
     from runtime.image import to_image
 
-    def tell(phase: str, done: int, total: int) -> None:
+    def report(phase: str, done: int, total: int) -> None:
         if cancel and cancel():
-            raise Cancelled("the drawing was cancelled.")
+            raise Cancelled("generating was cancelled.")
         if progress:
             progress(phase, done, total)
 
@@ -56,25 +55,26 @@ def generate_batch(
     end = start + len(prompts)
 
     def step(index: int, steps: int) -> None:
-        tell("denoise", start * steps + index * len(prompts), total * steps)
+        report("denoise", start * steps + index * len(prompts), total * steps)
 
     def after(index: int, steps: int, latents: np.ndarray) -> None:
         if callback:
             callback(index, steps, latents[: len(prompts)])
 
-    # Rows that are missing to min_batch are copies of the last one, thrown away at the end.
+    # Where fewer images than min_batch are left, the batch is filled up with copies of its last
+    # row, which are thrown away at the end.
     count = max(len(prompts), model.min_batch)
-    fill = np.minimum(np.arange(count), len(prompts) - 1)
-    tell("encode", start, total)
-    against = None if request.negative is None else request.negative[part]
-    conditions, negative = encode_pairs(model, prompts, against, fill)
-    tell("encode", end, total)
+    rows = np.minimum(np.arange(count), len(prompts) - 1)
+    report("encode", start, total)
+    negative_prompts = None if request.negative is None else request.negative[part]
+    conditions, negative = encode_pairs(model, prompts, negative_prompts, rows)
+    report("encode", end, total)
     if noise is None:
         seeds = [seed for seed in request.seeds[part] if seed is not None]
         noise = prepare_latents(model, seeds, request.latent_size)
     latents = denoise(
         model,
-        noise[fill],
+        noise[rows],
         conditions,
         negative=negative,
         latent_size=request.latent_size,
@@ -85,47 +85,49 @@ def generate_batch(
         step=step,
         after=after,
     )
-    tell("decode", start, total)
+    report("decode", start, total)
     pixels = decode(model, latents, request.latent_size)[: len(prompts)]
-    tell("decode", end, total)
-    bundle = model.bundle
-    told: dict[str, Any] = {"backend": model.backend, "name": bundle.name, "bundle": bundle.digest}
-    # Whoever sets min_batch has found that more rows change nothing, so it is what an image
-    # depends on; without it the rows that were there are.
-    told |= {"batch": model.min_batch or count}
-    return [to_image(image, request.settings(start + i) | told) for i, image in enumerate(pixels)]
+    report("decode", end, total)
+    common = {
+        "backend": model.backend,
+        "name": model.bundle.name,
+        "bundle": model.bundle.digest,
+        # Whoever sets min_batch has measured that more rows change nothing, so an image depends
+        # on it alone; without it, on the rows that were in its batch.
+        "batch": model.min_batch or count,
+    }
+    return [to_image(image, request.settings(start + i) | common) for i, image in enumerate(pixels)]
 
 
 def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Prompts -> the transformer's conditions [n, ...] by name, float32."""
 
     def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        whole = [model.family.with_template(text) for text in texts]
-        ids, mask = model.tokenizers[tokenizer].tokens(whole)
-        found = model.execute(component, ids)
-        return found | {"mask": mask} if model.family.masked else found
+        ids, mask = model.tokenizers[tokenizer].tokens(list(map(model.family.with_template, texts)))
+        outputs = model.execute(component, ids)
+        return outputs | {"mask": mask} if model.family.masked else outputs
 
     return model.family.encode(run, prompts)
 
 
 def encode_pairs(
-    model: Opened, prompts: Sequence[str], against: Sequence[str] | None, fill: np.ndarray
+    model: Opened, prompts: Sequence[str], negative: Sequence[str] | None, rows: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
     """Conditions of prompts and of negative ones, every text encoded once.
 
-    fill: the rows of the batch as places in `prompts`, [rows].
+    rows: which of `prompts` each row of the batch has, [rows].
     """
-    different = list(dict.fromkeys([*prompts, *(against or ())]))
+    different = list(dict.fromkeys([*prompts, *(negative or ())]))
     # Two texts where there is a negative one, even where it is the same: one row alone takes
     # other routines, so an image would depend on the texts of others in its batch.
-    least = max(model.min_batch, 2 if against else 1)
+    least = max(model.min_batch, 2 if negative else 1)
     encoded = encode(model, [*different, *different[-1:] * (least - len(different))])
 
     def of(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        places = np.array([different.index(text) for text in texts])[fill]
-        return {name: array[places] for name, array in encoded.items()}
+        indices = np.array([different.index(text) for text in texts])[rows]
+        return {name: array[indices] for name, array in encoded.items()}
 
-    return of(prompts), of(against) if against else None
+    return of(prompts), of(negative) if negative else None
 
 
 def prepare_latents(
@@ -136,10 +138,7 @@ def prepare_latents(
 
 
 def noise_levels(
-    model: Opened,
-    steps: int,
-    latent_size: tuple[int, int],
-    given: Sequence[float] | None = None,
+    model: Opened, steps: int, latent_size: tuple[int, int], given: Sequence[float] | None = None
 ) -> np.ndarray:
     """The noise levels [steps + 1] of the bundle's scheduler, or those that follow `given`."""
     tokens = image_tokens(model.manifest["latents"], latent_size)
@@ -158,7 +157,7 @@ def denoise(
     kappa: Sequence[int | None] | None = None,
     sigmas: Sequence[float] | None = None,
     step: Callable[[int, int], None] | None = None,
-    after: AfterStep | None = None,
+    after: StepCallback | None = None,
 ) -> np.ndarray:
     """Noise [n, ...] -> latents, one step of the family's sampler per entry of `top_k`.
 
@@ -169,29 +168,28 @@ def denoise(
     `after(done, steps, latents)` after each.
     """
     steps = len(top_k)
-    kept = [model.manifest.get("kappa")] * steps if kappa is None else kappa
+    kappa = [model.manifest.get("kappa")] * steps if kappa is None else kappa
     levels = noise_levels(model, steps, latent_size, sigmas)
     advance = model.family.sampler(model.manifest["scheduler"], levels)
     if negative is not None:
         conditions = {
             name: np.concatenate([negative[name], array]) for name, array in conditions.items()
         }
-    feeds = feeds_of(model, noise, conditions, levels[:-1], latent_size, guidance)
+    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance)
     executor, component = model.executor("transformer"), model.bundle.component("transformer")
     starts: list[Any] = [None] * steps
-    if known_beforehand(component) and hasattr(executor, "block"):
+    if can_forecast(component) and hasattr(executor, "block"):
         # Whole graphs have no `block`: their routers are in them.
-        starts = list(forecast(component, executor.block, map(model.cast, feeds), kept))
+        starts = list(forecast(component, executor.block, map(model.cast, feeds), kappa))
     latents = noise
     for index, feed in enumerate(feeds):
         if step:
             step(index, steps)
         inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions))}
-        if model.witness:
-            model.witness(inputs, top_k[index], kept[index])
-        (sample,) = model.execute(
-            "transformer", inputs, top_k[index], kept[index], starts[index]
-        ).values()
+        if model.step_hook:
+            model.step_hook(inputs, top_k[index], kappa[index])
+        knobs = top_k[index], kappa[index], starts[index]
+        (sample,) = model.execute("transformer", inputs, *knobs).values()
         if negative is not None:
             sample = model.family.guide(sample, guidance)
         velocity = model.family.velocity(sample, model.manifest["latents"], latent_size)
@@ -204,12 +202,12 @@ def denoise(
 
 
 def hidden_states(model: Opened, latents: np.ndarray, count: int) -> np.ndarray:
-    """hidden_states [count, T, channels] of latents [n, ...], again for every n rows."""
+    """hidden_states [count, T, channels] of latents [n, ...], repeated for every n rows."""
     tokens = model.family.tokens(latents, model.manifest["latents"])
     return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
 
 
-def feeds_of(
+def step_inputs(
     model: Opened,
     noise: np.ndarray,
     conditions: Arrays,
@@ -223,6 +221,15 @@ def feeds_of(
     times = model.family.timesteps(model.manifest["scheduler"], sigmas)
     each = (np.full(len(hidden), time, np.float32) for time in times)
     return [{"hidden_states": hidden, **inputs, "timestep": timestep} for timestep in each]
+
+
+def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray]]:
+    """The transformer's inputs in every step of a request, in its dtypes; noise of seed 0."""
+    size = request.latent_size
+    sigmas = noise_levels(model, len(request.top_k), size)[:-1]
+    noise, conditions = prepare_latents(model, [0], size), encode(model, request.prompts[:1])
+    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance)
+    return [model.cast(feed) for feed in feeds]
 
 
 def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:

@@ -34,7 +34,7 @@ class TextTokenizer:
         self.max_length: int = spec["max_length"]
         try:
             tokenizer = Tokenizer.from_str(read_tokenizer(Path(path)))
-        except BaseException as error:  # it raises bare Exception, and a Rust panic is not even one
+        except BaseException as error:  # the library raises Exception; a Rust panic is not even one
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(
@@ -56,19 +56,20 @@ class TextTokenizer:
             tokenizer.model._resize_cache(0)
         self.tokenizer = tokenizer
 
-    def left_out(self, prompt: str, encoding: Any = None) -> str | None:
+    def truncation(self, prompt: str, encoding: Any = None) -> str | None:
         """What is cut of a prompt that is too long, as a clause; None where it fits."""
         encoding = encoding or self.tokenizer.encode(prompt)
         lost = sum(1 - mask for part in encoding.overflowing for mask in part.special_tokens_mask)
-        said = f"{self.name} reads {self.max_length} tokens; the last {lost} of a prompt of"
-        return f"{said} {len(prompt)} characters were left out" if lost else None
+        limit = f"{self.name} reads {self.max_length} tokens"
+        cut = f"the last {lost} of a prompt of {len(prompt)} characters were left out"
+        return f"{limit}; {cut}" if lost else None
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""
         return self.tokens(prompts)[0]
 
     def tokens(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same, and their mask of that shape: 1 for a prompt's tokens, 0 for what fills up."""
+        """The ids, and their mask of that shape: 1 for a prompt's tokens, 0 for padding."""
         try:
             encodings = self.tokenizer.encode_batch(list(prompts))
         except BaseException as error:  # as above
@@ -79,7 +80,7 @@ class TextTokenizer:
                 f"{self.name} cannot read the prompt ({what}); export again."
             ) from None
         for prompt, encoding in zip(prompts, encodings, strict=True):
-            if clause := self.left_out(prompt, encoding):
+            if clause := self.truncation(prompt, encoding):
                 log.warning("%s", clause)
         ids, masks = zip(*((encoding.ids, encoding.attention_mask) for encoding in encodings))
         return np.array(ids, np.int64), np.array(masks, np.int64)

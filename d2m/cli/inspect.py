@@ -34,15 +34,15 @@ def inspect(
     no tokens (alpha 0) and so all steps are known in advance.
     """
     if schedule is not None:
-        from runtime.inspect.block_table import columns
-        from runtime.inspect.block_table import schedule as blocks
+        from runtime.inspect.block_table import columns, forecast_table
         from runtime.pipeline import Pipeline
 
-        answer = blocks(Pipeline(path, backend, mode="blocks"), schedule, steps=steps, kappa=kappa)
+        pipeline = Pipeline(path, backend, mode="blocks")
+        answer = forecast_table(pipeline, schedule, steps=steps, kappa=kappa)
         print_json(answer) if json_ else print_table(f"{path}: {schedule}", *columns(answer))
         return
     from runtime.inspect.directory import inspect as function
-    from runtime.inspect.directory import lines
+    from runtime.inspect.directory import summary_lines
 
     answer = function(path)
-    print_json(answer) if json_ else print("\n".join(lines(answer)))
+    print_json(answer) if json_ else print("\n".join(summary_lines(answer)))

@@ -58,7 +58,10 @@ def run(
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     offload: options.Offload = "none",
-    again: Annotated[Path | None, option("PNG made by d2m: generate it again and compare.")] = None,
+    regenerate: Annotated[
+        Path | None, option("PNG made by d2m: generate it again and compare.")
+    ] = None,
+    again: Annotated[Path | None, typer.Option(hidden=True)] = None,  # the option's old name
     verify: Annotated[
         str,
         typer.Option(
@@ -72,26 +75,24 @@ def run(
     """Generate images of PROMPT from a bundle, without torch.
 
     Without BUNDLE, the bundle that ships with d2m: a small model of coloured shapes.
-    With --again IMAGE.png, the bundle, settings and seed are those recorded in that image.
+    With --regenerate IMAGE.png, the bundle, settings and seed are those recorded in that image.
     """
     began = time.perf_counter()
     import runtime
     from runtime.image import save, settings_of
 
     how: dict[str, Any] = {"experts": experts, "offload": offload}
-    if again is not None:
-        from runtime.regenerate import draw_again
+    if (png := regenerate or again) is not None:
+        from runtime.regenerate import regenerate as function
 
         if second is not None or (first is not None and bundle is not None):
-            raise ValueError("--again takes the prompt from the image; name the bundle alone")
+            raise ValueError("--regenerate takes the prompt from the image; name the bundle alone")
         with progress_bars() as progress:
-            image, comparison = draw_again(
-                again, first or bundle, backend, **how, progress=progress
-            )
+            image, comparison = function(png, first or bundle, backend, **how, progress=progress)
         print_answer(comparison | {"file": str(save(image, out))}, json_)
         return
     if first is None:
-        raise ValueError("no prompt is given; add one, or --again IMAGE.png")
+        raise ValueError("no prompt is given; add one, or --regenerate IMAGE.png")
     prompt, path = (first, bundle) if second is None else (second, Path(first))
     if second is not None and bundle is not None:
         raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")

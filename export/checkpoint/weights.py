@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.files.atomic import write_pieces
-from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, pieces_of, read_header, weight_files
+from runtime.files.atomic import write_chunks
+from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, file_chunks, read_header, weight_files
 from runtime.files.tensors import Tensor as Place
 
 if TYPE_CHECKING:
@@ -207,11 +207,11 @@ def write(
             yield build(row, get).reshape(-1).view(torch.uint8).numpy().data
 
     def hashed() -> Iterator[bytes | memoryview]:
-        for piece in pieces_of(rows, data()):
+        for piece in file_chunks(rows, data()):
             yield piece
             digest.update(piece)
 
-    write_pieces(path, hashed())
+    write_chunks(path, hashed())
     if progress is not None:
         progress(f"write {path.name}", len(placed), len(placed))
     return digest.hexdigest()

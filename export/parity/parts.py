@@ -17,7 +17,7 @@ from export.parity.compare import Row, compare, measure, psnr
 from export.parity.expert_agreement import agreement
 from export.parity.tapped_bundle import tapped_bundle, tapped_plans
 from export.parity.torch_recording import Recording, to_unit
-from runtime.bundle.block_groups import choosing, groups_of, windows
+from runtime.bundle.block_groups import choosing_groups, groups_of, windows
 from runtime.bundle.directory import Bundle
 from runtime.files.tensors import to_float32
 from runtime.pipeline import Pipeline
@@ -168,7 +168,7 @@ def compare_choices(
     executor = open_blocks(bundle, backend)
     sites = []
     for step, blocks in reference.blocks.items():
-        for name, group in choosing(component, kappa):
+        for name, group in choosing_groups(component, kappa):
             inputs, outputs = blocks[group["prefix"]]
             feed = {
                 tensor: inputs[tensor] for tensor in component["types"][group["type"]]["inputs"]

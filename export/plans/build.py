@@ -24,7 +24,7 @@ from export.plans.layers import check_plan, host_tensors, layers
 from runtime.families import family_of as runtime_family
 from runtime.files.atomic import write_bytes
 from runtime.files.checked_json import read_json
-from runtime.trt.launch_schedule import measure, profile, terms
+from runtime.trt.launch_schedule import dimension_size, dimension_terms, profile_of
 
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
@@ -184,7 +184,7 @@ def bounds(
     ranges: dict[str, Sequence[int]] = {}
     for row in (*io["inputs"], *io["outputs"]):
         for dim in names_in([row]):
-            found = profile(profiles, key.split("/")[0], dim)
+            found = profile_of(profiles, key.split("/")[0], dim)
             if found is None:
                 raise ValueError(
                     f"plan {key} has a tensor {row['name']!r} of shape {row['shape']}, expected a"
@@ -193,7 +193,9 @@ def bounds(
             ranges[dim] = found
     points = [{dim: found[point] for dim, found in ranges.items()} for point in range(3)]
     return {
-        row["name"]: tuple(tuple(measure(size, sizes) for size in row["shape"]) for sizes in points)
+        row["name"]: tuple(
+            tuple(dimension_size(size, sizes) for size in row["shape"]) for sizes in points
+        )
         for row in io["inputs"]
         if any(isinstance(size, str) for size in row["shape"])
     }
@@ -201,7 +203,7 @@ def bounds(
 
 def names_in(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The dimensions that need a profile among tensors' shapes."""
-    found = (term for row in rows for size in row["shape"] for term in terms(size))
+    found = (term for row in rows for size in row["shape"] for term in dimension_terms(size))
     return sorted({name for _, names in found for name in names})
 
 

@@ -23,9 +23,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle, open_bundle
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "runtime.bundle.directory": "Bundle open_bundle",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"runtime.bundle.directory": "Bundle open_bundle"})

@@ -21,14 +21,14 @@ Runs = Mapping[int, np.ndarray]  # call -> the rows that run it; a call that is 
 
 def groups_of(component: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """A component's groups in the order in which they run."""
-    found = component.get("groups", {})
-    return sorted(found.items(), key=lambda item: item[1]["calls"][0])
+    groups = component.get("groups", {})
+    return sorted(groups.items(), key=lambda item: item[1]["calls"][0])
 
 
-def choosing(
+def choosing_groups(
     component: Mapping[str, Any], kappa: int | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The groups that choose: with kappa = m, or None, all of a group's calls run unasked."""
+    """The groups that choose: with kappa = m, or None, all of a group's calls run."""
     return [
         (name, group)
         for name, group in groups_of(component)
@@ -36,21 +36,21 @@ def choosing(
     ]
 
 
-def smallest(component: Mapping[str, Any]) -> int:
+def largest_kappa(component: Mapping[str, Any]) -> int:
     """The largest kappa that every group can take; 0 without groups."""
     return min((len(group["calls"]) for _, group in groups_of(component)), default=0)
 
 
-def known_beforehand(component: Mapping[str, Any]) -> bool:
+def can_forecast(component: Mapping[str, Any]) -> bool:
     """Whether all routers read the global embedding alone, which no step waits for."""
-    found = groups_of(component)
-    return bool(found) and all(group["alpha"] == 0 for _, group in found)
+    groups = groups_of(component)
+    return bool(groups) and all(group["alpha"] == 0 for _, group in groups)
 
 
-def starts_of(logits: np.ndarray, kappa: int) -> np.ndarray:
+def first_calls(logits: np.ndarray, kappa: int) -> np.ndarray:
     """[B, m] -> the first of the kappa neighbours with the largest mean logit, [B]."""
-    first: np.ndarray = windows(logits, kappa).argmax(-1)
-    return first
+    starts: np.ndarray = windows(logits, kappa).argmax(-1)
+    return starts
 
 
 def windows(logits: np.ndarray, kappa: int) -> np.ndarray:
@@ -69,26 +69,26 @@ def runs_of(group: Mapping[str, Any], starts: np.ndarray, kappa: int) -> dict[in
     return runs
 
 
-def runs_of_all(
+def rows_by_call(
     component: Mapping[str, Any], starts: Starts, kappa: int | None
 ) -> dict[int, np.ndarray]:
     """`runs_of` every group that has chosen so far."""
     runs: dict[int, np.ndarray] = {}
-    for name, group in choosing(component, kappa):
+    for name, group in choosing_groups(component, kappa):
         if kappa is not None and name in starts:
             runs |= runs_of(group, starts[name], kappa)
     return runs
 
 
-def pieces(
+def sections(
     component: Mapping[str, Any], kappa: int | None, starts: Starts
 ) -> Iterator[tuple[int, int, str | None]]:
     """The program cut before every group that chooses and is not in `starts`: (begin, end, group).
 
-    The last piece has no group.
+    The last section has no group.
     """
     begin = 0
-    for name, group in choosing(component, kappa):
+    for name, group in choosing_groups(component, kappa):
         if name not in starts:
             yield begin, group["calls"][0], name
             begin = group["calls"][0]
@@ -141,7 +141,7 @@ def check_groups(row: Mapping[str, Any], where: str) -> None:
 
 def check_kappa(manifest: Mapping[str, Any]) -> None:
     """Bundles with groups name a default number of blocks that every group can keep."""
-    sizes = [smallest(row) for row in manifest["components"].values() if groups_of(row)]
+    sizes = [largest_kappa(row) for row in manifest["components"].values() if groups_of(row)]
     kappa = manifest.get("kappa")
     if not sizes:
         if kappa is not None:

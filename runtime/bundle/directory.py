@@ -3,7 +3,7 @@
 A bundle is data: manifest.json, ONNX graphs, safetensors, plans, tokenizers. It may come from
 anywhere, so a name that leaves the directory, by '..', by an absolute path or through a symbolic
 link, is refused before anything is read. Plans and cubins are machine code all the same: take
-them from whom you would take a program, ask for a signature, or draw with the backend "ort".
+them from whom you would take a program, require a signature, or use the backend "ort".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from runtime.bundle import manifest as manifests
 from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
 from runtime.files.checked_json import parse_json
-from runtime.files.hashes import first_wrong
+from runtime.files.hashes import first_mismatch
 from runtime.files.kinds import not_a
 from runtime.files.tensors import SafeTensors
 
@@ -42,7 +42,7 @@ class Bundle:
     def file(self, relative: str) -> Path:
         """The path of a file that the manifest lists."""
         if relative not in self.manifest["files"]:
-            raise ValueError(f"bundle {self.path} lists no file {relative!r} in its manifest.json.")
+            raise ValueError(f"the manifest.json of bundle {self.path} lists no file {relative!r}.")
         return self.path / relative
 
     def component(self, name: str) -> dict[str, Any]:
@@ -62,15 +62,13 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | os.PathLike[str],
-    check: str = "cached",
-    key: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str], check: str = "cached", key: str | os.PathLike[str] | None = None
 ) -> Bundle:
     """Open and check a bundle directory.
 
     `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
     (see runtime.files.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
-    looking, not for drawing. With `key`, a public key's file, the manifest must be signed by it.
+    looking, not for generating. With `key`, a public key's file, the manifest must be signed by it.
     Raises FileNotFoundError, ValueError or ImportError with one sentence.
     """
     if check not in CHECKS:
@@ -99,7 +97,7 @@ def open_bundle(
         check_file(root, name, row, full=False)  # sizes first: they are known at once
     if check != "sizes":
         wanted = {name: row["sha256"] for name, row in files.items()}
-        if wrong := first_wrong(root, wanted, anew=check == "full"):
+        if wrong := first_mismatch(root, wanted, anew=check == "full"):
             raise wrong_hash(root, *wrong)
     bundle = Bundle(root, manifest, digest)
     for component in manifest["components"]:
@@ -108,7 +106,7 @@ def open_bundle(
 
 
 def required_key() -> str | None:
-    """The public key by which whatever is drawn from must be signed; $D2M_PUBLIC_KEY."""
+    """The public key by which a bundle must be signed to generate from it; $D2M_PUBLIC_KEY."""
     return os.environ.get("D2M_PUBLIC_KEY") or None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from runtime.bundle.manifest import check_files
 from runtime.bundle.reading import check_file, read_small
 from runtime.files.checked_json import (
+    array,
     integer,
     listed,
     mapping,
@@ -91,10 +92,7 @@ def check(manifest: Any) -> None:
         raise wrong("kernels", f"{len(kernels)} entries", f"at most {MAX_KERNELS}")
     for name in kernels:
         check_kernel(mapping(kernels, name, "kernels"), f"kernels.{name}", files)
-    plans = manifest.get("plans")
-    if not isinstance(plans, list) or not 1 <= len(plans) <= 1000:
-        raise wrong("plans", plans, "a list of 1 to 1000 plans")
-    for index, plan in enumerate(plans):
+    for index, plan in enumerate(array(manifest, "plans", 1, 1000, "plans")):
         if not isinstance(plan, dict):
             raise wrong(f"plans[{index}]", plan, "an object")
         check_plan(plan, f"plans[{index}]", manifest)
@@ -110,18 +108,14 @@ def check_kernel(row: dict[str, Any], where: str, files: dict[str, Any]) -> None
     integer(row, "block", 32, 1024, where)
     integer(row, "shared", 0, MAX_SHARED, where)
     integer(row, "scratch", 0, 8, where)
-    parameters = row.get("parameters")
+    parameters = array(row, "parameters", 1, 64, "pairs of name and type", where)
     kinds = {"i32", *(f"*{name}" for name in DTYPES)}
-    if (
-        not isinstance(parameters, list)
-        or not 1 <= len(parameters) <= 64
-        or not all(
-            isinstance(pair, list)
-            and len(pair) == 2
-            and all(isinstance(part, str) for part in pair)
-            and pair[1] in kinds
-            for pair in parameters
-        )
+    if not all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(part, str) for part in pair)
+        and pair[1] in kinds
+        for pair in parameters
     ):
         raise wrong(f"{where}.parameters", parameters, "a list of name and type")
 
@@ -148,25 +142,21 @@ def check_plan(plan: dict[str, Any], where: str, manifest: dict[str, Any]) -> No
             if not isinstance(row, dict) or name in tensors:
                 raise wrong(here, row, "a tensor, named once")
             tensors[name] = one_of(row, "dtype", tuple(DTYPES), here)
-            check_extents(row.get("shape"), f"{here}.shape", 3)
+            check_extents(row, "shape", here)
     for side, expected in op_shapes(manifest).items():
         if plan[side] != expected:
             raise wrong(f"{where}.{side}", plan[side], f"the op's: {expected}")
-    launches = plan.get("launches")
-    if not isinstance(launches, list) or not 1 <= len(launches) <= 32:
-        raise wrong(f"{where}.launches", launches, "a list of 1 to 32 launches")
-    for index, launch in enumerate(launches):
+    for index, launch in enumerate(array(plan, "launches", 1, 32, "launches", where)):
         here = f"{where}.launches[{index}]"
         if not isinstance(launch, dict):
             raise wrong(here, launch, "an object")
         kernel = manifest["kernels"][one_of(launch, "kernel", tuple(manifest["kernels"]), here)]
-        check_extents(launch.get("grid"), f"{here}.grid", 3)
-        arguments = launch.get("arguments")
-        if not isinstance(arguments, list) or len(arguments) != len(kernel["parameters"]):
-            raise wrong(f"{here}.arguments", arguments, "one for every parameter of its kernel")
+        check_extents(launch, "grid", here)
+        count, what = len(kernel["parameters"]), "values, one for every parameter of its kernel"
+        arguments = array(launch, "arguments", count, count, what, here)
         for (name, kind), value in zip(kernel["parameters"], arguments):
             if kind == "i32":
-                check_extents([value], f"{here}.{name}", 1)
+                check_extents({name: [value]}, name, here)
             elif not isinstance(value, str) or tensors.get(value) != kind[1:]:
                 raise wrong(f"{here}.{name}", value, f"a tensor of {kind[1:]}")
 
@@ -188,11 +178,11 @@ def op_shapes(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": inputs, "outputs": {"y": tensor("T", D)}}
 
 
-def check_extents(sizes: Any, where: str, most: int) -> None:
-    """A list of at most `most` sizes: numbers, or "f*name" over COUNTS."""
-    if not isinstance(sizes, list) or not 1 <= len(sizes) <= most:
-        raise wrong(where, sizes, f"a list of 1 to {most} sizes")
-    for size in sizes:
+def check_extents(row: dict[str, Any], key: str, where: str) -> None:
+    """A list of 1 to 3 sizes: numbers, or "f*name" over COUNTS."""
+    for size in (sizes := array(row, key, 1, 3, "sizes", where)):
         number = type(size) is int and 1 <= size < 1 << 31
         if not number and not (isinstance(size, str) and EXTENT.fullmatch(size)):
-            raise wrong(where, sizes, f"numbers, or multiples of one of {', '.join(COUNTS)}")
+            raise wrong(
+                f"{where}.{key}", sizes, f"numbers, or multiples of one of {', '.join(COUNTS)}"
+            )

@@ -12,7 +12,17 @@ from typing import Any
 
 from runtime.bundle.block_groups import check_groups, check_kappa
 from runtime.families import FAMILIES
-from runtime.files.checked_json import integer, listed, mapping, number, one_of, show, text, wrong
+from runtime.files.checked_json import (
+    array,
+    integer,
+    listed,
+    mapping,
+    number,
+    one_of,
+    show,
+    text,
+    wrong,
+)
 from runtime.files.tensors import naturals
 
 FORMAT = 1
@@ -25,7 +35,7 @@ MAX_CALLS = 4096  # blocks of a component
 MAX_TENSORS = 256  # that go into a block or come out of it, weights not counted
 MAX_TOKENS = 4096  # of a prompt
 MAX_DIM = 1 << 40
-MAX_PIXELS = 16384  # a side of a picture
+MAX_PIXELS = 16384  # a side of an image
 
 
 def check(manifest: Any) -> None:
@@ -82,10 +92,9 @@ def check_files(files: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(row, dict):
             raise wrong(where, row, "an object with sha256 and size")
         integer(row, "size", 0, MAX_FILE, where)
-        if not isinstance(row.get("sha256"), str) or not re.fullmatch(
-            "[0-9a-f]{64}", row["sha256"]
-        ):
-            raise wrong(f"{where}.sha256", row.get("sha256"), "64 hexadecimal digits")
+        digest = row.get("sha256")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise wrong(f"{where}.sha256", digest, "64 hexadecimal digits")
     return files
 
 
@@ -101,10 +110,7 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
     """A component: its files, tensors, block types, and a program that can run to its end."""
     check_suffix(listed(row, "onnx", files, where), f"{where}.onnx", ".onnx")
     check_suffix(listed(row, "weights", files, where), f"{where}.weights", ".safetensors")
-    shards = row.get("shards", [])
-    if not isinstance(shards, list) or len(shards) > MAX_FILES:
-        raise wrong(f"{where}.shards", shards, "a list of files")
-    for name in shards:
+    for name in array(row, "shards", 0, MAX_FILES, "files", where) if "shards" in row else []:
         if not isinstance(name, str) or name not in files:
             raise wrong(f"{where}.shards", name, "paths listed under files")
         check_suffix(name, f"{where}.shards", ".safetensors")
@@ -116,11 +122,8 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
         raise wrong(f"{where}.types", f"{len(types)} entries", f"at most {MAX_CALLS}")
     for name in types:
         check_type(mapping(types, name, f"{where}.types"), f"{where}.types.{name}", files)
-    program = row.get("program")
-    if not isinstance(program, list) or not 1 <= len(program) <= MAX_CALLS:
-        raise wrong(f"{where}.program", program, f"a list of 1 to {MAX_CALLS} calls")
     known = set(row["inputs"])
-    for index, call in enumerate(program):
+    for index, call in enumerate(array(row, "program", 1, MAX_CALLS, "calls", where)):
         here = f"{where}.program[{index}]"
         if not isinstance(call, dict):
             raise wrong(here, call, "an object with type and prefix")
@@ -155,13 +158,9 @@ def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
             raise wrong(f"{where}.graphs", list(graphs), "one graph or a graph per top_k")
         check_suffix(listed(graphs, key, files, f"{where}.graphs"), f"{where}.graphs", ".onnx")
     for side in ("inputs", "outputs"):
-        names = row.get(side)
-        if (
-            not isinstance(names, list)
-            or len(names) > MAX_TENSORS
-            or not all(isinstance(n, str) for n in names)
-        ):
-            raise wrong(f"{where}.{side}", names, f"a list of at most {MAX_TENSORS} tensor names")
+        names = array(row, side, 0, MAX_TENSORS, "tensor names", where)
+        if not all(isinstance(name, str) for name in names):
+            raise wrong(f"{where}.{side}", names, "a list of tensor names")
     if "body" in row:
         text(row, "body", where)
     for name in mapping(row, "weights", where):
@@ -172,10 +171,7 @@ def check_type(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
 def check_tensor(row: dict[str, Any], where: str, *, named: bool = True) -> None:
     """{"dtype", "shape"}; dimensions are numbers, or names where `named`."""
     one_of(row, "dtype", DTYPES, where)
-    shape = row.get("shape")
-    if not isinstance(shape, list) or len(shape) > 8:
-        raise wrong(f"{where}.shape", shape, "a list of at most 8 dimensions")
-    for size in shape:
+    for size in (shape := array(row, "shape", 0, 8, "dimensions", where)):
         number = type(size) is int and 0 <= size < MAX_DIM
         if not number and not (named and isinstance(size, str) and 0 < len(size) < 64):
             raise wrong(f"{where}.shape", shape, "a list of dimensions")
@@ -183,14 +179,13 @@ def check_tensor(row: dict[str, Any], where: str, *, named: bool = True) -> None
 
 def check_top_k(manifest: dict[str, Any]) -> None:
     """Sparse bundles name a default number of experts, and the others that were exported."""
-    choices, top_k = manifest.get("top_k_choices"), manifest.get("top_k")
+    top_k = manifest.get("top_k")
     if manifest["kind"] == "dense":
-        if choices or top_k is not None:
+        if manifest.get("top_k_choices") or top_k is not None:
             raise wrong("top_k", top_k, "null, and no top_k_choices, in a dense bundle")
         return
     experts = integer(manifest, "num_experts", 1, 4096)
-    if not isinstance(choices, list) or not 1 <= len(choices) <= experts + 1:
-        raise wrong("top_k_choices", choices, f"a list of 1 to {experts + 1} numbers of experts")
+    choices = array(manifest, "top_k_choices", 1, experts + 1, "numbers of experts")
     if any(type(k) is not int or not 0 <= k <= experts for k in choices):
         raise wrong("top_k_choices", choices, f"numbers between 0 and num_experts = {experts}")
     if type(top_k) is not int or top_k not in choices:
@@ -204,7 +199,7 @@ def check_top_k(manifest: dict[str, Any]) -> None:
 
 
 def check_settings(manifest: dict[str, Any]) -> None:
-    """Defaults, latents and scheduler: numbers in the range where drawing is possible."""
+    """Defaults, latents and scheduler: numbers in the range where images are possible."""
     latents = mapping(manifest, "latents")
     integer(latents, "channels", 1, 4096, "latents")
     factor = integer(latents, "vae_scale_factor", 1, 256, "latents")
@@ -227,12 +222,8 @@ def check_plan(row: dict[str, Any], where: str, files: dict[str, Any]) -> None:
     """A set of compiled plans: the library and release that built them, and where they run."""
     text(row, "api", where)
     text(row, "version", where)
-    capabilities = row.get("compute_capabilities")
-    if (
-        not isinstance(capabilities, list)
-        or len(capabilities) > 100
-        or not all(type(number) is int and 10 <= number < 1000 for number in capabilities)
-    ):
+    capabilities = array(row, "compute_capabilities", 0, 100, "numbers such as 89", where)
+    if not all(type(number) is int and 10 <= number < 1000 for number in capabilities):
         raise wrong(f"{where}.compute_capabilities", capabilities, "a list of numbers such as 89")
     for name, sizes in (mapping(row, "profiles", where) if "profiles" in row else {}).items():
         if not naturals(sizes) or len(sizes) != 3:
@@ -253,16 +244,15 @@ def check_segments(row: dict[str, Any], where: str, files: dict[str, Any]) -> No
             raise wrong(f"{here}.kernels", folder, "a directory whose kernels.json is under files")
     known = {*row["files"], *row["experts"]}
     tensors = mapping(row, "tensors", where)
-    for block, steps in mapping(row, "segments", where).items():
+    for block in mapping(row, "segments", where):
         here = f"{where}.segments.{block}"
-        if not isinstance(steps, list) or not 1 <= len(steps) <= 64:
-            raise wrong(here, steps, "a list of 1 to 64 launches")
+        steps = array(row["segments"], block, 1, 64, "launches", f"{where}.segments")
         for step in steps:
             if not isinstance(step, str) or step not in known or step not in tensors:
                 raise wrong(here, step, "a plan of the set or one of its experts")
         if steps[-1] in row["experts"]:
             raise wrong(here, steps[-1], "a plan at the end, which writes the block's outputs")
     for name in row["experts"]:
-        inputs = mapping(tensors, name, f"{where}.tensors").get("inputs")
-        if not isinstance(inputs, list) or len(inputs) != 5:
-            raise wrong(f"{where}.tensors.{name}.inputs", inputs, "x, logits, w1, b1 and w2")
+        entry = mapping(tensors, name, f"{where}.tensors")
+        what = "tensors: x, logits, w1, b1 and w2"
+        array(entry, "inputs", 5, 5, what, f"{where}.tensors.{name}")

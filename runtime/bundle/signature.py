@@ -1,8 +1,8 @@
 """Signed bundles: an Ed25519 signature of manifest.json, which names the hash of every other file.
 
 `manifest.sig` holds the signature and the public key that it was made with. That key proves
-nothing by itself, since anyone can sign; a bundle is trusted where the key is one that was asked
-for. Keys are PEM files as openssl writes them (PKCS 8 without a password, and SPKI).
+nothing by itself, since anyone can sign; a bundle is trusted where the key is the required one.
+Keys are PEM files as openssl writes them (PKCS 8 without a password, and SPKI).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_signature(root: Path, digest: str, key: str | os.PathLike[str] | None)
         found = load(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "a public")
         wanted = raw(found)
     if not os.path.lexists(root / FILE):
-        raise broken(root, f"it is not signed (it has no {FILE}), and a signature was asked for")
+        raise broken(root, f"it is not signed (it has no {FILE}), and a signature is required")
     data = read_small(root, "manifest.json")
     if hashlib.sha256(data).hexdigest() != digest:
         raise broken(root, "its manifest.json changed while it was checked")
@@ -47,8 +47,12 @@ def check_signature(root: Path, digest: str, key: str | os.PathLike[str] | None)
             f"it is signed by key {fingerprint(named)}, expected {fingerprint(wanted)}, which is"
             f" {key}",
         )
-    if not good(ed25519.Ed25519PublicKey.from_public_bytes(named), signature, CONTEXT + data):
-        raise broken(root, f"its {FILE} is no signature of its manifest.json")
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(named).verify(signature, CONTEXT + data)
+    except InvalidSignature:
+        raise broken(root, f"its {FILE} is no signature of its manifest.json") from None
     return fingerprint(named)
 
 
@@ -70,17 +74,6 @@ def read_signature(root: Path) -> tuple[bytes, bytes]:
     return named, signature
 
 
-def good(public: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
-    """Whether a signature is right."""
-    from cryptography.exceptions import InvalidSignature
-
-    try:
-        public.verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
-
-
 def load(path: str | os.PathLike[str], read: Any, kind: type, what: str) -> Any:
     """A key from a PEM file; FileNotFoundError or ValueError names the file."""
     path = Path(path)
@@ -92,8 +85,8 @@ def load(path: str | os.PathLike[str], read: Any, kind: type, what: str) -> Any:
     try:
         key = read(data, password=None) if what == "a private" else read(data)
     except Exception as error:  # ValueError, TypeError (a password), its own UnsupportedAlgorithm
-        said = " ".join(str(error).split())[:80]
-        raise ValueError(f"{path} is not {what} key in PEM form ({said}); {cure}") from None
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"{path} is not {what} key in PEM form ({reason}); {cure}") from None
     if not isinstance(key, kind):
         raise ValueError(f"{path} is not {what} key of Ed25519; {cure}")
     return key

@@ -55,11 +55,7 @@ def sign(bundle: str | os.PathLike[str], key: str | os.PathLike[str]) -> dict[st
     }
     text = json.dumps(row, indent=2, sort_keys=True) + "\n"
     write_bytes(opened.path / FILE, text.encode(), 0o644)
-    return {
-        "bundle": str(opened.path),
-        "digest": opened.digest,
-        "fingerprint": fingerprint(public),
-    }
+    return {"bundle": str(opened.path), "digest": opened.digest, "fingerprint": fingerprint(public)}
 
 
 def verify(

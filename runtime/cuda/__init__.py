@@ -2,7 +2,7 @@
 
 Addresses and copies; no other file of the runtime names CUDA's driver.
 
-    device    The few things asked of a CUDA device: memory, copies, one stream
+    device    What is used of a CUDA device: memory, copies, one stream
     memory    What an executor of plans holds on a device: weights
     arena     Tensors in device memory: what they are called and measure
 """

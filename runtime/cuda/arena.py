@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class Buffer:
     @property
     def size(self) -> int:
         """Bytes it fills."""
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return byte_size(self.shape, self.dtype)
 
 
 class Step(Protocol):
@@ -34,12 +34,10 @@ class Step(Protocol):
     @property
     def inputs(self) -> Mapping[str, Buffer]:
         """What must be there before."""
-        ...
 
     @property
     def outputs(self) -> Mapping[str, Buffer]:
-        """What comes into being."""
-        ...
+        """What is written."""
 
 
 def place_buffers(inputs: list[Buffer], launches: Sequence[Step], outputs: list[Buffer]) -> int:
@@ -47,7 +45,7 @@ def place_buffers(inputs: list[Buffer], launches: Sequence[Step], outputs: list[
 
     Inputs are all written before the first launch, outputs are read after the last; in between a
     buffer lives from the launch that writes it to the last that reads it. First fit, in order.
-    Inputs that have an offset (from a piece before) keep it.
+    Inputs that have an offset (from the section before) keep it.
     """
     last: dict[int, int] = {id(buffer): -1 for buffer in inputs}
     for index, launch in enumerate(launches):
@@ -59,6 +57,7 @@ def place_buffers(inputs: list[Buffer], launches: Sequence[Step], outputs: list[
     end = 0
 
     def place(buffer: Buffer) -> int:
+        """Give `buffer` the first hole between the live ones that it fits; where it ends."""
         offset = 0
         for other in sorted(live, key=lambda item: item.offset):
             if offset + buffer.size <= other.offset:
@@ -84,3 +83,8 @@ def place_buffers(inputs: list[Buffer], launches: Sequence[Step], outputs: list[
 def aligned(size: int) -> int:
     """`size` rounded up to ALIGN."""
     return -(-size // ALIGN) * ALIGN
+
+
+def byte_size(shape: Iterable[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * SIZES[dtype]

@@ -1,4 +1,4 @@
-"""The few things asked of a CUDA device: memory, copies, one stream, graphs. Nothing else is CUDA.
+"""What is used of a CUDA device: memory, copies, one stream, graphs. No other file calls CUDA.
 
 Through cuda-bindings (no torch; its import takes 0.1 s). An executor takes such an object as an
 argument, so that its tests run on host memory.
@@ -29,10 +29,10 @@ class Device:
         """Address of `size` new bytes, a multiple of 256."""
         error, address = self.cuda.cudaMalloc(max(size, 1))
         if int(error) == int(self.cuda.cudaError_t.cudaErrorMemoryAllocation):
-            free = self.check("asking for free memory", *self.cuda.cudaMemGetInfo())[0]
+            free = self.check("reading the free memory", *self.cuda.cudaMemGetInfo())[0]
             raise OSError(
-                f"the GPU has {free >> 20} MiB free, expected {size >> 20} MiB more; draw a smaller"
-                " picture or fewer at once, or use --backend ort."
+                f"the GPU has {free >> 20} MiB free, expected {size >> 20} MiB more; generate"
+                " smaller images or fewer at once, or use --backend ort."
             )
         return int(self.check("allocating memory", error, address))
 
@@ -101,9 +101,9 @@ class Device:
         """A function of a cubin, allowed `shared` bytes of dynamic shared memory a program."""
         cuda = driver()
         limit = self.cuda.cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerBlockOptin
-        device = self.check("asking for the GPU", *self.cuda.cudaGetDevice())
+        device = self.check("reading the current GPU", *self.cuda.cudaGetDevice())
         have = self.check(
-            "asking for shared memory", *self.cuda.cudaDeviceGetAttribute(limit, device)
+            "reading the shared memory", *self.cuda.cudaDeviceGetAttribute(limit, device)
         )
         if shared > have:
             raise OSError(
@@ -171,7 +171,7 @@ def capability(cuda: Any) -> int:
         attribute = getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}")
         error, value = cuda.cudaDeviceGetAttribute(attribute, device)
         if int(error):
-            raise OSError(f"asking for the GPU's kind failed ({text(cuda, error)}).")
+            raise OSError(f"reading the GPU's compute capability failed ({text(cuda, error)}).")
         numbers.append(int(value))
     return 10 * numbers[0] + numbers[1]
 

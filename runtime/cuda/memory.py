@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.cuda.arena import SIZES, aligned
-from runtime.files.tensors import SafeTensors, narrow, to_float32
+from runtime.files.tensors import SafeTensors
 
 
 class Memory:
@@ -26,7 +26,7 @@ class Memory:
         self.weights: dict[tuple[str, str], int] = {}
         self.regions = {"arena": (0, 0), "scratch": (0, 0)}  # address, bytes
         self._owned: set[int] = set()
-        weakref.finalize(self, give_back, device, self._owned)
+        weakref.finalize(self, free_all, device, self._owned)
 
     def reserve(self, region: str, size: int, *, keep: bool = False) -> int:
         """The region's address, with room for `size` bytes at least; `keep`: with its contents."""
@@ -69,22 +69,7 @@ class Memory:
         return address
 
 
-def give_back(device: Any, owned: set[int]) -> None:
+def free_all(device: Any, owned: set[int]) -> None:
     """Free what an executor held."""
     while owned:
         device.free(owned.pop())
-
-
-def numpy_dtype(dtype: str) -> str:
-    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
-def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array, bfloat16 being uint16 bits, as `dtype`, C-contiguous; no copy where it is so."""
-    if array.dtype == numpy_dtype(dtype):
-        return np.ascontiguousarray(array)
-    wide = to_float32(array) if array.dtype == np.uint16 else array
-    if dtype == "bfloat16":
-        return narrow(wide)
-    return np.ascontiguousarray(wide, dtype)

@@ -37,22 +37,22 @@ def write_bytes(
     The file has the rights `mode` from the beginning. Without `lasting` nothing waits for the
     disk: for what can be computed again after a power cut.
     """
-    return write_pieces(path, [data], mode, lasting=lasting)
+    return write_chunks(path, [data], mode, lasting=lasting)
 
 
-def write_pieces(
+def write_chunks(
     path: str | os.PathLike[str],
-    pieces: Iterable[bytes | memoryview],
+    chunks: Iterable[bytes | memoryview],
     mode: int = 0o666,
     *,
     lasting: bool = True,
 ) -> Path:
-    """The same of pieces that are made while the file is written, one in memory at a time."""
+    """The same of chunks that are made while the file is written, one in memory at a time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path, mode) as (file, temporary):
-        for piece in pieces:
-            file.write(piece)
+        for chunk in chunks:
+            file.write(chunk)
         file.flush()
         if lasting:
             os.fsync(file.fileno())

@@ -20,19 +20,19 @@ def read_json(
     FileNotFoundError where there is no file; ValueError, one sentence, for one of more than `most`
     bytes, text that is not UTF-8 or not JSON, and any other value than an object.
     """
-    said = f"{what} {printable(str(path))}".strip()
+    name = f"{what} {printable(str(path))}".strip()
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{said} is missing, expected a JSON file; copy it there again.")
+        raise FileNotFoundError(f"{name} is missing, expected a JSON file; copy it there again.")
     with open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"{said} has more than {most} bytes, which no such file has; restore it.")
+        raise ValueError(f"{name} has more than {most} bytes, which no such file has; restore it.")
     try:
         value = parse_json(data, infinite)
     except ValueError as error:
-        raise ValueError(f"{said} is not valid JSON ({error}); restore the file.") from None
+        raise ValueError(f"{name} is not valid JSON ({error}); restore the file.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{said} holds {show(value)}, expected a JSON object; restore the file.")
+        raise ValueError(f"{name} holds {show(value)}, expected a JSON object; restore the file.")
     return value
 
 
@@ -45,12 +45,9 @@ def parse_json(data: bytes, infinite: bool = False) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} values")
     try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=float if infinite else refuse,
-            parse_float=finite,
-        )
+        constant = float if infinite else refuse
+        hooks: Any = {"parse_constant": constant, "parse_float": finite}
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as error:
         raise ValueError(printable(str(error))[:80]) from None
 
@@ -88,6 +85,18 @@ def mapping(obj: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
     value = obj.get(key)
     if not isinstance(value, dict):
         raise wrong(join(where, key), value, "an object")
+    return value
+
+
+def array(
+    obj: dict[str, Any], key: str, low: int, high: int, what: str, where: str = ""
+) -> list[Any]:
+    """obj[key], which must be a list of low to high values; `what` names them in the error."""
+    value = obj.get(key)
+    if not isinstance(value, list) or not low <= len(value) <= high:
+        size = f"{low} to {high}" if low else f"at most {high}"
+        size = str(low) if low == high else size
+        raise wrong(join(where, key), value, f"a list of {size} {what}")
     return value
 
 
@@ -146,5 +155,5 @@ def wrong(where: str, value: Any, expected: str) -> ValueError:
 
 def show(value: Any) -> str:
     """A value of unknown size as at most 80 characters."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -23,16 +23,16 @@ from runtime.files.checked_json import parse_json
 
 log = logging.getLogger("runtime")
 SETTLED = 2.0  # seconds since the last change; some file systems keep times to two seconds
-KEPT = 256  # bundles remembered
+MAX_BUNDLES = 256  # remembered
 MAX_BYTES = 8 << 20  # of such a file
 Stamp = list[int]
 
 
 def cache_dir() -> Path | None:
     """$D2M_CACHE, else d2m in the user's cache directory; None where there is none, or for ""."""
-    asked = os.environ.get("D2M_CACHE")
-    if asked is not None:
-        return Path(asked) if asked else None
+    folder = os.environ.get("D2M_CACHE")
+    if folder is not None:
+        return Path(folder) if folder else None
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base, "d2m") if os.path.isabs(base) else None
 
@@ -53,7 +53,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return found
 
 
-def first_wrong(
+def first_mismatch(
     root: Path, wanted: Mapping[str, str], *, anew: bool = False
 ) -> tuple[str, str] | None:
     """(name, its hash) of the first file of a directory that has not the hash wanted; None: none.
@@ -81,7 +81,7 @@ def first_wrong(
 
 def recall(root: Path) -> dict[str, Any]:
     """What is remembered of a directory's files: name -> stamp and hash; {} where nothing is."""
-    place = place_of(root)
+    place = cache_file(root)
     try:
         if place is None or place.stat().st_uid != os.getuid() or place.is_symlink():
             return {}
@@ -97,7 +97,7 @@ def recall(root: Path) -> dict[str, Any]:
 
 def remember(root: Path, seen: dict[str, Any]) -> None:
     """Write what `recall` shall give; where that cannot be written, the log says so."""
-    place = place_of(root)
+    place = cache_file(root)
     if place is None:
         return
     try:
@@ -121,13 +121,13 @@ def tidy(folder: Path) -> None:
             files.append((path.stat().st_mtime, path))
         except OSError:
             continue  # another process was quicker
-    whole = sorted(pair for pair in files if pair[1].suffix == ".json")
+    complete = sorted(pair for pair in files if pair[1].suffix == ".json")
     stale = [pair for pair in files if pair[1].suffix == ".tmp" and pair[0] < time.time() - 3600]
-    for _, path in whole[:-KEPT] + stale:
+    for _, path in complete[:-MAX_BUNDLES] + stale:
         path.unlink(missing_ok=True)
 
 
-def place_of(root: Path) -> Path | None:
+def cache_file(root: Path) -> Path | None:
     """The file that remembers a directory's hashes; None where it would lie in the directory."""
     base, real = cache_dir(), root.resolve()
     if base is None or base.resolve().is_relative_to(real):

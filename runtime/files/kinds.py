@@ -44,7 +44,7 @@ def kind(path: Path) -> tuple[str, str]:
     if begin[:4] == b"GGUF":
         return "is a GGUF file (quantized weights)", f"take the original weights; {whole}"
     if begin == b"\x89PNG\r\n\x1a\n":
-        return "is a PNG image", f"generate it again with: d2m run --again {given} -o NEW.png"
+        return "is a PNG image", f"generate it again with: d2m run --regenerate {given} -o NEW.png"
     if path.suffix == ".safetensors" and (b".lora_" in header or b"lora_A" in header):
         return "is a LoRA", f"fuse it with: d2m lora {given} --onto PIPELINE -o NEW"
     if path.suffix in (".safetensors", *PICKLED):

@@ -17,31 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files.checked_json import parse_json, printable, read_json
+from runtime.files.checked_json import parse_json, printable, read_json, show
 
 # Name in the file -> numpy type of the raw bytes.
 RAW_DTYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "F32": "<f4",
-    "F64": "<f8",
-}
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
+    "U64": "<u8", "I64": "<i8", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8",
+}  # fmt: skip
 DTYPE_NAMES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float64": "F64",
-    "int64": "I64",
-}
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64",
+}  # fmt: skip
 MAX_HEADER = 16 << 20  # bytes: some 100,000 tensors; FLUX.1 has 800
 MAX_RANK = 8
 ALIGNMENT = 64  # bytes, of where data begin: a cache line, and the widest vector of any CPU
@@ -88,7 +73,7 @@ def parse_header(path: Path, text: bytes, total: int) -> dict[str, Tensor]:
     try:
         header = parse_json(text)
     except ValueError as error:
-        raise broken(path, f"its header is no JSON ({short(error)})") from None
+        raise broken(path, f"its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise broken(path, "its header is no JSON object")
     metadata = header.pop("__metadata__", {})
@@ -132,12 +117,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def pieces_of(
+def file_chunks(
     rows: Sequence[tuple[str, str, Sequence[int]]],
     data: Iterable[memoryview],
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[bytes | memoryview]:
-    """A file's bytes, piece by piece: header, then the tensors, each asked for when its turn comes.
+    """A file's bytes in chunks: header, then the tensors, each read when its turn comes.
 
     rows: (name, dtype as files name it, shape) in the file's order; data: the bytes of each.
     """
@@ -151,9 +136,9 @@ def pieces_of(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
-    for (name, *_), size, piece in zip(rows, sizes, data, strict=True):
-        assert piece.nbytes == size, name
-        yield piece
+    for (name, *_), size, chunk in zip(rows, sizes, data, strict=True):
+        assert chunk.nbytes == size, name
+        yield chunk
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -168,11 +153,11 @@ def read_tensor(path: Path, name: str, entry: Any) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in RAW_DTYPES:
         known = ", ".join(RAW_DTYPES)
-        raise broken(path, f"tensor {name[:80]!r} has dtype {short(dtype)}, not one of {known}")
+        raise broken(path, f"tensor {name[:80]!r} has dtype {show(dtype)}, not one of {known}")
     if not naturals(shape) or len(shape) > MAX_RANK:
-        raise broken(path, f"tensor {name[:80]!r} has shape {short(shape)}")
+        raise broken(path, f"tensor {name[:80]!r} has shape {show(shape)}")
     if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise broken(path, f"tensor {name[:80]!r} has offsets {short(offsets)}")
+        raise broken(path, f"tensor {name[:80]!r} has offsets {show(offsets)}")
     size = math.prod(shape) * np.dtype(RAW_DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != size:
         stated = offsets[1] - offsets[0]
@@ -248,11 +233,17 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array as an executor takes it; bfloat16 as uint16 bits."""
-    if dtype == "bfloat16":
-        return narrow(array)
-    return np.ascontiguousarray(array, dtype)
+def numpy_dtype(dtype: str) -> str:
+    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array, bfloat16 being uint16 bits, as `dtype`, C-contiguous; no copy where it is so."""
+    if array.dtype == numpy_dtype(dtype):
+        return np.ascontiguousarray(array)
+    wide = to_float32(array) if array.dtype == np.uint16 else array
+    return narrow(wide) if dtype == "bfloat16" else np.ascontiguousarray(wide, dtype)
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
@@ -265,12 +256,6 @@ def naturals(value: Any) -> bool:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 1 << 63 for item in value
     )
-
-
-def short(value: Any) -> str:
-    """A value of unknown size and origin as at most 80 printable characters."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def broken(path: Path, what: str) -> ValueError:

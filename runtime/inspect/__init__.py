@@ -14,9 +14,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from runtime.inspect.directory import inspect
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "runtime.inspect.directory": "inspect",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"runtime.inspect.directory": "inspect"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runtime.program.backends import BACKENDS, GPU_BACKENDS, TRIED
-from runtime.program.executor import not_installed, obstacle
+from runtime.program.executor import missing_library, unavailable_reason
 
 if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
@@ -34,7 +34,9 @@ def backends(bundle: Bundle) -> dict[str, dict[str, Any]]:
     }
     return {
         name: {
-            "lacks": obstacle(bundle, name) if name in GPU_BACKENDS else not_installed(name),
+            "lacks": unavailable_reason(bundle, name)
+            if name in GPU_BACKENDS
+            else missing_library(name),
             "experts": experts[name] if sparse else None,
             "tried": TRIED[name],
         }

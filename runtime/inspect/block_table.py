@@ -1,37 +1,33 @@
-"""The block schedule of a generation as a table for people: `d2m inspect --schedule`."""
+"""The block forecast of a generation as a table for people: `d2m inspect --schedule`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.bundle.block_groups import groups_of, known_beforehand
+from runtime.bundle.block_groups import can_forecast, groups_of
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.request import check_request
-from runtime.sampling import encode, feeds_of, noise_levels, prepare_latents
-
-
-def block_number(prefix: str) -> int:
-    """A block's index in the dense model's list: `transformer_blocks.3.blocks.4.` -> 4."""
-    return int(prefix.rstrip(".").rpartition(".")[2])
+from runtime.sampling import noise_levels, request_inputs
 
 
 def group_rows(component: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A component's groups for people: name, blocks in the dense model's count, alpha."""
-    program = component["program"]
+    # A block's index in the dense model's list: `transformer_blocks.3.blocks.4.` -> 4.
+    blocks = [call["prefix"].rstrip(".").rpartition(".")[2] for call in component["program"]]
     return [
         {
             "name": name,
             "list": name.rpartition(".")[0],
-            "blocks": [block_number(program[call]["prefix"]) for call in group["calls"]],
+            "blocks": [int(blocks[call]) for call in group["calls"]],
             "alpha": group["alpha"],
         }
         for name, group in groups_of(component)
     ]
 
 
-def schedule(
+def forecast_table(
     pipeline: Opened, prompt: str, *, steps: int | None = None, kappa: Any = None
 ) -> dict[str, Any]:
     """Which blocks every group runs in each step for `prompt`, as JSON values.
@@ -39,35 +35,31 @@ def schedule(
     Keys: prompt, steps, kappa (one a step), sigmas, groups: [{name, list, blocks, alpha, runs}],
     `runs` being the chosen blocks of each step. The pipeline's executor must have `block`, as all
     but ONNX Runtime's of whole graphs have (mode "blocks"). ValueError where that is not known
-    beforehand.
+    before the first step.
     """
     component, where = pipeline.bundle.component("transformer"), pipeline.bundle.path
     if not groups_of(component):
         raise ValueError(
             f"bundle {where} has no groups of blocks, expected some: every block runs in every"
-            " step; convert with groups (preset M, S or XS) for a schedule."
+            " step; convert with groups (preset M, S or XS) for a block forecast."
         )
-    if not known_beforehand(component):
+    if not can_forecast(component):
         name, group = next((n, g) for n, g in groups_of(component) if g["alpha"])
         raise ValueError(
-            f"bundle {where} has no schedule beforehand: the router of {name} has alpha"
-            f" {group['alpha']:g} and so reads the picture as it is drawn, expected alpha 0;"
+            f"bundle {where} has no block forecast: the router of {name} has alpha"
+            f" {group['alpha']:g} and so reads the image while it is generated, expected alpha 0;"
             " convert with blocks.alpha 0."
         )
     request = check_request(pipeline.manifest, prompt, steps=steps, kappa=kappa)
-    size = request.latent_size
-    conditions = encode(pipeline, request.prompts)
-    sigmas = noise_levels(pipeline, len(request.kappa), size)[:-1]
-    noise = prepare_latents(pipeline, [0], size)
-    feeds = feeds_of(pipeline, noise, conditions, sigmas, size, request.guidance)
+    sigmas = noise_levels(pipeline, len(request.kappa), request.latent_size)[:-1]
     block: Any = pipeline.executor("transformer").block  # type: ignore[attr-defined]
-    chosen = forecast(component, block, map(pipeline.cast, feeds), request.kappa)
+    chosen = forecast(component, block, request_inputs(pipeline, request), request.kappa)
     rows = group_rows(component)
     for row in rows:
         row["runs"] = []
-        for starts, kept in zip(chosen, request.kappa, strict=True):
+        for starts, count in zip(chosen, request.kappa, strict=True):
             first = int(starts[row["name"]][0]) if row["name"] in starts else 0
-            last = first + (kept or 0) if row["name"] in starts else len(row["blocks"])
+            last = first + (count or 0) if row["name"] in starts else len(row["blocks"])
             row["runs"].append(row["blocks"][first:last])
     return {
         "prompt": prompt,
@@ -79,7 +71,7 @@ def schedule(
 
 
 def columns(answer: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """`schedule`'s answer as a table: a line per step, a column per group."""
+    """`forecast_table`'s answer as columns and lines: a line per step, a column per group."""
     titles = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     head = ["step", "sigma", "kappa"]
     for row in answer["groups"]:

@@ -21,13 +21,14 @@ from runtime.files.parameters import block_count, modulation, totals
 from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
 from runtime.inspect.backends_here import backends, onnx_body
 from runtime.inspect.block_table import group_rows
-from runtime.program.executor import choose
+from runtime.program.executor import choose_backend
+from runtime.trt.plan_choice import dotted
 
 LIBRARIES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe the directory as a dict of JSON values; `lines` makes it readable.
+    """Describe the directory as a dict of JSON values; `summary_lines` makes it readable.
 
     Raises FileNotFoundError where it is neither a pipeline nor a bundle, ValueError where a file
     in it is broken.
@@ -43,13 +44,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def inspect_pipeline(root: Path) -> dict[str, Any]:
     """A diffusers pipeline directory, sparse or dense."""
-    index, config = (
-        read_json(root / "model_index.json"),
-        read_json(root / "transformer/config.json"),
-    )
+    index = read_json(root / "model_index.json")
+    config = read_json(root / "transformer/config.json")
     named = [name for name, row in index.items() if loadable(row) and inside(name)]
-    tensors = {name: read_weights(root / name) for name in named}
-    tensors = {name: found for name, found in tensors.items() if found}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in named:
+        for path in weight_files(root / name):
+            tensors.setdefault(name, {}).update(read_header(path))
     if "transformer" not in tensors:
         raise FileNotFoundError(
             f"{root / 'transformer'} has no .safetensors files, expected the transformer's weights."
@@ -60,16 +61,17 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
     if sites and (type(top_k) is not int or not 0 <= top_k <= shapes[f"{sites[0]}.experts.w1"][0]):
         raise ValueError(
             f"{root / 'transformer/config.json'} says top_k = {top_k!r}, expected a number of"
-            f" experts; convert again."
+            " experts; convert again."
         )
     kappa = config.get("kappa") if config.get("groups") else None
     if kappa is not None and (type(kappa) is not int or kappa < 1):
         raise ValueError(
             f"{root / 'transformer/config.json'} says kappa = {kappa!r}, expected a number of"
-            f" blocks from 1; convert again."
+            " blocks from 1; convert again."
         )
     recipe = root / "recipe.json"
-    files = walk(root)
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(root)): path.stat().st_size for path in paths}
     return {
         "what": "sparse checkpoint" if sites else "dense pipeline",
         "path": str(root),
@@ -94,10 +96,11 @@ def inspect_pipeline(root: Path) -> dict[str, Any]:
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """A bundle: what it draws with, and where its plans run."""
+    """A bundle: what it generates with, and where its plans run."""
     manifest = bundle.manifest
     files = {name: row["size"] for name, row in sorted(manifest["files"].items())}
-    backend, reason = choose(bundle)
+    backend, reason = choose_backend(bundle)
+    knobs = manifest.get("top_k"), manifest.get("kappa")
     return {
         "what": f"{manifest['kind']} bundle",
         "path": str(bundle.path),
@@ -113,20 +116,9 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "adaln": modulation(shapes_of(bundle.weights("transformer").tensors)),
         "groups": group_rows(bundle.component("transformer")),
         "kappa": manifest.get("kappa"),
-        "experts": None
-        if manifest["kind"] == "dense"
-        else {
-            "num_experts": manifest["num_experts"],
-            "top_k": manifest["top_k"],
-            "top_k_choices": manifest["top_k_choices"],
-            "onnx_body": onnx_body(manifest),
-        },
+        "experts": bundle_experts(manifest),
         "parameters": {
-            name: totals(
-                shapes_of(bundle.weights(name).tensors),
-                manifest.get("top_k"),
-                manifest.get("kappa"),
-            )
+            name: totals(shapes_of(bundle.weights(name).tensors), *knobs)
             for name in manifest["components"]
         },
         "defaults": manifest["defaults"],
@@ -142,14 +134,20 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def bundle_experts(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The routed experts of a bundle; None of a dense one."""
+    if manifest["kind"] == "dense":
+        return None
+    known = {name: manifest[name] for name in ("num_experts", "top_k", "top_k_choices")}
+    return known | {"onnx_body": onnx_body(manifest)}
+
+
 def plan(target: str, row: Mapping[str, Any], files: Mapping[str, int]) -> dict[str, Any]:
     """A set of plans: how many, how large, and the machine and library they need."""
     library = f"{LIBRARIES.get(row['api'], row['api'])} {row['version']}, exactly"
-    named = [f"{int(c) // 10}.{int(c) % 10}" for c in row["compute_capabilities"]]
-    if named:
-        gpu = f"an NVIDIA GPU of compute capability {' or '.join(named)}"
-    else:
-        gpu = "an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, or 12.0 and later"
+    named = [dotted(int(number)) for number in row["compute_capabilities"]]
+    gpu = "an NVIDIA GPU of compute capability "
+    gpu += " or ".join(named) if named else "8.0, 8.6, 8.9, or 12.0 and later"
     return {
         "target": target,
         "api": row["api"],
@@ -182,12 +180,13 @@ def experts_of(bundle: Bundle, row: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def lines(info: Mapping[str, Any]) -> list[str]:
+def summary_lines(info: Mapping[str, Any]) -> list[str]:
     """`inspect`'s answer for people, one fact a line."""
     total = info["parameters"]["transformer"]["total"]
     active = info["parameters"]["transformer"]["activated"]
     named = " + ".join(f"{count} {kind}" for kind, count in info["blocks"].items())
     title = f"{info['what']} {info.get('name') or info['path']}"
+    # What both kinds have first, then what only a bundle or only a checkpoint says, files last.
     out = [title, f"transformer: {total:,} parameters, {active:,} activated ({active / total:.1%})"]
     out.append(f"blocks: {named}")
     if info["adaln"]["mode"] != "full":
@@ -206,16 +205,7 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     for name, row in info["parameters"].items():
         if name != "transformer":
             out.append(f"{name}: {row['total']:,} parameters")
-    for field in (
-        "model",
-        "family",
-        "class",
-        "recipe",
-        "made_by",
-        "compute_dtype",
-        "storage_dtype",
-        "digest",
-    ):
+    for field in "model family class recipe made_by compute_dtype storage_dtype digest".split():
         if info.get(field):
             out.append(f"{field.replace('_', ' ')}: {info[field]}")
     if info.get("defaults"):
@@ -245,7 +235,7 @@ def lines(info: Mapping[str, Any]) -> list[str]:
 def experts(
     shapes: Mapping[str, tuple[int, ...]], sites: list[str], top_k: int | None
 ) -> dict[str, Any]:
-    """The sparse FFNs of a checkpoint; sizes that differ are told as [smallest, largest]."""
+    """The sparse FFNs of a checkpoint; of sizes that differ [smallest, largest]."""
     count, width, _ = shapes[f"{sites[0]}.experts.w1"]
     hidden = {shapes[f"{site}.experts.w1"][2] for site in sites}
     shared = {shapes.get(f"{site}.shared.fc1.weight", (0,))[0] for site in sites}
@@ -260,8 +250,7 @@ def experts(
 
 
 def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups that a sparse transformer's config names, as
-    runtime.inspect.block_table.group_rows."""
+    """The groups of a sparse transformer's config, as runtime.inspect.block_table.group_rows."""
     lists = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
     named = config.get("groups") or {}
     return [
@@ -279,20 +268,3 @@ def config_groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def loadable(row: Any) -> bool:
     """Whether an entry of model_index.json names a component that is there."""
     return isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The headers of a component's safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        tensors.update(read_header(path))
-    return tensors
-
-
-def walk(root: Path) -> dict[str, int]:
-    """Every file below a directory and its size in bytes."""
-    return {
-        str(path.relative_to(root)): path.stat().st_size
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }

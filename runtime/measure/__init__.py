@@ -2,9 +2,9 @@
 
 bench         `d2m bench`: cold start, images, steps, blocks and memory of a bundle
 bench_facts   What a benchmark says of what it measured: the bundles, their memory, the machine
-bench_tables  The answer of `d2m bench` as tables: one of the whole
+bench_tables  The answer of `d2m bench` as tables
 block_times   Where a step's time goes: every block of a transformer timed by itself
-cold_start    A process of its own that opens a bundle and draws one image
+cold_start    A process of its own that opens a bundle and generates one image
 latency       A latency budget: how many steps, experts and blocks fit into some seconds
-expert_load   How tokens fall on experts: a step that was drawn runs once more
+expert_load   How tokens fall on experts: a step of a generation runs once more
 """

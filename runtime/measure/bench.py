@@ -1,7 +1,7 @@
 """`d2m bench`: cold start, images, steps, blocks and memory of a bundle, alone or against another.
 
-The other is meant to be the dense model exported the same way. Both take turns, the first of a turn
-changing from turn to turn, so that a busy machine slows both; ratios are medians over pairs, other
+The other is meant to be the dense model exported the same way. Both take turns, each of them first
+in every second turn, so that a busy machine slows both; ratios are medians over pairs, the other
 bundle's seconds by this one's: above 1 this one is faster.
 """
 
@@ -11,30 +11,21 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runtime.measure.bench_facts import differences, facts, machine, memory
 from runtime.measure.block_times import BlockTimer
 from runtime.measure.block_times import table as block_table
-from runtime.measure.cold_start import cold
+from runtime.measure.cold_start import time_cold_start
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
+from runtime.request import check_request
+from runtime.sampling import request_inputs
 
 Progress = Callable[[str, int, int], None]
 Rows = dict[str, list[dict[str, float | None]]]
 PROMPT = "a red circle above a blue square"
 NAMES = ("bundle", "vs")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every process and every turn draws with."""
-
-    backend: str = "auto"
-    threads: int | None = None
-    prompt: str = PROMPT
-    knobs: dict[str, Any] = field(default_factory=dict)  # steps, guidance, height, width
 
 
 def bench(
@@ -52,17 +43,17 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure `bundle` (None: the embedded one), and `vs` beside it.
+    """Measure `bundle` (None: the one that ships with d2m), and `vs` beside it.
 
     Args:
         runs: cold starts, and turns of every other measurement after one that warms up; from 1.
-        batches: images drawn at a time.
+        batches: images generated at a time.
         steps, height, width: the bundle's own by default, for `vs` too; guidance is the bundle's.
         top_k, kappa: of `bundle` alone; a dense one has none.
 
     Returns settings, machine, and for "bundle" and "vs" facts, cold (seconds, MiB), images (by
     batch), blocks (see runtime.measure.block_times) and memory; with `vs` ratios, and what else
-    than the method differs between the two. Raises what opening and drawing raise, with one
+    than the method differs between the two. Raises what opening and generating raise, with one
     sentence.
     """
     if runs < 1:
@@ -70,42 +61,42 @@ def bench(
     if not batches or min(batches) < 1:
         raise ValueError(f"--batch is {','.join(map(str, batches))}, expected numbers from 1")
     paths = dict(zip(NAMES, (bundle or default_bundle(), *((vs,) if vs else ()))))
-    tell = progress or (lambda phase, done, total: None)
+    report = progress or (lambda phase, done, total: None)
     opened = {
         name: Pipeline(path, backend, threads=threads, max_batch=max(batches))
         for name, path in paths.items()
     }
     defaults = opened["bundle"].manifest["defaults"]
-    knobs = {
+    common = {
         "steps": steps or defaults["steps"],
         "guidance": defaults["guidance"],
         "height": height or defaults["height"],
         "width": width or defaults["width"],
     }
     own = {"top_k": top_k, "kappa": kappa}
-    settings = {
-        name: Settings(backend, threads, PROMPT, knobs | (own if name == "bundle" else {}))
-        for name in paths
-    }
-    for name, pipeline in opened.items():  # refuses what cannot be drawn, before the long part
+    knobs: dict[str, dict[str, Any]] = {"bundle": common | own, "vs": common}
+    for name, pipeline in opened.items():  # an error for what cannot run, before the long part
         pipeline.warm()
-        pipeline(PROMPT, seed=0, **settings[name].knobs | {"steps": 1})
+        pipeline(PROMPT, seed=0, **knobs[name] | {"steps": 1})
 
-    colds = take_turns(
-        paths, runs, lambda name, turn: cold(paths[name], asdict(settings[name])), tell, "cold"
-    )
+    def cold_turn(name: str, turn: int) -> dict[str, float | None]:
+        settings = {"backend": backend, "threads": threads, "prompt": PROMPT, "knobs": knobs[name]}
+        return time_cold_start(paths[name], settings)
+
+    colds = take_turns(paths, runs, cold_turn, report, "cold")
     images = {}
     for batch in batches:
 
-        def draw(name: str, turn: int, batch: int = batch) -> dict[str, float | None]:
-            return drawn(opened[name], batch, turn, settings[name].knobs)
+        def image_turn(name: str, turn: int, batch: int = batch) -> dict[str, float | None]:
+            return time_images(opened[name], batch, turn, knobs[name])
 
-        found = take_turns(paths, runs, draw, tell, f"batch {batch}", warm_up=True)
-        images[batch] = found
+        phase = f"batch {batch}"
+        images[batch] = take_turns(paths, runs, image_turn, report, phase, warm_up=True)
     timers = {
-        name: BlockTimer(opened[name], step_inputs(opened[name], settings[name].knobs), k)
+        name: BlockTimer(opened[name], first_inputs(opened[name], knobs[name]), k)
         for name, k in zip(paths, (top_k, None))
     }
+    # Blocks one by one: all of a turn's times are kept, for `table` takes medians over calls too.
     blocks: dict[str, list[dict[str, list[float]]]] = {name: [] for name in paths}
 
     def block_turn(name: str, turn: int) -> dict[str, float | None]:
@@ -114,25 +105,25 @@ def bench(
             blocks[name].append(seconds)
         return {}
 
-    take_turns(paths, runs, block_turn, tell, "blocks", warm_up=True)
+    take_turns(paths, runs, block_turn, report, "blocks", warm_up=True)
 
     answer: dict[str, Any] = {
         "machine": machine(),
-        "settings": {"runs": runs, "prompt": PROMPT, **knobs, **own},
+        "settings": {"runs": runs, "prompt": PROMPT, **common, **own},
     }
     for name, pipeline in opened.items():
-        kept = kappa if name == "bundle" and kappa else pipeline.manifest.get("kappa")
+        kept_blocks = kappa if name == "bundle" and kappa else pipeline.manifest.get("kappa")
         answer[name] = {
             **facts(pipeline),
             "cold": medians(colds[name]),
-            "images": {str(batch): medians(found[name]) for batch, found in images.items()},
-            "blocks": block_table(pipeline, blocks[name], kept),
+            "images": {str(batch): medians(rows[name]) for batch, rows in images.items()},
+            "blocks": block_table(pipeline, blocks[name], kept_blocks),
             "memory": memory(pipeline, colds[name]),
         }
     if "vs" in opened:
         answer["ratios"] = {
             "cold": ratios(colds),
-            "images": {str(batch): ratios(found) for batch, found in images.items()},
+            "images": {str(batch): ratios(rows) for batch, rows in images.items()},
             "blocks": block_ratios(blocks),
         }
         answer["differences"] = differences(opened)
@@ -143,24 +134,24 @@ def take_turns(
     names: Iterable[str],
     runs: int,
     measure: Callable[[str, int], dict[str, float | None]],
-    tell: Progress,
+    report: Progress,
     phase: str,
     warm_up: bool = False,
 ) -> Rows:
     """`measure(name, turn)` for every name in every turn; turn -1, if any, is thrown away."""
     order = list(names)
     rows: Rows = {name: [] for name in order}
-    tell(phase, 0, runs)
+    report(phase, 0, runs)
     for turn in range(-1 if warm_up else 0, runs):
         for name in order if turn % 2 == 0 else reversed(order):
             row = measure(name, turn)
             if turn >= 0:
                 rows[name].append(row)
-        tell(phase, turn + 1, runs)
+        report(phase, turn + 1, runs)
     return rows
 
 
-def drawn(
+def time_images(
     pipeline: Pipeline, batch: int, turn: int, knobs: dict[str, Any]
 ) -> dict[str, float | None]:
     """One call: seconds an image, and seconds a step of the whole batch."""
@@ -176,21 +167,13 @@ def drawn(
     return {"image_s": total / batch, "step_s": (marks[-1] - marks[0]) / (len(marks) - 1)}
 
 
-def step_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
+def first_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
     """The transformer's inputs in the first step of one image, as its executor takes them."""
-    from runtime.request import check_request
-    from runtime.sampling import encode, feeds_of, noise_levels, prepare_latents
-
-    request = check_request(pipeline.manifest, PROMPT, **knobs)
-    size = request.latent_size
-    sigmas = noise_levels(pipeline, len(request.top_k), size)[:1]
-    noise, conditions = prepare_latents(pipeline, [0], size), encode(pipeline, [PROMPT])
-    (feed,) = feeds_of(pipeline, noise, conditions, sigmas, size, request.guidance)
-    return pipeline.cast(feed)
+    return request_inputs(pipeline, check_request(pipeline.manifest, PROMPT, **knobs))[0]
 
 
 def medians(rows: list[dict[str, float | None]]) -> dict[str, Any]:
-    """Median of every figure, and lowest and highest of first images and steps; steps a second."""
+    """Median of every figure, range of those of images and steps, and steps a second."""
     answer: dict[str, Any] = {}
     for figure in rows[0]:
         values = [value for row in rows if (value := row[figure]) is not None]

@@ -8,7 +8,13 @@ import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from runtime.cuda.arena import SIZES, aligned
+from runtime.latency_budget import releases
 from runtime.measure.cold_start import peak
+from runtime.program.executor import gpu_count
+from runtime.program.threads import physical_cores
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -17,7 +23,7 @@ SAME = ("compute_dtype", "storage_dtype")  # in a fair comparison
 
 
 def memory(pipeline: Pipeline, colds: list[dict[str, float | None]]) -> dict[str, Any]:
-    """MiB: weights on disk, the most a fresh process held, what executors hold on a device.
+    """MiB: weights on disk, the most a new process held, what executors hold on a device.
 
     process_peak_mib is of this process, which has opened both bundles.
     """
@@ -37,8 +43,6 @@ def memory(pipeline: Pipeline, colds: list[dict[str, float | None]]) -> dict[str
 
 def device_bytes(executor: Any) -> int | None:
     """What an executor of plans holds on its device; None for one that has no device memory."""
-    from runtime.cuda.arena import SIZES, aligned
-
     held = getattr(executor, "memory", None)
     if held is None:
         return None
@@ -60,44 +64,26 @@ def facts(pipeline: Pipeline) -> dict[str, Any]:
 def differences(opened: Mapping[str, Pipeline]) -> list[str]:
     """What else than the method differs: a ratio says less about it then."""
     ours, other = opened["bundle"], opened["vs"]
-    found = [
+    rows = [
         f"{name}: {ours.manifest[name]} against {other.manifest[name]}"
         for name in SAME
         if ours.manifest[name] != other.manifest[name]
     ]
     if ours.backend != other.backend:
-        found.append(f"backend: {ours.backend} against {other.backend}")
+        rows.append(f"backend: {ours.backend} against {other.backend}")
     if other.manifest["kind"] != "dense":
-        found.append(f"kind: the baseline is {other.manifest['kind']}, expected dense")
-    return found
+        rows.append(f"kind: the baseline is {other.manifest['kind']}, expected dense")
+    return rows
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    import numpy
-
-    from runtime.program.executor import gpu_count
-    from runtime.program.threads import physical_cores
-
     return {
         "cores": physical_cores(),
         "gpus": gpu_count(),
         "load": [round(value, 1) for value in os.getloadavg()] if hasattr(os, "getloadavg") else [],
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        **libraries(),
+        "numpy": np.__version__,
+        **releases("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"),
     }
-
-
-def libraries() -> dict[str, str]:
-    """Releases of the backends' libraries that are installed."""
-    import importlib.metadata
-
-    found = {}
-    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,4 +1,4 @@
-"""The answer of `d2m bench` as tables: one of the whole, one of each bundle's blocks."""
+"""The answer of `d2m bench` as tables: one of all figures, one of each bundle's blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
     rows: list[list[Any]] = []
 
     def add(label: str, values: list[Any], ratio: Mapping[str, Any] | None = None) -> None:
-        rows.append([label, *map(cell, values)] + [shown(ratio)] * len(last))
+        rows.append([label, *map(cell, values)] + [with_range(ratio)] * len(last))
 
     def cold(label: str, figure: str, ratio: str) -> None:
         add(label, [one["cold"][figure] for one in both], ratios["cold"].get(ratio))
@@ -26,14 +26,14 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
     cold("cold start to first image, s", "first_image_s", "first_image")
     cold("  interpreter and import, s", "start_s", "start")
     cold("  opening the bundle, s", "open_s", "open")
-    cold("  drawing, s", "draw_s", "draw")
+    cold("  generating, s", "draw_s", "draw")
     for batch in answer["bundle"]["images"]:
         found = ratios["images"].get(batch, {})
         images = [one["images"][batch] for one in both]
         add(f"an image, batch {batch}, s", [row["image_s"] for row in images], found.get("image"))
         steps = [row["steps_per_s"] for row in images]
         add(f"steps a second, batch {batch}", steps, found.get("step"))
-    cold("most memory of a fresh process, MiB", "peak_mib", "peak")
+    cold("most memory of a new process, MiB", "peak_mib", "peak")
     add("weights, MiB", [one["memory"]["weights_mib"] for one in both])
     add("held on the device, MiB", [one["memory"]["device_mib"] for one in both])
     names = [f"{one['name']} ({one['kind']})" for one in both]
@@ -43,7 +43,7 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
             [
                 *(row["type"], row["body"] or "-", row["calls"], row["run"]),
                 *(row["call_ms"], row["step_ms"], f"{row['share']:.1%}", row["weights_mib"]),
-                *([shown(ratios["blocks"].get(row["type"]))] * len(last)),
+                *([with_range(ratios["blocks"].get(row["type"]))] * len(last)),
             ]
             for row in one["blocks"]
         ]
@@ -52,13 +52,13 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
 
 
 def cell(value: Any) -> str:
-    """A figure to four places that count."""
+    """A figure to four significant digits."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def shown(ratio: Mapping[str, Any] | None) -> str:
+def with_range(ratio: Mapping[str, Any] | None) -> str:
     """A median with its range."""
     if ratio is None:
         return "-"

@@ -2,7 +2,7 @@
 
 A block is run alone through its executor's `block`, with the tensors that a real step hands it, so
 its time includes what a call costs by itself (on a GPU the copies to and from the device, which a
-whole step does not pay). Read shares and ratios; the step's own time is measured whole elsewhere.
+whole step does not have). Read shares and ratios; bench.py measures whole steps.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from runtime.cuda.arena import byte_size
 from runtime.program.executor import run_program
 
 if TYPE_CHECKING:
     import numpy as np
 
     from runtime.pipeline import Pipeline
-
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4}
 
 
 class BlockTimer:
@@ -32,9 +31,8 @@ class BlockTimer:
             executor = executor.blocks()
         self.block = executor.block
         self.component = pipeline.bundle.component("transformer")
-        self.inputs, self.top_k = dict(inputs), top_k
-        if top_k is None:
-            self.top_k = pipeline.manifest.get("top_k")
+        self.inputs = dict(inputs)
+        self.top_k = pipeline.manifest.get("top_k") if top_k is None else top_k
 
     def turn(self) -> dict[str, list[float]]:
         """One run of the whole program; seconds of every call and every router, by type.
@@ -42,41 +40,28 @@ class BlockTimer:
         All blocks run, those of groups too: what a step leaves out is counted, not measured.
         """
         seconds: dict[str, list[float]] = {}
-        types = self.component["types"]
+        env, types = dict(self.inputs), self.component["types"]
+
+        def timed(kind: str, prefix: str, top_k: int | None) -> list[np.ndarray]:
+            """One block on the tensors so far, its time noted under its type."""
+            inputs = {name: env[name] for name in types[kind]["inputs"]}
+            start = time.perf_counter()
+            outputs = self.block(kind, prefix, inputs, top_k)
+            seconds.setdefault(kind, []).append(time.perf_counter() - start)
+            env.update(outputs)
+            return list(outputs.values())
 
         def call(
             index: int, kind: str, key: str, prefix: str, values: list[np.ndarray]
         ) -> list[np.ndarray]:
+            env.update(zip(types[kind]["inputs"], values, strict=True))
             for group in self.component.get("groups", {}).values():
                 if group["calls"][0] == index:
-                    ask = group["type"]
-                    self.timed(seconds, ask, group["prefix"], known(types[ask]["inputs"]), None)
-            feed = dict(zip(types[kind]["inputs"], values, strict=True))
-            env.update(feed)
-            outputs = self.timed(seconds, kind, prefix, feed, self.top_k)
-            env.update(outputs)
-            return list(outputs.values())
+                    timed(group["type"], group["prefix"], None)
+            return timed(kind, prefix, self.top_k)
 
-        def known(names: list[str]) -> dict[str, np.ndarray]:
-            return {name: env[name] for name in names}
-
-        env = dict(self.inputs)
         run_program(self.component, self.inputs, self.top_k, call)
         return seconds
-
-    def timed(
-        self,
-        seconds: dict[str, list[float]],
-        kind: str,
-        prefix: str,
-        feed: Mapping[str, np.ndarray],
-        top_k: int | None,
-    ) -> dict[str, np.ndarray]:
-        """One block, its time noted under its type."""
-        start = time.perf_counter()
-        outputs: dict[str, np.ndarray] = self.block(kind, prefix, feed, top_k)
-        seconds.setdefault(kind, []).append(time.perf_counter() - start)
-        return outputs
 
 
 def table(
@@ -101,7 +86,7 @@ def table(
         median = statistics.median(second for turn in turns for second in turn[kind])
         row = component["types"][kind]
         run = count - left.get(kind, 0)
-        weights = row["weights"].values()
+        weights = (byte_size(each["shape"], each["dtype"]) for each in row["weights"].values())
         rows.append(
             {
                 "type": kind,
@@ -110,16 +95,8 @@ def table(
                 "run": run,
                 "call_ms": round(1000 * median, 4),
                 "step_ms": round(1000 * median * run, 3),
-                "weights_mib": round(sum(map(size_of, weights)) / (1 << 20), 3),
+                "weights_mib": round(sum(weights) / (1 << 20), 3),
             }
         )
     whole = sum(row["step_ms"] for row in rows) or 1.0
     return [row | {"share": round(row["step_ms"] / whole, 4)} for row in rows]
-
-
-def size_of(weight: Mapping[str, Any]) -> int:
-    """Bytes of a weight as the block takes it."""
-    size: int = WIDTHS.get(weight["dtype"], 1)
-    for length in weight["shape"]:
-        size *= length
-    return size

@@ -1,9 +1,9 @@
-"""A process of its own that opens a bundle and draws one image: what a cold start costs.
+"""A process of its own that opens a bundle and generates one image: what a cold start costs.
 
     python -m runtime.measure.cold_start JSON
 
-The JSON holds what `child` takes, and the answer on stdout is JSON too. The files may be in the
-page cache: this measures the program, not the disk.
+The JSON holds what `open_and_generate` takes, and the answer on stdout is JSON too. The files may
+be in the page cache: this measures the program, not the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def cold(bundle: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, float | None]:
+def time_cold_start(
+    bundle: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> dict[str, float | None]:
     """Start a process, wait for its image; seconds and MiB.
 
     start_s        until the interpreter runs and the runtime is imported
@@ -29,37 +31,37 @@ def cold(bundle: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[st
     first_image_s  all of that, from before the process was started
     peak_mib       the most memory the process held, mapped weights that were read among it
 
-    `settings` is that of runtime.measure.bench.Settings as a dict. Raises ValueError with the
-    process's own sentence where it fails.
+    `settings`: backend, threads, prompt, knobs. Raises ValueError with the process's own sentence
+    where it fails.
     """
     # The interpreter may not see this package otherwise (a checkout, a zip beside it).
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    asked = {"bundle": str(Path(bundle).resolve()), **settings, "began": time.monotonic()}
-    command = [sys.executable, "-m", "runtime.measure.cold_start", json.dumps(asked)]
+    request = {"bundle": str(Path(bundle).resolve()), **settings, "began": time.monotonic()}
+    command = [sys.executable, "-m", "runtime.measure.cold_start", json.dumps(request)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"a fresh process cannot draw from {os.fspath(bundle)} ({lines[-1]})")
+        raise ValueError(f"a new process cannot generate from {os.fspath(bundle)} ({lines[-1]})")
     answer: dict[str, float | None] = json.loads(done.stdout)
     return answer
 
 
-def child(asked: Mapping[str, Any]) -> dict[str, float | None]:
-    """What the process does: open, draw once, tell."""
+def open_and_generate(request: Mapping[str, Any]) -> dict[str, float | None]:
+    """What the process does: open, generate once, return the times."""
     from runtime.pipeline import Pipeline
 
     started = time.monotonic()
-    pipeline = Pipeline(asked["bundle"], asked["backend"], threads=asked["threads"])
+    pipeline = Pipeline(request["bundle"], request["backend"], threads=request["threads"])
     pipeline.warm()
     opened = time.monotonic()
-    pipeline(asked["prompt"], seed=0, **asked["knobs"])
-    drawn = time.monotonic()
+    pipeline(request["prompt"], seed=0, **request["knobs"])
+    done = time.monotonic()
     return {
-        "start_s": started - asked["began"],
+        "start_s": started - request["began"],
         "open_s": opened - started,
-        "draw_s": drawn - opened,
-        "first_image_s": drawn - asked["began"],
+        "draw_s": done - opened,
+        "first_image_s": done - request["began"],
         "peak_mib": peak(),
     }
 
@@ -85,4 +87,4 @@ def peak() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(child(json.loads(sys.argv[1]))))
+    print(json.dumps(open_and_generate(json.loads(sys.argv[1]))))

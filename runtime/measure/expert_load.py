@@ -1,12 +1,13 @@
-"""How tokens fall on experts: a step that was drawn runs once more, its routers' choices counted.
+"""How tokens fall on experts: a step of a generation runs once more, its routers' choices counted.
 
-Drawing itself is not touched, so an image has the same bits whether or not anything is counted. The
-step goes through block graphs whose routers tell their logits (runtime.ort.router_outputs). Where
-blocks run in sessions of their own, the weights are those; beside a whole graph, which holds its
-weights packed, they are streamed through two rooms of a block's size (runtime.ort.block_weights).
+Generating itself is not touched: an image has the same bits whether or not anything is counted. The
+step goes through block graphs with their routers' logits as outputs (runtime.ort.router_outputs).
+Where blocks run in sessions of their own, the weights are those; beside a whole graph, which holds
+its weights packed, they are streamed through two rooms of a block's size
+(runtime.ort.block_weights).
 
-Of one image of a batch at a time, and as often as a share of the time spent on drawing allows: what
-counting costs is bounded, whatever a step takes.
+Of one image of a batch at a time, and as often as a share of the time spent on generating allows:
+what counting costs is bounded, whatever a step takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from runtime.bundle.block_groups import per_sample
 from runtime.ort.blocks import Blocks
-from runtime.ort.router_outputs import Tap, find_taps, tail
+from runtime.ort.router_outputs import Router, find_routers, logits_outputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -32,45 +33,45 @@ if TYPE_CHECKING:
     from runtime.program.executor import Executor
 
 log = logging.getLogger("runtime")
-SHARE = 0.01  # of the time spent on drawing
+SHARE = 0.01  # of the time spent on generating
 Step = tuple[dict[str, np.ndarray], int | None, int | None]  # inputs, top_k, kappa
 
 
-class Tapped(Blocks):
+class CountingBlocks(Blocks):
     """Blocks that count: `counts` holds tokens by FFN, [E], over all calls."""
 
     def __init__(self, executor: Executor) -> None:
         """With an executor's weights, place and lock, or beside a whole graph on the CPU."""
-        beside: Any = executor
-        held = executor if isinstance(executor, Blocks) else None
-        super().__init__(beside.bundle, "transformer", beside.threads, offload="block", share=held)
+        other: Any = executor
+        blocks = executor if isinstance(executor, Blocks) else None
+        super().__init__(other.bundle, "transformer", other.threads, offload="block", share=blocks)
         # Beside a graph that has an arena these sessions have one too: what every call takes from
-        # the heap and gives back leaves holes there (1 MB in 150 steps of the embedded bundle).
-        self.arena = self.arena or held is None
+        # the heap and gives back leaves holes there (1 MB in 150 steps of the shipped bundle).
+        self.arena = self.arena or blocks is None
         self.counts: dict[str, np.ndarray] = {}
-        self._taps: dict[str, list[Tap]] = {}
-        self._held = held
+        self._routers: dict[str, list[Router]] = {}
+        self._blocks = blocks
 
     def session(self, graph: str) -> onnxruntime.InferenceSession:
-        """See Blocks; graphs without routers are the drawing's own sessions, where it has some."""
-        if self._held is not None and not self.taps(graph):
-            return self._held.session(graph)
+        """See Blocks; graphs without routers are the sessions that generate, where there are."""
+        if self._blocks is not None and not self.routers(graph):
+            return self._blocks.session(graph)
         return super().session(graph)
 
-    def taps(self, graph: str) -> list[Tap]:
+    def routers(self, graph: str) -> list[Router]:
         """A graph's routers."""
-        if graph not in self._taps:
-            self._taps[graph] = find_taps(self.bundle.file(graph).read_bytes())
-        return self._taps[graph]
+        if graph not in self._routers:
+            self._routers[graph] = find_routers(self.bundle.file(graph).read_bytes())
+        return self._routers[graph]
 
-    def tail(self, graph: str) -> bytes:
+    def extra_outputs(self, graph: str) -> bytes:
         """See Blocks."""
-        return tail(self.taps(graph))
+        return logits_outputs(self.routers(graph))
 
-    def promised(self, kind: str, graph: str) -> dict[str, Any]:
-        """See Blocks: and the logits."""
-        row = super().promised(kind, graph)
-        return {**row, "outputs": [*row["outputs"], *(tap.logits for tap in self.taps(graph))]}
+    def expected(self, kind: str, graph: str) -> dict[str, Any]:
+        """See Blocks; with the logits."""
+        row = super().expected(kind, graph)
+        return {**row, "outputs": [*row["outputs"], *(each.logits for each in self.routers(graph))]}
 
     def call(
         self, index: int, kind: str, key: str, prefix: str, inputs: list[Any]
@@ -78,23 +79,23 @@ class Tapped(Blocks):
         """See Blocks; the logits are counted and left out."""
         outputs = super().call(index, kind, key, prefix, inputs)
         row = self.component["types"][kind]
-        given = len(row["outputs"])
-        for tap, value in zip(self.taps(row["graphs"][key]), outputs[given:], strict=True):
+        own = len(row["outputs"])
+        for router, value in zip(self.routers(row["graphs"][key]), outputs[own:], strict=True):
             counts = choices(self.place.fetch(value), int(key))
-            site = f"{prefix}{tap.site}"
+            site = f"{prefix}{router.site}"
             self.counts[site] = self.counts.get(site, 0) + counts
-        return outputs[:given]
+        return outputs[:own]
 
 
 def choices(logits: np.ndarray, top_k: int) -> np.ndarray:
     """[T, E] -> how many tokens have each expert among their top_k, [E]; the lowest on ties."""
     chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    found: np.ndarray = np.bincount(chosen.ravel(), minlength=logits.shape[1])
-    return found
+    counts: np.ndarray = np.bincount(chosen.ravel(), minlength=logits.shape[1])
+    return counts
 
 
 def load_ratio(counts: np.ndarray) -> float:
-    """The busiest expert's tokens over the mean's: 1 where all have as many, E where it has all."""
+    """Tokens of the busiest expert over the mean: 1 where all have as many, E where it has all."""
     return float(counts.max() * len(counts) / max(1, counts.sum()))
 
 
@@ -108,37 +109,37 @@ class Meter:
         self.pipeline, self.share = pipeline, share
         self.counts: dict[str, np.ndarray] = {}
         self.steps = 0
-        self.seconds = self.drawn = 0.0  # spent on counting, and on drawing
+        self.seconds = self.generating = 0.0  # spent on counting, and on generating
         self.reason: str | None = "not begun"
-        self._due = 0.0  # seconds of drawing
-        self._tapped: Tapped | None = None
+        self._due = 0.0  # seconds of generating
+        self._counting: CountingBlocks | None = None
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Draw an image of one step and open the graphs with it; it does not count."""
-        self.reason = obstacle(self.pipeline)
-        pipeline, sampler = self.watched()
+        """Generate an image of one step and open the graphs with it; it does not count."""
+        self.reason = uncounted_reason(self.pipeline)
+        pipeline, sampler = self.sampled_pipeline()
         pipeline("", steps=1)
         if self.reason is None and sampler.step is not None:
             self.count(sampler.step)
             self.counts, self.steps, self.seconds = {}, 0, 0.0
 
-    def watched(self) -> tuple[Pipeline, Sampler]:
+    def sampled_pipeline(self) -> tuple[Pipeline, Sampler]:
         """The pipeline for one batch, and what keeps one of its steps."""
         pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
         sampler = Sampler(self.pipeline.bundle.component("transformer"))
-        pipeline.witness = sampler
+        pipeline.step_hook = sampler
         return pipeline, sampler
 
-    def after(self, step: Step | None, seconds: float) -> None:
-        """A batch took so long; count its step if it is time."""
+    def add_batch(self, step: Step | None, seconds: float) -> None:
+        """A batch took `seconds`; count its step if a count is due."""
         if self.reason is not None or step is None or not self._lock.acquire(blocking=False):
             return
         try:
-            self.drawn += seconds
-            if self.drawn >= self._due:
+            self.generating += seconds
+            if self.generating >= self._due:
                 took = self.count(step)
-                # About its mean, so that it does not fall into step with the drawing.
+                # At random about the mean, so that not always the same kind of batch is counted.
                 self._due = (self.seconds + (random.random() - 0.5) * took) / self.share
         finally:
             self._lock.release()
@@ -148,16 +149,16 @@ class Meter:
         inputs, top_k, kappa = step
         began = time.monotonic()
         try:
-            if self._tapped is None:
-                self._tapped = Tapped(self.pipeline.executor("transformer"))
-            self._tapped.counts = {}
-            self._tapped(self.pipeline.cast(inputs), top_k, kappa)
-        except Exception as error:  # drawing goes on: what is lost is said
+            if self._counting is None:
+                self._counting = CountingBlocks(self.pipeline.executor("transformer"))
+            self._counting.counts = {}
+            self._counting(self.pipeline.cast(inputs), top_k, kappa)
+        except Exception as error:  # generating goes on: the log says what is lost
             log.warning("experts are counted no more: %s: %s", type(error).__name__, error)
             self.reason = f"failed: {type(error).__name__}"
             return 0.0
-        for site, found in self._tapped.counts.items():
-            self.counts[site] = self.counts.get(site, 0) + found
+        for site, counts in self._counting.counts.items():
+            self.counts[site] = self.counts.get(site, 0) + counts
         took = time.monotonic() - began
         self.steps += 1
         self.seconds += took
@@ -186,14 +187,11 @@ class Sampler:
             own = {name for name in inputs if per_sample(self.component, name)}
             # Any of them: with guidance the negative prompts' rows are the first half.
             row = random.randrange(min(len(inputs[name]) for name in own))
-            one = {
-                name: array[row : row + 1] if name in own else array
-                for name, array in inputs.items()
-            }
-            self.step = one, top_k, kappa
+            rows = {name: array[row : row + 1] for name, array in inputs.items() if name in own}
+            self.step = {**inputs, **rows}, top_k, kappa
 
 
-def obstacle(pipeline: Pipeline) -> str | None:
+def uncounted_reason(pipeline: Pipeline) -> str | None:
     """Why experts are not counted."""
     if not pipeline.manifest.get("top_k_choices"):
         return "no experts"

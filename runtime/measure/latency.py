@@ -1,7 +1,7 @@
 """A latency budget: how many steps, experts and blocks fit into some seconds, from measurements.
 
-`measure` draws the same pictures with fewer steps, experts and blocks than the bundle's own, and
-notes for each setting how long it took and how far its pictures are from those of the bundle's own
+`measure` generates the same images with fewer steps, experts and blocks than the bundle's own, and
+notes for each setting how long it took and how far its images are from those of the bundle's own
 setting. runtime.latency_budget picks from the table that is written.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.latency_budget import KNOBS, key_of, write_table
-from runtime.request import check_request, whole
+from runtime.latency_budget import KNOBS, table_key, write_table
+from runtime.request import check_request, whole_number
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -39,29 +39,32 @@ def measure(
     prompts: Sequence[str] = PROMPTS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Draw with every combination of the knobs, write the table for `within`, and return it.
+    """Generate with every combination of the knobs; write the table for a budget and return it.
 
     `images` at a time of every prompt, `repeats` times; the combinations take turns, so that a busy
     moment slows all of them. Lists left out: up to the bundle's own value. A row holds steps,
     top_k, kappa, seconds (median), slowest, and deviation: the root mean square difference of
-    colour values (0 to 1) from pictures of the bundle's own setting, same noise, which is always
+    colour values (0 to 1) from images of the bundle's own setting, same noise, which is always
     among the rows with 0. Raises ValueError, or OSError where the table cannot be written.
     """
     manifest = pipeline.manifest
-    repeats = whole(repeats, "repeats", 1, 1000)
+    repeats = whole_number(repeats, "repeats", 1, 1000)
     own = check_request(manifest, list(prompts), height=height, width=width, n=images)
     first: Setting = (len(own.top_k), own.top_k[0], own.kappa[0])
-    lists = (
+    lists: tuple[Sequence[Any], ...] = (
         steps or [count for count in STEPS if count < first[0]],
         top_k or below(manifest.get("top_k_choices") or [], first[1]),
         kappa or below(range(1, (first[2] or 0) + 1), first[2]),
     )
-    settings = list(dict.fromkeys([first, *itertools.product(*settled(lists, first))]))
-    for each in settings:  # all are checked before the first is drawn
+    # Without duplicates, and each list with the bundle's own value.
+    choices = [sorted({*given, value} - {None}) or [None] for given, value in zip(lists, first)]
+    settings = list(dict.fromkeys([first, *itertools.product(*choices)]))
+    for each in settings:  # all are checked before the first is generated
         check_request(manifest, prompts[0], **named(each))
     size: dict[str, Any] = {"height": own.height, "width": own.width, "n": images}
     for count in dict.fromkeys(setting[1] for setting in settings):  # sessions open here
         pipeline(prompts[0], **named((1, count, first[2])), **size)
+    # Settings take turns inside every prompt, and the first of them is the reference of the others.
     seconds: dict[Setting, list[float]] = {each: [] for each in settings}
     errors: dict[Setting, list[float]] = {each: [] for each in settings}
     done, total = 0, repeats * len(prompts) * len(settings)
@@ -73,14 +76,14 @@ def measure(
             began = time.perf_counter()
             answer = pipeline(prompt, seed=1000 * seed, **named(each), **size)
             seconds[each].append(time.perf_counter() - began)
-            drawn = pixels(answer)
-            reference = drawn if reference is None else reference
-            errors[each].append(float(np.mean((drawn - reference) ** 2)))
+            values = pixels(answer)
+            reference = values if reference is None else reference
+            errors[each].append(float(np.mean((values - reference) ** 2)))
             done += 1
     if progress:
         progress("measure", done, total)
     table: dict[str, Any] = {
-        "for": key_of(pipeline.setting(), own.height, own.width, images),
+        "for": table_key(pipeline.setting(), own.height, own.width, images),
         "date": time.strftime("%Y-%m-%d"),
         "repeats": repeats,
         "prompts": list(prompts),
@@ -103,11 +106,6 @@ def below(values: Sequence[int], own: int | None) -> list[int | None]:
     return [None] if own is None else [value for value in values if value <= own]
 
 
-def settled(lists: Sequence[Sequence[Any]], first: Setting) -> list[list[Any]]:
-    """The lists without duplicates, each with the bundle's own value."""
-    return [sorted({*given, own} - {None}) or [None] for given, own in zip(lists, first)]
-
-
 def named(setting: Setting) -> dict[str, Any]:
     """A setting as a call's arguments."""
     return dict(zip(KNOBS, setting, strict=True))
@@ -122,11 +120,11 @@ def pixels(images: Any) -> np.ndarray:
 def columns(table: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """A table for people, fastest first, and which rows a budget would never pick."""
     rows = sorted(table["rows"], key=lambda row: (row["slowest"], row["deviation"]))
-    out, best = [], float("inf")
+    lines, best = [], float("inf")
     for row in rows:
         picked = row["deviation"] < best
         best = min(best, row["deviation"])
         knobs = ["" if row[name] is None else str(row[name]) for name in KNOBS]
         times = [f"{row['seconds']:.3g}", f"{row['slowest']:.3g}", f"{row['deviation']:.4f}"]
-        out.append([*knobs, *times, "yes" if picked else ""])
-    return [*KNOBS, "seconds", "slowest", "deviation", "picked"], out
+        lines.append([*knobs, *times, "yes" if picked else ""])
+    return [*KNOBS, "seconds", "slowest", "deviation", "picked"], lines

@@ -8,65 +8,47 @@ run. So memory is bounded by the block, not by the model, and every step reads t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from runtime.cuda.arena import SIZES
+from runtime.cuda.arena import SIZES, aligned, byte_size
 from runtime.files.tensor_reader import TensorFiles
 
 if TYPE_CHECKING:
     from runtime.files.tensors import SafeTensors
     from runtime.ort.memory_places import Place, Room
 
-ALIGNED = 256  # bytes; as runtime.ort.memory_places
 Call = tuple[str, str]  # block type, weight prefix
 
 
-class Source(Protocol):
-    """What Blocks asks for weights: `expect` the calls to come, then `take` and `release` each."""
+class HeldWeights:
+    """Weights stay where they were put for a block's first run; all graphs share them.
 
-    def expect(self, calls: Iterable[Call]) -> None:
-        """The next calls, in their order."""
-        ...
-
-    def take(self, call: Call) -> tuple[Any, list[int]]:
-        """(where the weights are, an address for each): they stay until `release`."""
-        ...
-
-    def release(self, where: Any) -> None:
-        """The call has run."""
-        ...
-
-    def forget(self) -> None:
-        """Nothing that was expected comes any more: a call failed or was given up."""
-        ...
-
-
-class Held:
-    """Weights stay where they were put for a block's first run; all graphs share them."""
+    Blocks say which calls come next (`expect`), then `take` and `release` the weights of each.
+    """
 
     def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
         self.types, self.tensors, self.place = component["types"], tensors, place
 
     def expect(self, calls: Iterable[Call]) -> None:
-        """See Source."""
+        """The next calls, in their order."""
 
     def take(self, call: Call) -> tuple[Any, list[int]]:
-        """See Source."""
+        """(where the weights are, an address for each): they stay until `release`."""
         kind, prefix = call
         rows = self.types[kind]["weights"]
         wanted = [(prefix + local, row["dtype"]) for local, row in rows.items()]
         return prefix, self.place.keep(self.tensors, wanted)
 
     def release(self, where: Any) -> None:
-        """See Source."""
+        """The call has run."""
 
     def forget(self) -> None:
-        """See Source."""
+        """Nothing that was expected comes any more: a call failed or was cancelled."""
 
 
-class Streamed:
+class StreamedWeights:
     """Two rooms, filled in turn by one thread with the blocks that will run, in their order."""
 
     def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
@@ -77,20 +59,19 @@ class Streamed:
             for kind in {row["type"] for row in named}
         }
         self.size = max(total for _, total in self.layouts.values())
-        count = min(2, len(named))
-        self.rooms: list[Room] = [place.room(self.size) for _ in range(count)]
-        self._free = list(range(count))
+        self.rooms: list[Room] = [place.room(self.size) for _ in named[:2]]
+        self._free = list(range(len(self.rooms)))
         self._waiting: deque[Call] = deque()
         self._coming: deque[tuple[Call, int, Future[None]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="d2m-offload")
 
     def expect(self, calls: Iterable[Call]) -> None:
-        """See Source; the first of them begin to be read."""
+        """See HeldWeights; the first of them begin to be read."""
         self._waiting.extend(calls)
         self._begin()
 
     def take(self, call: Call) -> tuple[Any, list[int]]:
-        """See Source; waits until the weights are there."""
+        """See HeldWeights; waits until the weights are there."""
         expected, room, filled = self._coming.popleft()
         assert expected == call, (expected, call)
         try:
@@ -102,12 +83,12 @@ class Streamed:
         return room, [base + offset for offset in self.layouts[call[0]][0]]
 
     def release(self, where: Any) -> None:
-        """See Source; the room is filled anew."""
+        """See HeldWeights; the room is filled with the next call's."""
         self._free.append(where)
         self._begin()
 
     def forget(self) -> None:
-        """See Source; waits for what is being read."""
+        """See HeldWeights; waits for what is being read."""
         self._waiting.clear()
         while self._coming:
             _, room, filled = self._coming.popleft()
@@ -136,13 +117,8 @@ def layout(rows: Iterable[Mapping[str, Any]]) -> tuple[list[int], int]:
     offsets, total = [], 0
     for row in rows:
         offsets.append(total)
-        total += -(-bytes_of(row["shape"], row["dtype"]) // ALIGNED) * ALIGNED
+        total += aligned(byte_size(row["shape"], row["dtype"]))
     return offsets, total
 
 
-def bytes_of(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a tensor."""
-    size = SIZES[dtype]
-    for side in shape:
-        size *= side
-    return size
+Weights = HeldWeights | StreamedWeights

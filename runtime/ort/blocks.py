@@ -1,9 +1,8 @@
 """Blocks of a component in ONNX Runtime: a session per block type and top_k, weights as inputs.
 
-The program is run by the interpreter that all backends share (runtime.program.executor). Everything
-is
-bound by address: a block's weights where runtime.ort.block_weights says, the values between blocks
-where the blocks left them.
+The program is run by the interpreter that all backends share (runtime.program.executor).
+Everything is bound by address: a block's weights where runtime.ort.block_weights says, the values
+between blocks where the blocks left them.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import pieces, runs_of_all, starts_of
-from runtime.cuda.memory import cast
-from runtime.ort.block_weights import Held, Source, Streamed
+from runtime.bundle.block_groups import first_calls, rows_by_call, sections
+from runtime.files.tensors import cast
+from runtime.ort.block_weights import HeldWeights, StreamedWeights, Weights
 from runtime.ort.memory_places import ELEMENTS, Host, Place
 from runtime.ort.sessions import check_session, open_session
 from runtime.program.backends import check_offload
@@ -53,11 +52,10 @@ class Blocks:
         self.place: Place = share.place if share else place or Host()
         self.streamed: bool = share.streamed if share else check_offload(offload) == "block"
         self.arena = not self.streamed  # of memory that stays with the sessions
-        source = Streamed if self.streamed else Held
-        self.weights: Source = (
-            share.weights
-            if share
-            else source(self.component, bundle.weights(component), self.place)
+        source = StreamedWeights if self.streamed else HeldWeights
+        tensors = bundle.weights(component)
+        self.weights: Weights = (
+            share.weights if share else source(self.component, tensors, self.place)
         )
         # A binding holds one call's tensors, and streamed weights come for one call at a time.
         self._lock: threading.Lock = share._lock if share else threading.Lock()
@@ -85,36 +83,32 @@ class Blocks:
         kappa: int | None,
         starts: Starts | None,
     ) -> dict[str, np.ndarray]:
-        """The program piece by piece; the lock is held."""
+        """The program section by section; the lock is held."""
         rows = self.component["inputs"]
         env = {name: self.place.value(array, rows[name]["dtype"]) for name, array in inputs.items()}
-        k = self.default if top_k is None else top_k
-        kept = self.kappa if kappa is None else kappa
-        known = dict(starts or {})
-        for begin, end, group in pieces(self.component, kept, known):
-            runs = runs_of_all(self.component, known, kept)
+        top_k = self.default if top_k is None else top_k
+        kappa = self.kappa if kappa is None else kappa
+        starts = dict(starts or {})
+        for begin, end, group in sections(self.component, kappa, starts):
+            runs = rows_by_call(self.component, starts, kappa)
             self.weights.expect(self.coming(begin, end, group, runs))
-            env = run_program(
-                self.component, env, k, self.call, begin=begin, end=end, runs=runs, rows=self.place
-            )
-            if group is not None and kept is not None:
-                known[group] = self.ask(self.component["groups"][group], env, kept)
+            bounds: dict[str, Any] = {"begin": begin, "end": end, "runs": runs, "rows": self.place}
+            env = run_program(self.component, env, top_k, self.call, **bounds)
+            if group is not None and kappa is not None:
+                router = self.component["groups"][group]
+                names = self.component["types"][router["type"]]["inputs"]
+                values = [env[name] for name in names]
+                (logits,) = self.call(-1, router["type"], "", router["prefix"], values)
+                starts[group] = first_calls(self.place.fetch(logits), kappa)
         return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
 
     def coming(self, begin: int, end: int, group: str | None, runs: Runs) -> list[tuple[str, str]]:
-        """What a piece calls: the blocks that a sample has chosen, then the router it ends with."""
+        """What a section calls: the blocks that a sample has chosen, then the router at its end."""
         program = self.component["program"]
         called = [program[i] for i in range(begin, end) if i not in runs or len(runs[i])]
         if group is not None:
             called.append(self.component["groups"][group])
         return [(row["type"], row["prefix"]) for row in called]
-
-    def ask(self, group: Mapping[str, Any], env: Mapping[str, Any], kappa: int) -> np.ndarray:
-        """What a group's router chooses, as runtime.bundle.block_groups.starts_of."""
-        kind = group["type"]
-        inputs = [env[name] for name in self.component["types"][kind]["inputs"]]
-        (logits,) = self.call(-1, kind, "", group["prefix"], inputs)
-        return starts_of(self.place.fetch(logits), kappa)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -134,10 +128,7 @@ class Blocks:
             except BaseException:
                 self.weights.forget()
                 raise
-            return {
-                name: self.place.fetch(value)
-                for name, value in zip(row["outputs"], outputs, strict=True)
-            }
+            return dict(zip(row["outputs"], map(self.place.fetch, outputs), strict=True))
 
     def call(
         self, index: int, kind: str, key: str, prefix: str, inputs: list[Any]
@@ -145,20 +136,19 @@ class Blocks:
         """run_program's callback: OrtValues in, OrtValues out."""
         row = self.component["types"][kind]
         where, addresses = self.weights.take((kind, prefix))
-        spot = (kind, key, where)
-        if spot not in self._bound:
-            self._bound[spot] = self.bind(kind, key, addresses)
-        block = self._bound[spot]
+        if (kind, key, where) not in self._bound:
+            self._bound[kind, key, where] = self.bind(kind, key, addresses)
+        block = self._bound[kind, key, where]
         for position, name in enumerate(row["inputs"]):
-            if block.values[position] is not inputs[position]:  # rope, temb: bound already
+            if block.values[position] is not inputs[position]:  # rope and temb are bound already
                 block.binding.bind_ortvalue_input(name, inputs[position])
                 block.values[position] = inputs[position]
-        # Anew each time, or the outputs of the call before would be overwritten.
+        # New outputs each time, or those of the call before would be overwritten.
         for name in block.outputs:
             block.binding.bind_output(name, self.place.kind)
         block.session.run_with_iobinding(block.binding)
         outputs: list[onnxruntime.OrtValue] = block.binding.get_outputs()
-        if self.streamed:  # few rooms: what they were fed with is not kept for the next step
+        if self.streamed:  # few rooms: a binding would hold its outputs until the next step
             block.binding.clear_binding_outputs()
         self.weights.release(where)
         return outputs
@@ -166,24 +156,19 @@ class Blocks:
     def session(self, graph: str) -> onnxruntime.InferenceSession:
         """The session of a block graph, opened once."""
         if graph not in self._sessions:
-            single = len(self.component["program"]) == 1
+            options: dict[str, Any] = {"fully": len(self.component["program"]) == 1}
+            options |= {"providers": self.place.providers, "arena": self.arena}
+            extra = self.extra_outputs(graph)
             self._sessions[graph] = open_session(
-                self.bundle,
-                graph,
-                self.threads,
-                fully=single,
-                providers=self.place.providers,
-                arena=self.arena,
-                tail=self.tail(graph),
+                self.bundle, graph, self.threads, **options, extra=extra
             )
         return self._sessions[graph]
 
-    def tail(self, graph: str) -> bytes:
-        """What is put behind a graph's file when it is opened: nothing
-        (runtime.measure.expert_load)."""
+    def extra_outputs(self, graph: str) -> bytes:
+        """What gives a graph more outputs when it is opened (runtime.ort.router_outputs): none."""
         return b""
 
-    def promised(self, kind: str, graph: str) -> Mapping[str, Any]:
+    def expected(self, kind: str, graph: str) -> Mapping[str, Any]:
         """The inputs and outputs that a type's graph must have."""
         row: Mapping[str, Any] = self.component["types"][kind]
         return row
@@ -193,7 +178,7 @@ class Blocks:
         row = self.component["types"][kind]
         graph = row["graphs"][key]
         session = self.session(graph)
-        check_session(self.bundle, graph, session, self.promised(kind, graph), row["weights"])
+        check_session(self.bundle, graph, session, self.expected(kind, graph), row["weights"])
         binding = session.io_binding()
         for (local, weight), address in zip(row["weights"].items(), addresses, strict=True):
             element, shape = ELEMENTS[weight["dtype"]], weight["shape"]

@@ -3,8 +3,8 @@
 "graph" runs <component>.onnx, whose weights ONNX Runtime maps from the safetensors file itself;
 it packs and folds them, once. "blocks" makes one session per block type and number of experts
 and binds each block's weights to it: the same program that a GPU backend runs. The graph has the
-default number of experts compiled in; any other top_k is served by blocks, opened when first
-asked for. (Composing a graph per top_k would need onnx in the runtime and hold the weights once
+default number of experts compiled in; any other top_k is run by blocks, opened at the first such
+call. (Composing a graph per top_k would need onnx in the runtime and hold the weights once
 per k; block sessions hold no weights, so all of them share one set.)
 
 Measured (one core; transformers of 18 blocks at width 128, of 3 at width 1024): graphs step 10 to
@@ -52,7 +52,7 @@ def open_component(
     mode: str | None = None,
     offload: str | None = None,
 ) -> Executor:
-    """An executor on the CPU; `mode` "graph" or "blocks" (see above), None: as it is best.
+    """An executor on the CPU; `mode` "graph" or "blocks" (see above), None: the faster one.
 
     `offload` "block" streams the weights of a program of several calls.
     """
@@ -62,7 +62,7 @@ def open_component(
     if compute == "bfloat16":
         raise ValueError(
             f"bundle {bundle.path} computes in bfloat16, which ONNX Runtime cannot do on a CPU;"
-            f" export it with --dtype fp32 (weights stay bfloat16 on disk)."
+            " export it with --dtype fp32 (weights stay bfloat16 on disk)."
         )
     row = bundle.component(component)
     count = thread_count(threads, bundle.manifest["files"][row["weights"]]["size"])
@@ -106,10 +106,10 @@ def preload() -> None:
     import onnxruntime
 
     if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
-        with contextlib.redirect_stdout(io.StringIO()) as told:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             onnxruntime.preload_dlls()
-        if told.getvalue():
-            log.info("ONNX Runtime: %s", " ".join(told.getvalue().split())[:300])
+        if printed.getvalue():
+            log.info("ONNX Runtime: %s", " ".join(printed.getvalue().split())[:300])
 
 
 class Graph:
@@ -118,11 +118,9 @@ class Graph:
     def __init__(self, bundle: Bundle, component: str, threads: int, *, arena: bool = True) -> None:
         self.bundle, self.name, self.threads = bundle, component, threads
         self.component = bundle.component(component)
-        single = len(self.component["program"]) == 1
-        self.session = open_session(
-            bundle, self.component["onnx"], threads, fully=single, arena=arena
-        )
-        check_session(bundle, self.component["onnx"], self.session, self.component)
+        graph, single = self.component["onnx"], len(self.component["program"]) == 1
+        self.session = open_session(bundle, graph, threads, fully=single, arena=arena)
+        check_session(bundle, graph, self.session, self.component)
         self.default = bundle.manifest.get("top_k")
         keyed = any("" not in kind["graphs"] for kind in self.component["types"].values())
         self.routed = keyed and self.default is not None
@@ -137,8 +135,7 @@ class Graph:
         kappa: int | None = None,
         starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """See runtime.program.executor.Executor. The graph holds its routers: `starts` is not
-        looked at."""
+        """See runtime.program.executor.Executor; `starts` is ignored: the graph has its routers."""
         if self.routed and top_k is not None and top_k != self.default:
             return self.blocks()(inputs, top_k, kappa, starts)
         check_inputs(self.component, inputs)

@@ -1,18 +1,20 @@
 """Where ONNX Runtime computes: in the process's memory (CPU), or on a CUDA device.
 
 Blocks are bound by address, weights and values alike, so that what runs them (runtime.ort.blocks)
-makes no difference: a Place makes values, fetches them, moves rows of them, and holds weights.
+makes no difference: a Place makes values (OrtValues), fetches them, moves rows of them, and holds
+weights. Its Room is memory for one block's weights at a time, at an address that stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.cuda.memory import Memory, numpy_dtype
-from runtime.files.tensors import SafeTensors
+from runtime.cuda.arena import ALIGN
+from runtime.cuda.memory import Memory
+from runtime.files.tensors import SafeTensors, numpy_dtype
 from runtime.ort.sessions import CPU
 
 if TYPE_CHECKING:
@@ -21,58 +23,9 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 # ONNX's numbers of element types.
 ELEMENTS = {
-    "float32": 1,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "float64": 11,
-    "bfloat16": 16,
-}
+    "float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16,
+}  # fmt: skip
 NAMES = {number: name for name, number in ELEMENTS.items()}
-ALIGNED = 256  # bytes; weights in a room begin at multiples of it
-
-
-class Room(Protocol):
-    """Memory for one block's weights at a time, at an address that stays."""
-
-    address: int
-    host: np.ndarray  # where weights are written, uint8
-
-    def send(self, used: int) -> None:
-        """Make the first `used` bytes of `host` those at `address`."""
-        ...
-
-
-class Place(Protocol):
-    """See the file's docstring. Values are OrtValues."""
-
-    kind: str
-    providers: list[Any]
-
-    def value(self, array: np.ndarray, dtype: str) -> Any:
-        """A value with an array's numbers; bfloat16 is given as its bits, uint16."""
-        ...
-
-    def fetch(self, value: Any) -> np.ndarray:
-        """A value's numbers, copied; bfloat16 as uint16."""
-        ...
-
-    def take(self, value: Any, chosen: np.ndarray) -> Any:
-        """See runtime.program.executor.Rows."""
-        ...
-
-    def put(self, value: Any, part: Any, chosen: np.ndarray) -> Any:
-        """See runtime.program.executor.Rows."""
-        ...
-
-    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
-        """Addresses of weights (name, dtype) that are held from now on, each of them once."""
-        ...
-
-    def room(self, size: int) -> Room:
-        """Room for `size` bytes."""
-        ...
 
 
 class Host:
@@ -82,16 +35,16 @@ class Host:
 
     def __init__(self) -> None:
         self.providers: list[Any] = [CPU]
-        self.kept: dict[tuple[str, str], np.ndarray] = {}
+        self.weights: dict[tuple[str, str], np.ndarray] = {}
 
     def value(self, array: np.ndarray, dtype: str) -> onnxruntime.OrtValue:
-        """On the array's own memory, which the value keeps alive."""
+        """A value on the array's own memory, which it keeps alive; bfloat16 as its bits, uint16."""
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
     def fetch(self, value: Any) -> np.ndarray:
-        """A copy: numpy() of an output is a view that a later call would overwrite."""
+        """A value's numbers, bfloat16 as uint16; a copy, since a later call would overwrite it."""
         array: np.ndarray = value.numpy().copy()
         return array
 
@@ -106,30 +59,30 @@ class Host:
         return self.value(whole, "")
 
     def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
-        """See Place."""
-        found = []
+        """Addresses of weights (name, dtype) that are held from now on, each of them once."""
+        addresses = []
         for name, dtype in wanted:
-            if (name, dtype) not in self.kept:
-                self.kept[name, dtype] = np.ascontiguousarray(tensors.array(name, dtype))
-            found.append(int(self.kept[name, dtype].ctypes.data))
-        return found
+            if (name, dtype) not in self.weights:
+                self.weights[name, dtype] = np.ascontiguousarray(tensors.array(name, dtype))
+            addresses.append(int(self.weights[name, dtype].ctypes.data))
+        return addresses
 
-    def room(self, size: int) -> Room:
-        """See Place."""
+    def room(self, size: int) -> HostRoom:
+        """Room for `size` bytes."""
         return HostRoom(size)
 
 
 class HostRoom:
-    """Weights are written where they are read."""
+    """Weights are written to `host` (uint8), where they are read."""
 
     def __init__(self, size: int) -> None:
-        memory = np.empty(size + ALIGNED, np.uint8)
-        skip = -memory.ctypes.data % ALIGNED
+        memory = np.empty(size + ALIGN, np.uint8)
+        skip = -memory.ctypes.data % ALIGN
         self.host = memory[skip : skip + size]
         self.address = int(self.host.ctypes.data)
 
     def send(self, used: int) -> None:
-        """See Room."""
+        """Make the first `used` bytes of `host` those at `address`."""
 
 
 class Cuda:
@@ -140,11 +93,7 @@ class Cuda:
     """
 
     def __init__(
-        self,
-        device: Any,
-        copier: Any = None,
-        kind: str = "cuda",
-        providers: list[Any] | None = None,
+        self, device: Any, copier: Any = None, kind: str = "cuda", providers: Any = None
     ) -> None:
         self.device, self.copier, self.kind = device, copier or device, kind
         # Convolutions are chosen without timing them, matmuls do not round to TF32: the same
@@ -154,7 +103,7 @@ class Cuda:
         self.memory: Memory | None = None
 
     def value(self, array: np.ndarray, dtype: str) -> onnxruntime.OrtValue:
-        """See Place."""
+        """See Host."""
         value = self.empty(array.shape, ELEMENTS[dtype])
         self.device.upload(value.data_ptr(), np.ascontiguousarray(array))
         return value
@@ -167,9 +116,8 @@ class Cuda:
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element, self.kind, 0)
 
     def fetch(self, value: Any) -> np.ndarray:
-        """See Place."""
-        dtype = numpy_dtype(NAMES[value.element_type()])
-        array = np.empty(value.shape(), dtype)
+        """See Host."""
+        array = np.empty(value.shape(), numpy_dtype(NAMES[value.element_type()]))
         self.device.download(value.data_ptr(), array)
         return array
 
@@ -178,8 +126,8 @@ class Cuda:
         shape = value.shape()
         part = self.empty([len(chosen), *shape[1:]], value.element_type())
         size = value.tensor_size_in_bytes() // shape[0]
-        for place, row in enumerate(chosen.tolist()):
-            self.device.move(part.data_ptr() + place * size, value.data_ptr() + row * size, size)
+        for index, row in enumerate(chosen.tolist()):
+            self.device.move(part.data_ptr() + index * size, value.data_ptr() + row * size, size)
         self.device.synchronize()  # ONNX Runtime has streams of its own
         return part
 
@@ -189,21 +137,21 @@ class Cuda:
         total = value.tensor_size_in_bytes()
         size = total // value.shape()[0]
         self.device.move(whole.data_ptr(), value.data_ptr(), total)
-        for place, row in enumerate(chosen.tolist()):
-            self.device.move(whole.data_ptr() + row * size, part.data_ptr() + place * size, size)
+        for index, row in enumerate(chosen.tolist()):
+            self.device.move(whole.data_ptr() + row * size, part.data_ptr() + index * size, size)
         self.device.synchronize()
         return whole
 
     def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
-        """See Place; from the mapped file to the device, cast on the way where they must be."""
+        """See Host; from the mapped file to the device, cast on the way where they must be."""
         if self.memory is None:
             self.memory = Memory(self.device, tensors, lambda region: None)
         named = list(wanted)
         self.memory.upload_weights(named)
         return [self.memory.weights[key] for key in named]
 
-    def room(self, size: int) -> Room:
-        """See Place."""
+    def room(self, size: int) -> CudaRoom:
+        """See Host."""
         return CudaRoom(self.copier, size)
 
 
@@ -220,5 +168,9 @@ class CudaRoom:
         self.device.unpin(self.host)
 
     def send(self, used: int) -> None:
-        """See Room; waited for, by the thread that loads."""
+        """See HostRoom; waited for, by the thread that loads."""
         self.device.upload(self.address, self.host[:used])
+
+
+Place = Host | Cuda
+Room = HostRoom | CudaRoom

@@ -1,4 +1,4 @@
-"""Routers made to tell their logits: a block graph's bytes, with outputs added behind them.
+"""Logits of routers as outputs of a block graph: its bytes, with outputs added behind them.
 
 The op `d2m::RoutedExperts` takes the logits as its second input and the experts' weights as its
 third. Protocol buffers merge what follows a message into it (read: protobuf's encoding), so a few
@@ -16,37 +16,37 @@ FLOAT = 1  # TensorProto.DataType: routers compute in float32, whatever the bloc
 
 
 @dataclass(frozen=True)
-class Tap:
+class Router:
     """A router in a block graph: the FFN that it is of ("ff"), and its logits [tokens, E]."""
 
     site: str
     logits: str
 
 
-def find_taps(model: bytes) -> list[Tap]:
+def find_routers(model: bytes) -> list[Router]:
     """The routers of a checked graph (runtime.bundle.onnx_file) in the order of its nodes."""
     walk = Walk(model, {})
-    taps = []
+    routers = []
     for number, value in parts(model, 0, len(model)):
         if number != 7:  # graph
             continue
-        for inner, place in parts(model, *span(value)):
+        for inner, node in parts(model, *span(value)):
             if inner != 1:  # node
                 continue
             names: dict[int, list[str]] = {1: [], 4: [], 7: []}  # input, op_type, domain
-            for part, text in parts(model, *span(place)):
+            for part, text in parts(model, *span(node)):
                 if part in names:
                     names[part].append(word(walk, text))
             if names[4] == [OP] and names[7] == [DOMAIN] and len(names[1]) > 2:
-                taps.append(Tap(names[1][2].rpartition(".experts.")[0], names[1][1]))
-    return taps
+                routers.append(Router(names[1][2].rpartition(".experts.")[0], names[1][1]))
+    return routers
 
 
-def tail(taps: list[Tap]) -> bytes:
-    """What makes logits outputs of a graph, behind its own, when it stands behind the model."""
-    kind = field(1, field_number(1, FLOAT))  # TypeProto.tensor_type, its elem_type
-    outputs = [field(12, field(1, tap.logits.encode()) + field(2, kind)) for tap in taps]
-    return field(7, b"".join(outputs)) if taps else b""
+def logits_outputs(routers: list[Router]) -> bytes:
+    """What makes the logits further outputs of a graph when it stands behind the model's bytes."""
+    kind = field(1, varint(1 << 3) + varint(FLOAT))  # TypeProto.tensor_type, its elem_type
+    outputs = [field(12, field(1, each.logits.encode()) + field(2, kind)) for each in routers]
+    return field(7, b"".join(outputs)) if routers else b""
 
 
 def field(number: int, data: bytes) -> bytes:
@@ -54,15 +54,10 @@ def field(number: int, data: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-def field_number(number: int, value: int) -> bytes:
-    """A field that is a whole number."""
-    return varint(number << 3) + varint(value)
-
-
 def varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first."""
-    found = bytearray()
+    data = bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        data.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*data, value])

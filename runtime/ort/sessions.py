@@ -30,13 +30,13 @@ def open_session(
     fully: bool = True,
     providers: Sequence[Any] = (CPU,),
     arena: bool = True,
-    tail: bytes = b"",
+    extra: bytes = b"",
 ) -> onnxruntime.InferenceSession:
     """A deterministic session on one of the bundle's graphs; `fully`: with all optimisations.
 
     `providers`: where it computes; the first of them must take it. Without an `arena` memory on
-    the CPU goes back after every call instead of staying with the session. `tail` is put behind
-    the file's bytes (runtime.ort.router_outputs); a graph with one names no tensors of other files.
+    the CPU goes back after every call instead of staying with the session. `extra` is put behind
+    the file's bytes (runtime.ort.router_outputs); such a graph names no tensors of other files.
     """
     try:
         import onnxruntime
@@ -48,14 +48,14 @@ def open_session(
     options.use_deterministic_compute = True
     options.log_severity_level = 3  # errors; they are raised as well
     if not fully:
-        basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.graph_optimization_level = basic
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC
     options.enable_cpu_mem_arena = arena
     path = bundle.file(graph)
     disabled = guard(bundle, graph, options, onnxruntime.__version__)
     try:
         session = onnxruntime.InferenceSession(
-            path.read_bytes() + tail if tail else str(path),
+            path.read_bytes() + extra if extra else str(path),
             options,
             providers=list(providers),
             disabled_optimizers=disabled,
@@ -64,19 +64,19 @@ def open_session(
         text = printable(" ".join(str(error).split()))[:300]
         raise ValueError(
             f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
-            f" export the bundle again or install the version named in its constraints."
+            " export the bundle again or install the version named in its constraints."
         ) from None
     check_provider(session, providers)
     return session
 
 
 def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any]) -> None:
-    """ONNX Runtime goes over to the CPU by itself where a provider does not load: OSError then."""
+    """OSError where a provider did not load and ONNX Runtime took the CPU without saying so."""
     first = wanted[0] if isinstance(wanted[0], str) else wanted[0][0]
-    found = session.get_providers()
-    if found[0] != first:
+    actual = session.get_providers()[0]
+    if actual != first:
         raise OSError(
-            f"ONNX Runtime opened the graph on {found[0]}, expected {first}: its CUDA libraries or"
+            f"ONNX Runtime opened the graph on {actual}, expected {first}: its CUDA libraries or"
             f" a GPU are missing; use --backend ort, or install them with: {command('gpu')}"
         )
 
@@ -91,15 +91,15 @@ def guard(
     ValueError for a graph that should not be opened.
     """
     folder = PurePosixPath(graph).parent
-    beside = {
+    weights = {
         PurePosixPath(name).name: row["size"]
         for name, row in bundle.manifest["files"].items()
         if PurePosixPath(name).parent == folder and name.endswith(".safetensors")
     }
     try:
-        totals = check_onnx(bundle.file(graph), beside)
+        totals = check_onnx(bundle.file(graph), weights)
     except ValueError as error:
-        raise broken(bundle.path, f"its {graph} is not to be opened: {error}") from None
+        raise broken(bundle.path, f"its {graph} is not safe to open: {error}") from None
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry(FOLDING_LIMIT, str(totals.limit))
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -23,8 +23,7 @@ PLAN_BACKENDS = ("trt-rtx", "trt")
 
 GPU_BACKENDS = (*PLAN_BACKENDS, "ort-cuda")  # in the order in which "auto" asks
 
-# What a backend was run on so far. A backend that is not here has run nowhere.
-TRIED = {
+TRIED = {  # what a backend was run on so far
     "ort": "x86 CPUs, all tests and figures",
     "ort-cuda": "no GPU so far (on a CPU up to CUDA's provider, with a stand-in for its copies)",
     "trt-rtx": "no GPU so far (plans built and read, launches with a stand-in for the driver)",
@@ -32,33 +31,29 @@ TRIED = {
 }
 
 CUDA_LIBRARIES = ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")
+EXPERTS = ("auto", "plans", "cubins")
+OFFLOADS = ("none", "block")
 
 
-CHOICES = ("auto", "plans", "cubins")
-
-
-def check_experts(asked: str, backend: str | None = None) -> None:
+def check_experts(experts: str, backend: str | None = None) -> None:
     """ValueError for a choice that does not exist, or that a `backend` without plans has not."""
-    if asked not in CHOICES:
-        raise ValueError(f"the experts are {asked!r}, expected one of {', '.join(CHOICES)}.")
-    if asked != "auto" and backend in ("ort", "ort-cuda"):
+    if experts not in EXPERTS:
+        raise ValueError(f"experts is {experts!r}, expected one of {', '.join(EXPERTS)}.")
+    if experts != "auto" and backend in ("ort", "ort-cuda"):
         raise ValueError(
-            f"the experts are {asked!r} but the backend is {backend}, which has no plans, expected"
+            f"experts is {experts!r} but the backend is {backend}, which has no plans, expected"
             " trt-rtx or trt; leave --experts out."
         )
 
 
-OFFLOADS = ("none", "block")
-
-
 def check_offload(offload: str | None, backend: str | None = None) -> str:
     """ "none" or "block"; ValueError for anything else, or where a backend cannot."""
-    asked = "none" if offload is None else offload
-    if asked not in OFFLOADS:
-        raise ValueError(f"offload is {asked!r}, expected one of {', '.join(OFFLOADS)}.")
-    if asked == "block" and backend not in (None, "ort", "ort-cuda"):
+    offload = "none" if offload is None else offload
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload is {offload!r}, expected one of {', '.join(OFFLOADS)}.")
+    if offload == "block" and backend not in (None, "ort", "ort-cuda"):
         raise ValueError(
             f"offload is 'block' but the backend is {backend}, which holds all weights on the"
             " device, expected ort or ort-cuda; name one with --backend."
         )
-    return asked
+    return offload

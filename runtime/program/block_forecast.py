@@ -1,7 +1,7 @@
-"""The block schedule of a whole generation before its first step: what routers of alpha 0 choose.
+"""The block forecast of a whole generation before its first step: what routers of alpha 0 choose.
 
 Such routers read the global embedding alone: time, guidance and pooled text, all of them known
-before anything is drawn. Executors then ask none of them between blocks, and `d2m inspect
+before the first step. Executors then run none of them between blocks, and `d2m inspect
 --schedule` shows the table.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import choosing, starts_of
+from runtime.bundle.block_groups import choosing_groups, first_calls
 
 Arrays = Mapping[str, np.ndarray]
 Block = Callable[[str, str, Arrays], Mapping[str, np.ndarray]]  # (type, prefix, inputs) -> outputs
@@ -29,23 +29,18 @@ def forecast(
     `feeds` are the component's inputs at each step; `block` runs one block type. All groups must
     have alpha 0; groups that keep all of their calls are left out.
     """
-    found = []
+    types, steps = component["types"], []
     for feed, kappa in zip(feeds, kappas, strict=True):
         starts: dict[str, np.ndarray] = {}
-        asked = choosing(component, kappa)
-        env = embedding(component, block, feed, {n for _, g in asked for n in reads(component, g)})
-        for name, group in asked:
-            inputs = {tensor: env[tensor] for tensor in reads(component, group)}
+        groups = choosing_groups(component, kappa)
+        router_inputs = {name for _, group in groups for name in types[group["type"]]["inputs"]}
+        env = embedding(component, block, feed, router_inputs)
+        for name, group in groups:
+            inputs = {tensor: env[tensor] for tensor in types[group["type"]]["inputs"]}
             (logits,) = block(group["type"], group["prefix"], inputs).values()
-            starts[name] = starts_of(logits, kappa or 0)
-        found.append(starts)
-    return found
-
-
-def reads(component: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
-    """The tensors that a group's router reads."""
-    names: list[str] = component["types"][group["type"]]["inputs"]
-    return names
+            starts[name] = first_calls(logits, kappa or 0)
+        steps.append(starts)
+    return steps
 
 
 def embedding(
@@ -53,12 +48,12 @@ def embedding(
 ) -> dict[str, np.ndarray]:
     """The program's tensors `wanted`, from the first calls that write them."""
     env: dict[str, np.ndarray] = dict(feed)
-    have: set[str] = set()
+    written: set[str] = set()
     for call in component["program"]:
-        if wanted <= have:
+        if wanted <= written:
             break
         kind = component["types"][call["type"]]
         inputs = {name: env[name] for name in kind["inputs"]}
         env |= block(call["type"], call["prefix"], inputs)
-        have.update(kind["outputs"])
+        written.update(kind["outputs"])
     return env

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.bundle.block_groups import per_sample
 from runtime.files.extras import need
+from runtime.files.tensors import numpy_dtype
 from runtime.program.backends import BACKENDS, CUDA_LIBRARIES, GPU_BACKENDS, MODULES, PLAN_BACKENDS
 
 if TYPE_CHECKING:
@@ -34,11 +35,9 @@ class Rows(Protocol[Value]):
 
     def take(self, value: Value, chosen: np.ndarray) -> Value:
         """The rows `chosen`, in their order."""
-        ...
 
     def put(self, value: Value, part: Value, chosen: np.ndarray) -> Value:
         """`value` with `part` in the rows `chosen`."""
-        ...
 
 
 class Executor(Protocol):
@@ -53,13 +52,14 @@ class Executor(Protocol):
     ) -> dict[str, np.ndarray]:
         """Outputs by name; None of `top_k` and `kappa` means the bundle's default.
 
-        `starts`: what the routers of a schedule chose beforehand (see
-        runtime.program.block_forecast); none of them is asked again.
+        `starts`: what groups chose before the first step (runtime.program.block_forecast); their
+        routers are not run again.
         """
-        ...
 
 
-def choose(bundle: Bundle, backend: str = "auto", offload: str | None = None) -> tuple[str, str]:
+def choose_backend(
+    bundle: Bundle, backend: str = "auto", offload: str | None = None
+) -> tuple[str, str]:
     """The backend to use and why. Cheap: no GPU library is imported for it.
 
     Raises ValueError for a backend that does not exist, ImportError where its library is
@@ -69,7 +69,7 @@ def choose(bundle: Bundle, backend: str = "auto", offload: str | None = None) ->
     if backend == "auto":
         reasons: list[str] = []
         for name in GPU_BACKENDS:
-            reason = obstacle(bundle, name)
+            reason = unavailable_reason(bundle, name)
             if offload == "block" and name in PLAN_BACKENDS:
                 reason = "it streams no blocks"
             if reason is None:
@@ -80,25 +80,25 @@ def choose(bundle: Bundle, backend: str = "auto", offload: str | None = None) ->
         known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"the backend is {backend!r}, expected one of {known}.")
     module, extra = MODULES[backend]
-    if missing := not_installed(backend):
+    if missing := missing_library(backend):
         raise ImportError(need(extra, f"backend {backend!r} needs {module}; {missing}"))
-    return backend, "asked for"
+    return backend, "requested"
 
 
-def obstacle(bundle: Bundle, backend: str) -> str | None:
+def unavailable_reason(bundle: Bundle, backend: str) -> str | None:
     """Why a GPU backend cannot be used here, as far as that is known without importing it."""
     module, _ = MODULES[backend]
     plans = bundle.manifest.get("plans", {})
     if backend in PLAN_BACKENDS and not any(plan["api"] == module for plan in plans.values()):
         return "the bundle has no plans for it"
-    if missing := not_installed(backend):
+    if missing := missing_library(backend):
         return missing
     if not gpu_count():
         return "no GPU is visible"
     return None
 
 
-def not_installed(backend: str) -> str | None:
+def missing_library(backend: str) -> str | None:
     """What is missing of a backend's library, looked for without importing it."""
     module, _ = MODULES[backend]
     spec = importlib.util.find_spec(module)
@@ -112,7 +112,7 @@ def not_installed(backend: str) -> str | None:
 
 
 def gpu_count() -> int:
-    """CUDA devices that the driver shows, 0 where there is no driver (asked through ctypes)."""
+    """CUDA devices that the driver shows, 0 where there is no driver (read through ctypes)."""
     import ctypes
 
     try:
@@ -136,7 +136,7 @@ def batch_limit(bundle: Bundle, backend: str) -> int:
 def open_component(
     bundle: Bundle, component: str, backend: str, *, threads: int | None = None, **options: Any
 ) -> Executor:
-    """The executor of one component on a backend that `choose` named."""
+    """The executor of one component on a backend that `choose_backend` named."""
     module, _, factory = BACKENDS[backend].partition(":")
     make = getattr(importlib.import_module(module), factory)
     executor: Executor = make(bundle, component, threads=threads, **options)
@@ -152,7 +152,7 @@ def graph_key(kind: Mapping[str, Any], top_k: int | None) -> str:
         known = ", ".join(sorted(kind["graphs"], key=int))
         raise ValueError(
             f"top_k is {top_k}, expected one of {known}, which this bundle was exported with;"
-            f" export again with --top-k to have others."
+            " export again with --top-k to have others."
         )
     return key
 
@@ -171,9 +171,9 @@ def run_program(
     """Run a component's program; returns the whole environment, the component's outputs in it.
 
     `env` names the component's inputs. `call(index, kind, key, prefix, inputs)` runs one block:
-    its place in the program, type, graph key, weight prefix and inputs in the type's order; it
+    its index in the program, type, graph key, weight prefix and inputs in the type's order; it
     returns the outputs in the type's order. Values may be of any kind: arrays, OrtValues,
-    device buffers. A new value under an old name replaces it (hidden_states flows so).
+    device buffers. A new value under an old name replaces it, as hidden_states from block to block.
 
     With `begin` and `end` the calls between them alone. A call in `runs` is made with its samples'
     rows, which `rows` takes from and puts back into values, or left out where none chose it.
@@ -212,7 +212,7 @@ def check_inputs(component: Mapping[str, Any], inputs: Mapping[str, np.ndarray])
             size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
             for size, dim in zip(array.shape, row["shape"], strict=True)
         )
-        dtype = "uint16" if row["dtype"] == "bfloat16" else row["dtype"]
+        dtype = numpy_dtype(row["dtype"])
         if not fits or array.dtype.name != dtype:
             raise ValueError(
                 f"input {name!r} is {array.dtype.name} {list(array.shape)},"

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from runtime.request import one_or_all
+from runtime.request import one_or_list
 from runtime.serve.batch import usage
 from runtime.serve.guard import Guard
 from runtime.serve.image_request import MAX_BODY, Refused, fields_of, read_request
@@ -27,7 +27,7 @@ from runtime.serve.service import Service
 
 log = logging.getLogger("runtime.serve")
 BODY_SECONDS = 10.0  # within which a request's body must have arrived
-NOTES = "x-d2m-notes"  # the header that says what was not done as asked
+NOTES = "x-d2m-notes"  # the header that says what was not done as requested
 
 
 def make_app(
@@ -37,9 +37,11 @@ def make_app(
     log_prompts: bool = False,
     origins: Sequence[str] = (),
 ) -> ASGIApp:
-    """The ASGI application. `key` guards /v1; `hosts`, see Guard;
-    prompts are logged where `log_prompts` says so and nowhere else;
-    `origins`: sites whose pages may call it ("*": all)."""
+    """The ASGI application.
+
+    `key` guards /v1; `hosts`, see Guard; prompts are logged with `log_prompts` only; `origins`:
+    sites whose pages may call it ("*": all).
+    """
     app = FastAPI(title="d2m", docs_url=None, redoc_url=None)
     page, policy = read_page()
     # starlette answers HEAD where GET is, FastAPI does not; probes and balancers send it.
@@ -52,25 +54,25 @@ def make_app(
         """Generate what the JSON body asks for (see image_request.py)."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # A browser sends this type to another site only after asking it, and we say no to
-            # all but `origins`.
+            # A browser sends this type to another site only where that site allows it, which
+            # `origins` decides.
             raise Refused(415, f"the body is {kind[:60]!r}, expected application/json.")
         try:
             content = await read_body(request)
         except ClientDisconnect:
-            raise service.gone() from None
-        pick = service.pipeline.within
+            raise service.client_left() from None
         manifest, limits = service.pipeline.manifest, service.limits
-        wanted = read_request(content, manifest, limits, pick, service.names[1:])
-        arguments = wanted.arguments
+        pick, aliases = service.pipeline.pick_knobs, service.names[1:]
+        image_request = read_request(content, manifest, limits, pick, aliases)
+        arguments = image_request.arguments
         if log_prompts:
-            against = f", negative {arguments.negative[0]!r}" if arguments.negative else ""
-            log.info("prompt %r%s", arguments.prompts[0], against)
-        leaving = asyncio.ensure_future(disconnected(request))
+            negative = f", negative {arguments.negative[0]!r}" if arguments.negative else ""
+            log.info("prompt %r%s", arguments.prompts[0], negative)
+        disconnect = asyncio.ensure_future(disconnected(request))
         try:
-            job, generated = await service.generate(wanted, leaving)
+            job, generated = await service.generate(image_request, disconnect)
         finally:
-            leaving.cancel()
+            disconnect.cancel()
         now = time.monotonic()
         service.metrics.seconds.observe(now - job.entered)
         service.metrics.queued.observe(generated.began - job.entered)
@@ -94,9 +96,9 @@ def make_app(
 
     @get("/healthz")
     async def healthy() -> Response:
-        """Whether the process is to be kept: 200 as long as its threads live."""
-        well = service.threads.alive() or not service.ready or service.draining
-        return JSONResponse({"status": "ok" if well else "dead"}, 200 if well else 500)
+        """Whether the process works: 200 as long as its threads live."""
+        alive = service.threads.alive() or not service.ready or service.draining
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 500)
 
     @get("/readyz")
     async def ready() -> Response:
@@ -131,12 +133,12 @@ def make_app(
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
         """A fault of ours; uvicorn logs its traceback."""
-        return Refused(500, "a fault of the server's; see its log.").response()
+        return Refused(500, "the server has an error of its own; see its log.").response()
 
     guarded: ASGIApp = Guard(app, service.metrics, key, hosts)
     if not origins:
         return guarded
-    return CORSMiddleware(  # outside: a browser asks first, and without the key
+    return CORSMiddleware(  # outside of Guard: a browser's preflight request has no key
         guarded,
         allow_origins=list(origins),
         allow_methods=["GET", "POST"],
@@ -159,7 +161,7 @@ async def read_body(request: Request) -> bytes:
                 if len(body) > MAX_BODY:
                     raise too_large
     except TimeoutError:
-        raise Refused(408, f"no whole body within {BODY_SECONDS:g} seconds.") from None
+        raise Refused(408, f"the body was not complete within {BODY_SECONDS:g} seconds.") from None
     return bytes(body)
 
 
@@ -187,7 +189,7 @@ def answer_of(service: Service, job: Job, generated: Generated) -> dict[str, Any
             "backend": generated.backend,
             "steps": len(request.top_k),
             "guidance": request.guidance,
-            "kappa": one_or_all(request.kappa),
+            "kappa": one_or_list(request.kappa),
             **usage(manifest, request),
             "notes": [*job.request.notes, *generated.notes],
             "seconds_queued": round(generated.began - job.entered, 4),

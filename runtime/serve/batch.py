@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.request import Request
+from runtime.request import Request, one_or_list
 
 BLOCK = re.compile(r"\w+\.\d+\.")  # the weight prefix of a block, not of the transformer's ends
 
 
-def key_of(request: Request) -> tuple[Any, ...]:
+def batch_key(request: Request) -> tuple[Any, ...]:
     """What must be equal in requests that share a batch.
 
     Where one of them is guided by a negative prompt all are: guidance and family decide it.
@@ -20,7 +20,7 @@ def key_of(request: Request) -> tuple[Any, ...]:
     return (request.height, request.width, request.guidance, *knobs)
 
 
-def call_of(requests: Sequence[Request]) -> dict[str, Any]:
+def batch_call(requests: Sequence[Request]) -> dict[str, Any]:
     """The arguments of `Pipeline.__call__` for all images of requests with the same key."""
     first = requests[0]
     call: dict[str, Any] = {
@@ -45,17 +45,15 @@ def usage(manifest: Mapping[str, Any], request: Request) -> dict[str, Any]:
     Groups of blocks keep kappa of their blocks in every step; all others run.
     """
     component = manifest["components"]["transformer"]
-    places = [i for i, call in enumerate(component["program"]) if BLOCK.match(call["prefix"])]
-    grouped = [group["calls"] for group in component.get("groups", {}).values()]
-    steps = len(request.top_k)
-    run = 0
-    for kappa in request.kappa:
-        left_out = [len(calls) - kappa for calls in grouped if kappa is not None]
-        run += len(places) - sum(max(0, count) for count in left_out)
-    top_k = list(request.top_k)
+    blocks = sum(1 for call in component["program"] if BLOCK.match(call["prefix"]))
+    sizes = [len(group["calls"]) for group in component.get("groups", {}).values()]
+    skipped = sum(
+        max(0, size - kappa) for kappa in request.kappa if kappa is not None for size in sizes
+    )
+    total = blocks * len(request.top_k)
     return {
-        "blocks": run,
-        "blocks_of": len(places) * steps,
-        "experts_per_token": top_k[0] if len(set(top_k)) == 1 else top_k,
-        "experts_of": manifest.get("num_experts") if top_k[0] is not None else None,
+        "blocks": total - skipped,
+        "blocks_of": total,
+        "experts_per_token": one_or_list(request.top_k),
+        "experts_of": manifest.get("num_experts") if request.top_k[0] is not None else None,
     }

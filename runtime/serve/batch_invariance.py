@@ -1,11 +1,11 @@
-"""From how many rows on a batch's size and company no longer change an image.
+"""From how many rows on the size and the other rows of a batch no longer change an image.
 
 A matmul of one row takes another routine than one of many, and experts run as many rows as chose
 them: whether an image's bits depend on what else is in its batch is a property of backend, graphs
-and shape. So it is tried: the same image in batches of several sizes, at other places, in other
-company, compared bit by bit before rounding. Measured with the bundle that ships with d2m, ONNX
+and shape. So it is tried: the same image in batches of several sizes, in other rows, beside other
+images, compared bit by bit before rounding. Measured with the bundle that ships with d2m, ONNX
 Runtime on x86-64: from two rows on nothing changes in its whole graph (weights packed), while block
-sessions (top_k other than the default) give other bits in every company.
+sessions (top_k other than the default) give other bits beside other images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runtime.serve")
 STEPS = 2
-TRIES = 4  # batches in other company, beside one of each size
+TRIES = 4  # further batches of the largest size, with other images
 MOST = 64  # shapes and knobs that are tried; later ones are generated alone
 PROMPTS = ("a photo of a red circle", "two blue squares above a dog", "a", "", "five trees at dusk")
 
@@ -42,7 +42,7 @@ class MinBatches:
         """The fewest rows for such requests; None where they must be generated alone."""
         if self.pipeline.max_batch < 2:
             return None
-        found = []
+        rows: list[int | None] = []
         guided = request.negative is not None
         for top_k in sorted({-1 if k is None else k for k in request.top_k}):
             key = (request.latent_size, top_k, guided)
@@ -54,9 +54,9 @@ class MinBatches:
                     size = request.latent_size
                     self._known[key] = find_min_batch(self.pipeline, size, value, guided)
                     log.info("%s", summary(request, top_k, self._known[key]))
-                found.append(self._known[key])
-        rows = [row for row in found if row is not None]
-        return max(rows) if len(rows) == len(found) else None
+                rows.append(self._known[key])
+        known = [row for row in rows if row is not None]
+        return max(known) if len(known) == len(rows) else None
 
 
 def summary(request: Request, top_k: int, min_batch: int | None) -> str:
@@ -74,7 +74,9 @@ def find_min_batch(
 
     `guided`: every image has a row more, that of its negative prompt.
     """
-    if pipeline.bundle.component("transformer").get("groups") and not whole(pipeline, top_k):
+    if pipeline.bundle.component("transformer").get("groups") and not runs_whole_graph(
+        pipeline, top_k
+    ):
         return None  # which samples run a block together depends on what they are
     most = pipeline.max_batch
     reference = sample(pipeline, latent_size, top_k, most, 0, guided)
@@ -86,7 +88,7 @@ def find_min_batch(
     return 1 if np.array_equal(alone, reference) else 2
 
 
-def whole(pipeline: Pipeline, top_k: int | None) -> bool:
+def runs_whole_graph(pipeline: Pipeline, top_k: int | None) -> bool:
     """Whether ONNX Runtime's whole graph runs, where a block runs for all rows or for none.
 
     Block sessions and plans run a block of a group with the rows alone that chose it.
@@ -105,14 +107,14 @@ def sample(
 ) -> np.ndarray:
     """Pixels of one and the same image, [3, H, W], from a batch that `turn` and `size` decide."""
     random = np.random.default_rng([size, turn])
-    place = int(random.integers(size))
+    row = int(random.integers(size))
     prompts = [PROMPTS[int(i)] for i in random.integers(len(PROMPTS), size=size)]
     seeds = [1000 + int(i) for i in random.integers(1000, size=size)]
-    prompts[place], seeds[place] = PROMPTS[0], 0
-    against = [PROMPTS[int(i)] for i in random.integers(1, len(PROMPTS), size=size)]
-    against[place] = PROMPTS[1]
-    encoded = encode(pipeline, [*prompts, *against] if guided else prompts)
-    packed = denoise(
+    prompts[row], seeds[row] = PROMPTS[0], 0
+    negative = [PROMPTS[int(i)] for i in random.integers(1, len(PROMPTS), size=size)]
+    negative[row] = PROMPTS[1]
+    encoded = encode(pipeline, [*prompts, *negative] if guided else prompts)
+    latents = denoise(
         pipeline,
         prepare_latents(pipeline, seeds, latent_size),
         {name: array[:size] for name, array in encoded.items()},
@@ -121,5 +123,5 @@ def sample(
         top_k=[top_k] * STEPS,
         guidance=pipeline.manifest["defaults"]["guidance"],
     )
-    pixels: np.ndarray = decode(pipeline, packed, latent_size)[place]
+    pixels: np.ndarray = decode(pipeline, latents, latent_size)[row]
     return pixels

@@ -1,4 +1,4 @@
-"""Connections: how many are open, how long they may be silent, and what a chunk may announce.
+"""Connections: how many are open, how long they may be silent, how large a chunk may be.
 
 uvicorn closes a connection that is silent after an answer, but not one that never asks, or whose
 headers come a byte at a time; and where the process has no descriptor left asyncio logs a traceback
@@ -43,18 +43,18 @@ class Connection(H11Protocol):  # type: ignore[misc]
         super().connection_made(transport)
         self.since = self.loop.time()
         self.watch()
-        held = [each for each in self.connections if not each.transport.is_closing()]
-        if len(held) > most_connections():
-            silent = [each for each in held if each.waiting]  # this one among them
+        open_ones = [each for each in self.connections if not each.transport.is_closing()]
+        if len(open_ones) > most_connections():
+            silent = [each for each in open_ones if each.waiting]  # this one among them
             min(silent, key=lambda each: each.since).shutdown()
-            seldom("too many connections: those that were silent longest are closed")
+            warn_rarely("too many connections: those that were silent longest are closed")
 
     def data_received(self, data: bytes) -> None:
         """What came: of a request's headers, of its body."""
         super().data_received(data)
         self.watch()
-        # h11 reads a chunk's size and keeps it to itself. One that is too large counts as if it
-        # had come, so that the route refuses it now and not when its time is over.
+        # h11 reads a chunk's size and does not pass it on. A chunk that is too large counts as
+        # received, so that the route refuses it now and not when its time is over.
         size = getattr(getattr(self.conn, "_reader", None), "_bytes_in_chunk", 0)
         if size > MAX_BODY and not self.waiting and len(self.cycle.body) <= MAX_BODY:
             self.cycle.body += bytes(MAX_BODY + 1)
@@ -93,12 +93,12 @@ def on_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """The event loop's faults: one line a minute where the system gives no more connections."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in EXHAUSTED:
-        seldom(f"no connection can be accepted: {error.strerror}; raise the limit (ulimit -n)")
+        warn_rarely(f"no connection can be accepted: {error.strerror}; raise the limit (ulimit -n)")
     else:
         loop.default_exception_handler(context)
 
 
-def seldom(sentence: str) -> None:
+def warn_rarely(sentence: str) -> None:
     """Log a warning, at most once a minute."""
     now = time.monotonic()
     if now - _logged.get(sentence, -math.inf) >= 60:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.image import to_file
 from runtime.sampling import Cancelled
-from runtime.serve.batch import call_of, usage
+from runtime.serve.batch import batch_call, usage
 from runtime.serve.jobs import Generated, Job, Jobs
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class GenerateThreads:
                 key = job.request.key
                 min_batch = None if key is None else self.min_batches.of(job.request.arguments)
                 if key is not None and min_batch is not None:
-                    batch += self.jobs.alike(key, self.pipeline.max_batch - job.images)
-                # From here on nobody but us ends an answer: a request task may be cancelled.
+                    batch += self.jobs.take_similar(key, self.pipeline.max_batch - job.images)
+                # From here on only this thread ends an answer: a request's task may be cancelled.
                 batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
                 self.generate(batch, min_batch or 0)
             except Exception as error:  # the thread must live on, and the clients get an answer
@@ -81,7 +81,9 @@ class GenerateThreads:
         batch = [job for job in batch if not job.cancelled.is_set()]
         if not batch:
             return
-        self.begin(batch)
+        with self._lock:
+            self.active += batch
+        self.metrics.active.inc(len(batch))
         counted = None
         try:
             images, began, step = self.images(batch, min_batch)
@@ -98,13 +100,15 @@ class GenerateThreads:
             ended = time.monotonic()
             for job in batch:
                 mine, images = images[: job.images], images[job.images :]
-                notes = self.pipeline.left_out(job.request.arguments.prompts[0])
+                notes = self.pipeline.truncations(job.request.arguments.prompts[0])
                 job.answer.set_result(Generated(mine, notes, began, ended, self.pipeline.backend))
             counted = step, ended - began
         finally:
-            self.end(batch)
+            with self._lock:
+                self.active = [job for job in self.active if job not in batch]
+            self.metrics.active.dec(len(batch))
         if counted is not None:
-            self.meter.after(*counted)  # the answers are out
+            self.meter.add_batch(*counted)  # after the answers, so that none waits for it
             return
         for job in batch:  # one request's failure is not another's
             self.generate([job], min_batch)
@@ -112,7 +116,7 @@ class GenerateThreads:
     def images(self, batch: list[Job], min_batch: int) -> tuple[list[bytes], float, Step | None]:
         """A batch's image files in order, when generating began, and one of its steps."""
         request = batch[0].request.arguments
-        pipeline, sampler = self.meter.watched()
+        pipeline, sampler = self.meter.sampled_pipeline()
         pipeline.min_batch = min_batch
         began = last = time.monotonic()
         before = ""
@@ -120,13 +124,13 @@ class GenerateThreads:
         def progress(phase: str, done: int, total: int) -> None:
             nonlocal last, before
             now = time.monotonic()
-            if phase == before == "denoise":  # told before the first step and after each
+            if phase == before == "denoise":  # reported before the first step and after each
                 self.metrics.steps.inc()
                 self.metrics.step_seconds.observe(now - last)
             last, before = now, phase
 
         images = pipeline(
-            **call_of([job.request.arguments for job in batch]),
+            **batch_call([job.request.arguments for job in batch]),
             progress=progress,
             cancel=lambda: all(job.cancelled.is_set() for job in batch),
         )
@@ -137,21 +141,9 @@ class GenerateThreads:
         self.metrics.batch.observe(len(images))
         spent = (time.monotonic() - began) / len(images)
         self.seconds_per_image += 0.2 * (spent - self.seconds_per_image)
-        wanted = [job.request for job in batch for _ in range(job.images)]
+        requests = [job.request for job in batch for _ in range(job.images)]
         files = [
-            to_file(image, request.format, request.compression)
-            for image, request in zip(images, wanted, strict=True)
+            to_file(image, each.format, each.compression)
+            for image, each in zip(images, requests, strict=True)
         ]
         return files, began, sampler.step
-
-    def begin(self, batch: list[Job]) -> None:
-        """Count jobs that are generated from now on."""
-        with self._lock:
-            self.active += batch
-        self.metrics.active.inc(len(batch))
-
-    def end(self, batch: list[Job]) -> None:
-        """And those that are done."""
-        with self._lock:
-            self.active = [job for job in self.active if job not in batch]
-        self.metrics.active.dec(len(batch))

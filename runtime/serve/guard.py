@@ -1,4 +1,4 @@
-"""Before every route: is the host ours, is the key right, and one line of log without a prompt."""
+"""Before every route: the host and the API key checked, and one line of log without a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI around the application. Plain ASGI, so that the route still hears of a disconnect.
+    """ASGI around the application. Plain ASGI, so that the route is still told of a disconnect.
 
     `hosts`: names that the Host header may have, None for any. Without such a list a page of
     another site could reach a server on loopback by giving its own name that address. Starlette's
@@ -45,7 +45,7 @@ class Guard:
         began, status = time.monotonic(), 0
         request_id = uuid.uuid4().hex[:16]
 
-        async def tell(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -56,7 +56,7 @@ class Guard:
 
         try:
             refused = self.refusal(Headers(scope=scope), scope["path"])
-            await (refused.response() if refused else self.app)(scope, receive, tell)
+            await (refused.response() if refused else self.app)(scope, receive, send_with_headers)
         finally:
             if scope["path"].startswith("/v1/"):
                 self.metrics.requests.labels(str(status)).inc()

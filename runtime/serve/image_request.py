@@ -1,4 +1,4 @@
-"""What a client asks for: the JSON of `POST /v1/images/generations`, checked to the last field."""
+"""The JSON of `POST /v1/images/generations`, checked to the last field."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
-from runtime.latency_budget import Unmeasured
-from runtime.request import Request, check_request, show, whole, with_knobs
-from runtime.serve.batch import key_of
+from runtime.files.checked_json import show
+from runtime.latency_budget import NotMeasured
+from runtime.request import Request, check_request, whole_number, with_knobs
+from runtime.serve.batch import batch_key
 
 MAX_BODY = 64 << 10  # bytes
-# Sizes that OpenAI's clients send without having asked what the model makes.
+# Sizes that OpenAI's clients send without knowing what the model makes.
 SIZES = "256x256 512x512 1024x1024 1024x1536 1536x1024 1024x1792 1792x1024".split()
 IGNORED = ("quality", "style", "moderation")  # taken, since OpenAI's clients send them
-PICKED = ("steps", "top_k", "kappa")  # those of them that are left out, a budget picks
+PICKED = ("steps", "top_k", "kappa")  # a budget picks those that are left out
 KNOBS = (*PICKED, "guidance", "sigmas")
 # A request, its budget in seconds, knobs that were given -> all that a budget picks.
-Within = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
+PickKnobs = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
 
 
 class Refused(Exception):
@@ -68,8 +69,8 @@ class Limits:
 class ImageRequest:
     """A request that can be generated. Requests of equal `key` may share a batch.
 
-    `key` None: generated alone, since its budget was measured so. `notes`: what was asked for and
-    is not done as asked, a clause each.
+    `key` None: generated alone, since its budget was measured so. `notes`: what is not done as
+    requested, a clause each.
     """
 
     arguments: Request
@@ -113,7 +114,7 @@ def fields_of(limits: Limits) -> type[BaseModel]:
         guidance: float | None = optional("a number from 0 to 1000")
         top_k: int | list[int] | None = optional(per_step)
         kappa: int | list[int] | None = optional(per_step)
-        sigmas: list[float] | None = optional("a list of falling numbers")
+        sigmas: list[float] | None = optional("a list of decreasing numbers")
         budget: float | None = optional("the seconds that generating may take")
         deadline: float | None = optional(seconds, ge=0.001, le=limits.deadline)
         output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -136,13 +137,13 @@ def read_request(
     body: bytes,
     manifest: dict[str, Any],
     limits: Limits,
-    within: Within | None = None,
+    pick_knobs: PickKnobs | None = None,
     aliases: Sequence[str] = (),
 ) -> ImageRequest:
     """Parse and check; what is left out comes from the bundle, the seed at random.
 
-    `within` picks knobs for a budget (a pipeline's); `aliases`: names of the
-    model besides the bundle's. Raises Refused: 404 for another model, 400 for anything else.
+    `pick_knobs` picks knobs for a budget (a pipeline's); `aliases`: names of the model besides the
+    bundle's. Raises Refused: 404 for another model, 400 for anything else.
     """
     given = parse(body, limits)
     names = [manifest["name"], *aliases]
@@ -161,26 +162,26 @@ def read_request(
     try:
         request = check_request(manifest, given["prompt"], **call)
         if budget is not None:
-            if within is None:
+            if pick_knobs is None:
                 raise ValueError("budget is not known here, expected none; leave it out.")
-            picked = within(request, budget, {name: call.get(name) for name in PICKED})
+            picked = pick_knobs(request, budget, {name: call.get(name) for name in PICKED})
             request = with_knobs(manifest, request, **picked)
-        whole(len(request.top_k), "steps", 1, limits.steps)  # of sigmas or a budget
-    except Unmeasured:  # whose sentence names paths of this machine
-        raise wrong(
+        whole_number(len(request.top_k), "steps", 1, limits.steps)  # of sigmas or a budget
+    except NotMeasured:  # whose sentence names paths of this machine
+        raise bad_request(
             "budget",
-            "no budget was measured for such a request on this machine, expected it to be by"
-            " whoever runs this server (d2m measure); leave budget out.",
+            "no budget was measured for such a request on this machine, expected a table that"
+            " whoever runs this server makes (d2m measure); leave budget out.",
         ) from None
     except ValueError as error:
-        raise wrong(param_of(str(error), limits), str(error)) from None
+        raise bad_request(param_of(str(error), limits), str(error)) from None
     if request.height * request.width > limits.pixels:
-        found = f"{request.width}x{request.height}"
-        raise wrong("size", f"the size is {found}, expected at most {limits.pixels} pixels.")
+        size = f"{request.width}x{request.height}"
+        raise bad_request("size", f"the size is {size}, expected at most {limits.pixels} pixels.")
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
-        None if budget is not None else key_of(request),
+        None if budget is not None else batch_key(request),
         given.get("output_format", "png"),
         given.get("output_compression", 100),
         tuple(notes),
@@ -193,9 +194,9 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         text = " ".join(str(error).split())[:80]
-        raise wrong(None, f"the body is no JSON ({text}), expected a JSON object.") from None
+        raise bad_request(None, f"the body is no JSON ({text}), expected a JSON object.") from None
     if not isinstance(fields, dict):
-        raise wrong(None, f"the body is {show(fields)}, expected a JSON object.")
+        raise bad_request(None, f"the body is {show(fields)}, expected a JSON object.")
     model = fields_of(limits)
     try:
         return model.model_validate(fields).model_dump(exclude_none=True)
@@ -203,13 +204,13 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
         first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        raise wrong(name, f"the field {show(name)} is not known; leave it out.")
+        raise bad_request(name, f"the field {show(name)} is not known; leave it out.")
     value: Any = fields.get(name)
-    long = first["type"].startswith("string_too")
-    found = f"{len(value)} characters long" if long else show(value)
-    plain = first["msg"].removeprefix("Input should be ")
-    expected = model.model_fields[name].description or plain
-    raise wrong(name, f"{name} is {found}, expected {expected}.")
+    wrong_length = first["type"].startswith("string_too")
+    actual = f"{len(value)} characters long" if wrong_length else show(value)
+    default = first["msg"].removeprefix("Input should be ")
+    expected = model.model_fields[name].description or default
+    raise bad_request(name, f"{name} is {actual}, expected {expected}.")
 
 
 def read_size(
@@ -239,6 +240,6 @@ def param_of(sentence: str, limits: Limits) -> str | None:
     return field if field in fields_of(limits).model_fields else None
 
 
-def wrong(param: str | None, message: str) -> Refused:
+def bad_request(param: str | None, message: str) -> Refused:
     """A request that the client has to change."""
     return Refused(400, message, param=param)

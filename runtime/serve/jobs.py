@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Full(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Generated:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. Whoever gives it up sets `cancelled`; then nobody reads `answer`."""
+    """A request in the queue. Whoever cancels it sets `cancelled`; then nobody reads `answer`."""
 
     request: ImageRequest
     entered: float = field(default_factory=time.monotonic)
@@ -69,7 +69,7 @@ class Jobs:
             self._change.notify()
 
     def remove(self, job: Job) -> None:
-        """Give a job up: its place is free at once, or generating stops at the next step."""
+        """Cancel a job: its place is free at once, or generating stops at the next step."""
         job.cancelled.set()
         with self._change:
             if job in self._waiting:
@@ -82,21 +82,21 @@ class Jobs:
                 self._change.wait()
             return self._waiting.pop(0) if self._waiting else None
 
-    def alike(self, key: tuple[Any, ...], room: int) -> list[Job]:
-        """Further waiting jobs with this key, oldest first, of at most `room` images together."""
-        found = []
+    def take_similar(self, key: tuple[Any, ...], room: int) -> list[Job]:
+        """Further waiting jobs with this key, oldest first, at most `room` images together."""
+        taken = []
         with self._change:
             for job in list(self._waiting):
                 if job.request.key == key and job.images <= room:
                     self._waiting.remove(job)
-                    found.append(job)
+                    taken.append(job)
                     room -= job.images
-        return found
+        return taken
 
     def close(self) -> list[Job]:
         """Take no more jobs and wake the threads; returns those that still waited."""
         with self._change:
             self.closed = True
-            left, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, []
             self._change.notify_all()
-        return left
+        return waiting

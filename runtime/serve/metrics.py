@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus. Memory and CPU come from prometheus_client's own collector."""
+"""`/metrics` for Prometheus. Memory and CPU come from prometheus_client's own collector."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
-        found: bytes = generate_latest(self.registry)
-        return found
+        text: bytes = generate_latest(self.registry)
+        return text
 
 
 class ExpertLoad:

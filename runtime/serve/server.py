@@ -1,8 +1,8 @@
 """The process: a socket, uvicorn, and what SIGTERM means.
 
 At the first SIGTERM or Ctrl-C `/readyz` turns 503 and new requests are refused with 503, but the
-socket stays open until all that was accepted is answered, or `drain` seconds are over: nobody is
-left without an answer. At the second the process gives everything up at once.
+socket stays open until all that was accepted is answered, or `drain` seconds are over: every client
+gets an answer. At the second the process cancels everything at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -38,7 +37,7 @@ def serve(
     log_prompts: bool = False,
     origins: Sequence[str] = (),
 ) -> None:
-    """Serve until told to stop; port 0 takes a free one. Raises OSError where it is taken."""
+    """Serve until a signal; port 0 takes a free one. Raises OSError where it is taken."""
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
         raise ValueError("the API key is too short or not plain ASCII, expected 8 letters or more.")
     with listen(host, port) as listener:
@@ -46,7 +45,7 @@ def serve(
         local = ipaddress.ip_address(name.partition("%")[0]).is_loopback
         if not local and key is None:
             log.warning(
-                "%s is open to the network and no API key is asked for: set D2M_API_KEY", name
+                "%s is open to the network and no API key is required: set D2M_API_KEY", name
             )
         hosts = None
         if local and key is None:
@@ -71,7 +70,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=5,  # what is left then has been given up
+            timeout_graceful_shutdown=5,  # what is left then was cancelled
             ws="none",
             lifespan="off",
         )
@@ -85,7 +84,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(on_fault)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain; second: go."""
+        """First signal: drain; second: stop at once."""
         if self.service.draining:
             self.should_exit = self.force_exit = True
         self.service.draining = True
@@ -98,7 +97,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.service.idle() or now >= self.until
         done: bool = await super().on_tick(counter)
         if done:
-            # In a thread: answers of what is given up are sent by this one.
+            # In another thread: this one sends the answers of what is cancelled.
             await asyncio.to_thread(self.service.close)
         return done
 
@@ -108,10 +107,8 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 65536:
         raise ValueError(f"the port is {port}, expected 0 (any free one) to 65535.")
     try:
-        found: list[Any] = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, proto, _, address = found[0]
+        kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+        family, _, proto, _, address = socket.getaddrinfo(host, port, type=kind, flags=passive)[0]
     except (socket.gaierror, UnicodeError):
         raise ValueError(f"the host is {host!r}, expected an address of this machine.") from None
     # asyncio sets TCP_NODELAY only where the socket names its protocol: without it every answer on
@@ -125,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise OSError(
             f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()};"
-            f" choose others with --host and --port"
+            " choose others with --host and --port"
         ) from None
     listener.setblocking(False)
     return listener

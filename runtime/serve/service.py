@@ -15,7 +15,7 @@ from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
 from runtime.program.backends import GPU_BACKENDS
 from runtime.program.threads import thread_count
-from runtime.request import check_request, whole
+from runtime.request import check_request, whole_number
 from runtime.sampling import Cancelled
 from runtime.serve.batch_invariance import MinBatches
 from runtime.serve.generate_threads import GenerateThreads
@@ -28,7 +28,7 @@ MAX_PIXELS = 4  # times the bundle's own size, where no other limit is given
 
 
 class Service:
-    """Everything behind the routes; nothing here knows HTTP but the status of what is refused."""
+    """Everything behind the routes; of HTTP it has the status of a refused request alone."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Service:
         experts: str = "auto",
         aliases: Sequence[str] = (),
     ) -> None:
-        """`aliases`: further names by which clients may ask for the model.
+        """`aliases`: further names by which clients may request the model.
 
         Raises what runtime.load raises; ValueError for a number or a name out of range.
         """
-        workers = whole(workers, "workers", 1, 64)
+        workers = whole_number(workers, "workers", 1, 64)
         if not 0.001 <= deadline <= 86_400:
             raise ValueError(f"the deadline is {deadline!r}, expected seconds from 0.001 to 86400.")
         opened = open_bundle(bundle or default_bundle(), key=required_key())
@@ -62,12 +62,12 @@ class Service:
             backend,
             threads=threads,
             experts=experts,
-            max_batch=whole(max_batch, "max-batch", 1, 64),
+            max_batch=whole_number(max_batch, "max-batch", 1, 64),
         )
         if workers > 1 and self.pipeline.backend in GPU_BACKENDS:
             raise ValueError(
                 f"workers is {workers}, expected 1 with backend {self.pipeline.backend!r}: a GPU"
-                f" generates one batch at a time; start one server for every GPU."
+                " generates one batch at a time; start one server for every GPU."
             )
         for name in aliases:
             if not 0 < len(name) <= 200 or not name.isprintable():
@@ -76,13 +76,16 @@ class Service:
         defaults = self.pipeline.manifest["defaults"]
         pixels = MAX_PIXELS * int(defaults["height"]) * int(defaults["width"])
         self.limits = Limits(
-            images=whole(max_images, "max-images", 1, 1000),
-            steps=whole(max_steps, "max-steps", 1, 1000),
-            pixels=whole(pixels if max_pixels is None else max_pixels, "max-pixels", 1, 1 << 40),
+            images=whole_number(max_images, "max-images", 1, 1000),
+            steps=whole_number(max_steps, "max-steps", 1, 1000),
+            pixels=whole_number(
+                pixels if max_pixels is None else max_pixels, "max-pixels", 1, 1 << 40
+            ),
             deadline=deadline,
         )
+        # From the queue to the threads: whatever counts or tries out images shares the pipeline.
         self.metrics = Metrics()
-        self.jobs = Jobs(whole(max_queue, "max-queue", 1, 100_000))
+        self.jobs = Jobs(whole_number(max_queue, "max-queue", 1, 100_000))
         self.meter = Meter(self.pipeline)
         self.metrics.watch(self.jobs, self.meter)
         self.min_batches = MinBatches(self.pipeline)
@@ -103,34 +106,36 @@ class Service:
         self.ready = True
 
     async def generate(
-        self, wanted: ImageRequest, leaving: asyncio.Task[None]
+        self, request: ImageRequest, disconnect: asyncio.Task[None]
     ) -> tuple[Job, Generated]:
-        """Queue a request and wait: for its images, its deadline or its client's `leaving`.
+        """Queue a request and wait: for its images, its deadline or its client's `disconnect`.
 
-        Raises Refused: 429 where the queue is full, 503 where the server goes down, 504 at the
+        Raises Refused: 429 where the queue is full, 503 where the server stops, 504 at the
         deadline, 499 (which nobody reads) where the client left, 500 for a fault.
         """
         if self.draining or not self.ready:
-            raise Refused(503, "the server is going down; ask another.", retry_after=self.wait())
-        job = Job(wanted)
+            message = "the server is stopping; send the request to another."
+            raise Refused(503, message, retry_after=self.retry_after())
+        job = Job(request)
         try:
             self.jobs.put(job)
         except Full:
             raise Refused(
                 429,
-                f"{self.jobs.limit} requests wait, which is as many as may; try again later.",
+                f"{self.jobs.limit} requests wait, which is the most allowed; try again later.",
                 code="rate_limit_exceeded",
-                retry_after=self.wait(),
+                retry_after=self.retry_after(),
             ) from None
         answer = asyncio.wrap_future(job.answer)
         self.pending += 1
         try:
-            either: set[asyncio.Future[Any]] = {answer, leaving}
-            await asyncio.wait(either, timeout=wanted.deadline, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {answer, disconnect}
+            when = asyncio.FIRST_COMPLETED
+            await asyncio.wait(first, timeout=request.deadline, return_when=when)
             if answer.done():
                 return job, answer.result()
         except Cancelled:
-            raise Refused(503, "the server went down before the images were generated.") from None
+            raise Refused(503, "the server stopped before the images were generated.") from None
         except Exception as error:
             log.error("generating failed: %s: %s", type(error).__name__, error)
             raise Refused(
@@ -141,38 +146,37 @@ class Service:
             if not answer.done():
                 self.jobs.remove(job)
                 answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if leaving.done():
-            raise self.gone()
+        if disconnect.done():
+            raise self.client_left()
         self.metrics.cancelled.labels("deadline").inc()
         raise Refused(
             504,
-            f"no image within {wanted.deadline:g} seconds; ask for fewer steps, fewer images or"
-            f" more time.",
+            f"no image within {request.deadline:g} seconds; request fewer steps, fewer images or"
+            " more time.",
             code="deadline_exceeded",
         )
 
-    def gone(self) -> Refused:
+    def client_left(self) -> Refused:
         """What is raised, for the log and the metrics, where the client left."""
         self.metrics.cancelled.labels("disconnect").inc()
-        return Refused(499, "the client went away.")
+        return Refused(499, "the client has left.")
 
-    def wait(self) -> int:
-        """Seconds after which to try again: what waits, at the pace of late."""
-        images = self.jobs.images + 1
-        pace = self.threads.seconds_per_image / self.threads.workers
-        return max(1, min(600, math.ceil(images * pace)))
+    def retry_after(self) -> int:
+        """Seconds after which to try again: what waits, at the recent throughput."""
+        seconds = self.threads.seconds_per_image / self.threads.workers
+        return max(1, min(600, math.ceil((self.jobs.images + 1) * seconds)))
 
     def idle(self) -> bool:
         """Whether nothing waits and nothing is generated."""
         return not self.pending
 
     def close(self, seconds: float = 5.0) -> None:
-        """Give up what waits and what is generated, and end the threads."""
+        """Cancel what waits and what is generated, and end the threads."""
         self.draining = True
         for job in self.jobs.close():
             job.cancelled.set()
             if job.answer.set_running_or_notify_cancel():
-                job.answer.set_exception(Cancelled("the server went down."))
+                job.answer.set_exception(Cancelled("the server stopped."))
         for job in list(self.threads.active):
             job.cancelled.set()
         if self.ready:

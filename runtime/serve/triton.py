@@ -3,8 +3,7 @@
 What `d2m export --triton-repo` writes as model.py hands everything to `Model`. The server gathers
 requests (dynamic batching) and hands them over as a list; those with the same settings are
 generated together where no bit of an image depends on the others (batch_invariance.py), else one by
-one.
-`pb` is the module triton_python_backend_utils, which exists inside the server only.
+one. `pb` is the module triton_python_backend_utils, which exists inside the server only.
 """
 
 from __future__ import annotations
@@ -23,23 +22,20 @@ from runtime.image import to_png
 from runtime.pipeline import Pipeline
 from runtime.request import Request, check_request
 from runtime.sampling import Cancelled
-from runtime.serve.batch import call_of, key_of
+from runtime.serve.batch import batch_call, batch_key
 from runtime.serve.batch_invariance import MinBatches
 
 log = logging.getLogger("runtime")
 # Input -> the argument of a pipeline, and what one value of it is.
 SETTINGS: dict[str, Callable[[Any], Any]] = {
-    "steps": int,
-    "guidance": float,
-    "height": int,
-    "width": int,
-}
+    "steps": int, "guidance": float, "height": int, "width": int,
+}  # fmt: skip
 KNOBS = ("top_k", "kappa")  # a number, or one for every step
 LISTS = ("sigmas",)  # one for every step
 
 
 @dataclass
-class Wanted:
+class TritonRequest:
     """One request of the server that can be generated; `index`: its place in the list."""
 
     index: int
@@ -50,7 +46,7 @@ class Wanted:
     @property
     def key(self) -> tuple[Any, ...]:
         """Requests of the same key may share a batch."""
-        return key_of(self.arguments)
+        return batch_key(self.arguments)
 
 
 class Model:
@@ -86,21 +82,21 @@ class Model:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response for every request, in their order. Nothing that one asks for fails another."""
         answers: dict[int, Any] = {}
-        alike: dict[tuple[Any, ...], list[Wanted]] = {}
+        by_key: dict[tuple[Any, ...], list[TritonRequest]] = {}
         for index, request in enumerate(requests):
             try:
                 wanted = self.read(index, request)
             except ValueError as error:
                 answers[index] = self.refusal(str(error), "INVALID_ARG")
                 continue
-            alike.setdefault(wanted.key, []).append(wanted)
-        for same in alike.values():
+            by_key.setdefault(wanted.key, []).append(wanted)
+        for same in by_key.values():
             min_batch = self.min_batches.of(same[0].arguments)
             for batch in batches(same, self.pipeline.max_batch if min_batch else 0):
                 answers |= self.generate(batch, min_batch or 0)
         return [answers[index] for index in range(len(requests))]
 
-    def read(self, index: int, request: Any) -> Wanted:
+    def read(self, index: int, request: Any) -> TritonRequest:
         """A request's tensors as arguments; ValueError with one sentence where they are wrong."""
         prompts = [text(value, "prompt") for value in self.values(request, "prompt")]
         if not prompts:
@@ -108,18 +104,17 @@ class Model:
         seeds = [int(value) for value in self.values(request, "seed")] or [0] * len(prompts)
         call: dict[str, Any] = {}
         for name, kind in SETTINGS.items():
-            found = sorted({kind(value) for value in self.values(request, name)})
-            if len(found) > 1:
-                raise ValueError(f"{name} is {found} in one request, expected one value of all.")
-            if found:
-                call[name] = found[0]
-        against = self.values(request, "negative_prompt")
-        if against:
-            call["negative"] = [text(value, "negative prompt") for value in against]
+            values = sorted({kind(value) for value in self.values(request, name)})
+            if len(values) > 1:
+                raise ValueError(f"{name} is {values} in one request, expected one value for all.")
+            if values:
+                call[name] = values[0]
+        if negative := self.values(request, "negative_prompt"):
+            call["negative"] = [text(value, "negative prompt") for value in negative]
         for name in (*KNOBS, *LISTS):
             rows = self.rows(request, name)
             if len({tuple(row) for row in rows}) > 1:
-                raise ValueError(f"{name} differs in one request, expected one value of all.")
+                raise ValueError(f"{name} differs in one request, expected one value for all.")
             if rows and rows[0]:
                 one = len(rows[0]) == 1 and name in KNOBS
                 call[name] = rows[0][0] if one else rows[0]
@@ -132,7 +127,7 @@ class Model:
                 f" {self.max_pixels} pixels."
             )
         outputs = tuple(request.requested_output_names())
-        return Wanted(index, checked, request.is_cancelled, outputs)
+        return TritonRequest(index, checked, request.is_cancelled, outputs)
 
     def values(self, request: Any, name: str) -> list[Any]:
         """An input's values, one an image; none where it is not given."""
@@ -149,7 +144,7 @@ class Model:
         rows: list[list[Any]] = array.reshape(len(array), -1).tolist()
         return rows
 
-    def generate(self, batch: list[Wanted], min_batch: int) -> dict[int, Any]:
+    def generate(self, batch: list[TritonRequest], min_batch: int) -> dict[int, Any]:
         """Responses of requests that are generated together; where that fails, each on its own.
 
         `min_batch`: of runtime.serve.batch_invariance, 0 where there is none.
@@ -177,19 +172,19 @@ class Model:
             images = images[count:]
         return cancelled
 
-    def images(self, batch: list[Wanted], min_batch: int) -> list[Any]:
+    def images(self, batch: list[TritonRequest], min_batch: int) -> list[Any]:
         """PIL images of all requests of a batch, in order."""
         pipeline = copy.copy(self.pipeline)  # shares bundle, sessions and tokenizers
         pipeline.min_batch = min(min_batch, pipeline.max_batch)
         images = pipeline(
-            **call_of([wanted.arguments for wanted in batch]),
+            **batch_call([wanted.arguments for wanted in batch]),
             cancel=lambda: all(wanted.cancelled() for wanted in batch),
         )
         assert isinstance(images, list)
         return images
 
     def response(self, images: list[Any], outputs: tuple[str, ...]) -> Any:
-        """The outputs that were asked for: png [images, 1], image [images, height, width, 3]."""
+        """The requested outputs: png [images, 1], image [images, height, width, 3]."""
         tensors = []
         if "png" in outputs or not outputs:
             pngs = np.array([[to_png(image)] for image in images], object)
@@ -205,9 +200,9 @@ class Model:
         return self.pb.InferenceResponse(output_tensors=[], error=error)
 
 
-def batches(wanted: list[Wanted], room: int) -> list[list[Wanted]]:
+def batches(wanted: list[TritonRequest], room: int) -> list[list[TritonRequest]]:
     """Requests in order, as many together as have `room` images; each alone where it is 0."""
-    found: list[list[Wanted]] = []
+    found: list[list[TritonRequest]] = []
     images = 0
     for each in wanted:
         size = len(each.arguments.prompts)

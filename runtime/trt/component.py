@@ -2,8 +2,7 @@
 
 Every plan is loaded once and serves all blocks of its type. All launches go to one stream
 (runtime.trt.launcher). Nothing in between waits for the host, but for one small download per group
-of
-blocks whose router reads the picture: what was not chosen is not launched.
+of blocks whose router reads the image: what was not chosen is not launched.
 """
 
 from __future__ import annotations
@@ -18,17 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import Starts, pieces, runs_of_all, starts_of
+from runtime.bundle.block_groups import Starts, first_calls, rows_by_call, sections
 from runtime.cuda.arena import Buffer
 from runtime.cuda.device import Device, bindings, capability
-from runtime.cuda.memory import Memory, cast, numpy_dtype
+from runtime.cuda.memory import Memory
 from runtime.files.extras import need
+from runtime.files.tensors import cast, numpy_dtype
 from runtime.program.executor import check_inputs, graph_key
 from runtime.trt.expert_kernels import Cubins
 from runtime.trt.experts import ExpertsContext, experts_of
-from runtime.trt.launch_schedule import check_profiles, make_schedule, one_call, plan_key, sizes_of
-from runtime.trt.launcher import Launcher, Ready
-from runtime.trt.launches import Piece
+from runtime.trt.launch_schedule import (
+    check_profiles,
+    make_launch_schedule,
+    one_call,
+    plan_key,
+    sizes_of,
+)
+from runtime.trt.launcher import BoundSchedule, Launcher
+from runtime.trt.launches import Section
 from runtime.trt.plan_choice import choose_target
 from runtime.trt.plan_loader import Loader
 
@@ -38,25 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("runtime")
 
 
-def open_component(
-    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
+def open_plans(
+    bundle: Bundle, component: str, api: str, *, threads: int | None = None, experts: str = "auto"
 ) -> Plans:
-    """An executor on TensorRT proper (backend "trt"); `threads` has no meaning here."""
-    return open_plans(bundle, component, "tensorrt", experts)
-
-
-def open_component_rtx(
-    bundle: Bundle, component: str, *, threads: int | None = None, experts: str = "auto"
-) -> Plans:
-    """An executor on TensorRT-RTX (backend "trt-rtx"); `threads` has no meaning here."""
-    return open_plans(bundle, component, "tensorrt_rtx", experts)
-
-
-def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") -> Plans:
     """Check library, release, driver and GPU against the manifest, in this order; then load.
 
-    `experts`: whole blocks ("plans"), or kernels between their segments ("cubins"), or "auto".
-    Raises ImportError, ValueError or OSError with one sentence that names the cure.
+    `api` "tensorrt" or "tensorrt_rtx"; `threads` has no meaning here; `experts`: whole blocks
+    ("plans"), or kernels between their segments ("cubins"), or "auto". Raises ImportError,
+    ValueError or OSError with one sentence that names the cure.
     """
     try:
         trt = importlib.import_module(api)
@@ -73,13 +68,17 @@ def open_plans(bundle: Bundle, component: str, api: str, experts: str = "auto") 
     return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
 
 
+open_component = functools.partial(open_plans, api="tensorrt")  # backend "trt"
+open_component_rtx = functools.partial(open_plans, api="tensorrt_rtx")  # backend "trt-rtx"
+
+
 @functools.lru_cache(maxsize=1)
 def shared_device() -> Device:
     """One device object, and so one stream, for all components of a process."""
     return Device()
 
 
-MAX_READY = 256  # schedules kept; every choice of blocks is another, a hundred kilobytes at most
+MAX_READY = 256  # launch schedules; every choice of blocks is one, a hundred kilobytes at most
 
 
 class Plans:
@@ -109,10 +108,12 @@ class Plans:
         self.device, self.load, self.cubins = device, load, cubins
         self.segments: Mapping[str, Any] = self.plans.get("segments", {}) if cubins else {}
         self.default, self.kappa = bundle.manifest.get("top_k"), bundle.manifest.get("kappa")
-        self._ready: dict[tuple[Any, ...], Ready] = {}
+        self._ready: dict[tuple[Any, ...], BoundSchedule] = {}
         # A weak reference: a cycle would keep the memory until the garbage collector runs.
         me = weakref.ref(self)
-        self.memory = Memory(device, bundle.weights(component), lambda region: forget(me(), region))
+        self.memory = Memory(
+            device, bundle.weights(component), lambda region: drop_addresses(me(), region)
+        )
         self.launcher = Launcher(device, self.memory, target, graphs=graphs)
         self._lock = threading.Lock()
 
@@ -123,57 +124,53 @@ class Plans:
         kappa: int | None = None,
         starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """See runtime.program.executor.Executor. With `starts` of all groups the host is not waited
-        for."""
+        """See runtime.program.executor.Executor; with all groups in `starts` no step waits for the
+        host."""
         check_inputs(self.component, inputs)
-        kept = self.kappa if kappa is None else kappa
+        kappa = self.kappa if kappa is None else kappa
         with self._lock:
-            return self.feed(self.component, inputs, top_k, (), kept, starts)
+            return self.run(self.component, inputs, top_k, (), kappa, starts)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
     ) -> dict[str, np.ndarray]:
-        """One block alone, fed with given tensors (parity compares blocks one by one so)."""
+        """One block alone, on given tensors (parity compares blocks one by one so)."""
         k = self.default if top_k is None else top_k
         key = plan_key(self.name, kind, graph_key(self.component["types"][kind], k))
-        rows = self.plans["tensors"][key]
-        single = one_call(self.component, kind, prefix, rows)
+        single = one_call(self.component, kind, prefix, self.plans["tensors"][key])
         with self._lock:
-            return self.feed(single, inputs, top_k, (kind, prefix))
+            return self.run(single, inputs, top_k, (kind, prefix))
 
-    def feed(
+    def run(
         self,
         component: Mapping[str, Any],
         inputs: Mapping[str, np.ndarray],
         top_k: int | None,
-        place: tuple[str, ...],
+        block: tuple[str, ...],
         kappa: int | None = None,
         starts: Starts | None = None,
     ) -> dict[str, np.ndarray]:
-        """Upload, launch piece by piece, download."""
+        """Upload, launch section by section, download; `block`: (type, prefix) of one run alone."""
         sizes = sizes_of(component, inputs)
-        k = self.default if top_k is None else top_k
-        known, env = dict(starts or {}), None
-        for begin, end, group in pieces(component, kappa, known):
-            runs = {
-                call: rows
-                for call, rows in runs_of_all(component, known, kappa).items()
-                if begin <= call < end
-            }
+        top_k = self.default if top_k is None else top_k
+        starts, env = dict(starts or {}), None
+        for begin, end, group in sections(component, kappa, starts):
+            chosen = rows_by_call(component, starts, kappa)
+            runs = {call: rows for call, rows in chosen.items() if begin <= call < end}
             router = None if group is None else component["groups"][group]
-            piece = Piece(begin, end, runs, env, router)
-            ready = self.prepare(component, sizes, k, place, piece)
+            section = Section(begin, end, runs, env, router)
+            bound = self.prepare(component, sizes, top_k, block, section)
             base = self.memory.regions["arena"][0]
-            for name, buffer in ready.schedule.inputs.items():
+            for name, buffer in bound.schedule.inputs.items():
                 self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
-            self.launcher.run(ready)
-            env = ready.schedule.env
-            if group is not None and kappa is not None and ready.schedule.logits is not None:
-                logits = self.fetch(ready.schedule.logits)
-                known[group] = starts_of(logits, kappa)
+            self.launcher.run(bound)
+            env = bound.schedule.env
+            # What the router at the section's end chose decides which launches come next.
+            if group is not None and kappa is not None and bound.schedule.logits is not None:
+                starts[group] = first_calls(self.fetch(bound.schedule.logits), kappa)
         return {
             name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
-            for name, buffer in ready.schedule.outputs.items()
+            for name, buffer in bound.schedule.outputs.items()
         }
 
     def fetch(self, buffer: Buffer) -> np.ndarray:
@@ -187,47 +184,46 @@ class Plans:
         component: Mapping[str, Any],
         sizes: Mapping[str, int],
         top_k: int | None,
-        place: tuple[str, ...] = (),
-        piece: Piece | None = None,
-    ) -> Ready:
-        """The schedule for these sizes with weights, contexts and addresses; made once."""
-        piece = piece or Piece()
-        key = (tuple(sorted(sizes.items())), top_k, place, piece.key)
+        block: tuple[str, ...] = (),
+        section: Section | None = None,
+    ) -> BoundSchedule:
+        """The launch schedule for these sizes with weights, contexts and addresses; made once."""
+        section = section or Section()
+        key = (tuple(sorted(sizes.items())), top_k, block, section.key)
         if key in self._ready:
             self._ready[key] = self._ready.pop(key)  # the newest is last
             return self._ready[key]
         check_profiles(self.target, self.name, self.plans, sizes)
-        schedule = make_schedule(
-            self.name, component, self.plans, sizes, top_k, self.segments, piece=piece
+        schedule = make_launch_schedule(
+            self.name, component, self.plans, sizes, top_k, self.segments, section=section
         )
-        # What the pieces before have left in the arena is read on.
-        keep = piece.env is not None
-        ready = self.launcher.bind(schedule, self.plans["tensors"], self.open, keep=keep)
+        # What the sections before have left in the arena is read further on.
+        keep = section.env is not None
+        bound = self.launcher.bind(schedule, self.plans["tensors"], self.open, keep=keep)
         while len(self._ready) >= MAX_READY:
             oldest = self._ready.pop(next(iter(self._ready)))
             if oldest.graph is not None:
                 self.device.discard(oldest.graph)
-        self._ready[key] = ready
-        return ready
+        self._ready[key] = bound
+        return bound
 
     def open(self, plan: str) -> Any:
         """What launches a plan, or the experts' kernels."""
         if plan in self.plans["files"]:
             return self.load(str(self.bundle.file(self.plans["files"][plan])))
         assert self.cubins is not None, plan  # only segments name such launches
-        row = self.plans["experts"][plan]
-        tensors = self.plans["tensors"][plan]
+        row, tensors = self.plans["experts"][plan], self.plans["tensors"][plan]
         return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])
 
 
-def forget(executor: Plans | None, region: str) -> None:
+def drop_addresses(executor: Plans | None, region: str) -> None:
     """A region has moved: drop addresses made from the old one, and recordings of them."""
     if executor is None:
         return
-    for ready in executor._ready.values():
-        if ready.graph is not None:
-            executor.device.discard(ready.graph)
-            ready.graph = None
+    for bound in executor._ready.values():
+        if bound.graph is not None:
+            executor.device.discard(bound.graph)
+            bound.graph = None
     if region == "arena":
         executor._ready.clear()
     executor.launcher.shapes.clear()

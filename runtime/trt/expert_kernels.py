@@ -3,7 +3,7 @@
     y[t] = sum over the K largest gates of  gate * (gelu(x[t] W1[e] + b1[e]) W2[e])
 
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen. `make_call` needs no device:
-grids, arguments and the place of every scratch tensor for one T. `Cubins` loads the kernels once
+grids, arguments and the offset of every scratch tensor for one T. `Cubins` loads the kernels once
 and queues a call; nothing waits for the host, so that a call can be recorded in a CUDA graph.
 """
 
@@ -75,35 +75,35 @@ def make_call(plan: Mapping[str, Any], experts: int, tokens: int) -> Call:
     end = 0
     for name, row in plan["work"].items():
         work[name] = end
-        size = math.prod(measure(extent, known) for extent in row["shape"])
+        size = math.prod(extent_size(extent, known) for extent in row["shape"])
         end += aligned(size * SIZES[DTYPES[row["dtype"]]])
     if end > MAX_SCRATCH:
         raise ValueError(
-            f"the kernels want {end} bytes of scratch, expected at most {MAX_SCRATCH}."
+            f"the kernels need {end} bytes of scratch, expected at most {MAX_SCRATCH}."
         )
     tensors = {*plan["inputs"], *plan["outputs"], *work}
     launches = []
     for row in plan["launches"]:
-        grid = [measure(extent, known) for extent in row["grid"]] + [1, 1]
+        grid = [extent_size(extent, known) for extent in row["grid"]] + [1, 1]
         if any(size > most for size, most in zip(grid, MAX_GRID)):
             raise ValueError(
                 f"{tokens} tokens give kernel {row['kernel']} a grid of {grid[:3]}, expected at"
-                f" most {list(MAX_GRID)}; draw fewer pictures at once."
+                f" most {list(MAX_GRID)}; generate fewer images at once."
             )
         arguments = tuple(
-            value if value in tensors else measure(value, known) for value in row["arguments"]
+            value if value in tensors else extent_size(value, known) for value in row["arguments"]
         )
         launches.append(KernelLaunch(row["kernel"], (grid[0], grid[1], grid[2]), arguments))
     return Call(tuple(launches), work, end)
 
 
-def measure(extent: int | str, known: Mapping[str, int]) -> int:
+def extent_size(extent: int | str, known: Mapping[str, int]) -> int:
     """A size in numbers: 3072, or "6*tiles" with what `known` counts."""
     if isinstance(extent, int):
         return extent
-    found = EXTENT.fullmatch(extent)
-    assert found is not None, extent  # the manifest was checked
-    return int(found[1] or 1) * known[found[2]]
+    match = EXTENT.fullmatch(extent)
+    assert match is not None, extent  # the manifest was checked
+    return int(match[1] or 1) * known[match[2]]
 
 
 class Cubins:
@@ -124,8 +124,8 @@ class Cubins:
                 if launch.kernel not in self._functions:
                     row = self.kernels.manifest["kernels"][launch.kernel]
                     code = self.kernels.cubin(launch.kernel)
-                    made = self.device.load_kernel(code, row["entry"], row["shared"])
-                    self._functions[launch.kernel] = made
+                    function = self.device.load_kernel(code, row["entry"], row["shared"])
+                    self._functions[launch.kernel] = function
             self._calls[key] = call
         return self._calls[key]
 

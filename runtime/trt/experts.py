@@ -27,34 +27,34 @@ MANY = 1 << 20  # tokens; stands for any large number of them
 
 
 def experts_of(
-    bundle: Bundle, component: str, target: str, sm: int, asked: str = "auto"
+    bundle: Bundle, component: str, target: str, sm: int, requested: str = "auto"
 ) -> dict[str, Kernels]:
     """The kernels that a component's experts run on, or none; the choice is said in the log."""
     if all("" in kind["graphs"] for kind in bundle.component(component)["types"].values()):
         return {}
-    kernels, reason = choose_experts(bundle, target, sm, asked)
+    kernels, reason = choose_experts(bundle, target, sm, requested)
     log.info("%s: experts by %s (%s)", component, "cubins" if kernels else "plans", reason)
     return kernels
 
 
 def choose_experts(
-    bundle: Bundle, target: str, sm: int, asked: str = "auto"
+    bundle: Bundle, target: str, sm: int, requested: str = "auto"
 ) -> tuple[dict[str, Kernels], str]:
     """Kernels by directory that run the experts of a target's plans on a GPU, or none, and why.
 
     "plans": whole blocks, the portable body. "cubins": segments and kernels, ValueError or
     FileNotFoundError where they are not there or not for this GPU. "auto": kernels where they fit.
     """
-    check_experts(asked)
-    if asked == "plans":
-        return {}, "asked for"
+    check_experts(requested)
+    if requested == "plans":
+        return {}, "requested"
     try:
         kernels = open_experts(bundle, target, sm)
     except (ValueError, FileNotFoundError) as error:
-        if asked == "cubins":
+        if requested == "cubins":
             raise
         return {}, f"no kernels: {error}"
-    return kernels, f"kernels for sm_{sm}" if asked == "auto" else "asked for"
+    return kernels, f"kernels for sm_{sm}" if requested == "auto" else "requested"
 
 
 def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
@@ -63,7 +63,7 @@ def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
     if not row.get("segments"):
         raise ValueError(
             f"plans {target} of bundle {bundle.path} are of whole blocks, expected segments with"
-            f" kernels between them; export it again with --cubins."
+            " kernels between them; export it again with --cubins."
         )
     folders = sorted({entry["kernels"] for entry in row["experts"].values()})
     opened = {folder: open_kernels(bundle.path / folder) for folder in folders}
@@ -83,10 +83,7 @@ def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
 
 
 class ExpertsContext:
-    """One place of a block, with as many tokens as its input's shape says.
-
-    `row` is the launch's entry in the manifest's `tensors`; see ROLES for its order.
-    """
+    """The experts of one FFN; `row`: the launch's entry in the manifest's `tensors`, as ROLES."""
 
     def __init__(self, cubins: Cubins, row: Mapping[str, Any], top_k: int) -> None:
         self.cubins, self.top_k = cubins, top_k
@@ -119,6 +116,6 @@ class ExpertsContext:
     def execute_async_v3(self, stream: int) -> bool:
         """Queue the kernels on the device's stream, which must be `stream`."""
         assert self.call is not None and stream == self.cubins.device.stream
-        places = (self.addresses[name] for name in self.names)
-        self.cubins.run(self.call, dict(zip(ROLES, places, strict=True)), self.scratch)
+        addresses = (self.addresses[name] for name in self.names)
+        self.cubins.run(self.call, dict(zip(ROLES, addresses, strict=True)), self.scratch)
         return True

@@ -3,7 +3,7 @@
 A component's program is run once with descriptions in place of tensors (`run_program`). Out comes
 every launch in order, which buffer or weight each of its tensors is bound to, with which shape, and
 where each buffer lies in one arena; a buffer's place is used again once its last reader has run.
-A program whose groups of blocks are not chosen yet is worked out piece by piece
+A program whose groups of blocks are not chosen yet is worked out section by section
 (runtime.bundle.block_groups).
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 
 from runtime.cuda.arena import Buffer, place_buffers
 from runtime.program.executor import graph_key, run_program
-from runtime.trt.launches import BufferRows, Copy, Launch, Piece
+from runtime.trt.launches import BufferRows, Copy, Launch, Section
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LaunchSchedule:
     """A component's run for one set of sizes; `arena` is the bytes all buffers need together.
 
-    A piece of a run has in `env` the program's tensors as it leaves them, and in `logits` what the
-    router at its end has written.
+    A section of a run has in `env` the program's tensors as it leaves them, and in `logits` what
+    the router at its end has written.
     """
 
     inputs: Mapping[str, Buffer]
@@ -55,24 +55,18 @@ def one_call(
 ) -> dict[str, Any]:
     """A component of one block alone; `plan` is its plan's row of `tensors`, which has shapes."""
     row = component["types"][kind]
+    read = {tensor["name"]: tensor for tensor in plan["inputs"] if tensor["name"] in row["inputs"]}
     return {
         **component,
         "groups": {},
         "program": [{"type": kind, "prefix": prefix}],
-        "types": {kind: {**row, "inputs": [n for n in row["inputs"] if n in names(plan)]}},
-        "inputs": {
-            tensor["name"]: tensor for tensor in plan["inputs"] if tensor["name"] in row["inputs"]
-        },
+        "types": {kind: {**row, "inputs": [name for name in row["inputs"] if name in read]}},
+        "inputs": read,
         "outputs": dict(zip(row["outputs"], plan["outputs"], strict=True)),
     }
 
 
-def names(plan: Mapping[str, Any]) -> list[str]:
-    """What a plan reads, inputs and weights."""
-    return [tensor["name"] for tensor in plan["inputs"]]
-
-
-def terms(dim: int | str) -> list[tuple[int, list[str]]]:
+def dimension_terms(dim: int | str) -> list[tuple[int, list[str]]]:
     """A dimension as a sum of products: "8*latent_height", "batch*text_tokens + 2".
 
     Each is a factor and the names it multiplies; "tokens" stands for image and text tokens.
@@ -87,20 +81,20 @@ def terms(dim: int | str) -> list[tuple[int, list[str]]]:
     return result
 
 
-def measure(dim: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension in numbers, given what its names measure."""
+def dimension_size(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension in numbers, given the sizes of the names in it."""
     if isinstance(dim, str) and dim in sizes:
         return sizes[dim]
-    missing = [name for _, found in terms(dim) for name in found if name not in sizes]
-    if missing:
+    terms = dimension_terms(dim)
+    if any(name not in sizes for _, names in terms for name in names):
         raise ValueError(
             f"a plan's tensor has a dimension {dim!r}, expected one of {', '.join(sorted(sizes))};"
-            f" export the bundle again."
+            " export the bundle again."
         )
-    return sum(factor * math.prod(sizes[name] for name in found) for factor, found in terms(dim))
+    return sum(factor * math.prod(sizes[name] for name in names) for factor, names in terms)
 
 
-def profile(
+def profile_of(
     profiles: Mapping[str, Sequence[int]], component: str, dim: str
 ) -> Sequence[int] | None:
     """(min, opt, max) of a dimension; "text_encoder.text_tokens" goes before "text_tokens"."""
@@ -110,17 +104,17 @@ def profile(
 def check_profiles(
     target: str, component: str, row: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> None:
-    """Refuse sizes outside what a target's plans were built for."""
+    """ValueError for sizes outside what a target's plans were built for."""
     for name, size in sizes.items():
-        low, _, high = profile(row["profiles"], component, name) or (size, size, size)
+        low, _, high = profile_of(row["profiles"], component, name) or (size, size, size)
         if not low <= size <= high:
             raise ValueError(
                 f"{name.replace('_', ' ')} is {size}, expected {low} to {high}, the range that the"
-                f" plans {target} were built for; draw with --backend ort, or a size in it."
+                f" plans {target} were built for; use --backend ort, or a size in that range."
             )
 
 
-def make_schedule(
+def make_launch_schedule(
     name: str,
     component: Mapping[str, Any],
     plans: Mapping[str, Any],
@@ -128,90 +122,93 @@ def make_schedule(
     top_k: int | None,
     segments: Mapping[str, Sequence[str]] | None = None,
     *,
-    piece: Piece | None = None,
-) -> Schedule:
+    section: Section | None = None,
+) -> LaunchSchedule:
     """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
 
     `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
     in order. `segments` names the launches that a block's whole plan is replaced with: a later one
-    reads earlier ones' outputs by name, the last one's outputs are the block's. `piece`: of the
+    reads earlier ones' outputs by name, the last one's outputs are the block's. `section`: of the
     program, that alone. Raises ValueError where the program and the plans do not go together.
     """
-    part = piece or Piece()
+    section = section or Section()
     launches: list[Launch | Copy] = []
-    local = dict(sizes)  # of the call at hand: samples that do not choose a block are not in it
+    local = dict(sizes)  # of the current call: samples that do not choose a block are not in it
 
-    def describe(rows: list[Any], index: int, env: str) -> Buffer:
-        row = rows[index]
-        shape = tuple(measure(dim, local) for dim in row["shape"])
-        return Buffer(env, row["dtype"], shape)
+    def buffer_of(row: Mapping[str, Any], buffer: str) -> Buffer:
+        shape = tuple(dimension_size(dim, local) for dim in row["shape"])
+        return Buffer(buffer, row["dtype"], shape)
 
-    def add(plan: str, values: dict[str, Buffer], prefix: str, out: Sequence[str]) -> list[Buffer]:
-        """Launch a plan on values and weights by name; its outputs are called `out`."""
+    def launch(plan: str, values: dict[str, Buffer], prefix: str, out: Sequence[str]) -> None:
+        """Launch a plan on values and weights by name; its outputs enter `values` as `out`."""
         if plan not in plans["tensors"]:
             known = ", ".join(sorted(plans["tensors"]))
             raise ValueError(f"the bundle has no plan {plan}, only {known}; export it again.")
         rows = plans["tensors"][plan]
         bound, weights = {}, {}
-        for place, tensor in enumerate(names(rows)):  # a graph need not read all it is offered
+        for row in rows["inputs"]:  # a graph need not read every value of its call
+            tensor = row["name"]
             if tensor not in values:
                 weights[tensor] = prefix + tensor
                 continue
-            value, wanted = values[tensor], describe(rows["inputs"], place, tensor)
+            value, wanted = values[tensor], buffer_of(row, tensor)
             if value.dtype == "":  # a component's input takes the dtype that its plan reads
                 value.dtype = wanted.dtype
             if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
                 raise ValueError(
                     f"plan {plan} reads {tensor} as {wanted.dtype} {list(wanted.shape)}, expected"
                     f" {value.dtype} {list(value.shape)} from the call before it;"
-                    f" export the bundle again."
+                    " export the bundle again."
                 )
             bound[tensor] = value
-        written = [tensor["name"] for tensor in rows["outputs"]]
-        outputs = [
-            describe(rows["outputs"], place, env) for place, env in enumerate(out or written)
-        ]
+        written = [row["name"] for row in rows["outputs"]]
+        outputs = map(buffer_of, rows["outputs"], out or written)
         launches.append(Launch(plan, bound, dict(zip(written, outputs, strict=True)), weights))
         values.update(launches[-1].outputs)
-        return outputs
 
     def call(index: int, kind: str, key: str, prefix: str, inputs: list[Any]) -> list[Buffer]:
+        # A block's call is a launch of its whole plan, or one of each of its segments.
         local.update(sizes)
-        if index in part.runs:
-            local["batch"] = len(part.runs[index])
+        if index in section.runs:
+            local["batch"] = len(section.runs[index])
         row, plan = component["types"][kind], plan_key(name, kind, key)
         values = dict(zip(row["inputs"], inputs, strict=True))
         *first, last = (segments or {}).get(plan, [plan])
-        for step in first:
-            add(step, values, prefix, ())
-        return add(last, values, prefix, row["outputs"])
+        for segment in first:
+            launch(segment, values, prefix, ())
+        launch(last, values, prefix, row["outputs"])
+        return list(launches[-1].outputs.values())
 
     inputs = {
-        tensor: Buffer(tensor, "", tuple(measure(dim, sizes) for dim in row["shape"]))
+        tensor: Buffer(tensor, "", tuple(dimension_size(dim, sizes) for dim in row["shape"]))
         for tensor, row in component["inputs"].items()
     }
-    before = inputs if part.env is None else dict(part.env)
+    # The program is run on descriptions of tensors: `call` appends launches, `rows` copies of the
+    # rows that samples choose. A later section goes on from where the one before has left them.
+    before = inputs if section.env is None else dict(section.env)
     rows = BufferRows(launches)
-    env = run_program(
-        component, before, top_k, call, begin=part.begin, end=part.end, runs=part.runs, rows=rows
-    )
+    part: dict[str, Any] = {"begin": section.begin, "end": section.end, "runs": section.runs}
+    env = run_program(component, before, top_k, call, **part, rows=rows)
+    # Inputs that no launch of this section reads: later sections do, or nothing.
     for tensor, row in component["inputs"].items():
         read = read_as(name, component, plans, top_k, tensor)
         inputs[tensor].dtype = inputs[tensor].dtype or read or row["dtype"]
+    # A section that ends with a router keeps every tensor, since it is not known yet which calls
+    # come next; the last one keeps the component's outputs alone, so that all other memory is free.
     logits = None
-    if part.router is not None:
-        kind = part.router["type"]
+    if section.router is not None:
+        kind = section.router["type"]
         values = [env[tensor] for tensor in component["types"][kind]["inputs"]]
-        (logits,) = call(-1, kind, "", part.router["prefix"], values)
+        (logits,) = call(-1, kind, "", section.router["prefix"], values)
         kept = [*env.values(), logits]
         outputs = {}
     else:
         outputs = {tensor: env[tensor] for tensor in component["outputs"]}
         kept = list(outputs.values())
+    # Only now is it known how long each buffer is needed.
     arena = place_buffers(list(before.values()), launches, kept)
-    return Schedule(
-        inputs if part.env is None else {}, outputs, tuple(launches), arena, env, logits
-    )
+    uploads = inputs if section.env is None else {}
+    return LaunchSchedule(uploads, outputs, tuple(launches), arena, env, logits)
 
 
 def read_as(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from runtime.trt.launch_schedule import Schedule
+from runtime.trt.launch_schedule import LaunchSchedule
 from runtime.trt.launches import Copy, Launch
 
 if TYPE_CHECKING:
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Ready:
-    """A schedule with its addresses: per launch the context and (tensor, address) pairs.
+class BoundSchedule:
+    """A launch schedule with its addresses: per launch the context and (tensor, address) pairs.
 
-    `moves` are the copies of rows before a launch, by its index (and after the last); `scratch`
-    bytes of working memory are enough for every launch. `steady`: no plan changes its shapes.
+    `copies` of rows before a launch, by its index (and after the last): (target, source, bytes);
+    `scratch` bytes of working memory are enough for every launch. `fixed_shapes`: no plan changes
+    its shapes from launch to launch.
     """
 
-    schedule: Schedule
+    schedule: LaunchSchedule
     bindings: list[tuple[Launch, Any, list[tuple[str, int]]]] = field(default_factory=list)
-    moves: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    copies: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
     scratch: int = 0
-    steady: bool = True
+    fixed_shapes: bool = True
     runs: int = 0
     graph: Any = field(default=None, repr=False)
 
 
 class Launcher:
-    """One execution context per plan, and what has been said to it last.
+    """One execution context per plan, and the shapes that it was given last.
 
     `graphs`: what has run once is recorded as a CUDA graph and replayed from then on. `target`
     names the plans in errors.
@@ -50,12 +51,12 @@ class Launcher:
 
     def bind(
         self,
-        schedule: Schedule,
+        schedule: LaunchSchedule,
         tensors: Mapping[str, Any],
         load: Callable[[str], Any],
         *,
         keep: bool = False,
-    ) -> Ready:
+    ) -> BoundSchedule:
         """A schedule with weights uploaded, contexts loaded and addresses worked out.
 
         `tensors` are the manifest's of every plan; `load(plan)` gives its context; `keep`: what
@@ -68,70 +69,70 @@ class Launcher:
             for tensor, name in launch.weights.items()
         )
         base = self.memory.reserve("arena", schedule.arena, keep=keep)
-        ready = Ready(schedule)
+        bound = BoundSchedule(schedule)
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for launch in schedule.launches:
             if isinstance(launch, Copy):
-                ready.moves.setdefault(len(ready.bindings), []).extend(launch.moves(base))
+                bound.copies.setdefault(len(bound.bindings), []).extend(launch.moves(base))
                 continue
             if launch.plan not in self.contexts:
                 self.contexts[launch.plan] = load(launch.plan)
             context = self.contexts[launch.plan]
             if shapes.get(launch.plan) != shapes_of(launch):
-                ready.steady = ready.steady and launch.plan not in shapes
+                bound.fixed_shapes = bound.fixed_shapes and launch.plan not in shapes
                 shapes[launch.plan] = shapes_of(launch)
-                ready.scratch = max(ready.scratch, self.shape(launch, context))
+                bound.scratch = max(bound.scratch, self.set_shapes(launch, context))
             buffers: dict[str, Buffer] = {**launch.inputs, **launch.outputs}
             pairs = [(tensor, base + buffer.offset) for tensor, buffer in buffers.items()]
             for tensor, name in launch.weights.items():
                 dtype = weight_dtype(tensors, launch.plan, tensor)
                 pairs.append((tensor, self.memory.weights[name, dtype]))
-            ready.bindings.append((launch, context, pairs))
-        return ready
+            bound.bindings.append((launch, context, pairs))
+        return bound
 
-    def run(self, ready: Ready) -> None:
+    def run(self, bound: BoundSchedule) -> None:
         """Queue every launch, or replay their recording."""
         # Plans run one after the other on one stream, so the largest need is enough for all.
-        scratch = self.memory.reserve("scratch", ready.scratch)
-        if ready.graph is not None:
-            self.device.replay(ready.graph)
+        scratch = self.memory.reserve("scratch", bound.scratch)
+        if bound.graph is not None:
+            self.device.replay(bound.graph)
             return
         # The first run compiles and allocates; a plan of two shapes would do so in every run.
-        record = self.graphs and ready.runs > 0 and ready.steady
+        record = self.graphs and bound.runs > 0 and bound.fixed_shapes
         if record:
-            for launch, context, _ in ready.bindings:
-                self.fit(launch, context, scratch)
+            for launch, context, _ in bound.bindings:
+                self.prepare(launch, context, scratch)
             self.device.begin_capture()
-        for index, (launch, context, pairs) in enumerate(ready.bindings):
-            self.move(ready.moves.get(index, ()))
-            self.fit(launch, context, scratch)
+        for index, (launch, context, pairs) in enumerate(bound.bindings):
+            self.copy(bound.copies.get(index, ()))
+            self.prepare(launch, context, scratch)
             for tensor, address in pairs:
                 context.set_tensor_address(tensor, address)
             if not context.execute_async_v3(self.device.stream):
                 raise OSError(
                     f"plan {launch.plan} of {self.target} did not start (the library's log says"
-                    f" why); use --backend ort, or build the plans again."
+                    " why); use --backend ort, or build the plans again."
                 )
-        self.move(ready.moves.get(len(ready.bindings), ()))
-        ready.runs += 1
+        self.copy(bound.copies.get(len(bound.bindings), ()))
+        bound.runs += 1
         if record:
-            ready.graph = self.device.end_capture()
-            self.device.replay(ready.graph)
+            bound.graph = self.device.end_capture()
+            self.device.replay(bound.graph)
 
-    def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
+    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
         """Queue copies of rows: (target, source, bytes)."""
-        for target, source, size in moves:
+        for target, source, size in copies:
             self.device.move(target, source, size)
 
-    def fit(self, launch: Launch, context: Any, scratch: int) -> None:
+    def prepare(self, launch: Launch, context: Any, scratch: int) -> None:
         """Give a plan the shapes of a launch, and its working memory, unless it has them."""
         if self.shapes.get(launch.plan) != shapes_of(launch):
-            self.shape(launch, context)
+            self.set_shapes(launch, context)
             context.set_device_memory(scratch, self.memory.regions["scratch"][1])
             self.shapes[launch.plan] = shapes_of(launch)
 
-    def shape(self, launch: Launch, context: Any) -> int:
-        """Tell a plan the shapes of its inputs; the bytes of working memory that it then needs."""
+    def set_shapes(self, launch: Launch, context: Any) -> int:
+        """Give a plan the shapes of its inputs; the bytes of working memory that it then needs."""
         self.shapes.pop(launch.plan, None)
         for tensor, shape in shapes_of(launch).items():
             if not context.set_input_shape(tensor, shape):
@@ -149,7 +150,5 @@ def shapes_of(launch: Launch) -> dict[str, tuple[int, ...]]:
 
 def weight_dtype(tensors: Mapping[str, Any], plan: str, tensor: str) -> str:
     """The dtype in which a plan reads one of its weights (a router's may be wider)."""
-    for row in tensors[plan]["inputs"]:
-        if row["name"] == tensor:
-            return str(row["dtype"])
-    raise KeyError(f"{plan} has no input {tensor}")  # a launch names inputs of its plan only
+    rows = tensors[plan]["inputs"]
+    return next(str(row["dtype"]) for row in rows if row["name"] == tensor)

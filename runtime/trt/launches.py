@@ -1,4 +1,4 @@
-"""What a program of plans consists of: launches, copies of rows, and pieces of the program.
+"""What a program of plans consists of: launches, copies of rows, and sections of the program.
 
 What runtime.trt.launch_schedule works out. Rows are copied where samples of a batch choose for
 themselves; until a group's router has been asked, its launches are not known, so a program with
@@ -40,12 +40,12 @@ class Copy:
 
     @property
     def inputs(self) -> dict[str, Buffer]:
-        """What must be there before."""
+        """What is read."""
         return {"source": self.source} | ({} if self.fresh else {"target": self.target})
 
     @property
     def outputs(self) -> dict[str, Buffer]:
-        """What comes into being."""
+        """What is written."""
         return {"target": self.target} if self.fresh else {}
 
     def moves(self, base: int) -> list[tuple[int, int, int]]:
@@ -58,10 +58,11 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Calls `begin` to `end` of a program, then a router; `env`: tensors as the piece before left.
+class Section:
+    """Calls `begin` to `end` of a program, then a router.
 
-    `runs`: which samples make which calls, see runtime.bundle.block_groups.
+    `env`: the tensors that the section before has left; `runs`: which samples make which calls, see
+    runtime.bundle.block_groups.
     """
 
     begin: int = 0
@@ -98,12 +99,12 @@ class BufferRows:
 
 def spans(chosen: np.ndarray, *, into: bool) -> tuple[tuple[int, int, int], ...]:
     """Rows [2, 3, 5] as (target, source, count): from their places to 0, 1, ... or back."""
-    found: list[tuple[int, int, int]] = []
-    for place, row in enumerate(chosen.tolist()):
-        target, source = (place, row) if into else (row, place)
-        if found and row == chosen[place - 1] + 1:
-            there, here, count = found[-1]
-            found[-1] = (there, here, count + 1)
+    runs: list[tuple[int, int, int]] = []
+    for index, row in enumerate(chosen.tolist()):
+        target, source = (index, row) if into else (row, index)
+        if runs and row == chosen[index - 1] + 1:
+            first_target, first_source, count = runs[-1]
+            runs[-1] = (first_target, first_source, count + 1)
         else:
-            found.append((target, source, 1))
-    return tuple(found)
+            runs.append((target, source, 1))
+    return tuple(runs)

@@ -20,7 +20,7 @@ PORTABLE_FROM = 80  # a portable TensorRT-RTX plan: 8.0, 8.6, 8.9, 12.0 and late
 def choose_target(bundle: Bundle, api: str, version: str, sm: int | None = None) -> str:
     """The name of the plans to run: built by this very `api` and `version`, for this GPU.
 
-    Plans for the GPU's own compute capability go before portable ones. `sm` None (not asked yet)
+    Plans for the GPU's own compute capability go before portable ones. `sm` None (not known yet)
     leaves the GPU out of it. Raises ValueError with every target's reason and the cure.
     """
     plans: Mapping[str, Any] = bundle.manifest.get("plans", {})

@@ -34,7 +34,7 @@ class Loader:
         config.set_execution_context_allocation_strategy(managed)
         strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is not None:
-            # LAZY would swap kernels in while images are drawn, and with them their last bits.
+            # LAZY would swap kernels in while images are generated, and change their last bits.
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return engine.create_execution_context(config)
 
@@ -43,5 +43,5 @@ class Loader:
         title = f"{self.trt.__name__} {self.trt.__version__}"
         return ValueError(
             f"{title} refuses the plan {path} on this GPU ({reason}), expected one built for it;"
-            f" export again with --sm, or use --backend ort."
+            " export again with --sm, or use --backend ort."
         )

@@ -28,25 +28,25 @@ PROMPT = "a red circle above a blue square"
 def inputs_of(pipeline: Any, batch: int) -> dict[str, np.ndarray]:
     """The transformer's inputs half-way through a generation of the bundle's default image."""
     from runtime.request import check_request
-    from runtime.sampling import encode, feeds_of, prepare_latents
+    from runtime.sampling import encode, prepare_latents, step_inputs
 
     request = check_request(pipeline.manifest, PROMPT, n=batch)
     conditions = encode(pipeline, request.prompts)
     noise = prepare_latents(pipeline, range(batch), request.latent_size)
     sigma = np.array([0.5], np.float32)
     size = request.latent_size, request.guidance
-    (feed,) = feeds_of(pipeline, noise, conditions, sigma, *size)
+    (feed,) = step_inputs(pipeline, noise, conditions, sigma, *size)
     return pipeline.cast(feed)
 
 
 def measure(pipeline: Any, batch: int, runs: int, threads: int) -> list[dict[str, Any]]:
     """A row per kappa: blocks run, milliseconds of both modes, ratios to all blocks."""
-    from runtime.bundle.block_groups import smallest
+    from runtime.bundle.block_groups import largest_kappa
     from runtime.ort.component import open_component
 
     bundle, feed = pipeline.bundle, inputs_of(pipeline, batch)
     component = bundle.component("transformer")
-    kappas = range(1, smallest(component) + 1)
+    kappas = range(1, largest_kappa(component) + 1)
     modes = ("graph", "blocks")
     opened = {m: open_component(bundle, "transformer", threads=threads, mode=m) for m in modes}
     clocks = (time.perf_counter, time.process_time)

@@ -363,7 +363,7 @@ def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_di
 
     import d2m  # noqa: F401 (tells diffusers the transformer's class)
     from d2m.plan.count import plan
-    from runtime.inspect.directory import inspect, lines
+    from runtime.inspect.directory import inspect, summary_lines
 
     loaded = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
     dense = DiffusionPipeline.from_pretrained(dense_dir, local_files_only=True).transformer
@@ -373,7 +373,7 @@ def test_loads_saves_and_is_named_rightly(tiny: Tiny, sparse_dir: Path, dense_di
     assert f"({tiny.title})" in card and "text-to-image" in card
     for path in (sparse_dir, dense_dir):
         told = inspect(path)
-        assert told["model"] == tiny.title and f"model: {tiny.title}" in lines(told)
+        assert told["model"] == tiny.title and f"model: {tiny.title}" in summary_lines(told)
         total = sum(p.numel() for p in loaded.transformer.parameters())
         assert told["parameters"]["transformer"]["total"] == total or path == dense_dir
     counted = plan(sparse_dir)

@@ -8,7 +8,7 @@ import pytest
 
 from runtime import latency_budget as budgettable
 from runtime.image import settings_of, to_png
-from runtime.latency_budget import pick
+from runtime.latency_budget import pick_row
 from runtime.measure.latency import columns, measure
 from runtime.pipeline import Pipeline
 
@@ -53,22 +53,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_nearest_setting_that_fits(
     seconds: float, given: dict[str, int], expected: tuple[int, int]
 ) -> None:
-    found = pick(TABLE, seconds, given)
+    found = pick_row(TABLE, seconds, given)
     assert (found["steps"], found["top_k"]) == expected
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError) as caught:
-        pick(TABLE, 0.05)
+        pick_row(TABLE, 0.05)
     assert str(caught.value) == (
         "budget is 0.05 s, but the fastest of 4 measured settings took 0.1 s for 1 image of"
         " 32 x 32 on ort (steps 1, top_k 0), expected that much at least; give it more time or draw"
         " a smaller picture."
     )
     with pytest.raises(ValueError, match="the fastest of 2 measured settings took 0.7 s"):
-        pick(TABLE, 0.05, {"steps": 16})
+        pick_row(TABLE, 0.05, {"steps": 16})
     with pytest.raises(ValueError, match="has no steps 5 among what was measured.*--steps"):
-        pick(TABLE, 9, {"steps": 5})
+        pick_row(TABLE, 9, {"steps": 5})
 
 
 def test_measured_and_kept(pipeline: Pipeline, cache: Path) -> None:

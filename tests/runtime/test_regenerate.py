@@ -13,7 +13,7 @@ from PIL import Image
 import runtime
 from runtime.image import KEY, save, settings_of, to_image, to_png
 from runtime.pipeline import Pipeline
-from runtime.regenerate import draw_again
+from runtime.regenerate import regenerate
 from runtime.sampling import Cancelled, decode
 
 PROMPT = "a photo of a red circle"
@@ -32,7 +32,7 @@ def test_an_image_is_drawn_again_to_the_last_bit(
     image = answer[-1] if isinstance(answer, list) else answer
     path = save(image, tmp_path / "a.png")
     assert settings_of(path)["batch"] == n and settings_of(path)["seed"] == 4 + n
-    again, told = draw_again(path, threads=1)
+    again, told = regenerate(path, threads=1)
     assert told["same"] and told["pixels_that_differ"] == told["largest_difference"] == 0
     assert to_png(again) == path.read_bytes()
 
@@ -46,7 +46,7 @@ def test_sigmas_are_said_and_drawn_again(pipeline: Pipeline, tmp_path: Path) -> 
     assert other.tobytes() != plain.tobytes()
     path = save(other, tmp_path / "a.png")
     assert settings_of(path)["sigmas"] == [1, 0.9, 0.5, 0.25]
-    again, told = draw_again(path, threads=1, offload="block")
+    again, told = regenerate(path, threads=1, offload="block")
     assert told["same"] and to_png(again) == path.read_bytes()
 
 
@@ -74,7 +74,7 @@ def test_rows_that_fill_a_batch_up_are_thrown_away(pipeline: Pipeline, tmp_path:
     assert np.array_equal(np.asarray(image), np.asarray(first))
     path = save(image, tmp_path / "a.png")
     assert settings_of(path)["batch"] == 2
-    again, told = draw_again(path, threads=1)
+    again, told = regenerate(path, threads=1)
     assert told["same"] and to_png(again) == path.read_bytes()
 
 
@@ -88,7 +88,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"bundle": "0" * 64}, "was drawn from bundle 000000000000"),
+        ({"bundle": "0" * 64}, "was generated from bundle 000000000000"),
         ({"seed": None}, "from latents that were given"),
         ({"batch": 10**9}, "expected a whole number from 1 to 1024"),
         ({"steps": "many"}, "steps is 'many'"),
@@ -102,18 +102,18 @@ def test_what_cannot_be_drawn_again(
 ) -> None:
     path = rewritten(save(pipeline(PROMPT, steps=1), tmp_path / "a.png"), **changes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=sentence):
-        draw_again(path, threads=1)
+        regenerate(path, threads=1)
 
 
 def test_another_picture_differs(pipeline: Pipeline, tmp_path: Path) -> None:
     path = rewritten(save(pipeline(PROMPT, steps=1), tmp_path / "a.png"), seed=8)  # type: ignore[arg-type]
-    _, told = draw_again(path, threads=1)
+    _, told = regenerate(path, threads=1)
     assert not told["same"] and told["pixels_that_differ"] > 100
 
 
 def test_on_the_command_line(pipeline: Pipeline, tmp_path: Path) -> None:
     path = save(pipeline(PROMPT, seed=3, steps=2), tmp_path / "a.png")  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "d2m", "run", "--again", str(path), "--json"]
+    command = [sys.executable, "-m", "d2m", "run", "--regenerate", str(path), "--json"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "b.png")], capture_output=True, text=True, check=True
     )
@@ -161,7 +161,7 @@ def test_what_an_image_says_is_not_trusted(tmp_path: Path, said: str, words: str
     image = Image.new("RGB", (2, 2))
     image.info["d2m"] = said
     with pytest.raises(ValueError, match=words) as caught:
-        draw_again(save(image, tmp_path / "a.png"), threads=1)
+        regenerate(save(image, tmp_path / "a.png"), threads=1)
     assert str(caught.value).isprintable()
 
 
@@ -173,4 +173,4 @@ def test_an_image_of_more_pixels_than_are_read(
     path = save(Image.new("RGB", (64, 64)), tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="is no image of d2m: Image size"):
-        draw_again(path, threads=1)
+        regenerate(path, threads=1)

@@ -312,7 +312,7 @@ def test_inspect_shows_groups_and_the_schedule(
     text = answer_of(capsys, *asked)
     assert "double 1-3" in text and "single 0-2" in text and "1.000" in text
     for path, words in (
-        (tiny_grouped_bundle, "has alpha 0.5 and so reads the picture as it is drawn"),
+        (tiny_grouped_bundle, "has alpha 0.5 and so reads the image while it is generated"),
         (tiny_bundle, "has no groups of blocks"),
     ):
         assert words in refused(capsys, "inspect", path, "--schedule", "a")

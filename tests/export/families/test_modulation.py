@@ -26,10 +26,10 @@ from export.parity.run import parity
 from export.plans.build import build_plans
 from runtime.bundle.directory import open_bundle
 from runtime.files.tensors import read_header
-from runtime.inspect.directory import inspect, lines
+from runtime.inspect.directory import inspect, summary_lines
 from runtime.ort.component import open_component
 from runtime.trt.component import Plans
-from runtime.trt.launch_schedule import make_schedule
+from runtime.trt.launch_schedule import make_launch_schedule
 from tests.conftest import exported
 from tests.stand_ins.device import (
     PROFILES,
@@ -181,7 +181,7 @@ def test_plans_give_what_onnx_runtime_gives(
     given = inputs(bundle, "transformer")
     expected = open_component(bundle, "transformer", threads=1)(given)["sample"]
     np.testing.assert_allclose(executor(given)["sample"], expected, rtol=2e-4, atol=2e-5)
-    launches = make_schedule(
+    launches = make_launch_schedule(
         "transformer", bundle.component("transformer"), bundle.manifest["plans"][TARGET], SIZES, 2
     ).launches
     shared = launches[0].outputs["out_modulation"]
@@ -231,7 +231,7 @@ def test_inspect_names_the_mode(
     words = f"AdaLN: {mode}{' of rank 6' if rank else ''}, one modulation for all blocks"
     for path in (pipelines[mode], bundles[mode]):
         info = inspect(path)
-        assert info["adaln"] == {"mode": mode, "rank": rank} and words in lines(info)
+        assert info["adaln"] == {"mode": mode, "rank": rank} and words in summary_lines(info)
     counted = [
         inspect(path)["parameters"]["transformer"] for path in (pipelines[mode], bundles[mode])
     ]
@@ -244,7 +244,7 @@ def test_inspect_names_full_nowhere(tiny_sparse_dir: Path, tiny_bundle: Path) ->
     for path in (tiny_sparse_dir, tiny_bundle):
         info = inspect(path)
         assert info["adaln"] == {"mode": "full", "rank": None}
-        assert not any("AdaLN" in line for line in lines(info))
+        assert not any("AdaLN" in line for line in summary_lines(info))
 
 
 def edited(directory: Path, root: Path, edit: Any) -> Path:

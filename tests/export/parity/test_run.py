@@ -16,7 +16,7 @@ from export.parity.run import LIMITS, failures, parity, tables
 from export.parity.tapped_bundle import tap, tapped_bundle, tapped_plans
 from export.plans.build import default_profiles
 from runtime.bundle.directory import open_bundle
-from runtime.trt.launch_schedule import make_schedule, one_call
+from runtime.trt.launch_schedule import make_launch_schedule, one_call
 from tests.conftest import exported
 from tests.tiny.bundle import damaged
 
@@ -186,7 +186,7 @@ def test_tapped_plans_are_built(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_pa
     single = one_call(
         tapped.component("transformer"), "single", "a.", plans["tensors"]["transformer/single.k2"]
     )
-    schedule = make_schedule("transformer", single, plans, sizes, 2)
+    schedule = make_launch_schedule("transformer", single, plans, sizes, 2)
     assert schedule.outputs["proj_mlp.logits"].shape == (64, 12)
     assert schedule.outputs["hidden_states"].shape == (2, 16, 32)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from runtime.bundle.block_groups import (
-    choosing,
+    can_forecast,
+    choosing_groups,
+    first_calls,
     groups_of,
-    known_beforehand,
+    largest_kappa,
     per_sample,
-    pieces,
     runs_of,
-    smallest,
-    starts_of,
+    sections,
 )
 from runtime.bundle.directory import open_bundle
 from runtime.bundle.manifest import check
@@ -90,7 +90,7 @@ def test_windows_are_torchs() -> None:
         logits = rng.integers(0, 3, (16, m)).astype(np.float32)  # with ties
         for kappa in range(1, m + 1):
             expected = torch.from_numpy(logits).unfold(-1, kappa, 1).mean(-1).argmax(-1)
-            np.testing.assert_array_equal(starts_of(logits, kappa), expected.numpy())
+            np.testing.assert_array_equal(first_calls(logits, kappa), expected.numpy())
 
 
 def test_runs_are_rows_by_call() -> None:
@@ -107,11 +107,11 @@ def test_a_program_is_cut_before_what_is_not_known(manifest: dict[str, Any]) -> 
     component = manifest["components"]["transformer"]
     double, single = (name for name, _ in groups_of(component))
     assert (double, single) == ("transformer_blocks.1", "single_transformer_blocks.0")
-    assert smallest(component) == 3 and not known_beforehand(component)
-    assert len(choosing(component, 2)) == 2 and choosing(component, 3) == []
-    assert list(pieces(component, 1, {})) == [(0, 2, double), (2, 5, single), (5, 10, None)]
-    assert list(pieces(component, 1, {double: np.zeros(1)})) == [(0, 5, single), (5, 10, None)]
-    assert list(pieces(component, 3, {})) == [(0, 10, None)]
+    assert largest_kappa(component) == 3 and not can_forecast(component)
+    assert len(choosing_groups(component, 2)) == 2 and choosing_groups(component, 3) == []
+    assert list(sections(component, 1, {})) == [(0, 2, double), (2, 5, single), (5, 10, None)]
+    assert list(sections(component, 1, {double: np.zeros(1)})) == [(0, 5, single), (5, 10, None)]
+    assert list(sections(component, 3, {})) == [(0, 10, None)]
     assert per_sample(component, "temb") and per_sample(component, "hidden_states")
     assert not per_sample(component, "rope_cos")
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from runtime.bundle import tokenizer_file as vocabulary
 from runtime.bundle.directory import open_bundle
-from runtime.inspect.directory import inspect, lines
+from runtime.inspect.directory import inspect, summary_lines
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
 from runtime.tokenizer import TextTokenizer
@@ -219,7 +219,7 @@ def test_a_manifest_of_empty_lists_takes_no_memory(bundle: Path) -> None:
 
 def test_inspect_prints_nothing_that_a_terminal_obeys(bundle: Path) -> None:
     edit(bundle, lambda m: m["defaults"].update({"\x1b[2J": "\x1b]0;x\x07"}))
-    assert all(line.isprintable() for line in lines(inspect(bundle)))
+    assert all(line.isprintable() for line in summary_lines(inspect(bundle)))
 
 
 def test_inspect_of_a_pipeline_stays_inside(tmp_path: Path) -> None:

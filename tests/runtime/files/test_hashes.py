@@ -51,7 +51,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def again(root: Path, path: Path, anew: bool = False) -> str:
     """The hash of a file in `root`, which is not the one wanted."""
-    wrong = hashes.first_wrong(root, {path.name: ""}, anew=anew)
+    wrong = hashes.first_mismatch(root, {path.name: ""}, anew=anew)
     assert wrong is not None and wrong[0] == path.name
     return wrong[1]
 
@@ -92,11 +92,11 @@ def test_only_what_changed_is_read_again(tmp_path: Path, cache: Path, read, late
     wanted = {name: hashes.sha256(settled(root / name, name.encode())) for name in "abc"}
     read.clear()
     later(OLD)
-    assert hashes.first_wrong(root, wanted | {"b": "0"}) == ("b", wanted["b"])
+    assert hashes.first_mismatch(root, wanted | {"b": "0"}) == ("b", wanted["b"])
     assert read == ["a", "b"]  # and both are remembered though one was wrong
-    assert hashes.first_wrong(root, wanted) is None and read == ["a", "b", "c"]
+    assert hashes.first_mismatch(root, wanted) is None and read == ["a", "b", "c"]
     (root / "b").write_bytes(b"other")
-    assert hashes.first_wrong(root, wanted) is not None and read == ["a", "b", "c", "b"]
+    assert hashes.first_mismatch(root, wanted) is not None and read == ["a", "b", "c", "b"]
 
 
 def test_times_in_the_future_are_not_believed(tmp_path: Path, cache: Path, read) -> None:

@@ -41,7 +41,7 @@ def test_each_kind(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0")
     assert kind(tmp_path / "m.gguf")[0] == "is a GGUF file (quantized weights)"
     (tmp_path / "out.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
-    assert "d2m run --again" in kind(tmp_path / "out.png")[1]
+    assert "d2m run --regenerate" in kind(tmp_path / "out.png")[1]
     sparse = pipeline(tmp_path / "sparse", "SparseFluxTransformer2DModel")
     assert kind(sparse) == ("is a sparse pipeline", f"compile it with: d2m export {sparse} -o NEW")
     dense = pipeline(tmp_path / "dense", "FluxTransformer2DModel")

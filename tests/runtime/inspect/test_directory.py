@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.inspect.directory import inspect, lines
+from runtime.inspect.directory import inspect, summary_lines
 from runtime.program.backends import BACKENDS
 
 
@@ -40,7 +40,7 @@ def test_a_sparse_checkpoint(tiny_sparse_dir: Path) -> None:
     }
     assert "transformer/config.json" in info["files"]
     assert json.loads(json.dumps(info)) == info
-    text = "\n".join(lines(info))
+    text = "\n".join(summary_lines(info))
     assert "2 double + 2 single" in text and f"{row['activated']:,} activated" in text
 
 
@@ -49,7 +49,7 @@ def test_a_dense_pipeline(tiny_dense_dir: Path) -> None:
     assert info["what"] == "dense pipeline" and info["experts"] is None
     row = info["parameters"]["transformer"]
     assert row["total"] == row["activated"] > 0
-    assert lines(info)
+    assert summary_lines(info)
 
 
 def test_sharded_weights(tiny_dense_dir: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_bundle(tiny_bundle: Path, tiny_sparse_dir: Path) -> None:
     assert "either (every expert on few tokens" in info["backends"]["ort"]["experts"]
     assert info["bytes"] == sum(info["files"].values())
     assert json.loads(json.dumps(info)) == info
-    text = "\n".join(lines(info))
+    text = "\n".join(summary_lines(info))
     assert "sparse bundle" in text and "transformer.onnx" in text
     assert "backend ort: run on x86 CPUs" in text and "backend ort-cuda: run on no GPU" in text
     assert "experts: body either" in text and "bench_bodies.json" in text
@@ -103,7 +103,7 @@ def test_plans_and_the_machine_they_need(tiny_bundle: Path, tmp_path: Path) -> N
         "an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, or 12.0"
     )
     assert named["needs"].endswith("8.6 or 12.0, and TensorRT-RTX 1.7.1.116, exactly")
-    text = "\n".join(lines(inspect(path)))
+    text = "\n".join(summary_lines(inspect(path)))
     assert "plans trt-rtx-sm86-sm120: 1 plans" in text
 
 

@@ -89,19 +89,19 @@ def test_a_child_does_not_report_its_parents_memory(tiny_bundle: Path) -> None:
     ballast = np.ones(300 << 20, np.uint8)
     assert coldstart.peak() > 300  # type: ignore[operator]
     settings = {"backend": "ort", "threads": 1, "prompt": "a circle", "knobs": KNOBS}
-    assert coldstart.cold(tiny_bundle, settings)["peak_mib"] < 300  # type: ignore[operator]
+    assert coldstart.time_cold_start(tiny_bundle, settings)["peak_mib"] < 300  # type: ignore[operator]
     del ballast
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     settings = {"backend": "ort", "threads": 1, "prompt": "a circle", "knobs": KNOBS}
-    with pytest.raises(ValueError, match="a fresh process cannot draw .*manifest.json"):
-        coldstart.cold(tmp_path, settings)
+    with pytest.raises(ValueError, match="a new process cannot generate .*manifest.json"):
+        coldstart.time_cold_start(tmp_path, settings)
 
 
 def test_groups_count_what_a_step_runs_and_time_their_routers(tiny_grouped_bundle: Path) -> None:
     pipeline = Pipeline(tiny_grouped_bundle)
-    timer = BlockTimer(pipeline, bench.step_inputs(pipeline, KNOBS), None)
+    timer = BlockTimer(pipeline, bench.first_inputs(pipeline, KNOBS), None)
     component = pipeline.bundle.component("transformer")
     groups = component["groups"].values()
     turns = [timer.turn()]
@@ -122,7 +122,7 @@ def test_plans_are_timed_too_and_their_memory_counted(tiny_bundle: Path, tmp_pat
     device = HostDevice()
     plans = Plans(bundle, "transformer", TARGET, device, lambda path: HostContext(path, device))
     pipeline = Pipeline(bundle, "ort")
-    feed = bench.step_inputs(pipeline, KNOBS)
+    feed = bench.first_inputs(pipeline, KNOBS)
     pipeline._executors["transformer"] = plans
     assert benchfacts.device_bytes(plans) == 0
     turn = BlockTimer(pipeline, feed, 1).turn()

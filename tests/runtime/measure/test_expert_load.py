@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.bundle.directory import open_bundle
-from runtime.measure.expert_load import Meter, Sampler, Step, Tapped, choices, load_ratio, obstacle
+from runtime.measure.expert_load import (
+    CountingBlocks,
+    Meter,
+    Sampler,
+    Step,
+    choices,
+    load_ratio,
+    uncounted_reason,
+)
 from runtime.ort.component import open_component
-from runtime.ort.router_outputs import Tap, find_taps, tail
+from runtime.ort.router_outputs import Router, find_routers, logits_outputs
 from runtime.pipeline import Pipeline
 from runtime.request import check_request
 from runtime.serve.batch import usage
@@ -55,7 +63,7 @@ def test_the_counts_are_torchs(name: str, mode: str, request: pytest.FixtureRequ
     options = {"offload": "block"} if mode == "streamed" else {"mode": mode}
     executor = open_component(bundle, "transformer", threads=1, **options)
     before = executor(feed, 2, 1)["sample"]
-    tapped = Tapped(executor)
+    tapped = CountingBlocks(executor)
     for top_k, kappa in ((2, 1), (1, 2), (2, 3)):
         tapped.counts = {}
         sample = tapped(feed, top_k, kappa)["sample"]
@@ -69,17 +77,18 @@ def test_the_counts_are_torchs(name: str, mode: str, request: pytest.FixtureRequ
 def test_a_tail_adds_outputs_and_nothing_else() -> None:
     onnx = pytest.importorskip("onnx")
     data = (DEFAULT / "blocks/transformer/double.k2.onnx").read_bytes()
-    taps = find_taps(data)
+    taps = find_routers(data)
     assert [tap.site for tap in taps] == ["ff", "ff_context"]
     before = onnx.load_model_from_string(data)
-    after = onnx.load_model_from_string(data + tail(taps))
+    after = onnx.load_model_from_string(data + logits_outputs(taps))
     added = [output.name for output in after.graph.output][len(before.graph.output) :]
     assert added == [tap.logits for tap in taps]
     del after.graph.output[len(before.graph.output) :]
     assert after == before
-    assert tail([]) == b"" == tail(find_taps((DEFAULT / "vae_decoder.onnx").read_bytes()))
-    long = Tap("ff", "x" * 300)  # lengths of more than seven bits
-    assert onnx.load_model_from_string(tail([long])).graph.output[0].name == long.logits
+    without = find_routers((DEFAULT / "vae_decoder.onnx").read_bytes())
+    assert logits_outputs([]) == b"" == logits_outputs(without)
+    long = Router("ff", "x" * 300)  # lengths of more than seven bits
+    assert onnx.load_model_from_string(logits_outputs([long])).graph.output[0].name == long.logits
 
 
 @given(place=st.integers(0, 20_000), changed=st.binary(max_size=8))
@@ -87,9 +96,9 @@ def test_a_tail_adds_outputs_and_nothing_else() -> None:
 def test_a_damaged_graph_is_refused_or_read(place: int, changed: bytes) -> None:
     data = (DEFAULT / "blocks/transformer/double.k2.onnx").read_bytes()
     with contextlib.suppress(ValueError):
-        assert all(tap.logits for tap in find_taps(data[:place] + changed + data[place + 8 :]))
+        assert all(tap.logits for tap in find_routers(data[:place] + changed + data[place + 8 :]))
     with contextlib.suppress(ValueError):
-        find_taps(changed)
+        find_routers(changed)
 
 
 def test_choices_go_to_the_lowest_on_ties() -> None:
@@ -110,9 +119,9 @@ def test_an_image_is_the_same_where_experts_are_counted(pipeline: Pipeline) -> N
     meter.start()
     assert meter.reason is None and not meter.counts
     prompts = ["a photo of a red circle", "a"]
-    watched, sampler = meter.watched()
+    watched, sampler = meter.sampled_pipeline()
     images = watched(prompts, steps=3, seed=5)
-    meter.after(sampler.step, 1.0)
+    meter.add_batch(sampler.step, 1.0)
     again = pipeline(prompts, steps=3, seed=5)
     assert [image.tobytes() for image in images] == [image.tobytes() for image in again]
     assert sampler.seen == 3 and meter.steps == 1
@@ -126,20 +135,20 @@ def test_an_image_is_the_same_where_experts_are_counted(pipeline: Pipeline) -> N
 def test_counting_takes_its_share_of_the_time_and_no_more(pipeline: Pipeline) -> None:
     meter = Meter(pipeline, share=0.01)
     meter.start()
-    watched, sampler = meter.watched()
+    watched, sampler = meter.sampled_pipeline()
     watched("a", steps=1)
     cost: list[float] = []
 
     def count(step: Any) -> float:  # a clock of our own: 20 ms a step
         meter.seconds += 0.02
         meter.steps += 1
-        cost.append(meter.drawn)
+        cost.append(meter.generating)
         return 0.02
 
     meter.count = count  # type: ignore[method-assign]
     for _ in range(2000):
-        meter.after(sampler.step, 0.05)
-    assert meter.seconds / meter.drawn == pytest.approx(0.01, abs=0.003)
+        meter.add_batch(sampler.step, 0.05)
+    assert meter.seconds / meter.generating == pytest.approx(0.01, abs=0.003)
     assert len({round(b - a, 2) for a, b in zip(cost, cost[1:])}) > 3  # not in step
 
 
@@ -164,16 +173,16 @@ def test_where_nothing_is_counted_it_is_said(pipeline: Pipeline) -> None:
     ):
         other = copy.copy(pipeline)
         vars(other).update(changes)
-        assert obstacle(other) == reason
-    assert obstacle(pipeline) is None
+        assert uncounted_reason(other) == reason
+    assert uncounted_reason(pipeline) is None
 
 
 def test_a_failure_ends_the_counting_and_not_the_drawing(pipeline: Pipeline) -> None:
     meter = Meter(pipeline)
     meter.start()
     broken: Step = {"hidden_states": np.zeros((1, 2, 3), np.float32)}, 2, None
-    meter.after(broken, 1e9)
+    meter.add_batch(broken, 1e9)
     assert meter.reason == "failed: ValueError"
-    _, sampler = meter.watched()
-    meter.after(sampler.step or broken, 1e9)  # not tried again
+    _, sampler = meter.sampled_pipeline()
+    meter.add_batch(sampler.step or broken, 1e9)  # not tried again
     assert meter.steps == 0 and not meter.counts

@@ -16,7 +16,7 @@ from runtime.files.tensor_reader import TensorFiles
 from runtime.files.tensors import SafeTensors
 from runtime.image import to_png
 from runtime.opened import default_bundle
-from runtime.ort.block_weights import Streamed, layout
+from runtime.ort.block_weights import StreamedWeights, layout
 from runtime.ort.component import Blocks, Graph, open_component
 from runtime.ort.memory_places import Host
 from runtime.pipeline import Pipeline
@@ -35,7 +35,7 @@ def small() -> Bundle:
 
 def spy(executor: Any) -> list[str]:
     """The prefixes that are read from now on."""
-    assert isinstance(executor, Blocks) and isinstance(executor.weights, Streamed)
+    assert isinstance(executor, Blocks) and isinstance(executor.weights, StreamedWeights)
     source, read = executor.weights, []
     fill = source.fill
 
@@ -74,11 +74,11 @@ def test_velocities_are_the_same_to_the_bit(tiny_bundle: Path) -> None:
 
 def test_alpha_0_reads_only_what_will_run(tiny_forecast_bundle: Path) -> None:
     """A schedule known beforehand: blocks that no step runs are never read."""
-    from runtime.inspect.block_table import schedule
+    from runtime.inspect.block_table import forecast_table
 
     pipeline = Pipeline(tiny_forecast_bundle, "ort", threads=1, offload="block")
     kappas = [1, 2, 1, 3]
-    table = schedule(pipeline, PROMPTS[0], steps=4, kappa=kappas)
+    table = forecast_table(pipeline, PROMPTS[0], steps=4, kappa=kappas)
     executor: Any = pipeline.executor("transformer")
     component, read = executor.component, spy(executor)
     drawn = pipeline(PROMPTS[0], steps=4, kappa=kappas)
@@ -129,7 +129,7 @@ def test_a_block_is_read_while_another_runs(small: Bundle) -> None:
     All blocks run: the blocks of a group that chooses are not known before it is asked.
     """
     executor: Any = open_component(small, "transformer", threads=1, offload="block")
-    source: Streamed = executor.weights
+    source: StreamedWeights = executor.weights
     begun = [threading.Event() for _ in executor.component["program"]]
     fill, count = source.fill, iter(begun)
 
@@ -158,7 +158,7 @@ def test_it_goes_on_after_a_failure(small: Bundle) -> None:
     pipeline = Pipeline(small, "ort", threads=1, offload="block")
     expected = to_png(pipeline(PROMPTS[0], steps=3))
     executor: Any = pipeline.executor("transformer")
-    source: Streamed = executor.weights
+    source: StreamedWeights = executor.weights
     fill = source.fill
 
     def fail(room: int, call: tuple[str, str]) -> None:
@@ -214,7 +214,7 @@ def test_layout_is_aligned_and_a_room_holds_the_largest_block(small: Bundle) -> 
     rows = [{"shape": [3, 5], "dtype": "float32"}, {"shape": [7], "dtype": "bfloat16"}]
     assert layout(rows) == ([0, 256], 512)
     component = small.component("transformer")
-    source = Streamed(component, small.weights("transformer"), Host())
+    source = StreamedWeights(component, small.weights("transformer"), Host())
     assert len(source.rooms) == 2 and all(room.address % 256 == 0 for room in source.rooms)
     assert source.size == max(total for _, total in source.layouts.values())
 

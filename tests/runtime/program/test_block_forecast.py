@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime.families.flow_matching import sigmas
-from runtime.inspect.block_table import columns, schedule, span
+from runtime.inspect.block_table import columns, forecast_table, span
 from runtime.pipeline import Pipeline
 from tests.tiny.grouped import GROUPS
 
@@ -27,7 +27,7 @@ def test_the_schedule_is_torchs(pipeline: Pipeline, tiny_forecast_dir: Path, kap
     from d2m.model.block_group import set_kappa
     from tests.cases.block_schedule import block_schedule
 
-    answer = schedule(pipeline, PROMPT, steps=5, kappa=kappa)
+    answer = forecast_table(pipeline, PROMPT, steps=5, kappa=kappa)
     pipe = load_pipeline(tiny_forecast_dir, device="cpu", dtype="fp32")
     set_kappa(pipe.transformer, kappa)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_drawing_asks_no_router_and_draws_the_same(
 
 
 def test_a_table_has_a_line_a_step(pipeline: Pipeline) -> None:
-    head, lines = columns(schedule(pipeline, PROMPT, steps=2, kappa=[2, 3]))
+    head, lines = columns(forecast_table(pipeline, PROMPT, steps=2, kappa=[2, 3]))
     assert head == ["step", "sigma", "kappa", "double 1-3", "single 0-2"]
     assert len(lines) == 2 and lines[1][3:] == ["1-3", "0-2"] and lines[0][2] == 2
     assert span([4]) == "4" and span([4, 5, 6]) == "4-6"
@@ -93,5 +93,5 @@ def test_kappa_is_checked(pipeline: Pipeline, tiny_bundle: Path) -> None:
 
 
 def test_groups_by_name(pipeline: Pipeline) -> None:
-    answer = schedule(pipeline, PROMPT, steps=1)
+    answer = forecast_table(pipeline, PROMPT, steps=1)
     assert {row["name"]: (row["list"], tuple(row["blocks"])) for row in answer["groups"]} == GROUPS

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.bundle.directory import Bundle
 from runtime.program import backends, executor
-from runtime.program.executor import check_inputs, choose, graph_key, run_program
+from runtime.program.executor import check_inputs, choose_backend, graph_key, run_program
 
 COMPONENT: dict[str, Any] = {
     "types": {
@@ -93,39 +93,39 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     monkeypatch.setattr(executor, "gpu_count", lambda: gpus)
     gpus = 0
-    name, reason = choose(bundle())
+    name, reason = choose_backend(bundle())
     assert name == "ort" and reason.count("the bundle has no plans for it") == 2
     assert "not ort-cuda: onnxruntime is not installed" in reason
     installed.add("onnxruntime")
-    assert "not ort-cuda: this onnxruntime has no CUDA provider" in choose(bundle())[1]
+    assert "not ort-cuda: this onnxruntime has no CUDA provider" in choose_backend(bundle())[1]
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / backends.CUDA_LIBRARIES[0]).touch()
     folder.append(str(tmp_path))
-    assert "not ort-cuda: no GPU is visible" in choose(bundle())[1]
-    assert "tensorrt_rtx is not installed" in choose(bundle("tensorrt_rtx"))[1]
+    assert "not ort-cuda: no GPU is visible" in choose_backend(bundle())[1]
+    assert "tensorrt_rtx is not installed" in choose_backend(bundle("tensorrt_rtx"))[1]
     installed.add("tensorrt_rtx")
-    name, reason = choose(bundle("tensorrt_rtx"))
+    name, reason = choose_backend(bundle("tensorrt_rtx"))
     assert name == "ort" and "no GPU is visible" in reason
     gpus = 1
-    name, reason = choose(bundle("tensorrt_rtx"))
+    name, reason = choose_backend(bundle("tensorrt_rtx"))
     assert name == "trt-rtx" and reason == "trt-rtx: what it needs is there"
-    name, reason = choose(bundle("tensorrt_rtx"), offload="block")
+    name, reason = choose_backend(bundle("tensorrt_rtx"), offload="block")
     assert name == "ort-cuda" and "not trt-rtx: it streams no blocks" in reason
-    assert choose(bundle("tensorrt"))[0] == "ort-cuda"
+    assert choose_backend(bundle("tensorrt"))[0] == "ort-cuda"
     installed.add("tensorrt")
-    assert choose(bundle("tensorrt"))[0] == "trt"
-    assert choose(bundle("tensorrt", "tensorrt_rtx"))[0] == "trt-rtx"
+    assert choose_backend(bundle("tensorrt"))[0] == "trt"
+    assert choose_backend(bundle("tensorrt", "tensorrt_rtx"))[0] == "trt-rtx"
 
 
 def test_a_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(bundle(), "ort") == ("ort", "asked for")
+    assert choose_backend(bundle(), "ort") == ("ort", "requested")
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, ort, ort-cuda"):
-        choose(bundle(), "cuda")
+        choose_backend(bundle(), "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"'trt-rtx' needs tensorrt_rtx; .*\[trt-rtx\]"):
-        choose(bundle(), "trt-rtx")
+        choose_backend(bundle(), "trt-rtx")
     with pytest.raises(ImportError, match=r"'ort-cuda' needs onnxruntime; .*\[gpu\]"):
-        choose(bundle(), "ort-cuda")
+        choose_backend(bundle(), "ort-cuda")
 
 
 def test_where_a_backend_has_run_is_said_of_each() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.bundle.directory import open_bundle
-from runtime.latency_budget import Unmeasured
+from runtime.latency_budget import NotMeasured
 from runtime.opened import default_bundle
 from runtime.serve.batch import usage
 from runtime.serve.image_request import Limits, Refused, fields_of, read_request
@@ -102,7 +102,11 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"stream": True}, "stream", "stream is True, expected False"),
         ({"negative": "x"}, "negative", "the field 'negative' is not known"),
         ({"negative_prompt": "x"}, "negative_prompt", "negative is 'x', expected none: this bun"),
-        ({"negative_prompt": ""}, "negative_prompt", "not drawn with classifier-free guidance"),
+        (
+            {"negative_prompt": ""},
+            "negative_prompt",
+            "does not generate with classifier-free guidance",
+        ),
         ({"negative_prompt": "x" * 51}, "negative_prompt", "51 characters long, expected a text"),
         (
             {"negative_prompt": ["x"]},
@@ -137,7 +141,7 @@ def test_a_budget_picks_what_is_left_out_and_is_drawn_alone() -> None:
     assert found.key is None
 
     def unmeasured(request: Any, budget: float, knobs: Any) -> dict[str, Any]:
-        raise Unmeasured("no budget was measured; measure it with: d2m measure /srv/secret")
+        raise NotMeasured("no budget was measured; measure it with: d2m measure /srv/secret")
 
     with pytest.raises(Refused, match=r"no budget was measured .* on this machine") as caught:
         read_request(body, MANIFEST, LIMITS, unmeasured)

@@ -70,7 +70,7 @@ def test_a_server_for_others_without_a_key_warns() -> None:
         port = url.rpartition(":")[2]
         answer = httpx.get(f"http://127.0.0.1:{port}/v1/models/dall-e-3")
         assert answer.json()["id"] == "dall-e-3"
-        said = "0.0.0.0 is open to the network and no API key is asked for: set D2M_API_KEY"
+        said = "0.0.0.0 is open to the network and no API key is required: set D2M_API_KEY"
         assert said in "".join(lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.bundle.directory import Bundle
 from runtime.cuda.device import Device
-from runtime.cuda.memory import cast
+from runtime.files.tensors import cast
 from runtime.ort.component import open_component as open_ort
 from runtime.trt import component as trt
 from runtime.trt.component import Plans

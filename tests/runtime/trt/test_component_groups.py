@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle.block_groups import starts_of
+from runtime.bundle.block_groups import first_calls
 from runtime.bundle.directory import Bundle
 from runtime.ort.component import open_component as open_ort
 from runtime.program.block_forecast import forecast
@@ -140,7 +140,7 @@ def test_a_known_schedule_waits_for_nothing_and_is_recorded(beforehand: Given) -
     for _ in range(4):
         close(executor(sample, 2, 1, known), blocks(sample, 2, 1))
     (ready,) = executor._ready.values()
-    assert ready.graph and ready.runs == 2 and ready.steady
+    assert ready.graph and ready.runs == 2 and ready.fixed_shapes
     assert "router" not in str([launch.plan for launch, _, _ in ready.bindings])
 
 
@@ -171,4 +171,4 @@ def test_routers_choose_as_on_the_host(grouped: Given) -> None:
         found = executor.block("router", f"{name}.", inputs)["logits"]
         expected = blocks.block("router", f"{name}.", inputs)["logits"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-        assert (starts_of(found, 2) == starts_of(expected, 2)).all()
+        assert (first_calls(found, 2) == first_calls(expected, 2)).all()

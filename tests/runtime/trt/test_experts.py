@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from runtime.bundle.directory import Bundle, open_bundle
-from runtime.inspect.directory import inspect, lines
+from runtime.inspect.directory import inspect, summary_lines
 from runtime.ort.component import open_component as open_ort
 from runtime.pipeline import Pipeline
 from runtime.trt.expert_kernels import choose_plan, make_call
 from runtime.trt.experts import choose_experts, experts_of, open_experts
-from runtime.trt.launch_schedule import make_schedule
+from runtime.trt.launch_schedule import make_launch_schedule
 from tests.stand_ins.device import SIZES, TARGET, inputs
 from tests.stand_ins.segments import bundle_with_segments, plans_with_cubins, rewrite
 
@@ -78,7 +78,9 @@ def test_the_schedule_replaces_sparse_blocks_alone(bundle: Bundle) -> None:
     component, plans = bundle.component("transformer"), bundle.manifest["plans"][TARGET]
 
     def launched(top_k: int) -> list[str]:
-        made = make_schedule("transformer", component, plans, SIZES, top_k, plans["segments"])
+        made = make_launch_schedule(
+            "transformer", component, plans, SIZES, top_k, plans["segments"]
+        )
         return [launch.plan.partition("/")[2] for launch in made.launches]
 
     double = ["double.0", "double.k2.experts.0", "double.k2.experts.1", "double.1"]
@@ -139,10 +141,10 @@ def test_what_runs_the_experts_is_chosen_and_said(
     assert experts_of(bundle, "vae_decoder", TARGET, 90, "cubins") == {}  # has no experts
     assert caplog.messages == [
         "transformer: experts by cubins (kernels for sm_90)",
-        "transformer: experts by plans (asked for)",
+        "transformer: experts by plans (requested)",
     ]
-    assert choose_experts(bundle, TARGET, 90, "plans") == ({}, "asked for")
-    assert choose_experts(bundle, TARGET, 90, "cubins")[1] == "asked for"
+    assert choose_experts(bundle, TARGET, 90, "plans") == ({}, "requested")
+    assert choose_experts(bundle, TARGET, 90, "cubins")[1] == "requested"
     assert choose_experts(bundle, TARGET, 86)[0]  # code for 8.0 runs on 8.6
     kernels, reason = choose_experts(bundle, TARGET, 120)
     assert not kernels and "no kernels: " in reason and "no plan for sm_120" in reason
@@ -170,7 +172,7 @@ def test_a_bundle_without_segments_runs_whole_plans(bundle: Bundle) -> None:
 def test_inspect_shows_both(bundle: Bundle, tiny_bundle: Path) -> None:
     (row,) = inspect(bundle.path)["plans"]
     assert row["experts"]["kernels"] == {"sm": [80, 90], "top_k": [1, 2, 4]}
-    text = "\n".join(lines(inspect(bundle.path)))
+    text = "\n".join(summary_lines(inspect(bundle.path)))
     assert (
         f"experts of {TARGET}: cubins where they fit the GPU, else plans (kernels for sm_80, sm_90)"
         in text

@@ -7,7 +7,7 @@ import pytest
 
 from runtime.bundle.directory import Bundle
 from runtime.cuda.arena import Buffer
-from runtime.trt.launch_schedule import Schedule, make_schedule, measure
+from runtime.trt.launch_schedule import LaunchSchedule, dimension_size, make_launch_schedule
 from tests.stand_ins.device import SIZES, TARGET, bundle_with_plans
 
 
@@ -16,9 +16,9 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     return bundle_with_plans(tiny_bundle, tmp_path_factory.mktemp("plans") / "bundle")
 
 
-def schedule_of(bundle: Bundle, **sizes: int) -> Schedule:
+def schedule_of(bundle: Bundle, **sizes: int) -> LaunchSchedule:
     component, plans = bundle.component("transformer"), bundle.manifest["plans"][TARGET]
-    return make_schedule("transformer", component, plans, SIZES | sizes, 2)
+    return make_launch_schedule("transformer", component, plans, SIZES | sizes, 2)
 
 
 def test_a_schedule_is_the_program_in_order(bundle: Bundle) -> None:
@@ -64,19 +64,19 @@ def test_a_schedule_takes_its_types_and_sizes_from_the_plans(bundle: Bundle) -> 
             if row["dtype"] == "float32" and row["name"] != "gate.weight":
                 row["dtype"] = "bfloat16"
     component = bundle.component("transformer")
-    small = make_schedule("transformer", component, half, SIZES, 2)
+    small = make_launch_schedule("transformer", component, half, SIZES, 2)
     full = schedule_of(bundle)
     assert small.outputs["sample"].dtype == "bfloat16"
     assert small.outputs["sample"].size * 2 == full.outputs["sample"].size
     del half["tensors"]["transformer/double.k2"]
     with pytest.raises(ValueError, match="has no plan transformer/double.k2, only"):
-        make_schedule("transformer", component, half, SIZES, 2)
+        make_launch_schedule("transformer", component, half, SIZES, 2)
 
 
 def test_dimensions_are_names_sums_and_multiples() -> None:
     sizes = {"a": 3, "image_tokens": 5, "text_tokens": 2}
-    assert [measure(dim, sizes) for dim in (7, "a", "tokens", "2*a", "a + 8 * image_tokens")] == [
-        *(7, 3, 7, 6, 43)
-    ]
+    assert [
+        dimension_size(dim, sizes) for dim in (7, "a", "tokens", "2*a", "a + 8 * image_tokens")
+    ] == [*(7, 3, 7, 6, 43)]
     with pytest.raises(ValueError, match="a dimension 'b', expected one of a, image_tokens"):
-        measure("b", sizes)
+        dimension_size("b", sizes)
