@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
 from d2m.recipe.recipe import Recipe
+from d2m.shards import IMPORTANCE
 from runtime.files.atomic import write_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ Progress = Callable[[str, int, int], None]
 
 KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
 GROUPING = ("groups", "alpha", "drop")  # and those that may where the start has all of its blocks
-IMPORTANCE = "importance.safetensors"
 
 
 def first_student(
