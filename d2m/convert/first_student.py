@@ -112,9 +112,11 @@ def _loaded(start: Path, student: nn.Module, recipe: Recipe, family: Family) -> 
     """
     import torch
 
+    from d2m.components import check_weights
     from d2m.model.grouping import renamed
     from d2m.model.sparse_transformer import sparse_class
 
+    check_weights(start / "transformer", sparse_class(family))
     found: Any = sparse_class(family).from_pretrained(
         start / "transformer", torch_dtype=torch.float32, local_files_only=True
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2m.components import check_components
 from d2m.families import family_of
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
 from d2m.lora.file import LowRank, read_lora
@@ -64,6 +65,7 @@ def lora(
         raise ValueError(f"--scale is {scale}; expected a finite number, such as 1.")
     if out is not None and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another output, or remove it.")
+    check_components(path)
     config = read_json(path / "transformer/config.json")
     shards = open_shards(path / "transformer")
     changes = read_lora(file, dense_linears(config, family))
