@@ -14,8 +14,9 @@ the ground up; each one's docstring is its map:
     convert/   dense to sparse, in memory or streamed
     cli/       the command line
 
-Files: `units` quantities as people read them, `shards` checkpoints larger than memory, `generate`
-images from a diffusers pipeline directory.
+Files: `units` quantities as people read them, `shards` checkpoints larger than memory,
+`components` the models of a pipeline directory and whether their weights fit, `generate` images
+from one.
 """
 
 from __future__ import annotations

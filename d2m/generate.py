@@ -46,7 +46,8 @@ def load_pipeline(
     transformer: False leaves it out, for a process that only encodes.
 
     dtype: "auto" is bfloat16 on CUDA and float32 elsewhere, or "fp32", "bf16", "fp16".
-    Raises FileNotFoundError for no pipeline, ImportError where torch or diffusers is missing.
+    Raises FileNotFoundError for no pipeline, ValueError where weights do not fit their class,
+    ImportError where torch or diffusers is missing.
     """
     generation_defaults(directory)  # a clear error before five seconds of imports
     need_libraries("generating from a pipeline directory")
@@ -61,6 +62,9 @@ def load_pipeline(
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"dtype {dtype!r} is not known, expected one of auto, {', '.join(dtypes)}")
+    from d2m.model.components import check_components
+
+    check_components(Path(directory), transformer)
     diffusers_logging.disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(
         str(directory),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"  # diffusers' names
 INDEX = f"{STEM}.safetensors.index.json"
+IMPORTANCE = "importance.safetensors"  # in a sparse pipeline: the scores that split its neurons
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ LAYERS = {
         recipe units shards
         families
         model kernels
+        components
         generate distill
         plan
         report lora

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
 from d2m.recipe.recipe import Batches, Progress, Recipe
+from d2m.shards import IMPORTANCE
 from runtime.files.atomic import write_json
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 KNOBS = ("top_k", "kappa")  # fields of the config that may differ between a start and a recipe
 GROUPING = ("groups", "alpha", "drop")  # and those that may where the start has all of its blocks
-IMPORTANCE = "importance.safetensors"
 
 
 def first_student(
@@ -114,9 +114,11 @@ def _load_start(start: Path, student: nn.Module, recipe: Recipe, family: Family)
     """
     import torch
 
+    from d2m.model.components import check_weights
     from d2m.model.grouping import renamed
     from d2m.model.sparse_transformer import sparse_class
 
+    check_weights(start / "transformer", sparse_class(family))
     loaded: Any = sparse_class(family).from_pretrained(
         start / "transformer", torch_dtype=torch.float32, local_files_only=True
     )

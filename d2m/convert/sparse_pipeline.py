@@ -15,7 +15,7 @@ from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults
 from d2m.generate import generate_with
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Progress, Recipe
-from d2m.shards import library_errors
+from d2m.shards import IMPORTANCE, library_errors
 from runtime.files.atomic import replace_dir, write_json, write_text
 from runtime.files.checked_json import read_json
 
@@ -62,7 +62,7 @@ def write_around(
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "recipe.json", recipes.to_dict(recipe))
     with library_errors():
-        save_file({k: v.contiguous() for k, v in scores.items()}, folder / "importance.safetensors")
+        save_file({k: v.contiguous() for k, v in scores.items()}, folder / IMPORTANCE)
     for path in folder.rglob("*.safetensors"):
         # safetensors 0.8 makes them readable by their owner alone, whatever the umask.
         shutil.copymode(folder / "model_index.json", path)

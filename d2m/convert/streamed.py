@@ -72,7 +72,10 @@ def convert_stream(
         return {"out": str(Path(out_dir)), "already_converted": True}
     import torch
 
+    from d2m.model.components import check_components
+
     path, family, work = conversion.dense, conversion.family, conversion.work
+    check_components(path)
     source = open_shards(path / "transformer")
     sparse = _structure(path / "transformer", recipe, family)
     write_json(work / RECORD, conversion.identity)

@@ -6,6 +6,7 @@ Shape letters: O outputs and I inputs of a Linear, R rank.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -17,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2m.lora.names import layers_of, split_key
+from d2m.lora.names import PEFT, layers_of, split_key, without_prefix
+from runtime.files.checked_json import read_json
+
+CONFIG = "adapter_config.json"  # peft's
+# Fields of it that make another product than up @ down, or let it count for some tokens only.
+OTHER_KINDS = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,23 @@ def read_lora(
     """What a safetensors file in diffusers', peft's or kohya's names changes: Linear -> LowRank.
 
     shapes: (O, I) of every Linear of the dense model. The scale is alpha / R, from the file's alpha
-    tensors or diffusers' metadata; 1 without either.
+    tensors; else as peft computes it from diffusers' metadata or from the adapter_config.json
+    beside a file of peft's; 1 for a file in other names without either.
 
-    FileNotFoundError or ValueError, in one sentence, if it is no such file, lacks a factor, names a
-    layer twice or one that the model has not, or has other sizes.
+    FileNotFoundError or ValueError, in one sentence, if it is no such file, lacks a factor or its
+    strength, names a layer twice or one that the model has not, or has other sizes or a NaN.
     """
-    tensors, metadata = _load(Path(path))
-    settings = _settings(metadata, path)
+    path = Path(path)
+    tensors, metadata = _load(path)
+    settings = _settings(path, metadata, any(key.startswith(PEFT) for key in tensors))
     files: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         try:
             name, factor = split_key(key)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; expected finite numbers.")
         files[name][factor] = tensor
     found: dict[str, LowRank] = {}
     for name, parts in files.items():
@@ -89,7 +102,10 @@ def read_lora(
             )
         if swapped:
             up = torch.cat(up.chunk(2)[::-1])
-        scale = _scale(parts.get("alpha"), layers[0], down.shape[0], settings)
+        try:
+            scale = _scale(parts.get("alpha"), name, down.shape[0], settings)
+        except (ValueError, TypeError, AttributeError, RuntimeError, re.error) as error:
+            raise ValueError(f"{path}: the layer {name!r}: {error}") from error
         for layer, rows in zip(layers, up.split(outputs)):
             if layer in found:
                 raise ValueError(f"{path} changes {layer} twice, under two names; expected one.")
@@ -114,26 +130,63 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         ) from error
 
 
-def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """peft's config of the transformer's adapter, where diffusers has put it into the metadata."""
-    try:
-        told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        settings = {key.removeprefix("transformer."): value for key, value in told.items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} has metadata that is no JSON ({error}).") from error
-    for kind in ("use_dora", "lora_bias"):
-        if settings.get(kind):
+def _settings(path: Path, metadata: Mapping[str, str], by_peft: bool) -> dict[str, Any] | None:
+    """peft's config of the transformer's adapter, {} where the file says that scales are its own.
+
+    From the metadata, where diffusers puts it, or the file beside, where peft does. None for a file
+    of peft's names without either: its strength is known only where it has alpha tensors.
+    """
+    if written := metadata.get("lora_adapter_metadata"):
+        try:
+            told = {key.removeprefix("transformer."): v for key, v in json.loads(written).items()}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} has metadata that is no JSON ({error}).") from error
+    elif (by_peft or path.stem == "adapter_model") and (path.parent / CONFIG).is_file():
+        told = read_json(path.parent / CONFIG)
+    else:
+        return None if by_peft else {}
+    if (kind := told.get("peft_type") or "LORA") != "LORA":
+        raise ValueError(f"{path} is an adapter of the kind {kind}; expected a LORA.")
+    for kind in OTHER_KINDS:
+        if told.get(kind):
             raise ValueError(f"{path} was made with {kind}; expected a plain LoRA.")
-    return settings
+    # These begin by changing the model's own weights, which the file does not hold.
+    start = told.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
+        raise ValueError(
+            f"{path} was made with init_lora_weights {start!r}, which changes the model's own "
+            "weights too; expected a plain LoRA: save it with "
+            "path_initial_model_for_weight_conversion."
+        )
+    return {"r": 8, "lora_alpha": 8} | told  # LoraConfig's defaults
 
 
-def _scale(alpha: Tensor | None, layer: str, rank: int, settings: Mapping[str, Any]) -> float:
+def _scale(alpha: Tensor | None, name: str, rank: int, settings: Mapping[str, Any] | None) -> float:
+    """A layer's scale; ValueError, or what Python raises for settings of another type."""
     if alpha is not None:
         return float(alpha) / rank
-    told = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", layer):  # as peft matches them
-            told = value
-    if told is None:
+    if settings is None:
+        raise ValueError(
+            f"peft writes its strength (lora_alpha) into {CONFIG}, which is not there; expected "
+            "that file beside the LoRA."
+        )
+    if not settings:
         return 1.0
-    return float(told) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    def told(field: str, pattern: str) -> float:
+        rows = (settings.get(pattern) or {}).items()
+        # As peft matches them: the first one that fits the end of a name.
+        fits = (v for key, v in rows if re.match(rf"(.*\.)?({key})$", without_prefix(name)))
+        return float(next(fits, settings[field]))
+
+    if told("r", "rank_pattern") != rank:
+        raise ValueError(
+            f"rank {rank} where its config says {told('r', 'rank_pattern'):g}; expected the config "
+            "that was saved with it."
+        )
+    scale = told("lora_alpha", "alpha_pattern") / (
+        math.sqrt(rank) if settings.get("use_rslora") else rank
+    )
+    if not math.isfinite(scale):
+        raise ValueError(f"its config's lora_alpha makes a strength of {scale}; expected a number.")
+    return scale

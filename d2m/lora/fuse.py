@@ -7,6 +7,7 @@ one was the dense one (ours).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -21,10 +22,13 @@ from d2m.families import family_of
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
 from d2m.lora.file import LowRank, read_lora
 from d2m.lora.parts import KINDS, Part, dense_linears, parts_of
+from d2m.model.components import check_components
 from d2m.plan.hub import locate
-from d2m.shards import INDEX, Shards, open_shards, write_index, write_shard
+from d2m.shards import IMPORTANCE, INDEX, Shards, open_shards, write_index, write_shard
 from runtime.files.atomic import replace_dir, temporary_sibling, write_text
 from runtime.files.checked_json import read_json
+
+KEPT = ("config.json", ".md", ".txt")  # files beside a transformer's weights
 
 
 def lora(
@@ -57,8 +61,11 @@ def lora(
     family = family_of(path)
     if steps is not None and (steps < 1 or out is None):
         raise ValueError(f"--steps is {steps}; expected 1 or more, and an output with -o.")
+    if not math.isfinite(scale):
+        raise ValueError(f"--scale is {scale}; expected a finite number, such as 1.")
     if out is not None and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another output, or remove it.")
+    check_components(path)
     config = read_json(path / "transformer/config.json")
     shards = open_shards(path / "transformer")
     changes = read_lora(file, dense_linears(config, family))
@@ -110,7 +117,8 @@ def with_changes(
 ) -> dict[str, Tensor]:
     """Some of the model's tensors with what the LoRA adds to them; the others are passed on.
 
-    Sums are made in float32 at least and rounded to the tensor's own dtype once.
+    Sums are made in float32 at least and rounded to the tensor's own dtype once. ValueError for
+    one that is not finite then.
     """
     result = dict(tensors)
     for name, change in changes.items():
@@ -120,7 +128,13 @@ def with_changes(
             weight = result[part.tensor]
             dtype = torch.promote_types(weight.dtype, torch.float32)
             added = part.arrange(change.part(part.rows, part.columns, dtype))
-            result[part.tensor] = (weight.to(dtype) + scale * added).to(weight.dtype)
+            made = (weight.to(dtype) + scale * added).to(weight.dtype)
+            if not torch.isfinite(made.float()).all():
+                raise ValueError(
+                    f"{part.tensor} is NaN or infinite with the LoRA at scale {scale:g}; expected "
+                    f"finite numbers in {weight.dtype}: try a smaller --scale."
+                )
+            result[part.tensor] = made
     return result
 
 
@@ -136,11 +150,14 @@ def _write(
     made = temporary_sibling(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        weights = {f"transformer/{file}" for file in {*shards.where.values(), INDEX}}
 
         def passed_on(folder: str, names: list[str]) -> list[str]:
-            inside = Path(folder).relative_to(source)
-            return [name for name in names if str(inside / name) in weights]
+            """The transformer's weights in whatever file, such as a variant: they are unfused."""
+            if Path(folder) == source / "transformer":
+                return [name for name in names if not name.endswith(KEPT)]
+            if Path(folder) == source:  # the whole model as one file
+                return [n for n in names if n.endswith(".safetensors") and n != IMPORTANCE]
+            return []
 
         shutil.copytree(source, made, ignore=passed_on)
         files = sorted(set(shards.where.values()))

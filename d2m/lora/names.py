@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 # Before a layer's name, outermost first. read: diffusers, peft, ComfyUI and sd-scripts write these.
+PEFT = "base_model.model."
 PREFIXES = (
-    "base_model.model.",
+    PEFT,
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
@@ -81,6 +82,13 @@ def split_key(key: str) -> tuple[str, str]:
     return key[: found.start()], FACTORS[found[1]] if found[1] else "alpha"
 
 
+def without_prefix(name: str) -> str:
+    """What a file calls a layer, without what the library that wrote it puts before."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
 def layers_of(name: str, modules: Iterable[str]) -> tuple[list[str], bool]:
     """What a file's name of a layer stands for: (Linears of the dense model, halves swapped).
 
@@ -92,10 +100,7 @@ def layers_of(name: str, modules: Iterable[str]) -> tuple[list[str], bool]:
             f"the layer {name!r} belongs to a text encoder; d2m lora maps what lies on the "
             "transformer: save the LoRA without its text encoders' layers."
         )
-    short = name
-    for prefix in PREFIXES:
-        short = short.removeprefix(prefix)
-    flat = short.replace(".", "_")
+    flat = without_prefix(name).replace(".", "_")
     if found := _flat(known).get(flat):
         return [found], False
     names = _bfl(flat)

@@ -93,18 +93,21 @@ def open_components(
     directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
 ) -> list[Component]:
     """The components in the order in which an image needs them."""
-    import importlib
-
     from transformers.utils import logging
 
+    from d2m.model.components import check_components, model_classes
     from export.graph.blocks import transformer_program
+    from export.graph.trace import keep_float32
 
     logging.disable_progress_bar()
+    check_components(directory)
+    classes = dict(model_classes(directory))
 
     def loaded(name: str, folder: str, cls: Any, keyword: str, trace: Any) -> Component:
         checkpoint = Checkpoint(directory / folder)
         stored = checkpoint.main_dtype()
         model = cls.from_pretrained(directory / folder, local_files_only=True, **{keyword: stored})
+        keep_float32(model)
         get = parameter_getter(model)
         return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
 
@@ -119,6 +122,7 @@ def open_components(
         model.tie_weights()
         if {stored_name(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
             return loaded(name, folder, cls, "dtype", trace)  # named as an older release did
+        keep_float32(model)
         kind = checkpoint.main_dtype()
 
         def get(key: str) -> torch.Tensor:
@@ -140,7 +144,7 @@ def open_components(
                 Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
             )
             continue
-        cls = getattr(importlib.import_module(encoder.library), encoder.cls)
+        cls = classes[encoder.folder]
         keyword = "dtype" if encoder.library == "transformers" else "torch_dtype"
         if encoder.whole:
             found.append(loaded(encoder.name, encoder.folder, cls, keyword, encoder.program))
@@ -157,6 +161,7 @@ def empty_transformer(directory: Path, sparse: bool) -> Any:
     import torch
 
     from export.graph.prepare import prepare
+    from export.graph.trace import keep_float32
 
     family = family_of(directory)
     cls: Any = getattr(diffusers, family.names.dense_class)
@@ -166,6 +171,7 @@ def empty_transformer(directory: Path, sparse: bool) -> Any:
         cls = sparse_class(family)
     with torch.device("meta"):
         model = cls.from_config(config(directory, "transformer"))
+    keep_float32(model)
     return prepare(model, FAMILIES[family.names.name].tracing)
 
 

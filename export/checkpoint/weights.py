@@ -17,8 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2m.model.components import FLOATS
 from runtime.files.atomic import write_chunks
-from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, file_chunks, read_header, weight_files
+from runtime.files.tensors import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    file_chunks,
+    read_header,
+    weight_files,
+)
 from runtime.files.tensors import Tensor as Place
 
 if TYPE_CHECKING:
@@ -100,11 +107,11 @@ class Checkpoint:
         return kinds[found]
 
     def main_dtype(self) -> torch.dtype:
-        """What most bytes are stored in."""
+        """What most numbers are stored in, buffers of integers left out."""
         sizes: Counter[torch.dtype] = Counter()
-        for name, shape in self.shapes().items():
-            if not name.endswith(NOT_WEIGHTS):
-                sizes[self.dtype(name)] += math.prod(shape)
+        for name, (_, place) in self._where.items():
+            if place.dtype in FLOATS:
+                sizes[self.dtype(name)] += place.size
         return max(sizes, key=lambda kind: (sizes[kind], str(kind)))
 
     def get(self, name: str) -> torch.Tensor:

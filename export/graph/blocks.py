@@ -126,5 +126,5 @@ def call_by_name(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
 def structure(module: nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
     """What makes two blocks one type: class, parameter names and shapes, a router's alpha."""
     specs = weight_specs(module, dtype)
-    shapes = tuple((name, spec.shape) for name, spec in specs.items())
+    shapes = tuple((name, spec.shape, spec.dtype) for name, spec in specs.items())
     return type(module).__name__, getattr(module, "alpha", None), shapes

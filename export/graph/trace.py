@@ -54,14 +54,34 @@ class Spec:
 
 
 def weight_specs(module: nn.Module, dtype: torch.dtype) -> dict[str, Spec]:
-    """Every parameter as the graph takes it: Linear weights transposed, routers in float32."""
+    """Every parameter as the graph takes it: Linear weights transposed; in float32 routers, and
+    what `keep_float32` has marked."""
     linears = linear_weights(module)
     specs = {}
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
-        kind = torch.float32 if is_gate(name) else dtype
+        kept = is_gate(name) or dtype in getattr(parameter, "float32_for", ())
+        kind = torch.float32 if kept else dtype
         specs[name] = Spec(kind, shape[::-1] if name in linears else shape)
     return specs
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Mark the parameters that the model's class keeps in float32 when it is loaded in half.
+
+    read: transformers' `_keep_in_fp32_modules` (T5's wo, which overflows) is for float16 alone,
+    its `_strict` one and diffusers' for both; a name in them is a part of the parameter's.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    lists = {
+        "_keep_in_fp32_modules": halves[:1] if hasattr(model, "config_class") else halves,
+        "_keep_in_fp32_modules_strict": halves,
+    }
+    for field, dtypes in lists.items():
+        kept = set(getattr(model, field, None) or ())
+        for name, parameter in model.named_parameters():
+            if kept.intersection(name.split(".")):
+                parameter.float32_for = dtypes  # type: ignore[attr-defined]
 
 
 def linear_weights(module: nn.Module) -> set[str]:

@@ -195,7 +195,11 @@ def test_every_row_of_a_batch_is_run_once():
 
 @pytest.mark.parametrize(
     ("size", "parts", "words"),
-    [(3, 1, "a batch of 8 for 3 processes"), (2, 8, "a multiple of 16"), (1, 0, "accumulation is 0, expected 1 part")],
+    [
+        (3, 1, "a batch of 8 for 3 processes"),
+        (2, 8, "a multiple of 16"),
+        (1, 0, "accumulation is 0, expected 1 part"),
+    ],
 )
 def test_batches_that_do_not_divide(size, parts, words):
     with pytest.raises(ValueError, match=words):

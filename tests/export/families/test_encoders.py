@@ -7,6 +7,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from export.families.encoders import t5_program
+from export.graph.program import Program
+from export.graph.trace import keep_float32, weight_specs
+
 LIMIT = 1e-5
 
 
@@ -86,3 +90,65 @@ def test_vae_equals_torch(
     (found,) = run.run(["image"], {"latents": latents.numpy()})
     assert found.shape == (batch, 3, 2 * height, 2 * width)
     assert relative(found, expected) < LIMIT
+
+
+def weights_of(program: Program, model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The model's parameters as the graph's weights take them."""
+    [row] = program.types.values()
+    state = dict(model.named_parameters())
+    return {
+        name: (state[name].t() if name in row.linears else state[name])
+        .detach()
+        .to(spec.dtype)
+        .numpy()
+        for name, spec in row.weights.items()
+    }
+
+
+def test_t5_in_float16_keeps_what_transformers_keeps(tiny_dense_dir: Path, tmp_path: Path) -> None:
+    """Weights so large that wo's products overflow float16: in it alone the states are wrong."""
+    from onnx.reference import ReferenceEvaluator
+    from transformers import T5EncoderModel
+
+    folder = tmp_path / "t5"
+    model = T5EncoderModel.from_pretrained(tiny_dense_dir / "text_encoder_2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= {"wi_": 40, "wo.": 100}.get(name.split("Dense.")[-1][:3], 1)
+    model.save_pretrained(folder)
+    half = T5EncoderModel.from_pretrained(folder, dtype=torch.float16).eval()
+    assert half.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    ids = random_ids(model.config.vocab_size, 2, 16, model.config.eos_token_id)
+    with torch.no_grad():
+        exact, expected = model(ids)[0], half(ids)[0].float()
+        naive = model.half()(ids)[0].float()
+    assert (naive - exact).abs().max() > 0.1 * exact.abs().max()
+    keep_float32(half)
+    program = t5_program(half, torch.float16)
+    graph = program.types["t5"].graphs[""]
+    inputs = {"input_ids": ids.numpy(), **weights_of(program, half)}
+    [found] = ReferenceEvaluator(graph).run(None, inputs)
+    assert found.dtype == np.float16
+    wide = {n for n, spec in program.types["t5"].weights.items() if spec.dtype == torch.float32}
+    assert wide == {n for n in inputs if ".wo." in n} and len(wide) == 2
+    assert relative(found.astype(np.float32), expected) < 0.01
+    assert relative(found.astype(np.float32), exact) < 0.03
+    for dtype in (torch.float32, torch.bfloat16):  # which transformers does not keep either
+        specs = weight_specs(half, dtype)
+        assert {spec.dtype for spec in specs.values()} == {dtype}
+
+
+def test_what_diffusers_keeps(tiny_dense_dir: Path) -> None:
+    """A class of diffusers' keeps its list in both half types, by whole parts of a name."""
+    from diffusers import AutoencoderKL
+
+    class Kept(AutoencoderKL):
+        _keep_in_fp32_modules = ["conv_norm_out", "conv"]
+
+    model = Kept.from_config(AutoencoderKL.load_config(tiny_dense_dir / "vae"))
+    keep_float32(model)
+    for dtype in (torch.float16, torch.bfloat16):
+        specs = weight_specs(model.decoder, dtype)
+        wide = {name for name, spec in specs.items() if spec.dtype == torch.float32}
+        assert wide == {n for n in specs if {"conv_norm_out", "conv"} & set(n.split("."))}
+        assert 0 < len(wide) < len(specs)

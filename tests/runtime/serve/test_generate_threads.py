@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client")
+from d2m.recipe.records import whole
 from runtime.measure.expert_load import Meter
 from runtime.pipeline import Pipeline
 from runtime.sampling import Cancelled
-from runtime.serve.batch_invariance import MinBatches, find_min_batch, sample, whole
+from runtime.serve.batch_invariance import MinBatches, find_min_batch, sample
 from runtime.serve.generate_threads import GenerateThreads
 from runtime.serve.image_request import Limits, read_request
 from runtime.serve.jobs import Full, Job, Jobs
