@@ -5,7 +5,7 @@ forward() of diffusers is overridden: modules are put in the place of others.
 
     sparse_transformer  The sparse transformers as diffusers models
     diffusers_methods   What diffusers' users do with a model beside calling it
-    components              The models of a pipeline directory: their classes, whether weights fit them
+    components          The models of a pipeline directory: their classes, whether weights fit them
     surgery             Dense to sparse: the structure (modules replaced in place) and the values
     sparse_ffn          The modules that take a dense FFN's place: one shared expert
     experts_op          The op `d2m::routed_experts`
