@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.image import settings_of, to_png
-from runtime.regenerate import KNOBS
+from runtime.regenerate import ARGUMENTS
 from runtime.serve.image_request import MAX_BODY
 from runtime.serve.service import Service
 from tests.stand_ins.http import PATH, running, until
@@ -63,7 +63,7 @@ def test_openais_client(server: Server) -> None:
         assert said["prompt"] == "a photo of a red circle" and said["seed"] == 7 + i
         assert (said["steps"], said["guidance"], said["top_k"]) == (3, 2.5, 2)
         # What the image says of itself draws it again, to the last byte.
-        knobs = {name: said[name] for name in KNOBS if name in said}
+        knobs = {name: said[name] for name in ARGUMENTS if name in said}
         pipeline = service.pipeline
         again = type(pipeline)(pipeline.bundle, "ort", threads=1, min_batch=said["batch"])
         assert to_png(again(**knobs)) == png
