@@ -132,7 +132,7 @@ def test_wrong_inputs(bundle: Bundle, graph: Graph, blocks: Blocks) -> None:
 def test_a_graph_that_is_none_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     bad = Bundle(tmp_path, {"files": {"bad.onnx": {}}}, "")
-    with pytest.raises(ValueError, match="bad.onnx is not to be opened: it is no protocol buffer"):
+    with pytest.raises(ValueError, match="bad.onnx is not safe to open: it is no protocol buffer"):
         ort.open_session(bad, "bad.onnx", 1)
 
 
