@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m.families import family_of_model
-from d2m.model.block_group import BlockGroup, Passed, block_groups
+from d2m.model.block_group import BlockGroup, SkippedBlock, block_groups
 from d2m.model.grouping import renamed
 from d2m.model.routing import Gate
 from d2m.model.sparse_ffn import AttentionPlusFFN, Experts
@@ -112,7 +112,7 @@ class SparseModel:
                     "model's groups run other blocks for every sample and step; expected one of "
                     f"{', '.join(WHOLE_BLOCKS)}."
                 )
-            for kind in (BlockGroup, Passed):
+            for kind in (BlockGroup, SkippedBlock):
                 TransformerBlockRegistry.register(kind, TransformerBlockMetadata(1, 0))
         super().enable_cache(config)  # type: ignore[misc]
 
