@@ -8,7 +8,6 @@ of the shapes teacher's), alone and beside a loop that takes a core. Cells take 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
