@@ -1,6 +1,6 @@
 """`d2m export`: a sparse (or dense) pipeline directory becomes a bundle that needs no torch.
 
-The bundle is built under a temporary name beside its final one and appears whole or not at all.
+The bundle is built under a temporary name next to its final one and appears whole or not at all.
 The same input gives the same bytes: no dates, no machine's name, keys sorted.
 """
 
@@ -79,12 +79,12 @@ def export_bundle(
         link: shards of the checkpoint that enter the bundle unchanged are hard links to it
             (export/checkpoint/shared_shards.py); all else, and everything where links are
             impossible, is written.
-        portable: portable plans beside those for `sm`.
+        portable: portable plans too, besides those for `sm`.
         progress: called as progress(phase, done, total).
 
     Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes,
     linked_bytes (of bytes, on disk once for checkpoint and bundle), plans. Memory: the largest
-    tensor and its copy, beside the libraries and the smaller components.
+    tensor and its copy, besides the libraries and the smaller components.
 
     Raises:
         FileNotFoundError, ValueError: `sparse_dir` is no pipeline of a known family, or a value is
@@ -97,7 +97,7 @@ def export_bundle(
     if plugin:
         check_plugin(trt, trt_rtx)
     need_extra()
-    from export.checkpoint.pipeline import components, open_pipeline
+    from export.checkpoint.pipeline import open_components, open_pipeline
     from export.plans.expert_kernels import check_cubins
 
     _, _, sparse = open_pipeline(source)
@@ -108,23 +108,24 @@ def export_bundle(
     apis = plan_apis(trt, trt_rtx, targets)
 
     final.parent.mkdir(parents=True, exist_ok=True)
-    with told_if_full(final), temporary_dir(final) as folder:
-        parts = components(source, sparse, choices, progress)
-        manifest = first_facts(source, parts, sparse, choices, dtype, storage)
+    with full_disk_named(final), temporary_dir(final) as folder:
+        components = open_components(source, sparse, choices, progress)
+        manifest = new_manifest(source, components, sparse, choices, dtype, storage)
         # A component at a time, so that one traced program at most is in memory.
         hashes = {}
-        for part in parts:
-            program = part.trace(torch_dtype(graph_dtype(part.name, dtype)))
-            shards, digest = write_weights(folder, part, program, storage, link, progress)
-            hashes[f"{part.name}.safetensors"] = digest  # taken while it was written
-            manifest["components"][part.name] = write_graphs(
-                folder, part.name, program, manifest["top_k"], manifest.get("kappa"), shards
+        for component in components:
+            program = component.trace(torch_dtype(graph_dtype(component.name, dtype)))
+            shards, digest = write_weights(folder, component, program, storage, link, progress)
+            hashes[f"{component.name}.safetensors"] = digest  # taken while it was written
+            manifest["components"][component.name] = write_graphs(
+                folder, component.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
         write_tokenizers(folder, source, manifest)
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
-            again = None if kind == dtype else parts
-            write_plans(folder, manifest, apis, targets, kind, again, progress, plugin, cubins)
+            # Graphs of the bundle's own dtype serve the plans too; others are traced again.
+            traced = None if kind == dtype else components
+            write_plans(folder, manifest, apis, targets, kind, traced, progress, plugin, cubins)
         # Last, for it hashes the rest; only what the runtime opens takes the bundle's place.
         write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
@@ -132,7 +133,7 @@ def export_bundle(
 
 
 @contextmanager
-def told_if_full(final: Path) -> Iterator[None]:
+def full_disk_named(final: Path) -> Iterator[None]:
     """A full disk is an OSError that names it and says what became of the bundle `final`."""
     try:
         yield
@@ -150,10 +151,10 @@ def summary(final: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What `export_bundle` returns and `d2m export` prints."""
     sizes = [row["size"] for row in manifest["files"].values()]
     linked = [name for row in manifest["components"].values() for name in row.get("shards", ())]
-    told = ("name", "kind", "compute_dtype", "top_k", "top_k_choices", "parameters")
+    fields = ("name", "kind", "compute_dtype", "top_k", "top_k_choices", "parameters")
     return {
         "out": str(final),
-        **{name: manifest[name] for name in told},
+        **{name: manifest[name] for name in fields},
         "files": len(sizes),
         "bytes": sum(sizes),
         "linked_bytes": sum(manifest["files"][name]["size"] for name in linked),
@@ -181,18 +182,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def first_facts(
+def new_manifest(
     source: Path,
-    parts: Sequence[Component],
+    components: Sequence[Component],
     sparse: bool,
     choices: Sequence[int],
     dtype: str,
     storage: str | None,
 ) -> dict[str, Any]:
     """The manifest without components, tokenizers, plans and files."""
-    from export.checkpoint.pipeline import facts
+    from export.checkpoint.pipeline import manifest_entries
 
-    transformer = next(part for part in parts if part.name == "transformer")
+    transformer = next(component for component in components if component.name == "transformer")
     own = str(transformer.checkpoint.main_dtype()).removeprefix("torch.")
     return {
         "format": 1,
@@ -205,13 +206,13 @@ def first_facts(
         "components": {},
         "top_k_choices": list(choices),
         "plans": {},
-        **facts(source, transformer.checkpoint, sparse),
+        **manifest_entries(source, transformer.checkpoint, sparse),
     }
 
 
 def write_weights(
     folder: Path,
-    part: Component,
+    component: Component,
     program: Program,
     storage: str | None,
     link: bool,
@@ -221,14 +222,14 @@ def write_weights(
     from export.checkpoint.shared_shards import link_shards
     from export.checkpoint.weights import place, refuse_unknown, write
 
-    wanted = torch_dtype(storage) if storage else part.storage
-    placed = place(program, lambda name: wanted or part.checkpoint.dtype(name))
+    wanted = torch_dtype(storage) if storage else component.storage
+    placed = place(program, lambda name: wanted or component.checkpoint.dtype(name))
     shards: list[str] = []
-    if part.name == "transformer":
-        refuse_unknown(part.checkpoint, placed)
+    if component.name == "transformer":
+        refuse_unknown(component.checkpoint, placed)
         if link:
-            shards, placed = link_shards(folder, part.name, part.checkpoint, placed)
-    return shards, write(folder / f"{part.name}.safetensors", placed, part.get, progress)
+            shards, placed = link_shards(folder, component.name, component.checkpoint, placed)
+    return shards, write(folder / f"{component.name}.safetensors", placed, component.get, progress)
 
 
 def write_graphs(
@@ -317,27 +318,27 @@ def write_plans(
     apis: Sequence[str],
     targets: Sequence[Sequence[int]],
     dtype: str,
-    parts: Sequence[Component] | None,
+    components: Sequence[Component] | None,
     progress: Progress | None,
     plugin: bool = False,
     cubins: bool = False,
 ) -> None:
     """Plans of every block graph, for each list of compute capabilities in `targets`.
 
-    With `parts` the graphs are traced anew, computing in `dtype`: a graph in a half type is not the
-    float32 one cast. Norms, rotary embedding, router and timestep stay in float32 inside it, by
-    Casts that a float32 trace never had (20 in a double block, 13 in a single one and in T5).
+    With `components` the graphs are traced again, computing in `dtype`: a graph in a half type is
+    not the float32 one cast. Norms, rotary embedding, router and timestep stay in float32 inside
+    it, by Casts that a float32 trace never had (20 in a double block, 13 in a single one and T5).
     """
     from export.plans.build import build_plans, default_profiles
-    from export.plans.expert_kernels import Pieces, build_kernels, cut_blocks, kernel_sm
+    from export.plans.expert_kernels import CutBlocks, build_kernels, cut_blocks, kernel_sm
 
     with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
         where = folder  # which has the graphs already where plans compute as they do
-        if parts is not None:
+        if components is not None:
             where = Path(scratch)
-            for part in parts:
-                for kind, row in part.trace(torch_dtype(dtype)).types.items():
-                    record = manifest["components"][part.name]["types"][kind]
+            for component in components:
+                for kind, row in component.trace(torch_dtype(dtype)).types.items():
+                    record = manifest["components"][component.name]["types"][kind]
                     for key, path in record["graphs"].items():
                         write_bytes(where / path, row.graphs[key].SerializeToString())
         graphs = {
@@ -348,7 +349,7 @@ def write_plans(
         }
         # Kernels take the experts' place: as plugins inside plans, or between plans of segments.
         kernels = Path(scratch) / "kernels"
-        pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else Pieces()
+        pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else CutBlocks()
         if plugin or cubins:
             numbers = kernel_sm(apis, targets[-1])
             build_kernels(
@@ -367,7 +368,7 @@ def write_plans(
             )
             if cubins:
                 for target in built.values():
-                    pieces.into(target, dtype)
+                    pieces.add_to(target, dtype)
             manifest["plans"] |= built
 
 

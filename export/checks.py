@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,13 +62,8 @@ def check_plugin(trt: bool, trt_rtx: bool) -> None:
 def need_extra() -> None:
     """ImportError naming the extra where one of its libraries is missing."""
     try:
-        import accelerate  # noqa: F401
-        import diffusers  # noqa: F401
-        import onnx  # noqa: F401
-        import onnx_ir  # noqa: F401
-        import onnxscript  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        for name in ("torch", "diffusers", "transformers", "accelerate", "onnxscript", "onnx_ir"):
+            importlib.import_module(name)
     except ImportError as error:
         said = "exporting needs torch, diffusers and onnx"
         raise ImportError(need("export", said, error)) from error

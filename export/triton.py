@@ -37,7 +37,7 @@ INPUTS = (
     ("negative_prompt", "TYPE_STRING", "1"),
 )
 OUTPUTS = (("png", "TYPE_STRING", "1"), ("image", "TYPE_UINT8", "-1, -1, 3"))
-MODEL = '''"""Draws from the bundle beside this file; written by d2m export --triton-repo."""
+MODEL = '''"""Generates from the bundle in this directory; written by d2m export --triton-repo."""
 
 from pathlib import Path
 
@@ -163,9 +163,10 @@ def place(bundle: Bundle, folder: Path) -> tuple[int, int]:
 
 def config(bundle: Bundle, name: str, instances: int, max_batch: int, at: str | None) -> str:
     """config.pbtxt, protobuf's text format of the server's ModelConfig."""
-    limits = [row["profiles"]["batch"][2] for row in plans(bundle) if "batch" in profiles(row)]
-    batch = min([max_batch, *limits])
-    kind = "KIND_GPU" if plans(bundle) else "KIND_CPU"
+    plans = bundle.manifest.get("plans", {}).values()
+    profiles = [row["profiles"] for row in plans if "batch" in row.get("profiles", {})]
+    batch = min([max_batch, *(each["batch"][2] for each in profiles)])
+    kind = "KIND_GPU" if plans else "KIND_CPU"
     lines = [
         f'name: "{name}"',
         'backend: "python"',
@@ -206,15 +207,4 @@ def tensors(field: str, rows: tuple[tuple[str, str, str], ...]) -> list[str]:
     for name, kind, dims in rows:
         optional = " optional: true" if field == "input" and name != "prompt" else ""
         found.append(f'{field} {{ name: "{name}" data_type: {kind} dims: [ {dims} ]{optional} }}')
-    return found
-
-
-def plans(bundle: Bundle) -> list[dict[str, Any]]:
-    """The bundle's sets of compiled plans."""
-    return list(bundle.manifest.get("plans", {}).values())
-
-
-def profiles(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan's ranges of sizes."""
-    found: dict[str, Any] = plan.get("profiles", {})
     return found

@@ -219,8 +219,10 @@ def feeds_of(
 ) -> list[dict[str, np.ndarray]]:
     """The transformer's inputs for every step, all with the noise as hidden_states."""
     hidden = hidden_states(model, noise, rows(conditions))
-    found = model.family.feeds(model.manifest, conditions, sigmas, latent_size, guidance)
-    return [{"hidden_states": hidden, **feed} for feed in found]
+    inputs = model.family.inputs(model.manifest, conditions, latent_size, guidance)
+    times = model.family.timesteps(model.manifest["scheduler"], sigmas)
+    each = (np.full(len(hidden), time, np.float32) for time in times)
+    return [{"hidden_states": hidden, **inputs, "timestep": timestep} for timestep in each]
 
 
 def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:

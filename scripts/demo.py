@@ -26,34 +26,43 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense", default="models/shapes-dense", help="teacher (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="distillation steps (%(default)s)")
-    parser.add_argument("--n", type=int, default=36, help="pictures to evaluate (%(default)s)")
+    parser.add_argument("--n", type=int, default=36, help="images to evaluate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--prompt", default=PROMPT, help="what to draw (%(default)s)")
+    parser.add_argument("--prompt", default=PROMPT, help="what to generate (%(default)s)")
     return parser.parse_args(argv)
 
 
-def commands(wanted: argparse.Namespace) -> list[tuple[str, list[str]]]:
+def commands(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(what happens and why, arguments of d2m) for every step."""
-    out: Path = wanted.out
-    sparse, bundle, seed = str(out / "sparse"), str(out / "bundle"), str(wanted.seed)
+    out: Path = arguments.out
+    sparse, bundle, seed = str(out / "sparse"), str(out / "bundle"), str(arguments.seed)
     plans = ["--trt-rtx"] if importlib.util.find_spec("tensorrt_rtx") else []
     built = " and TensorRT-RTX plans" if plans else " (no TensorRT-RTX here, so no plans)"
     return [
         (
             "convert: every FFN becomes a shared expert and 12 routed ones, then distillation",
-            ["convert", wanted.dense, "-o", sparse, "--steps", str(wanted.steps), "--seed", seed]
-            + ["--score", str(wanted.n)],
+            [
+                "convert",
+                arguments.dense,
+                "-o",
+                sparse,
+                "--steps",
+                str(arguments.steps),
+                "--seed",
+                seed,
+            ]
+            + ["--score", str(arguments.n)],
         ),
         (f"export: ONNX per block type{built}", ["export", sparse, "-o", bundle, *plans]),
         ("inspect: what is in the bundle", ["inspect", bundle]),
         ("parity: the bundle against torch, part by part", ["parity", sparse, bundle]),
         (
-            "run: one picture, without torch",
-            ["run", bundle, wanted.prompt, "-o", str(out / "image.png"), "--seed", seed],
+            "run: one image, without torch",
+            ["run", bundle, arguments.prompt, "-o", str(out / "image.png"), "--seed", seed],
         ),
         (
-            "eval: pictures of held-out captions, judged by an exact verifier",
-            ["eval", bundle, "--n", str(wanted.n), "--seed", seed]
+            "eval: images of held-out captions, judged by an exact verifier",
+            ["eval", bundle, "--n", str(arguments.n), "--seed", seed]
             + ["--out", str(out / "score.json"), "--grid", str(out / "grid.png")],
         ),
     ]
@@ -69,24 +78,24 @@ def clear(out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    wanted = options(argv)
+    arguments = options(argv)
     began = time.monotonic()
-    clear(wanted.out)
-    steps = commands(wanted)
+    clear(arguments.out)
+    steps = commands(arguments)
     spent: list[tuple[str, float]] = []
-    for number, (title, arguments) in enumerate(steps, 1):
+    for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title}", flush=True)
-        print(f"$ d2m {shlex.join(arguments)}", flush=True)
+        print(f"$ d2m {shlex.join(command)}", flush=True)
         start = time.monotonic()
-        code = d2m(arguments)
+        code = d2m(command)
         if code:
             print(f"error: step {number} ({title}) ended with exit code {code}", file=sys.stderr)
             return code
-        spent.append((arguments[0], time.monotonic() - start))
-    write_bytes(wanted.out / "report.html", (wanted.out / "sparse/report.html").read_bytes())
+        spent.append((command[0], time.monotonic() - start))
+    write_bytes(arguments.out / "report.html", (arguments.out / "sparse/report.html").read_bytes())
     times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in spent)
     print(f"\nDone in {clock(time.monotonic() - began)} ({times}).")
-    print(f"  picture  {wanted.out / 'image.png'}\n  report   {wanted.out / 'report.html'}")
+    print(f"  image    {arguments.out / 'image.png'}\n  report   {arguments.out / 'report.html'}")
     return 0
 
 

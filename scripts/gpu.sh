@@ -66,10 +66,10 @@ stage tests 240 "$python" -m pytest -q -m gpu $(grep -rl --include=test_*.py "ma
 bench shapes
 # TensorRT-RTX names no Hopper GPU in its support matrix: does its portable plan load all the same?
 if [ "$name" = toy ]; then  # says in one sentence that there is no GPU, or no library
-    expect 2 rtx-plan 120 "$python" -m scripts.bench.rtx_plan
+    expect 2 rtx-plan 120 "$python" -m scripts.gpu.rtx_plan
     stage roofline 60 "$python" -m scripts.gpu.roofline "$logs/bench_gpu.json"
 else
-    stage rtx-plan 120 "$python" -m scripts.bench.rtx_plan
+    stage rtx-plan 120 "$python" -m scripts.gpu.rtx_plan
     for json in results/*/bench_gpu.json; do
         [ -f "$json" ] && stage roofline 60 "$python" -m scripts.gpu.roofline "$json"
     done

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int, int], dict[str, "Tensor"]]
 
-# Scenes that need binding or counting are shown more often, as when the teacher was trained (ours).
+# Scenes that need binding or counting are learnt last, so they are shown more often (ours).
 SHARES: Mapping[str, float] = {
     "single_object": 0.06,
     "two_object": 0.18,

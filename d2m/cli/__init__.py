@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     The command is invoked without typer's own `main`, which would swallow what a KeyboardInterrupt
     has to say (where a conversion stopped and how it continues).
     """
+    # Threads that wait take no core from who computes: read by OpenMP when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us: nobody reads, the work is done
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

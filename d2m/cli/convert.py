@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,75 +10,72 @@ from typing import Annotated, Any
 import typer
 
 from d2m.cli import options
+from d2m.cli.options import option
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_answer, say
+from d2m.plan.machine import free_cores
 
 
 def convert(
-    dense: Annotated[str, typer.Argument(metavar="DENSE", help="Pipeline directory or hub id.")],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="Directory of the sparse pipeline to write.")
+    dense: Annotated[
+        str, typer.Argument(metavar="DENSE", help="Pipeline directory or Hugging Face id.")
     ],
-    preset: Annotated[str, typer.Option(help="Recipe that comes with d2m: L, M, S or XS.")] = "L",
+    out: Annotated[Path, option("Directory of the sparse pipeline to write.", "-o", "--out")],
+    preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Groups and shared experts chosen for a share of the dense FLOPs."),
+        option("Choose groups and shared experts for this share of the dense FLOPs."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps over all stages.")] = None,
+    steps: Annotated[int | None, option("Training steps over all stages.")] = None,
     stages: Annotated[
-        str, typer.Option(help="Stages to run, numbers or names, e.g. 1,2; all by default.")
+        str, option("Stages to train, numbers or names, e.g. 1,2; by default all.")
     ] = "",
-    start: Annotated[
-        Path | None, typer.Option(help="Sparse pipeline whose weights training begins with.")
-    ] = None,
-    init_only: Annotated[
-        bool, typer.Option("--init-only", help="Convert and train nothing.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed, in place of the recipe's.")] = None,
+    start: Annotated[Path | None, option("Sparse pipeline to start training from.")] = None,
+    init_only: Annotated[bool, option("Convert without training.", "--init-only")] = False,
+    seed: Annotated[int | None, option("Random seed; by default the recipe's.")] = None,
     importance: Annotated[
-        str, typer.Option(help="Of neurons: calibration, magnitude (nothing runs), or a file.")
+        str,
+        option("Neurons by: calibration, magnitude (the model is not run), or a file."),
     ] = "calibration",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an unfinished conversion.")
-    ] = False,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
+    resume: Annotated[bool, option("Continue an unfinished conversion.", "--resume")] = False,
+    report: Annotated[bool, option("Write report.html.", "--report/--no-report")] = True,
     data: Annotated[
-        str, typer.Option(help="shapes, prompts.txt, a folder, .tar shards, or a dataset.")
+        str,
+        typer.Option(
+            help="Training data: shapes, prompts.txt, a folder, .tar shards, or a dataset."
+        ),
     ] = "shapes",
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps encodings of --data.")
-    ] = None,
+    cache: Annotated[Path | None, option("Folder for cached encodings of --data.")] = None,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of --data's training pictures; the pipeline's own.")
+        int | None,
+        option("Side of training pictures in pixels; by default the pipeline's."),
     ] = None,
-    shuffle: Annotated[int, typer.Option(help="Samples of a shard that are mixed.")] = 1000,
-    skip: Annotated[int, typer.Option(help="Unreadable samples left out before it stops.")] = 100,
+    shuffle: Annotated[int, option("Samples in the shuffle buffer.")] = 1000,
+    skip: Annotated[int, option("Unreadable samples to skip before stopping with an error.")] = 100,
     columns: Annotated[
-        str | None, typer.Option(help="IMAGE,CAPTION: columns or file endings of --data.")
+        str | None, option("IMAGE,CAPTION: columns or file endings of --data.")
     ] = None,
     score: Annotated[
         int | None,
-        typer.Option(help="Images judged for the report; 120 with --data shapes, else 0."),
+        typer.Option(
+            help="Images to score for the report; by default 120 with --data shapes, else 0."
+        ),
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="summary.json of other models for the report's plot.")
+        Path | None, option("summary.json with other models for the report's plot.")
     ] = None,
     precision: options.Precision = None,
-    ema: Annotated[
-        float | None, typer.Option(help="Decay of the weights' moving average, 0 for none.")
-    ] = None,
-    accumulate: Annotated[
-        int, typer.Option(help="Micro-batches that a process splits its batch into.")
-    ] = 1,
+    ema: Annotated[float | None, option("EMA decay of the weights, 0 for none.")] = None,
+    accumulate: Annotated[int, option("Gradient accumulation: micro-batches per batch.")] = 1,
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing", help="Keep only blocks' inputs for backward."),
+        typer.Option(
+            "--gradient-checkpointing", help="Recompute activations in the backward pass."
+        ),
     ] = False,
     offload_activations: options.OffloadActivations = False,
-    save_seconds: Annotated[
-        float, typer.Option(help="Seconds between two checkpoints of training.")
-    ] = 60.0,
+    save_seconds: Annotated[float, option("Seconds between two training checkpoints.")] = 60.0,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -100,7 +98,9 @@ def convert(
     if from_environment().size > 1 and init_only and not from_environment().leads:
         return  # one process is enough
     if init_only and steps is not None:
-        raise ValueError(f"--init-only trains nothing but --steps is {steps}; give one of the two")
+        raise ValueError(
+            f"--init-only trains nothing but --steps is {steps}; give only one of them"
+        )
     if score is not None and score < 0:
         raise ValueError(f"--score is {score}, expected a number of images, 0 for none")
     from d2m.report.pareto import known_rows
@@ -131,6 +131,7 @@ def convert(
     neurons, scores, label = importance_from_option(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
         check_data(dense, taught)
+    # What the model is to become: by a budget, which searches with the data, or by the recipe.
     made: Any = recipe or preset
     facts: dict[str, Any] = {}
     if budget is not None:
@@ -156,6 +157,7 @@ def convert(
         streamed = init_only and scores is not None
         check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
     made = changed(recipe_named(made, dense), seed=seed)
+    # Nothing runs the model: it goes from file to file, whatever its size.
     if init_only and scores is not None:
         from d2m.convert.streamed import convert_stream
 
@@ -176,16 +178,13 @@ def convert(
         ema=ema,
     )
     crew = ALONE if init_only else join()
-    how = Options(
-        start=start,
-        resume=resume,
-        data=taught.label,
-        crew=crew,
-        parts=accumulate,
-        checkpointing=gradient_checkpointing,
-        offload=offload_activations,
-        save_seconds=save_seconds,
-    )
+    if "OMP_NUM_THREADS" not in os.environ and crew.size == 1 and not init_only:
+        import torch
+
+        torch.set_num_threads(free_cores())
+    memory: Any = {"checkpointing": gradient_checkpointing, "offload": offload_activations}
+    memory |= {"parts": accumulate, "save_seconds": save_seconds}
+    how = Options(start=start, resume=resume, data=taught.label, crew=crew, **memory)
     shown = Report(
         statistics=partial(routing_table, categories=taught.categories),
         score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
@@ -216,9 +215,10 @@ def brief(answer: dict[str, Any]) -> dict[str, Any]:
     """A conversion's answer without what the report shows better: counts by part, categories."""
     short = dict(answer)
     if counts := answer.get("parameters"):
-        kept = ("total", "activated")
         short["parameters"] = {
-            name: {key: row[key] for key in kept} for name, row in counts.items() if row
+            name: {key: row[key] for key in ("total", "activated")}
+            for name, row in counts.items()
+            if row
         }
     if scores := answer.get("scores"):
         short["scores"] = {name: row["overall"] for name, row in scores.items() if row}
@@ -226,25 +226,27 @@ def brief(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def lora(
-    file: Annotated[Path, typer.Argument(metavar="LORA", help="LoRA as .safetensors.")],
-    onto: Annotated[str, typer.Option(help="Sparse or dense pipeline directory.")],
+    file: Annotated[Path, typer.Argument(metavar="LORA", help="LoRA file (.safetensors).")],
+    onto: Annotated[str, option("Sparse or dense pipeline directory.")],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Pipeline directory to write; none: shares only."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Pipeline directory to write; without it only the shares are printed.",
+        ),
     ] = None,
-    scale: Annotated[float, typer.Option(help="Strength, times the LoRA's own.")] = 1.0,
+    scale: Annotated[float, option("Scale, times the LoRA's own.")] = 1.0,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Leave out what the model has no place for.")
+        bool, option("Skip LoRA weights that the model has no layer for.", "--lossy")
     ] = False,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps that OUT takes by default.")
-    ] = None,
+    steps: Annotated[int | None, option("Default number of denoising steps of OUT.")] = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Fuse a dense model's LoRA into a sparse or a dense pipeline.
 
-    The answer says how much of it lies in which experts.
+    Prints which share of it is in which experts.
     """
     from d2m.lora.fuse import lora as function
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from d2m.cli import options
+from d2m.cli.options import numbers_option, option
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_answer
 
@@ -21,59 +22,61 @@ def capabilities(text: str) -> tuple[tuple[int, ...], bool]:
 
 def export(
     sparse: Annotated[
-        Path, typer.Argument(metavar="SPARSE", help="Directory of a sparse or dense pipeline.")
+        Path, typer.Argument(metavar="SPARSE", help="Sparse or dense pipeline directory.")
     ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Bundle directory to write.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    out: Annotated[Path | None, option("Bundle directory to write.", "-o", "--out")] = None,
+    force: Annotated[bool, option("Replace an existing bundle.", "--force")] = False,
     trt: Annotated[
         bool,
-        typer.Option("--trt", help="Plans by TensorRT, or TensorRT-RTX where that is missing."),
+        option("Build plans with TensorRT, or TensorRT-RTX where that is missing.", "--trt"),
     ] = False,
-    trt_rtx: Annotated[bool, typer.Option("--trt-rtx", help="Plans by TensorRT-RTX.")] = False,
+    trt_rtx: Annotated[bool, option("Build plans with TensorRT-RTX.", "--trt-rtx")] = False,
     plugin: Annotated[
-        bool, typer.Option("--plugin", help="Experimental: with --trt, experts as plugins.")
+        bool,
+        option("Experimental: run the experts as TensorRT plugins (with --trt).", "--plugin"),
     ] = False,
     cubins: Annotated[
-        bool, typer.Option("--cubins", help="Besides plans: segments with the experts' kernels.")
+        bool,
+        option("Also build plans that call the experts' own CUDA kernels.", "--cubins"),
     ] = False,
     sm: Annotated[
         Any,
-        typer.Option(
+        option(
+            "Compute capabilities to build for, e.g. 86,89,120 or portable.",
             metavar="SM[,SM...]",
             parser=capabilities,
-            help="Compute capabilities of the plans, e.g. 86,89,120 or portable.",
         ),
     ] = "",
-    top_k: Annotated[Any, options.numbers_option("Experts per token to offer.")] = "0,1,2,4",
-    dtype: Annotated[str, typer.Option(help="What ONNX computes in: fp32, bf16, fp16.")] = "fp32",
+    top_k: Annotated[Any, numbers_option("Numbers of experts per token to export.")] = "0,1,2,4",
+    dtype: Annotated[str, option("Compute dtype of the ONNX graphs: fp32, bf16 or fp16.")] = "fp32",
     plan_dtype: Annotated[
-        str | None, typer.Option(help="What plans compute in; bf16 beside fp32.")
+        str | None,
+        option("Compute dtype of the plans; by default --dtype, but bf16 for fp32."),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Dtype of stored weights; by default the checkpoint's.")
+        str | None, option("Dtype of the stored weights; by default the checkpoint's.")
     ] = None,
     link: Annotated[
-        bool, typer.Option("--link", help="Unchanged shards as hard links to SPARSE, on one disk.")
+        bool,
+        option("Hard-link unchanged weight files instead of copying them.", "--link"),
     ] = False,
     triton_repo: Annotated[
-        Path | None, typer.Option(help="Model repository of NVIDIA Triton Inference Server.")
+        Path | None,
+        option("Also write a model repository for NVIDIA Triton Inference Server."),
     ] = None,
-    triton_instances: Annotated[
-        int, typer.Option(help="Processes that generate, of every GPU or the CPU.")
-    ] = 1,
-    triton_batch: Annotated[int, typer.Option(help="Images generated together.")] = 8,
+    triton_instances: Annotated[int, option("Triton: model instances per GPU, or on the CPU.")] = 1,
+    triton_batch: Annotated[int, option("Triton: largest batch.")] = 8,
     triton_bundle: Annotated[
-        str | None, typer.Option(help="Where the server finds the bundle; else put beside it.")
+        str | None,
+        option("Triton: path of the bundle on the server; by default inside the repository."),
     ] = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Compile the pipeline SPARSE into a bundle that needs no torch.
 
-    A bundle holds ONNX graphs, plans, weights, tokenizers and a manifest.
-    With --triton-repo DIR also a model repository around it; SPARSE may be a bundle then.
+    A bundle holds ONNX graphs, TensorRT plans, weights, tokenizers and a manifest.
+    With --triton-repo DIR, SPARSE may be a bundle that is already exported.
     """
     ready = (sparse / "manifest.json").is_file()
     if out is None and not (ready and triton_repo is not None):
@@ -82,11 +85,8 @@ def export(
         raise ValueError(f"{str(sparse)!r} is a bundle already; leave -o {out} out")
     if out is not None and not force and (out / "manifest.json").is_file():
         raise ValueError(f"{str(out)!r} is a bundle already; give another name, or add --force")
-    repository: dict[str, Any] = {
-        "instances": triton_instances,
-        "max_batch": triton_batch,
-        "at": triton_bundle,
-    }
+    repository: dict[str, Any] = {"instances": triton_instances, "max_batch": triton_batch}
+    repository["at"] = triton_bundle
     if triton_repo is not None:
         from export.triton import check_options, write_repository
 
@@ -102,23 +102,11 @@ def export(
     sets = (trt or trt_rtx) * (1 + (portable and bool(targets)))
     check_export(sparse, out, top_k=len(top_k), plans=sets, link=link, storage=storage)
 
+    plans: dict[str, Any] = {"trt": trt, "trt_rtx": trt_rtx, "plugin": plugin, "cubins": cubins}
+    plans |= {"sm": targets, "portable": portable, "plan_dtype": plan_dtype}
+    weights: dict[str, Any] = {"dtype": dtype, "storage": storage, "link": link}
     with progress_bars() as progress:
-        answer = export_bundle(
-            sparse,
-            out,
-            trt=trt,
-            trt_rtx=trt_rtx,
-            plugin=plugin,
-            cubins=cubins,
-            sm=targets,
-            portable=portable,
-            link=link,
-            top_k=top_k,
-            dtype=dtype,
-            plan_dtype=plan_dtype,
-            storage=storage,
-            progress=progress,
-        )
+        answer = export_bundle(sparse, out, top_k=top_k, **weights, **plans, progress=progress)
     if triton_repo is not None:
         answer["triton"] = write_repository(out, triton_repo, **repository)
     print_answer(answer, json_)

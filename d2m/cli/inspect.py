@@ -12,10 +12,14 @@ from d2m.cli.terminal import print_json, print_table
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint or bundle.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Sparse pipeline or bundle directory.")
+    ],
     schedule: Annotated[
         str | None,
-        typer.Option(metavar="PROMPT", help="Show the blocks run per group and step for it."),
+        typer.Option(
+            metavar="PROMPT", help="Show the blocks run per group and step for this prompt."
+        ),
     ] = None,
     steps: options.Steps = None,
     kappa: options.KappaSteps = None,
@@ -23,11 +27,11 @@ def inspect(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what a sparse checkpoint or a bundle holds.
+    """Show the contents of a sparse pipeline or a bundle.
 
-    Of a bundle also what machine its plans need.
-    With --schedule PROMPT, which blocks a bundle's groups run in each step, where that is known
-    before the first step (alpha 0).
+    Of a bundle also the GPUs that its plans need.
+    With --schedule PROMPT, the blocks that a bundle's groups run in each step, where routers read
+    no tokens (alpha 0) and so all steps are known in advance.
     """
     if schedule is not None:
         from runtime.inspect.block_table import columns

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from d2m.cli import options
+from d2m.cli.options import numbers_option, option
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_json, print_rich, print_table
 
-Draw = Callable[[Sequence[str], Sequence[int]], Any]
+Generate = Callable[[Sequence[str], Sequence[int]], Any]
 
 
 def world_of(text: str) -> dict[str, int]:
@@ -31,48 +32,50 @@ def world_of(text: str) -> dict[str, int]:
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="What to judge.")],
-    suite: Annotated[str, typer.Option(help="Only shapes so far.")] = "shapes",
+    path: Annotated[
+        Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="Pipeline or bundle directory.")
+    ],
+    suite: Annotated[str, option("Benchmark; shapes is the only one.")] = "shapes",
     n: options.Images = 600,
     seed: options.Seed = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="Labelled image of samples to write.")] = None,
+    out: Annotated[Path | None, option("JSON file to write.", "-o", "--out")] = None,
+    grid: Annotated[Path | None, option("PNG file to write: a labelled grid of samples.")] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     top_k: options.TopKSteps = None,
     kappa: options.KappaSteps = None,
-    batch: Annotated[int, typer.Option(help="Images generated at a time.")] = 16,
+    batch: Annotated[int, option("Batch size.")] = 16,
     world: Annotated[
         Any,
-        typer.Option(
+        option(
+            "Make the benchmark harder, e.g. colours=8,shapes=6,max_count=5.",
             metavar="NAME=NUMBER,...",
             parser=world_of,
-            help="A harder world, e.g. colours=8,shapes=6,max_count=5.",
         ),
     ] = "",
     backend: options.Backend = "auto",
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score images of held-out captions with an exact verifier."""
+    """Score generated images of held-out captions with an exact verifier."""
     if suite != "shapes":
-        raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite so far")
+        raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite")
     if n < 1 or batch < 1:
-        raise ValueError(f"-n is {n} and --batch is {batch}, expected 1 or more of each")
+        raise ValueError(f"-n is {n} and --batch is {batch}, expected at least 1 each")
     from calib.shapes.suite import evaluate as function
     from calib.shapes.suite import save_grid
     from calib.shapes.world import World
     from runtime.files.atomic import write_json
 
-    asked = World(**world)
+    harder = World(**world)
     knobs: dict[str, Any] = {"top_k": top_k, "kappa": kappa}
-    draw, size = drawer(path, world.get("size"), steps, guidance, knobs, batch, backend)
+    generate, size = generator(path, world.get("size"), steps, guidance, knobs, batch, backend)
     with progress_bars() as progress:
         answer, samples = function(
-            draw,
+            generate,
             n,
             seed,
-            replace(asked, size=size),
+            replace(harder, size=size),
             batch=batch,
             progress=lambda done, total: progress("generate and judge", done, total),
         )
@@ -92,7 +95,7 @@ def evaluate(
     )
 
 
-def drawer(
+def generator(
     path: Path,
     size: int | None,
     steps: int | None,
@@ -100,7 +103,7 @@ def drawer(
     knobs: dict[str, Any],
     batch: int,
     backend: str,
-) -> tuple[Draw, int]:
+) -> tuple[Generate, int]:
     """(prompts, seeds) -> images for a bundle (no torch) or a pipeline directory, and the size.
 
     What is None comes from the directory; `knobs`: top_k and kappa, a number or a list of one a
@@ -112,11 +115,11 @@ def drawer(
         bundle = Pipeline(path, backend, max_batch=batch)
         pixels = size or int(bundle.manifest["defaults"]["height"])
 
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
-            kept: dict[str, Any] = {"steps": steps, "guidance": guidance, **knobs}
-            return bundle(list(prompts), seed=list(seeds), height=pixels, width=pixels, **kept)
+        def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+            settings: dict[str, Any] = {"steps": steps, "guidance": guidance, **knobs}
+            return bundle(list(prompts), seed=list(seeds), height=pixels, width=pixels, **settings)
 
-        return draw, pixels
+        return generate, pixels
     if not (path / "model_index.json").is_file():
         from runtime.files.kinds import not_a
 
@@ -134,54 +137,45 @@ def drawer(
 def bench(
     bundle: options.Bundle = None,
     vs: Annotated[
-        Path | None, typer.Option(help="Baseline: the dense model's bundle, exported likewise.")
+        Path | None,
+        option("Baseline to compare with: the dense model's bundle, exported likewise."),
     ] = None,
-    runs: Annotated[int, typer.Option(help="Cold starts, and rounds of every measurement.")] = 5,
-    batch: Annotated[Any, options.numbers_option("Images generated at a time, e.g. 1,8.")] = "1",
+    runs: Annotated[int, option("Repetitions of every measurement.")] = 5,
+    batch: Annotated[Any, numbers_option("Batch sizes, e.g. 1,8.")] = "1",
     steps: options.Steps = None,
     height: options.Height = None,
     width: options.Width = None,
     top_k: options.TopK = None,
     kappa: options.Kappa = None,
     backend: options.Backend = "auto",
-    threads: Annotated[int | None, typer.Option(help="Of a CPU backend.")] = None,
+    threads: Annotated[int | None, option("CPU threads.")] = None,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure BUNDLE here: start, images, steps, blocks, memory.
+    """Measure BUNDLE on this machine: start-up, images, steps, blocks, memory.
 
-    With --vs both bundles in turns.
+    With --vs both bundles take turns.
     """
     from runtime.measure.bench import bench as function
     from runtime.measure.bench_tables import tables
 
+    settings: dict[str, Any] = {"backend": backend, "runs": runs, "batches": batch}
+    settings |= {"height": height, "width": width, "threads": threads}
+    knobs: dict[str, Any] = {"steps": steps, "top_k": top_k, "kappa": kappa}
     with progress_bars() as progress:
-        answer = function(
-            bundle,
-            vs,
-            backend=backend,
-            runs=runs,
-            batches=batch,
-            steps=steps,
-            height=height,
-            width=width,
-            top_k=top_k,
-            kappa=kappa,
-            threads=threads,
-            progress=progress,
-        )
+        answer = function(bundle, vs, **settings, **knobs, progress=progress)
     if json_:
         print_json(answer)
         return
     for title, header, rows in tables(answer):
         print_table(title, header, rows)
     for sentence in answer.get("differences", ()):
-        print(f"not alike: {sentence}")
+        print(f"difference: {sentence}")
 
 
 def parity(
     sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported from it.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle exported from SPARSE.")],
     backend: options.Backend = "ort",
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -190,24 +184,16 @@ def parity(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare BUNDLE with torch, part by part.
+    """Compare BUNDLE with torch: components, blocks, experts, images.
 
     The exit code is 1 where a difference exceeds its limit.
     """
     from export.parity.run import parity as function
     from export.parity.run import tables
 
+    knobs: dict[str, Any] = {"seed": seed, "steps": steps, "top_k": top_k, "kappa": kappa}
     with progress_bars() as progress:
-        answer = function(
-            sparse,
-            bundle,
-            backend=backend,
-            seed=seed,
-            steps=steps,
-            top_k=top_k,
-            kappa=kappa,
-            progress=progress,
-        )
+        answer = function(sparse, bundle, backend=backend, **knobs, progress=progress)
     print_json(answer) if json_ else print_rich(tables(answer))
     if not answer["passed"]:
         raise typer.Exit(1)

@@ -26,49 +26,49 @@ def knob(text: str) -> int | list[int]:
     return list(values) if len(values) > 1 else values[0]
 
 
-# Any: typer takes a tuple's annotation for that many words, and a default is text to be parsed.
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Backend = Annotated[str, typer.Option(help="auto, ort, ort-cuda, trt or trt-rtx.")]
-Experts = Annotated[str, typer.Option(help="With plans: auto, plans (portable) or cubins.")]
-Offload = Annotated[str, typer.Option(help="none, or block: weights streamed through two blocks.")]
-PublicKey = Annotated[
-    Path | None, typer.Option("--key", help="Public key by which BUNDLE must be signed.")
-]
-Bundle = Annotated[
-    Path | None, typer.Argument(metavar="BUNDLE", help="Bundle; the one that ships with d2m.")
-]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
-Height = Annotated[int | None, typer.Option(help="Pixels.")]
-Width = Annotated[int | None, typer.Option(help="Pixels.")]
-Images = Annotated[int, typer.Option("-n", "--n", help="Number of images.")]
-TopK = Annotated[int | None, typer.Option(help="Experts per token.")]
-TopKSteps = Annotated[
-    Any,
-    typer.Option(
-        metavar="K[,K...]", parser=knob, help="Experts per token; or one number a step: 2,2,1."
-    ),
-]
-Kappa = Annotated[int | None, typer.Option(help="Blocks that a group keeps.")]
-KappaSteps = Annotated[
-    Any,
-    typer.Option(
-        metavar="N[,N...]", parser=knob, help="Blocks that a group keeps; or one number a step."
-    ),
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="Recipe file (JSON), in place of a preset.")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16, in place of the recipe's.")
-]
-OffloadActivations = Annotated[
-    bool, typer.Option("--offload-activations", help="Keep those inputs in main memory.")
-]
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """An option of a command; `names` where they do not follow from the parameter's."""
+    return typer.Option(*names, help=help, **settings)
 
 
 def numbers_option(help: str) -> Any:
     """An option of whole numbers with commas."""
-    return typer.Option(metavar="N[,N...]", parser=numbers, help=help)
+    return option(help, metavar="N[,N...]", parser=numbers)
+
+
+# Any: typer takes a tuple's annotation for that many words, and a default is text to be parsed.
+Debug = Annotated[bool, option("Show the traceback of an error.", "--debug")]
+Json = Annotated[bool, option("Print the answer as JSON.", "--json")]
+Seed = Annotated[int, option("Random seed.")]
+Backend = Annotated[str, option("Backend: auto, ort, ort-cuda, trt or trt-rtx.")]
+Experts = Annotated[str, option("Experts in TensorRT plans: auto, plans (portable) or cubins.")]
+Offload = Annotated[str, option("none, or block: two blocks of weights in memory at a time.")]
+PublicKey = Annotated[Path | None, option("Public key by which BUNDLE must be signed.", "--key")]
+Bundle = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="BUNDLE", help="Bundle directory; by default the one that ships with d2m."
+    ),
+]
+Steps = Annotated[int | None, option("Denoising steps.")]
+Guidance = Annotated[float | None, option("Guidance scale.")]
+Height = Annotated[int | None, option("Image height in pixels.")]
+Width = Annotated[int | None, option("Image width in pixels.")]
+Images = Annotated[int, option("Number of images.", "-n", "--n")]
+TopK = Annotated[int | None, option("Experts per token.")]
+TopKSteps = Annotated[
+    Any,
+    option("Experts per token, or one number per step: 2,2,1.", metavar="K[,K...]", parser=knob),
+]
+Kappa = Annotated[int | None, option("Blocks that a group runs.")]
+KappaSteps = Annotated[
+    Any,
+    option("Blocks that a group runs, or one number per step.", metavar="N[,N...]", parser=knob),
+]
+RecipeFile = Annotated[Path | None, option("Recipe file (JSON), in place of a preset.", "--recipe")]
+Precision = Annotated[
+    str | None, option("Training dtype, float32 or bfloat16; by default the recipe's.")
+]
+OffloadActivations = Annotated[
+    bool, option("Keep the saved activations in CPU memory.", "--offload-activations")
+]

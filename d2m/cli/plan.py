@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from d2m.cli import options
+from d2m.cli.options import numbers_option, option
 from d2m.cli.terminal import print_json, print_table
 
 
@@ -16,55 +17,45 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Model directory, dense or sparse, or a shipped config: flux-dev, flux-schnell.",
+            help="Dense or sparse pipeline directory, or a shipped config: flux-dev, flux-schnell.",
         ),
     ],
-    preset: Annotated[
-        str | None, typer.Option(help="Recipe that comes with d2m for such a model: L, M, S or XS.")
-    ] = None,
+    preset: Annotated[str | None, option("Recipe that ships with d2m: L, M, S or XS.")] = None,
     recipe: options.RecipeFile = None,
-    blocks: Annotated[
-        str | None, typer.Option(help="Keep so many of the blocks, e.g. 8D+38S.")
-    ] = None,
+    blocks: Annotated[str | None, option("Count a model of fewer blocks, e.g. 8D+38S.")] = None,
     height: options.Height = None,
     width: options.Width = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Length of the text.")] = None,
+    text_tokens: Annotated[int | None, option("Text tokens.")] = None,
     top_k: options.TopK = None,
     gpus: Annotated[
-        tuple | None, options.numbers_option("Numbers of GPUs to distil on, e.g. 1,8,32.")
+        tuple | None, numbers_option("Numbers of GPUs to distil on, e.g. 1,8,32.")
     ] = None,
-    gpu_memory: Annotated[float, typer.Option(help="GB of each of --gpus.")] = 80.0,
-    rows_: Annotated[
-        int, typer.Option("--rows", help="Samples of a batch, run at once on each of --gpus.")
-    ] = 1,
+    gpu_memory: Annotated[float, option("GB of memory per GPU.")] = 80.0,
+    rows_: Annotated[int, option("Batch size per GPU.", "--rows")] = 1,
     precision: options.Precision = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="With --gpus.")] = True,
+    gradient_checkpointing: Annotated[
+        bool, option("Recompute activations in the backward pass.")
+    ] = True,
     offload_activations: options.OffloadActivations = False,
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Estimate MODEL before it is made: parameters, FLOPs, memory.
 
-    Also what converting, exporting and generating need of this machine.
-    With --gpus, what distilling it by --preset or --recipe takes of each of so many GPUs.
+    Also whether this machine can convert it, export it and generate with it.
+    With --gpus, the memory per GPU of distilling it by --preset or --recipe.
     """
     if gpus is not None:
         from d2m.plan.gpus import fits, fits_table, formula
 
-        found = fits(
-            model,
-            gpus,
-            gpu_memory,
-            preset=preset,
-            recipe=recipe,
-            precision=precision or "bfloat16",
-            rows=rows_,
-            checkpointing=gradient_checkpointing,
-            offload=offload_activations,
-            height=height,
-            width=width,
-            text_tokens=text_tokens,
-        )
+        size: dict[str, Any] = {"height": height, "width": width, "text_tokens": text_tokens}
+        memory: dict[str, Any] = {
+            "precision": precision or "bfloat16",
+            "rows": rows_,
+            "checkpointing": gradient_checkpointing,
+            "offload": offload_activations,
+        }
+        found = fits(model, gpus, gpu_memory, preset=preset, recipe=recipe, **memory, **size)
         if json_:
             print_json({"gpus": found, "formula": formula()})
             return
@@ -91,12 +82,12 @@ def plan(
 
 def doctor(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where files would be written.")
+        Path, typer.Argument(metavar="DIR", help="Directory whose disk is checked.")
     ] = Path("."),
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what is installed and works, and what fits this machine."""
+    """Check the installation, the hardware, and which models fit this machine."""
     from d2m.plan.doctor import doctor as function
     from d2m.plan.doctor import lines
     from d2m.plan.fits_here import needs_table

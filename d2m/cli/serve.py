@@ -6,41 +6,35 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from d2m.cli import options
+from d2m.cli.options import option
 
 
 def serve(
     bundle: options.Bundle = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(help="Threads that generate, in one process.")] = 1,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait; then status 429.")] = 64,
-    max_batch: Annotated[
-        int, typer.Option(help="Images generated together; 1: every request alone.")
-    ] = 8,
-    max_images: Annotated[int, typer.Option(help="The most images of one request.")] = 10,
-    max_steps: Annotated[int, typer.Option(help="The most steps of one request.")] = 100,
+    host: Annotated[str, option("Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen at; 0 takes a free one.")] = 8000,
+    workers: Annotated[int, option("Worker threads, in one process.")] = 1,
+    max_queue: Annotated[int, option("Requests that may wait; more get status 429.")] = 64,
+    max_batch: Annotated[int, option("Largest batch; 1: every request alone.")] = 8,
+    max_images: Annotated[int, option("Largest number of images per request.")] = 10,
+    max_steps: Annotated[int, option("Largest number of steps per request.")] = 100,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Of one image; 4 times the bundle's own size.")
+        int | None,
+        option("Largest number of pixels per image; by default 4 times the bundle's."),
     ] = None,
-    deadline: Annotated[float, typer.Option(help="Seconds to an answer; then status 504.")] = 120.0,
-    drain: Annotated[
-        float, typer.Option(help="Seconds to answer what was accepted after SIGTERM.")
-    ] = 30.0,
+    deadline: Annotated[float, option("Seconds until a request gets status 504.")] = 120.0,
+    drain: Annotated[float, option("Seconds after SIGTERM to finish accepted requests.")] = 30.0,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the key clients must give, or D2M_API_KEY.")
+        Path | None, option("File with the API key of clients; or set D2M_API_KEY.")
     ] = None,
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Write prompts to the log.")
-    ] = False,
+    log_prompts: Annotated[bool, option("Write prompts to the log.", "--log-prompts")] = False,
     model_alias: Annotated[
-        list[str] | None, typer.Option(help="Another name that clients may give; may be repeated.")
+        list[str] | None, option("Another model name for clients; may be repeated.")
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Site whose pages may call it, '*' for all; may be repeated."),
+        option("Origin allowed by CORS, '*' for all; may be repeated."),
     ] = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from d2m.cli import options
+from d2m.cli.options import option
 from d2m.cli.terminal import print_answer
 
 
 def keygen(
-    path: Annotated[Path, typer.Argument(metavar="KEY", help="File to write; KEY.pub beside it.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="KEY", help="File to write; the public key goes to KEY.pub.")
+    ],
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -27,7 +30,7 @@ def keygen(
 
 def sign(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to sign.")],
-    key: Annotated[Path, typer.Option(help="Private key, made with d2m keygen.")],
+    key: Annotated[Path, option("Private key, made with d2m keygen.")],
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -46,7 +49,7 @@ def verify(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compute every hash of BUNDLE anew and check its signature."""
+    """Hash every file of BUNDLE again and check its signature."""
     from runtime.bundle.signing import verify as function
 
     print_answer(function(bundle, key), json_)

@@ -110,9 +110,9 @@ def explain(error: BaseException, resumes: bool = False) -> tuple[str, int]:
     """
     if isinstance(error, KeyboardInterrupt):
         ended = isinstance(error, Terminated)
-        said = "stopped by SIGTERM" if ended else "interrupted"
-        said += "; continue with --resume" if resumes else ""
-        return one_line(str(error)) or said, 143 if ended else 130
+        sentence = "stopped by SIGTERM" if ended else "interrupted"
+        sentence += "; continue with --resume" if resumes else ""
+        return one_line(str(error)) or sentence, 143 if ended else 130
     if isinstance(error, ProcessLost):
         return one_line(str(error)), 1
     if hasattr(error, "format_message"):  # a click usage error, click's own or the one in typer
@@ -123,8 +123,8 @@ def explain(error: BaseException, resumes: bool = False) -> tuple[str, int]:
         module = error.name.split(".")[0]
         if module not in EXTRAS:
             return _fault(error), 1
-        said = f"this command needs the Python package {module}, which is not installed"
-        return need(EXTRAS[module], said), 2
+        missing = f"this command needs the Python package {module}, which is not installed"
+        return need(EXTRAS[module], missing), 2
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f" {str(error.filename)!r}" if error.filename is not None else ""
         if error.errno in FULL:

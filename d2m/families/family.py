@@ -1,6 +1,6 @@
 """What a family of models is to d2m: a row of four records, of names and of plain functions.
 
-A row stands in a file of its own, `d2m/family_NAME.py`, with the functions it names; its model is
+A row stands in a folder of its own, `d2m/families/NAME/`, with the functions it names; its model is
 not imported before one of them runs. docs/families.md shows how one was added.
 Letters: B batch, T image tokens, D width. `latents` [B, ...] are of the shape that the family's
 transformer takes: FLUX's are packed [B, T, C], SD3's are [B, C, h, w].
@@ -41,6 +41,11 @@ class Site:
     stream: str
     rest: str | None = None
     identity: str | None = None
+
+
+def feed_forward(blocks: str, module: str, stream: str) -> Site:
+    """The site of diffusers' FeedForward, which all families have in their double blocks."""
+    return Site(blocks, module, f"{module}.net.0.proj", f"{module}.net.2", stream)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Data:
     unconditional: float = 0.0
 
 
-def halved(vae: Config) -> int:
+def vae_halvings(vae: Config) -> int:
     """AutoencoderKL's halvings; 3, which all large models have, where a config does not say."""
     levels = vae.get("block_out_channels")
     return len(levels) - 1 if isinstance(levels, list) and levels else 3
@@ -142,6 +147,21 @@ def longest_text(read: Callable[[str], Config], tokenizer: str, most: int) -> in
     """
     length = read(f"{tokenizer}/tokenizer_config.json").get("model_max_length", most)
     return min(length if isinstance(length, int) else most, most)
+
+
+def square_defaults(
+    read: Callable[[str], Config], tokenizer: str, most: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """Defaults of a model whose `sample_size` is the side of its latents; `most`: text tokens."""
+    side = int(read("transformer/config.json").get("sample_size", 128))
+    side *= 2 ** vae_halvings(read("vae/config.json"))
+    return {
+        "height": side,
+        "width": side,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "max_sequence_length": longest_text(read, tokenizer, most),
+    }
 
 
 @dataclass(frozen=True)
@@ -163,7 +183,7 @@ class Plan:
     generation_defaults: Callable[[Callable[[str], Config]], dict[str, Any]]
     others: tuple[str, ...] = ()
     text_before: int = 0
-    halvings: Callable[[Config], int] = halved
+    halvings: Callable[[Config], int] = vae_halvings
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]
         inside = (name.split(".") for name in names if name.startswith(blocks + "."))
         for index in sorted({int(parts[depth]) for parts in inside}):
             block = f"{blocks}.{index}"
-            mine = [site for site in family.blocks.sites if site.blocks == blocks]
-            placed = [(f"{block}.{site.module}", block, site) for site in mine]
-            found += [each for each in placed if each[0] in modules]
+            own = (site for site in family.blocks.sites if site.blocks == blocks)
+            named = ((f"{block}.{site.module}", block, site) for site in own)
+            found += [each for each in named if each[0] in modules]
     return found
 
 

@@ -21,8 +21,8 @@ Batch = Mapping[str, "Tensor"]
 def generator_at(seed: int, *place: int | str) -> torch.Generator:
     """A CPU generator for one place of a run, e.g. (seed, stage, step).
 
-    What is drawn there depends on nothing that was drawn before, so a resumed run needs no saved
-    random state; and on CUDA the draws are the CPU's.
+    Its numbers depend on nothing that was random before, so a resumed run needs no saved random
+    state; and a run on CUDA has the CPU's numbers.
     """
     import torch
 
@@ -38,9 +38,10 @@ def noisy(
     std: float = 1.2,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw times and noise: (x_t, t [B], velocity), all on `latents`' device and of its shape.
+    """Random times and noise: (x_t, t [B], velocity), all on `latents`' device and of its shape.
 
-    rows (first, N): `latents` are the B rows from `first` on of a batch of N, whose draws they get.
+    rows (first, N): `latents` are the B rows from `first` on of a batch of N, with their times and
+    noise of it.
 
     t = sigmoid(N(mean, std)). A mean of log(s) is what shifting a sampler's schedule by s does to
     the logit-normal density (derived); 1.2 and 1.2 served best for the shapes teacher (ours).

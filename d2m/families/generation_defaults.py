@@ -53,7 +53,7 @@ def write_defaults(directory: str | Path, **values: Any) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, infinite=True) if path.is_file() else {}
 
 
 def _checked(values: dict[str, Any], path: Path) -> dict[str, Any]:

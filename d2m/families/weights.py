@@ -49,7 +49,7 @@ class Structure:
 class Weight:
     """One weight: the part it belongs to, its size, how much of it a token uses, its FLOPs.
 
-    kept: stays float32 whatever the rest is stored in; buffer: bytes of a buffer, no parameter.
+    float32: stays so whatever the rest is stored in; buffer: bytes of a buffer, no parameter.
     """
 
     part: str
@@ -57,7 +57,7 @@ class Weight:
     size: int
     used: int
     flops: int = 0
-    kept: bool = False
+    float32: bool = False
     buffer: int = 0
 
 
@@ -84,12 +84,12 @@ def alike(
     blocks: Blocks, spec: SparseSpec | None, kind: str, depth: int
 ) -> Iterator[tuple[SparseSpec | None, int, int]]:
     """(structure, blocks that have it, blocks of them that run) of a kind's blocks."""
-    place = {i: spec.at(kind, i) if spec else None for i in range(depth)}
-    left = [i for i in place if i not in blocks.dropped(kind)]
+    specs = {i: spec.at(kind, i) if spec else None for i in range(depth)}
+    remaining = [i for i in specs if i not in blocks.dropped(kind)]
     skipped = {group[0]: len(group) - blocks.kappa for group in blocks.groups(kind)}
-    for own in dict.fromkeys(place.values()) or [spec]:
-        mine = [i for i in left if place[i] == own]
-        yield own, len(mine), len(mine) - sum(skipped.get(i, 0) for i in mine)
+    for own in dict.fromkeys(specs.values()) or [spec]:
+        indices = [i for i in remaining if specs[i] == own]
+        yield own, len(indices), len(indices) - sum(skipped.get(i, 0) for i in indices)
 
 
 # ---------------------------------------------------------------- weights
@@ -161,7 +161,7 @@ def sparse_ffn(
     yield from linear(part, f"{name}.shared.fc1", dim, shared, rows)
     yield from linear(part, f"{name}.shared.fc2", shared, dim, rows)
     gate = experts * dim
-    yield Weight(part, f"{name}.gate.weight", gate, gate, 2 * rows * gate if k else 0, kept=True)
+    yield Weight(part, f"{name}.gate.weight", gate, gate, 2 * rows * gate if k else 0, float32=True)
     for weight in ("w1", "w2"):
         used = k * dim * hidden
         size = experts * dim * hidden
@@ -206,9 +206,9 @@ def routers(name: str, kind: str, dim: int, blocks: Blocks) -> list[Stack]:
 def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
     """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, D] (read).
 
-    It is not asked where all m blocks run, and looks at no token with alpha = 0.
+    It is not evaluated where all m blocks run, and reads no token with alpha = 0.
     """
-    asked = blocks.kappa < size
+    evaluated = blocks.kappa < size
     for name, inputs, runs in (("tokens", 2 * dim, blocks.alpha > 0), ("embedding", dim, True)):
-        flops = 2 * inputs * size if asked and runs else 0
-        yield Weight("routers", f"{name}.weight", inputs * size, inputs * size, flops, kept=True)
+        flops = 2 * inputs * size if evaluated and runs else 0
+        yield Weight("routers", f"{name}.weight", inputs * size, inputs * size, flops, float32=True)

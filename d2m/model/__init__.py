@@ -4,9 +4,10 @@ A dense diffusers model and a recipe's structure enter, a sparse diffusers model
 forward() of diffusers is overridden: modules are put in the place of others.
 
     sparse_transformer  The sparse transformers as diffusers models
+    diffusers_methods   What diffusers' users do with a model beside calling it
     surgery             Dense to sparse: the structure (modules replaced in place) and the values
     sparse_ffn          The modules that take a dense FFN's place: one shared expert
-    experts_op          The op `d2m::routed_experts` and the modules that call it
+    experts_op          The op `d2m::routed_experts`
     routing             What routing means: the gate, the choice of experts
     experts_choice      Which realisation of the routed experts runs: decided once per kind of call
     sorted_loop         A realisation of the routed experts for every device: sort by expert

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m.model.routing import routing_dtype
+from d2m.model.routing import Gate, routing_dtype
 
 ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
@@ -36,9 +35,8 @@ class Router(nn.Module):
     def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
         super().__init__()
         self.alpha = alpha
-        kind = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
-        self.tokens = nn.Linear(2 * dim, blocks, bias=False, device=device, **kind)  # W_x
-        self.embedding = nn.Linear(dim, blocks, bias=False, device=device, **kind)  # W_y
+        self.tokens = Gate(2 * dim, blocks, dtype, device)  # W_x
+        self.embedding = Gate(dim, blocks, dtype, device)  # W_y
         for linear in (self.tokens, self.embedding):
             nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
 
@@ -53,13 +51,18 @@ class Router(nn.Module):
 
         mask [B, L]: true where text is, for families that fill texts up and mask them.
         """
-        dtype = routing_dtype(temb)
-        with torch.autocast(temb.device.type, enabled=False):
-            logits = (1 - self.alpha) * _linear(temb.to(dtype), self.embedding)
-            if self.alpha:
-                pooled = pool(hidden_states, encoder_hidden_states, mask, dtype)
-                logits = logits + self.alpha * _linear(pooled, self.tokens)
+        logits = (1 - self.alpha) * self.embedding(temb)
+        if self.alpha:
+            pooled = pool(hidden_states, encoder_hidden_states, mask, routing_dtype(temb))
+            logits = logits + self.alpha * self.tokens(pooled)
         return logits
+
+
+class Members(nn.ModuleDict):
+    """Blocks by dense index: a number finds one too, as in the model's own lists of blocks."""
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        return super().__getitem__(str(key))
 
 
 class BlockGroup(nn.Module):
@@ -74,7 +77,8 @@ class BlockGroup(nn.Module):
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
         super().__init__()
         weight = next(parameter for block in blocks.values() for parameter in block.parameters())
-        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.blocks = Members({str(index): block for index, block in blocks.items()})
+        self.names = _parameters(type(next(iter(blocks.values()))).forward)
         self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
         self.kappa = kappa
         self.record = False
@@ -109,8 +113,8 @@ class BlockGroup(nn.Module):
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
-        block = next(iter(self.blocks.values()))
-        others = named_inputs(block, (hidden_states, encoder_hidden_states, *args), others)
+        given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
+        others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
         temb: Tensor = others["temb"]
         streams = (encoder_hidden_states, hidden_states)
         mask = others.get(TEXT_MASK)
@@ -120,6 +124,8 @@ class BlockGroup(nn.Module):
         if self.kappa < len(self.blocks):
             logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
             self.last_logits = logits if self.record else None
+            if torch.compiler.is_compiling() and not logits.requires_grad:
+                return self._compiled(logits, streams, others)
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
@@ -157,6 +163,30 @@ class BlockGroup(nn.Module):
                 pairs = zip(streams, after)
                 after = [old.to(new.dtype).index_copy(0, index, new) for old, new in pairs]
             streams = (after[0], after[1])
+        return streams
+
+    def _compiled(self, logits: Tensor, streams: Streams, others: Mapping[str, Any]) -> Streams:
+        """As the rest of `forward`, without a wait for the device, which would break the graph.
+
+        A block that anybody chose runs with all samples, and only those that chose it keep what it
+        made.
+        """
+        starts = logits.argmax(-1)
+        for offset, block in enumerate(self.blocks.values()):
+            mine = ((starts <= offset) & (offset < starts + self.kappa))[:, None, None]
+
+            def run(text: Tensor, image: Tensor, block: Any = block, mine: Any = mine) -> Streams:
+                given = {"hidden_states": image, "encoder_hidden_states": text}
+                after = block(**{**others, **given})
+                kept = [torch.where(mine, *pair) for pair in zip(after, (text, image))]
+                return kept[0].contiguous(), kept[1].contiguous()
+
+            def passed(text: Tensor, image: Tensor) -> Streams:
+                return tuple(
+                    each.clone(memory_format=torch.contiguous_format) for each in (text, image)
+                )
+
+            streams = torch.cond(mine.any(), run, passed, streams)
         return streams
 
     def extra_repr(self) -> str:
@@ -227,10 +257,6 @@ def pool(
         share = mask.to(dtype)[..., None]
         words = (text.to(dtype) * share).sum(1) / share.sum(1)
     return torch.cat([image.mean(1, dtype=dtype), words], dim=-1)
-
-
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    return F.linear(x, linear.weight.to(x.dtype))
 
 
 def _dict_rows(value: Any, index: Any, batch: int) -> Any:

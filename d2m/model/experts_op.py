@@ -79,7 +79,7 @@ routed_experts.register_autograd(_backward, setup_context=_setup_context)
 def check_arguments(
     x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
 ) -> None:
-    """Raise ValueError, in one sentence, unless shapes, dtypes and top_k fit together."""
+    """Raise ValueError, in one sentence, unless shapes, dtypes, devices and top_k fit together."""
     if x.ndim != 2 or w1.ndim != 3:
         raise ValueError(
             f"routed_experts got x {list(x.shape)} and w1 {list(w1.shape)}; expected [T, D] and "
@@ -106,6 +106,14 @@ def check_arguments(
         raise ValueError(
             f"routed_experts got x in {x.dtype} but weights in {w1.dtype}, {b1.dtype}, {w2.dtype}; "
             "expected one dtype: cast x or the weights."
+        )
+    # Some on the meta device would go to the fake implementation, whose answer is no number.
+    places = {"x": x, "logits": logits, "w1": w1, "b1": b1, "w2": w2}
+    if any(tensor.device != x.device for tensor in places.values()):
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in places.items())
+        raise ValueError(
+            f"routed_experts got {found}; expected one device: move the model there, or call the "
+            "module that owns the weights, whose hooks load offloaded ones."
         )
 
 

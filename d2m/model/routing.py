@@ -7,12 +7,33 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def routing_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 activations, float32 for all others: the gate never runs in bf16."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Gate(nn.Linear):
+    """A router's Linear without bias: [.., D] -> [.., out] in float32, autocast or not.
+
+    float64 for float64 inputs and weights of such models. Whatever dtype the rest is stored in:
+    bf16 logits change the chosen experts. It is called, never read, so that hooks which move its
+    weight at its forward (offloading) find it.
+    """
+
+    def __init__(self, dim: int, out: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        super().__init__(dim, out, bias=False, device=device, dtype=kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = routing_dtype(x)
+        # Only where autocast is on: the context is a node of traced graphs.
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x.to(dtype), self.weight.to(dtype))
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

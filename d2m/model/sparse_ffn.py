@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.model.experts_op import experts_op
-from d2m.model.routing import routing_dtype
+from d2m.model.routing import Gate
 
 
 class SharedExpert(nn.Module):
@@ -23,7 +23,7 @@ class SharedExpert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The normal experts' weights, matmul-ready; `SparseFFN` calls the op with them."""
+    """The normal experts, weights matmul-ready: x [T, D], logits [T, E], top_k -> [T, D]."""
 
     def __init__(self, dim: int, experts: int, hidden: int, out_dim: int, dtype=None, device=None):  # type: ignore[no-untyped-def]
         super().__init__()
@@ -34,6 +34,9 @@ class Experts(nn.Module):
         nn.init.normal_(self.w1, std=dim**-0.5)
         nn.init.zeros_(self.b1)
         nn.init.normal_(self.w2, std=hidden**-0.5)
+
+    def forward(self, x: Tensor, logits: Tensor, top_k: int) -> Tensor:
+        return experts_op(x, logits, self.w1, self.b1, self.w2, top_k)
 
 
 class SparseFFN(nn.Module):
@@ -72,20 +75,14 @@ class SparseFFN(nn.Module):
         self.renormalise = False
         self.last_logits: Tensor | None = None
         self.shared = SharedExpert(dim, shared_hidden, dim, dtype, device)
-        # float32 whatever the rest is stored in: bf16 logits change the chosen experts.
-        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.gate = nn.Linear(dim, experts, bias=False, dtype=gate_dtype, device=device)
+        self.gate = Gate(dim, experts, dtype, device)
         self.experts = Experts(dim, experts, expert_hidden, dim, dtype, device)
         rows = torch.arange(shared_hidden + experts * expert_hidden, device=device)
         self.register_buffer("neurons", rows)
 
     def router_logits(self, x: Tensor) -> Tensor:
         """x [.., D] -> [.., E] in float32 (float64 for float64 x), autocast or not."""
-        dtype = routing_dtype(x)
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x.to(dtype), self.gate.weight.to(dtype))
-        return F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        return self.gate(x)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.shared(x)
@@ -98,14 +95,8 @@ class SparseFFN(nn.Module):
         if self.renormalise:  # the op's softmax over the chosen alone
             kept, chosen = logits.topk(self.top_k, dim=-1)
             logits = torch.full_like(logits, -torch.inf).scatter(-1, chosen, kept)
-        weights = self.experts
-        routed = experts_op(
-            x.reshape(-1, x.shape[-1]),
-            logits.reshape(-1, self.num_experts),
-            weights.w1,
-            weights.b1,
-            weights.w2,
-            self.top_k,
+        routed = self.experts(
+            x.reshape(-1, x.shape[-1]), logits.reshape(-1, self.num_experts), self.top_k
         )
         routed = routed.reshape(y.shape)
         return y + (routed * (self.top_k / self.num_experts) if self.renormalise else routed)

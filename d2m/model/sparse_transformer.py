@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from d2m.families import FLUX, Family
 from d2m.families.ffn_sites import spec_at
+from d2m.model.diffusers_methods import SparseModel, Twin
 from d2m.model.grouping import group_blocks, grouped_state_dict
 from d2m.model.modulation import share_adaln
 from d2m.model.surgery import convert_state_dict, set_top_k, sparsify, split_neurons
@@ -67,7 +68,8 @@ def _make(family: Family) -> Any:
         given = signature.bind(self, *args, **fields)
         given.apply_defaults()
         own = {name: given.arguments.pop(name) for name in SPARSE_FIELDS}
-        dense.__init__(*given.args, **given.kwargs)
+        # By name: what diffusers gets by position it takes for a default, which from_config drops.
+        dense.__init__(self, **{n: v for n, v in given.arguments.items() if n != "self"})
         _sparsify(self, family, own)
 
     # diffusers reads a config's fields, their order and defaults from the signature.
@@ -82,9 +84,9 @@ def _make(family: Family) -> Any:
     init.__name__ = init.__qualname__ = "__init__"
     kept = getattr(dense, "_keep_in_fp32_modules", None) or []
     patterns = getattr(dense, "_skip_layerwise_casting_patterns", None) or []
-    return type(
+    return Twin(
         family.names.sparse_class,
-        (dense,),
+        (SparseModel, dense),
         {
             # What diffusers writes into model_index.json as the library: ["d2m", "SparseFlux..."].
             "__module__": "d2m",

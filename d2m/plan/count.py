@@ -228,7 +228,7 @@ def _blocks(
 def _memory(stacks: Sequence[Stack], bytes_: int) -> int:
     """Bytes of all weights and buffers at `bytes_` each; what is kept in float32 takes 4."""
     return sum(
-        stack.count * (weight.size * (4 if weight.kept else bytes_) + weight.buffer)
+        stack.count * (weight.size * (4 if weight.float32 else bytes_) + weight.buffer)
         for stack in stacks
         for weight in stack.weights
     )

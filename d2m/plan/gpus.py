@@ -151,7 +151,7 @@ def counted(
     depth = sum(row["kept"] for row in answer["blocks"].values())
     groups = sum(row["groups"] for row in answer["blocks"].values())
     rows = list(_each(sparse))
-    routing = sum(count * weight.size for _, count, weight in rows if weight.kept)
+    routing = sum(count * weight.size for _, count, weight in rows if weight.float32)
     fresh = [(prefix, count, weight) for prefix, count, weight in rows if _new(weight)]
     never = sum(count * weight.size for _, count, weight in fresh)
     never -= learning(sparse, made, words, fresh)
@@ -183,7 +183,7 @@ def learning(stacks: Sequence[Stack], recipe: recipes.Recipe, words: Any, among:
     members = {kind: sum(map(len, recipe.blocks.groups(kind))) for kind in ("double", "single")}
     total = 0.0
     for prefix, count, weight in _each(stacks) if among is None else among:
-        if weight.kept:
+        if weight.float32:
             continue
         kind = "single" if prefix.startswith("single") else "double"
         if _word(weight) in words or ("blocks" in words and prefix):
@@ -210,7 +210,7 @@ def _new(weight: Weight) -> bool:
     The attention's half of a single block's `proj_out` is a copy: its columns are cut out.
     """
     cut = weight.name.startswith("proj_out.linear")
-    return not weight.kept and (cut or _word(weight) in ("shared", "experts"))
+    return not weight.float32 and (cut or _word(weight) in ("shared", "experts"))
 
 
 def _each(stacks: Sequence[Stack]) -> Any:

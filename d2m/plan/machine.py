@@ -30,6 +30,27 @@ def cores() -> int:
     return found or 1
 
 
+def free_cores(seconds: float = 0.3) -> int:
+    """Cores that nothing computes on at this moment, from 1 to `cores()`; all where unknown.
+
+    A thread for each and no more: two threads of which one waits for its turn are slower than one
+    (python -m scripts.bench.threads, results/cpu/threads.json).
+    """
+
+    def ticks() -> tuple[int, int]:
+        row = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return row[3] + row[4], sum(row)  # idle and waiting for a disk; all
+
+    try:
+        idle, total = ticks()
+        time.sleep(seconds)
+        later, end = ticks()
+    except (OSError, ValueError, IndexError):
+        return cores()
+    share = (later - idle) / max(end - total, 1)
+    return max(1, min(cores(), round(share * (os.cpu_count() or 1))))
+
+
 def memory() -> tuple[int, int] | None:
     """(total, available) bytes, of the container where that has a limit; None where unknown."""
     try:

@@ -1,4 +1,4 @@
-"""The pipeline directory that is exported: its models, and the facts a manifest states of it.
+"""The pipeline directory that is exported: its models, and the manifest's entries about it.
 
 Reads a diffusers pipeline of a known family, dense or sparse. The transformer and T5 are built
 without memory (their weights stay in the checkpoint until they are written), the smaller components
@@ -62,8 +62,8 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
         if found not in classes:
             raise ValueError(
                 f"{directory} has a {name} of class {found}, expected {' or '.join(classes)};"
-                f" give a {family.names.title} pipeline, whole, as save_pretrained or d2m convert"
-                " writes it."
+                f" give a complete {family.names.title} pipeline, as save_pretrained or d2m"
+                " convert writes it."
             )
         if not (directory / name).is_dir():
             raise FileNotFoundError(
@@ -79,20 +79,20 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
 def check_exportable(directory: Path) -> None:
     """ValueError for a sparse transformer that export cannot compile yet."""
     values = config(directory, "transformer")
-    known = {"renormalise": False}
-    for name, plain in known.items():
+    supported = {"renormalise": False}
+    for name, plain in supported.items():
         if values.get(name, plain) not in (plain, {}):
             raise ValueError(
                 f"{directory} has a transformer with {name} {values[name]!r}, expected {plain!r}:"
-                " export does not compile it yet; draw from the directory with torch, or convert"
-                f" without {name}."
+                " export does not compile it yet; generate from the directory with torch, or"
+                f" convert without {name}."
             )
 
 
-def components(
+def open_components(
     directory: Path, sparse: bool, top_k: Sequence[int], progress: Progress | None = None
 ) -> list[Component]:
-    """The components in the order in which a picture needs them."""
+    """The components in the order in which an image needs them."""
     import importlib
 
     from transformers.utils import logging
@@ -134,18 +134,20 @@ def components(
         return transformer_program(skeleton, row.tracing, dtype, top_k, progress)
 
     found = []
-    for part in row.components:
-        if part is None:
+    for encoder in row.components:
+        if encoder is None:
             found.append(
                 Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
             )
             continue
-        cls = getattr(importlib.import_module(part.library), part.cls)
-        keyword = "dtype" if part.library == "transformers" else "torch_dtype"
-        if part.whole:
-            found.append(loaded(part.name, part.folder, cls, keyword, part.program))
+        cls = getattr(importlib.import_module(encoder.library), encoder.cls)
+        keyword = "dtype" if encoder.library == "transformers" else "torch_dtype"
+        if encoder.whole:
+            found.append(loaded(encoder.name, encoder.folder, cls, keyword, encoder.program))
         else:
-            found.append(empty(part.name, part.folder, cls, part.program, part.stored_name))
+            found.append(
+                empty(encoder.name, encoder.folder, cls, encoder.program, encoder.stored_name)
+            )
     return found
 
 
@@ -193,13 +195,13 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
     return result
 
 
-def facts(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, Any]:
+def manifest_entries(directory: Path, checkpoint: Checkpoint, sparse: bool) -> dict[str, Any]:
     """The manifest's entries that follow from configs: defaults, latents, scheduler, parameters."""
-    from runtime.families import FAMILIES as DRAWN
+    from runtime.families import FAMILIES as RUNTIME_FAMILIES
 
     transformer, vae = config(directory, "transformer"), config(directory, "vae")
     scheduler = config(directory, "scheduler")
-    DRAWN[family_of(directory).names.name].check_scheduler(scheduler)
+    RUNTIME_FAMILIES[family_of(directory).names.name].check_scheduler(scheduler)
     # JSON has no infinity, which diffusers writes for "no limit", a default.
     finite = {key: each for key, each in scheduler.items() if not _endless(each)}
     defaults = generation_defaults(directory)

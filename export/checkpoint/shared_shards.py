@@ -3,7 +3,7 @@
 A shard of which every tensor enters the bundle unchanged (name, type, layout: the experts, which
 `d2m convert --init-only --importance ...` writes into shards of their own) becomes a hard link: one
 file under two names, so neither directory needs the other and no byte is stored twice. It is
-asked for and not the default, since a program that rewrites the checkpoint's file in place (as
+an option and not the default, since a program that rewrites the checkpoint's file in place (as
 safetensors' save_file does; d2m itself never does) would rewrite the bundle's too (its hash then
 says so), and since onnx.load takes a file of two names for an attack. ONNX Runtime reads it, and a
 copy of the bundle is a bundle without links.

@@ -53,7 +53,7 @@ class Placed:
 
 
 class Checkpoint:
-    """The tensors of a diffusers component directory, whole or in shards, read when asked for."""
+    """The tensors of a diffusers component directory, whole or in shards, read on demand."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

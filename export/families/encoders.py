@@ -25,7 +25,7 @@ IDS = Spec(torch.int64, ("batch", "text_tokens"))
 
 def clip_program(model: Any, dtype: torch.dtype) -> Program:
     """transformers' CLIPTextModel. The causal mask is made in the graph, for any batch."""
-    eager(model)
+    use_eager_attention(model)
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
         ids = tensors["input_ids"]
@@ -34,13 +34,13 @@ def clip_program(model: Any, dtype: torch.dtype) -> Program:
         return pooled
 
     pooled = Spec(dtype, ("batch", model.config.hidden_size))
-    return single("clip", model, call, {"input_ids": IDS}, {"pooled": pooled}, dtype)
+    return one_call("clip", model, call, {"input_ids": IDS}, {"pooled": pooled}, dtype)
 
 
 def clip_projection_program(model: Any, dtype: torch.dtype) -> Program:
     """transformers' CLIPTextModelWithProjection: the pooled projection, and the states that the
     last layer but one writes."""
-    eager(model)
+    use_eager_attention(model)
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids = tensors["input_ids"]
@@ -53,19 +53,19 @@ def clip_projection_program(model: Any, dtype: torch.dtype) -> Program:
         "pooled": Spec(dtype, ("batch", config.projection_dim)),
         "states": Spec(dtype, ("batch", "text_tokens", config.hidden_size)),
     }
-    return single("clip", model, call, {"input_ids": IDS}, outputs, dtype)
+    return one_call("clip", model, call, {"input_ids": IDS}, outputs, dtype)
 
 
 def t5_program(model: Any, dtype: torch.dtype) -> Program:
     """transformers' T5EncoderModel. FLUX masks no padding, and so does this."""
-    eager(model)
+    use_eager_attention(model)
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
         states: Tensor = run(input_ids=tensors["input_ids"])[0]
         return states
 
     states = Spec(dtype, ("batch", "text_tokens", model.config.d_model))
-    return single("t5", model, call, {"input_ids": IDS}, {"states": states}, dtype)
+    return one_call("t5", model, call, {"input_ids": IDS}, {"states": states}, dtype)
 
 
 def vae_program(model: Any, dtype: torch.dtype) -> Program:
@@ -88,7 +88,7 @@ def decoder_program(
     sides = ("latent_height", "latent_width")
     latents = Spec(dtype, ("batch", channels[0], *sides))
     image = Spec(dtype, ("batch", channels[1], *(f"{factor}*{side}" for side in sides)))
-    return single("vae", decoder, call, {"latents": latents}, {"image": image}, dtype)
+    return one_call("vae", decoder, call, {"latents": latents}, {"image": image}, dtype)
 
 
 class Decoder(nn.Module):
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         return image
 
 
-def single(
+def one_call(
     name: str,
     module: nn.Module,
     call: Any,
@@ -120,7 +120,7 @@ def single(
     return Program({name: kind}, [(name, "")], dict(inputs), dict(outputs))
 
 
-def eager(model: Any) -> None:
+def use_eager_attention(model: Any) -> None:
     """Attention as matmul, softmax, matmul: the exporter keeps these three as they are."""
     model.set_attn_implementation("eager")
 
@@ -130,8 +130,8 @@ def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
 
     Given to the model in place of the mask that it would make for the batch of the trace.
     """
-    place = torch.arange(tokens)
-    above = place[None, :] > place[:, None]
+    position = torch.arange(tokens)
+    above = position[None, :] > position[:, None]
     zero, least = torch.zeros((), dtype=dtype), torch.tensor(torch.finfo(dtype).min, dtype=dtype)
     return torch.where(above, least, zero)[None, None]
 
@@ -151,7 +151,7 @@ def first(output: Any) -> tuple[Tensor, ...]:
     return (output[0],)
 
 
-# The last fields of a Encoder for what most families share (export.families.family).
+# The last fields of an Encoder for what most families share (export.families.family).
 TRANSFORMERS = "transformers"
 T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
 VAE = Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)

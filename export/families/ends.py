@@ -34,6 +34,21 @@ def sample_patches(model: Any, output: Tensor) -> Tensor:
     return cut.unflatten(-1, (output.shape[1], -1)).transpose(-1, -2).flatten(-2)
 
 
+def kl_latents(vae: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest's `latents` has of an AutoencoderKL, by its config."""
+    return {
+        "channels": vae["latent_channels"],
+        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
+        "scaling_factor": vae["scaling_factor"],
+    }
+
+
+def unscaled(pipe: Any, latents: Tensor, height: int = 0, width: int = 0) -> Tensor:
+    """Latents [n, C, h, w] as an AutoencoderKL decodes them."""
+    config = pipe.vae.config
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+
 def check_packed(transformer: Mapping[str, Any], channels: int, directory: Path) -> None:
     """ValueError unless a token of the transformer is 2 x 2 latents of the VAE's `channels`."""
     if transformer.get("in_channels") != 4 * channels:

@@ -1,6 +1,6 @@
 """What a family of models is to export: how its transformer is cut into blocks, its other parts.
 
-A row stands in a file of its own, `export/family_NAME.py`, with the functions it names
+A row stands in a file of its own, `export/families/NAME.py`, with the functions it names
 (docs/families.md).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A component beside the transformer: a text encoder, or the VAE, which decodes.
+    """A component other than the transformer: a text encoder, or the VAE, which decodes.
 
     name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
     (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
@@ -73,5 +73,5 @@ class Family:
     spatial: Callable[[Any, Tensor, int, int], Tensor]
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
-    unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, given: {}
+    unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     scheduler: str = "FlowMatchEulerDiscreteScheduler"

@@ -17,13 +17,13 @@ from export.families import modulation
 from export.families.attention import ExportAttention
 from export.families.configs import config
 from export.families.encoders import T5, TRANSFORMERS, VAE, clip_program, pooled
-from export.families.ends import Final, check_packed
+from export.families.ends import Final, check_packed, kl_latents, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import Environment, Row, Tracing
 from export.graph.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
-READ = (*STREAMS, "temb", "rope_cos", "rope_sin")
+BLOCK_INPUTS = (*STREAMS, "temb", "rope_cos", "rope_sin")
 
 
 class Embed(nn.Module):
@@ -34,7 +34,7 @@ class Embed(nn.Module):
         self.x_embedder = model.x_embedder
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
-        modulation.lend(model, self)
+        modulation.attach(model, self)
 
     def forward(
         self,
@@ -51,7 +51,7 @@ class Embed(nn.Module):
             times.append(guidance.to(image.dtype) * 1000)
         temb = self.time_text_embed(*times, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        return image, text, temb, *modulation.written(self, temb)
+        return image, text, temb, *modulation.output(self, temb)
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
@@ -63,14 +63,14 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=modulation.read(tensors),
+        temb=modulation.block_embedding(tensors),
         image_rotary_emb=rotary,
     )
 
 
 ROWS = {
-    "FluxTransformerBlock": Row("double", READ, STREAMS[::-1], call_block),
-    "FluxSingleTransformerBlock": Row("single", READ, STREAMS[::-1], call_block),
+    "FluxTransformerBlock": Row("double", BLOCK_INPUTS, STREAMS[::-1], call_block),
+    "FluxSingleTransformerBlock": Row("single", BLOCK_INPUTS, STREAMS[::-1], call_block),
 }
 
 
@@ -116,12 +116,8 @@ def latents(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
     """The manifest's `latents`; ValueError where the transformer packs another VAE's."""
-    channels = vae["latent_channels"]
-    check_packed(transformer, channels, directory)
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    check_packed(transformer, vae["latent_channels"], directory)
+    return kl_latents(vae) | {
         "shift_factor": vae.get("shift_factor"),
         "patch": 2,
         "rope_axes": list(transformer["axes_dims_rope"]),
@@ -137,24 +133,27 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+def block_inputs(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
-    cos, sin = given["image_rotary_emb"]
-    return {name: given[name] for name in (*STREAMS, "temb")} | {"rope_cos": cos, "rope_sin": sin}
+    cos, sin = keywords["image_rotary_emb"]
+    return {name: keywords[name] for name in (*STREAMS, "temb")} | {
+        "rope_cos": cos,
+        "rope_sin": sin,
+    }
 
 
-def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    model: Any, keywords: Mapping[str, Any], first: Mapping[str, Any]
+) -> dict[str, Any]:
     """The forward's keywords, with rotary tables in place of positions."""
     names = (*STREAMS, "pooled_projections", "timestep", "guidance")
-    found = {name: given[name] for name in names if given.get(name) is not None}
+    found = {name: keywords[name] for name in names if keywords.get(name) is not None}
     return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
 
 
 def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """Packed latents -> [n, C, h, w], unscaled."""
-    config = pipe.vae.config
-    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    return unpacked / config.scaling_factor + (config.shift_factor or 0.0)
+    return unscaled(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
 
 
 FLUX = Family(

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from export.graph.trace import Spec
 
 
-def lend(model: Any, embed: nn.Module) -> None:
+def attach(model: Any, embed: nn.Module) -> None:
     """Give the module of what is before the blocks the model's shared modulation, if it has one."""
     if shared := getattr(model, MODULATION, None):
         embed.modulation = shared
 
 
-def written(embed: nn.Module, temb: Tensor) -> tuple[Tensor, ...]:
+def output(embed: nn.Module, temb: Tensor) -> tuple[Tensor, ...]:
     """The shared modulation of temb [B, D]: [B, 6 D] (single) or [B, r] (lowrank); else nothing."""
     import torch.nn.functional as F
 
@@ -28,7 +28,7 @@ def written(embed: nn.Module, temb: Tensor) -> tuple[Tensor, ...]:
     return () if shared is None else (shared.linear(F.silu(temb)),)
 
 
-def read(tensors: Mapping[str, Tensor]) -> Tensor:
+def block_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
     """What a block's norms read in place of temb, where a model shares modulation, else temb."""
     return tensors[MODULATION] if MODULATION in tensors else tensors["temb"]
 

@@ -1,8 +1,8 @@
 """PixArt-Sigma for export: the transformer's ends and blocks, its text encoder and VAE.
 
-The graphs take patches of latents as tokens and what is added for their places as an input, so no
-size of an image is in them. All blocks read one modulation [B, 6 D], which the embed call writes,
-and a mask of the text, 1 at tokens and 0 at padding.
+The graphs take patches of latents as tokens, and what is added for their positions as an input, so
+no size of an image is in them. All blocks read one modulation [B, 6 D], which the embed call
+writes, and a mask of the text, 1 at tokens and 0 at padding.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.pixart.weights import check_conditions
 from export.families.attention import attended, heads
-from export.families.encoders import IDS, TRANSFORMERS, VAE, eager, first, single
-from export.families.ends import patches, sample_patches
+from export.families.encoders import IDS, TRANSFORMERS, VAE, first, one_call, use_eager_attention
+from export.families.ends import kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import MODULATION, Environment, Program, Row, Tracing
 from export.graph.trace import Spec
 
 MASK = "encoder_attention_mask"
-READ = ("hidden_states", "encoder_hidden_states", MASK, MODULATION)
+BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", MASK, MODULATION)
 MASKED = -10000.0  # read: what diffusers adds to scores of padding; exp of it is 0
 
 
@@ -111,11 +111,6 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def row(block: nn.Module) -> Row:
-    """All blocks are of one kind."""
-    return Row("cross", READ, ("hidden_states",), call_block)
-
-
 def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program; timestep and positions are float32 in any bundle."""
     config = model.config
@@ -159,10 +154,7 @@ def latents(
         )
     side, patch = transformer["sample_size"], transformer["patch_size"]
     scale = transformer.get("interpolation_scale")
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    return kl_latents(vae) | {
         "patch": patch,
         "base": side // patch,
         "interpolation": max(side // 64, 1) if scale is None else scale,
@@ -176,57 +168,54 @@ def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
     Padding is what follows the end-of-text token, the last that is not the pad token: a pad token
     that was written in the prompt is read, as diffusers reads it.
     """
-    eager(model)
+    use_eager_attention(model)
     pad = model.config.pad_token_id
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids = tensors["input_ids"]
         written = (ids != pad).to(torch.int32)
-        place = torch.cumsum(torch.ones_like(written), dim=1, dtype=torch.int32)
-        kept = place <= (place * written).amax(1, keepdim=True)
+        position = torch.cumsum(torch.ones_like(written), dim=1, dtype=torch.int32)
+        text = position <= (position * written).amax(1, keepdim=True)
         least = torch.tensor(torch.finfo(dtype).min, dtype=dtype)
-        bias = torch.where(kept, torch.zeros((), dtype=dtype), least)
-        return kept.to(dtype), run(input_ids=ids, attention_mask=bias[:, None, None])[0]
+        bias = torch.where(text, torch.zeros((), dtype=dtype), least)
+        return text.to(dtype), run(input_ids=ids, attention_mask=bias[:, None, None])[0]
 
     text = ("batch", "text_tokens")
     outputs = {"mask": Spec(dtype, text), "states": Spec(dtype, (*text, model.config.d_model))}
-    return single("t5", model, call, {"input_ids": IDS}, outputs, dtype)
+    return one_call("t5", model, call, {"input_ids": IDS}, outputs, dtype)
 
 
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+def block_inputs(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
-    found = {name: given[name] for name in READ[:2]}
-    mask = (given[MASK][:, 0] == 0).to(found["hidden_states"].dtype)
-    return found | {MASK: mask, MODULATION: given["timestep"]}
+    found = {name: keywords[name] for name in BLOCK_INPUTS[:2]}
+    mask = (keywords[MASK][:, 0] == 0).to(found["hidden_states"].dtype)
+    return found | {MASK: mask, MODULATION: keywords["timestep"]}
 
 
-def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """The forward's keywords: latents cut into patches, and what their places add."""
-    embed, latents = model.pos_embed, given["hidden_states"]
-    # What PatchEmbed adds, by itself: of no latents it is the projection's bias and the places.
+def model_inputs(
+    model: Any, keywords: Mapping[str, Any], first: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The forward's keywords: latents cut into patches, and what their positions add."""
+    embed, latents = model.pos_embed, keywords["hidden_states"]
+    # What PatchEmbed adds, by itself: of no latents it is the projection's bias and the positions.
     added = embed(torch.zeros_like(latents[:1]))[0] - embed.proj.bias
     return {
         "hidden_states": patches(latents, model.config.patch_size),
-        "encoder_hidden_states": given["encoder_hidden_states"],
-        MASK: given[MASK].to(latents.dtype),
-        "timestep": given["timestep"].float(),
+        "encoder_hidden_states": keywords["encoder_hidden_states"],
+        MASK: keywords[MASK].to(latents.dtype),
+        "timestep": keywords["timestep"].float(),
         "positions": added,
     }
 
 
-def unread(model: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def unread(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     """temb, of which blocks get the modulation alone."""
-    times, dtype = given["timestep"], given["hidden_states"].dtype
+    times, dtype = keywords["timestep"], keywords["hidden_states"].dtype
     emb = model.adaln_single.emb
     return {"temb": emb(times, None, None, batch_size=len(times), hidden_dtype=dtype)}
-
-
-def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """[n, C, h, w], unscaled."""
-    return latents / pipe.vae.config.scaling_factor
 
 
 T5 = Encoder(
@@ -246,7 +235,7 @@ PIXART = Family(
         environment=environment,
         embed=Embed,
         final=Final,
-        row=row,
+        row=lambda block: Row("cross", BLOCK_INPUTS, ("hidden_states",), call_block),
         processor=Attention,
     ),
     lengths=lengths,
@@ -256,6 +245,6 @@ PIXART = Family(
     model_inputs=model_inputs,
     unread=unread,
     sample=sample_patches,
-    spatial=spatial,
+    spatial=unscaled,
     scheduler="DPMSolverMultistepScheduler",
 )

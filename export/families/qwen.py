@@ -18,7 +18,7 @@ from d2m.families.generation_defaults import generation_defaults
 from d2m.families.qwen import MASK, STATES, TEMPLATE_TOKENS
 from export.families import modulation
 from export.families.attention import attended, heads, rms_norm, rotate
-from export.families.encoders import IDS, TRANSFORMERS, causal_mask, eager, first
+from export.families.encoders import IDS, TRANSFORMERS, causal_mask, first, use_eager_attention
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
 from export.families.qwen_vae import vae_program
@@ -27,7 +27,7 @@ from export.graph.program import Environment, Program, Row, Tracing
 from export.graph.trace import Spec
 
 STREAMS = ("hidden_states", STATES)
-READ = (*STREAMS, MASK, "temb", "rope_cos", "rope_sin")
+BLOCK_INPUTS = (*STREAMS, MASK, "temb", "rope_cos", "rope_sin")
 MASKED = 30000.0  # taken off a score: e^-30000 is 0 in every type, and float16 holds it
 VARIANTS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
 
@@ -41,7 +41,7 @@ class Embed(nn.Module):
         self.txt_norm = model.txt_norm
         self.txt_in = model.txt_in
         self.time_text_embed = model.time_text_embed
-        modulation.lend(model, self)
+        modulation.attach(model, self)
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
@@ -50,7 +50,7 @@ class Embed(nn.Module):
         image = self.img_in(hidden_states)
         text = self.txt_in(rms_norm(encoder_hidden_states, self.txt_norm))
         temb = self.time_text_embed(timestep.to(image.dtype), image)
-        return image, text, temb, *modulation.written(self, temb)
+        return image, text, temb, *modulation.output(self, temb)
 
 
 class MaskedAttention:
@@ -98,7 +98,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors[STATES],
         encoder_hidden_states_mask=tensors[MASK],
-        temb=modulation.read(tensors),
+        temb=modulation.block_embedding(tensors),
         image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
     )
 
@@ -132,15 +132,15 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
 
 def text_program(model: Any, dtype: torch.dtype) -> Program:
     """The language model of Qwen2_5_VLForConditionalGeneration: ids -> its last hidden states."""
-    eager(model)
+    use_eager_attention(model)
     language = model.model.language_model
 
     def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
         ids = tensors["input_ids"]
         masks = dict.fromkeys(language.config.layer_types, causal_mask(ids.shape[1], dtype))
-        places = torch.arange(ids.shape[1])[None, None].expand(3, ids.shape[0], -1)
+        positions = torch.arange(ids.shape[1])[None, None].expand(3, ids.shape[0], -1)
         states: Tensor = run(
-            input_ids=ids, attention_mask=masks, position_ids=places, use_cache=False
+            input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False
         ).last_hidden_state
         return states
 
@@ -201,23 +201,25 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def masked(given: Mapping[str, Any]) -> Tensor:
+def text_mask(keywords: Mapping[str, Any]) -> Tensor:
     """The mask as the program takes it; the pipeline leaves out one that masks nothing."""
-    if given[MASK] is None:
-        return torch.ones(given[STATES].shape[:2])
-    return given[MASK].float()
+    if keywords[MASK] is None:
+        return torch.ones(keywords[STATES].shape[:2])
+    return keywords[MASK].float()
 
 
-def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+def block_inputs(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors: complex tables, the text's first, as real."""
-    found = {name: given[name] for name in (*STREAMS, "temb")} | {MASK: masked(given)}
-    turned = torch.cat(given["image_rotary_emb"][::-1]).repeat_interleave(2, dim=-1)
+    found = {name: keywords[name] for name in (*STREAMS, "temb")} | {MASK: text_mask(keywords)}
+    turned = torch.cat(keywords["image_rotary_emb"][::-1]).repeat_interleave(2, dim=-1)
     return found | {"rope_cos": turned.real, "rope_sin": turned.imag}
 
 
-def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    model: Any, keywords: Mapping[str, Any], first: Mapping[str, Any]
+) -> dict[str, Any]:
     """The forward's keywords, with rotary tables in place of an image's shape."""
-    found = {name: given[name] for name in (*STREAMS, "timestep")} | {MASK: masked(given)}
+    found = {name: keywords[name] for name in (*STREAMS, "timestep")} | {MASK: text_mask(keywords)}
     return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
 
 
@@ -249,7 +251,7 @@ QWEN = Family(
         environment=environment,
         embed=Embed,
         final=Final,
-        row=lambda block: Row("joint", READ, STREAMS[::-1], call_block),
+        row=lambda block: Row("joint", BLOCK_INPUTS, STREAMS[::-1], call_block),
         processor=MaskedAttention,
     ),
     lengths=lengths,

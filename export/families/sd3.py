@@ -28,13 +28,13 @@ from export.families.encoders import (
     clip_projection_program,
     pooled_and_states,
 )
-from export.families.ends import Final, patches, sample_patches
+from export.families.ends import Final, kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
 from export.graph.program import MODULATION, Environment, Row, Tracing
 from export.graph.trace import Spec
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
-READ = (*STREAMS, "temb")
+BLOCK_INPUTS = (*STREAMS, "temb")
 
 
 class Embed(nn.Module):
@@ -45,7 +45,7 @@ class Embed(nn.Module):
         self.pos_embed = model.pos_embed
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
-        modulation.lend(model, self)
+        modulation.attach(model, self)
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class Embed(nn.Module):
         image = (image + patches.pos_embed[0][positions]).to(image.dtype)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
-        return image, text, temb, *modulation.written(self, temb)
+        return image, text, temb, *modulation.output(self, temb)
 
 
 class JointAttention:
@@ -126,7 +126,7 @@ def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
     return run(
         hidden_states=tensors["hidden_states"],
         encoder_hidden_states=tensors["encoder_hidden_states"],
-        temb=modulation.read(tensors),
+        temb=modulation.block_embedding(tensors),
     )
 
 
@@ -143,10 +143,10 @@ def call_last(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
 def row(block: nn.Module) -> Row:
     """Blocks with one attention, with two, and the last."""
     if block.context_pre_only:
-        both = (*READ, MODULATION) if isinstance(block.norm1, SharedAdaLN) else READ
+        both = (*BLOCK_INPUTS, MODULATION) if isinstance(block.norm1, SharedAdaLN) else BLOCK_INPUTS
         return Row("last", both, STREAMS[:1], call_last)
     kind = "dual" if block.use_dual_attention else "joint"
-    return Row(kind, READ, STREAMS[::-1], call_block)
+    return Row(kind, BLOCK_INPUTS, STREAMS[::-1], call_block)
 
 
 def environment(model: Any, dtype: torch.dtype) -> Environment:
@@ -187,10 +187,7 @@ def latents(
             f"{directory} has a transformer of {transformer.get('in_channels')} input channels and"
             f" a VAE of {channels}, expected as many; the components are of different models."
         )
-    return {
-        "channels": channels,
-        "vae_scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-        "scaling_factor": vae["scaling_factor"],
+    return kl_latents(vae) | {
         "shift_factor": vae.get("shift_factor"),
         "patch": transformer["patch_size"],
         "grid": transformer["pos_embed_max_size"],
@@ -207,29 +204,25 @@ def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------- torch's side of parity
 
 
-def block_inputs(given: Mapping[str, Any]) -> dict[str, Tensor]:
+def block_inputs(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     """A block's keywords as the program's tensors."""
-    return {name: given[name] for name in READ}
+    return {name: keywords[name] for name in BLOCK_INPUTS}
 
 
-def model_inputs(model: Any, given: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    model: Any, keywords: Mapping[str, Any], first: Mapping[str, Any]
+) -> dict[str, Any]:
     """The forward's keywords: latents cut into patches, and where these are."""
-    config, latents = model.config, given["hidden_states"]
+    config, latents = model.config, keywords["hidden_states"]
     patch, grid = config.patch_size, config.pos_embed_max_size
     rows = torch.arange(grid * grid).view(grid, grid)
     height, width = (side // patch for side in latents.shape[-2:])
     top, left = (grid - height) // 2, (grid - width) // 2
-    found = {n: given[n] for n in ("encoder_hidden_states", "pooled_projections", "timestep")}
+    found = {n: keywords[n] for n in ("encoder_hidden_states", "pooled_projections", "timestep")}
     return found | {
         "hidden_states": patches(latents, patch),
         "positions": rows[top : top + height, left : left + width].reshape(-1),
     }
-
-
-def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """[n, C, h, w], unscaled."""
-    config = pipe.vae.config
-    return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 CLIP = (TRANSFORMERS, "CLIPTextModelWithProjection", clip_projection_program, pooled_and_states)
@@ -256,5 +249,5 @@ SD3 = Family(
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     sample=sample_patches,
-    spatial=spatial,
+    spatial=unscaled,
 )

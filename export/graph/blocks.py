@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
-    """A block's inputs: shared modulation takes the place of temb, or stands beside it."""
+    """A block's inputs: shared modulation replaces temb, or comes in addition to it."""
     if MODULATION in row.inputs:
         return {name: inner[name] for name in row.inputs}
     names = [MODULATION if n == "temb" and MODULATION in inner else n for n in row.inputs]
@@ -48,10 +48,11 @@ def transformer_program(
     inputs, inner, outputs = tracing.environment(model, dtype)
     passed = {name for name in inputs if inner.get(name) is inputs[name]}  # to the blocks, as is
     first = {name: spec for name, spec in inputs.items() if name not in passed}
-    opened = {name: inner[name] for name in inner if name not in passed}
+    embedded = {name: inner[name] for name in inner if name not in passed}
     last = {name: inner[name] for name in tracing.final_inputs}
     embed, final = tracing.embed(model), tracing.final(model)
-    steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, opened)]
+    # A step: weight prefix, type's name, module, how to call it, what it reads, what it writes.
+    steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, embedded)]
     members: dict[str, list[int]] = {}
     for _, blocks in family_of_model(model).blocks.kinds:
         for prefix, block, group in placed_blocks(model, blocks):
@@ -62,6 +63,7 @@ def transformer_program(
             steps.append((prefix, row.type, block, row.call, reads(row, inner), written))
     steps.append(("", "final", final, call_by_name, last, outputs))
 
+    # Steps of one structure share a type, which is traced once.
     types: dict[str, BlockType] = {}
     found: dict[Any, str] = {}
     stems: Counter[str] = Counter()
@@ -81,10 +83,10 @@ def transformer_program(
             progress("trace transformer", done, len(steps))
         calls.append((type_of(*step), prefix))
     groups = {}
-    for name, places in members.items():
+    for name, indices in members.items():
         router = ExportRouter(model.get_submodule(name).router)
         kind = type_of("router", router, call_by_name, router.inputs(inner), router.outputs())
-        groups[name] = Group(kind, f"{name}.", tuple(places), router.alpha)
+        groups[name] = Group(kind, f"{name}.", tuple(indices), router.alpha)
     if progress is not None:
         progress("trace transformer", len(steps), len(steps))
     return Program(types, calls, inputs, outputs, groups)

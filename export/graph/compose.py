@@ -50,12 +50,14 @@ def compose(
         for file in (weights, *shards)
         for name, tensor in read_header(file).items()
     }
+    # Filled by `call` as the program is walked: functions once a type, weights once a name.
     functions: dict[str, Any] = {}
     nodes: list[Any] = []
     initializers: list[Any] = []
     cast: dict[str, str] = {}  # tensor -> the name under which blocks read it
     env = {name: name for name in program.inputs}
     inputs = [value_info(name, spec) for name, spec in program.inputs.items()]
+    # The call that writes a tensor last, which gives the component's output its name.
     last = {
         name: index
         for index, (kind, _) in enumerate(program.calls)
@@ -70,8 +72,8 @@ def compose(
         row = program.types[kind]
         graph = row.graphs[str(top_k) if row.routed else ""]
         read = used_inputs(graph)
-        for part in (*graph.functions, function(row, graph, read)):
-            functions[f"{part.domain}:{part.name}"] = part
+        for each in (*graph.functions, function(row, graph, read)):
+            functions[f"{each.domain}:{each.name}"] = each
         arguments = [env[name] for name in row.inputs if name in read]
         for local, spec in row.weights.items():
             if local not in read:

@@ -1,7 +1,7 @@
 """Which experts a backend chooses, from its routers' logits, against torch's choice.
 
 Where two experts' gates are closer than rounding, the choice may differ and the image with it: so
-agreement is told together with the margin, the difference between the last gate chosen and the
+agreement is reported with the margin, the difference between the last gate chosen and the
 first one left out.
 """
 

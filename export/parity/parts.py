@@ -73,7 +73,7 @@ def compare_components(
 def compare_ids(pipeline: Pipeline, reference: Recording, prompts: Sequence[str]) -> list[Row]:
     """Token ids, which must be equal.
 
-    A pipeline that is asked a prompt at a time, without padding, has left the last one's.
+    A pipeline that encodes a prompt at a time, without padding, has recorded the last one's.
     """
     texts = [pipeline.family.with_template(prompt) for prompt in prompts]
     rows = []
@@ -94,7 +94,7 @@ def compare_blocks(
     reference: Recording,
     top_k: int | None,
     limit: float,
-    tell: Progress,
+    report: Progress,
 ) -> list[Row]:
     """Every block and router of the program alone, on torch's inputs, at the recorded steps."""
     component = bundle.component("transformer")
@@ -103,7 +103,7 @@ def compare_blocks(
     rows: list[Row] = []
     for number, (step, recorded) in enumerate(reference.blocks.items()):
         for index, call in enumerate(program):
-            tell("blocks", number * len(program) + index, len(reference.blocks) * len(program))
+            report("blocks", number * len(program) + index, len(reference.blocks) * len(program))
             kind, prefix = call["type"], call["prefix"]
             if (prefix or kind) not in recorded:
                 raise ValueError(
@@ -121,7 +121,7 @@ def compare_blocks(
 
             place = f"{prefix.rstrip('.') or kind} (step {step})"
             rows += compare(place, feed, outputs, run, name=backend, limit=limit)
-    tell("blocks", 1, 1)
+    report("blocks", 1, 1)
     return rows
 
 
@@ -148,9 +148,9 @@ def compare_experts(
                 kind, prefix = call["type"], call["prefix"]
                 inputs, _ = reference.blocks[step][prefix or kind]
                 feed = {name: inputs[name] for name in component["types"][kind]["inputs"]}
-                mine = {n: v for n, v in logits.items() if prefix and n.startswith(prefix)}
-                found = executor.block(kind, prefix, feed, top_k) if mine else {}
-                for name, expected in mine.items():
+                own = {n: v for n, v in logits.items() if prefix and n.startswith(prefix)}
+                found = executor.block(kind, prefix, feed, top_k) if own else {}
+                for name, expected in own.items():
                     tensor = found[f"{name.removeprefix(prefix)}.logits"]
                     sites.append((f"{name} (step {step})", expected, tensor))
     return agreement(sites, top_k, margin)
@@ -186,10 +186,10 @@ def compare_trajectory(
     latent: tuple[int, ...],
     top_k: int | None,
     steps: int,
-    tell: Progress,
+    report: Progress,
     kappa: int | None = None,
 ) -> dict[str, Any]:
-    """Both draw from the same noise and torch's embeddings; the latents after each step."""
+    """Both generate from the same noise and torch's embeddings; the latents after each step."""
     found: list[np.ndarray] = []
     final = denoise(
         pipeline,
@@ -200,7 +200,7 @@ def compare_trajectory(
         kappa=[kappa] * steps,
         guidance=pipeline.manifest["defaults"]["guidance"],
         negative=reference.negative,
-        step=lambda done, total: tell("trajectory", done, total),
+        step=lambda done, total: report("trajectory", done, total),
         after=lambda done, total, latents: found.append(latents.copy()),
     )
     rows = [

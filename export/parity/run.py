@@ -2,7 +2,7 @@
 
 Three comparisons, each with another purpose: every component alone; every block alone on the
 inputs it has in torch, so that errors do not pile up and the block that errs is named; the whole
-trajectory, where they do pile up, to the picture. Beside them the experts, and the blocks of
+trajectory, where they do pile up, to the image. Besides these the experts, and the blocks of
 groups, that routers choose.
 Built on polygraphy's runners and comparator (export/parity/compare.py).
 """
@@ -30,7 +30,7 @@ from runtime.request import check_kappa
 from runtime.sampling import prepare_latents
 
 PROMPTS = ("a red circle", "two blue squares and a green triangle")
-# Per compute dtype: largest relative error of a tensor, smallest PSNR of the picture in dB, gate
+# Per compute dtype: largest relative error of a tensor, smallest PSNR of the image in dB, gate
 # margin above which experts must agree. float32 is the requirement; the half types are ours: an
 # error of 2^-8 (bfloat16) or 2^-11 (float16) per operation, a few operations deep.
 LIMITS = {
@@ -62,22 +62,23 @@ def parity(
     step, and `image_psnr`).
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
-    tell = progress or (lambda phase, done, total: None)
+    report = progress or (lambda phase, done, total: None)
     opened = open_bundle(bundle)
     manifest = opened.manifest
     k = manifest["top_k"] if top_k is None else top_k
-    kept = check_kappa(manifest, kappa, 1)[0]
+    kappa = check_kappa(manifest, kappa, 1)[0]
     count = steps or manifest["defaults"]["steps"]
     pipeline = Pipeline(opened, backend)
     target = plans_in_use(pipeline)
     dtype = manifest["plans"][target]["dtype"] if target else manifest["compute_dtype"]
     limits = LIMITS[dtype]
-    tell("torch", 0, 1)
+    report("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())
     noise = prepare_latents(pipeline, range(seed, seed + len(prompts)), (latent[0], latent[1]))
+    # The first, a middle and the last step: noise, half an image, an image.
     recorded = sorted({0, count // 2, count - 1})
-    pipe = load_reference(sparse_dir, manifest["kind"], k, kept)
+    pipe = load_reference(sparse_dir, manifest["kind"], k, kappa)
     as_stored(pipe, opened)
     reference = record(
         pipe,
@@ -90,27 +91,27 @@ def parity(
         - pipeline.family.dropped,
         recorded=recorded,
     )
-    tell("torch", 1, 1)
+    report("torch", 1, 1)
     limit = limits["relative_error"]
-    components = compare_components(pipeline, reference, k, limit, kept)
+    components = compare_components(pipeline, reference, k, limit, kappa)
     components += compare_ids(pipeline, reference, prompts)
-    blocks = compare_blocks(opened, pipeline.backend, reference, k, limit, tell)
+    blocks = compare_blocks(opened, pipeline.backend, reference, k, limit, report)
     experts = None
     if k:
         experts = compare_experts(
             opened, pipeline.backend, target, sparse_dir, reference, k, limits["margin"]
         )
     groups = None
-    if kept is not None:
-        groups = compare_choices(opened, pipeline.backend, reference, kept, limits["margin"])
-    trajectory = compare_trajectory(pipeline, reference, noise, latent, k, count, tell, kept)
+    if kappa is not None:
+        groups = compare_choices(opened, pipeline.backend, reference, kappa, limits["margin"])
+    trajectory = compare_trajectory(pipeline, reference, noise, latent, k, count, report, kappa)
     result: dict[str, Any] = {
         "sparse": str(sparse_dir),
         "bundle": str(bundle),
         "backend": pipeline.backend,
         "dtype": dtype,
         "top_k": k,
-        "kappa": kept,
+        "kappa": kappa,
         "steps": count,
         "seed": seed,
         "prompts": list(prompts),
@@ -158,7 +159,7 @@ def failures(result: dict[str, Any]) -> list[str]:
             )
     image = min(result["trajectory"]["image_psnr"])
     if not image > limits["psnr"]:
-        found.append(f"a picture has a PSNR of {image:.1f} dB, expected over {limits['psnr']} dB.")
+        found.append(f"an image has a PSNR of {image:.1f} dB, expected over {limits['psnr']} dB.")
     return found
 
 
@@ -196,8 +197,8 @@ def tables(result: dict[str, Any], rows: int = 8) -> list[Any]:
                 f" ({row['sure_tokens']}); largest margin of a flip"
                 f" {row['largest_flip_margin']:.1e}"
             )
-    pictures = ", ".join(f"{value:.1f}" for value in result["trajectory"]["image_psnr"])
-    shown.append(f"pictures: {pictures} dB PSNR")
+    ratios = ", ".join(f"{value:.1f}" for value in result["trajectory"]["image_psnr"])
+    shown.append(f"images: {ratios} dB PSNR")
     verdict = "passed" if result["passed"] else "FAILED: " + " ".join(result["failures"])
     shown.append(f"{result['backend']} ({result['dtype']}) against torch (float32): {verdict}")
     return shown

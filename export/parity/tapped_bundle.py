@@ -15,6 +15,7 @@ from d2m.families import FAMILIES, Family
 from export.graph.trace import OUT
 from export.op.schema import DOMAIN, OP
 from runtime.bundle.directory import Bundle
+from runtime.files.atomic import write_bytes
 from runtime.trt.launch_schedule import plan_key
 
 # Rows of a site's logits, by the tokens that pass it.
@@ -67,7 +68,7 @@ def tapped_bundle(bundle: Bundle, folder: Path, top_k: int) -> Bundle:
     own = manifest["compute_dtype"]
     for (kind, key), graph in block_graphs(bundle, top_k, "", own).items():
         model, names = tap(graph, family_of(bundle))
-        save(model, folder / kinds[kind]["graphs"][key])
+        write_bytes(folder / kinds[kind]["graphs"][key], model.SerializeToString())
         kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
 
@@ -88,7 +89,7 @@ def tapped_plans(
     for (kind, key), graph in block_graphs(bundle, top_k, sparse_dir, row["dtype"]).items():
         name = plan_key("transformer", kind, key)
         model, names = tap(graph, family_of(bundle))
-        graphs[name] = save(model, folder / f"{name}.onnx")
+        graphs[name] = write_bytes(folder / f"{name}.onnx", model.SerializeToString())
         kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
     plans = build_plans(
         graphs,
@@ -135,12 +136,3 @@ def block_graphs(
         for kind, found in program.types.items()
         for key, graph in found.graphs.items()
     }
-
-
-def save(model: Any, path: Path) -> Path:
-    """Write a model, making its directory."""
-    import onnx
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, str(path))
-    return path

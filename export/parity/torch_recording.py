@@ -79,8 +79,8 @@ def load_reference(
 def as_stored(pipe: Any, bundle: Bundle) -> None:
     """Round the pipeline's weights as the bundle stores them.
 
-    `d2m export --storage bf16` of weights trained in float32 rounds them, and says so; what parity
-    is to find are errors beside that (ours).
+    `d2m export --storage bf16` of weights trained in float32 rounds them, and says so; parity
+    is to find all other errors (ours).
     """
     import torch
 
@@ -119,9 +119,9 @@ def record(
     text_tokens: int,
     recorded: Sequence[int],
 ) -> Recording:
-    """Draw from `noise` [n, ...], keeping the parts of the steps in `recorded`.
+    """Generate from `noise` [n, ...], recording the parts in the steps `recorded`.
 
-    A family that is drawn with classifier-free guidance is guided against the empty prompt.
+    A family that generates with classifier-free guidance is guided against the empty prompt.
     """
     import torch
 
@@ -246,6 +246,7 @@ def watch_transformer(
         if not isinstance(module, BlockGroup):
             blocks[prefix] = passed[-1]
             return
+        # Each block of a group, on what entered the group: skipped ones are compared too.
         for index, member in module.blocks.items():
             blocks[f"{prefix}blocks.{index}."] = pair(kwargs, member(**kwargs))
         read = ("hidden_states", "encoder_hidden_states", "temb")
@@ -266,13 +267,15 @@ def watch_transformer(
         sample = {"sample": array(row.sample(model, output[0]))}
         if "transformer" not in result.components:
             result.components["transformer"] = (inputs, sample)
+        # What is before the first block is known by what that block read, what is after the last by
+        # what it wrote; a family adds what no block reads.
         unread = {name: array(each) for name, each in row.unread(model, kwargs).items()}
-        opened = ("hidden_states", "encoder_hidden_states", "temb", MODULATION)
-        embedded = {name: each for name, each in (first | unread).items() if name in opened}
+        written = ("hidden_states", "encoder_hidden_states", "temb", MODULATION)
+        embedded = {name: each for name, each in (first | unread).items() if name in written}
         result.blocks[step]["embed"] = (inputs, embedded)
-        closing = last[0] | last[1] | unread
-        closing = {name: closing[name] for name in row.tracing.final_inputs}
-        result.blocks[step]["final"] = (closing, sample)
+        ends = last[0] | last[1] | unread
+        final = {name: ends[name] for name in row.tracing.final_inputs}
+        result.blocks[step]["final"] = (final, sample)
         chosen = {name: site.last_logits for name, site in sites.items() if site.top_k}
         result.logits[step] = {
             name: array(logits).reshape(-1, logits.shape[-1])
@@ -299,7 +302,7 @@ def named(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_unit(image: np.ndarray) -> np.ndarray:
-    """-1..1 to 0..1, clipped, as pictures are saved."""
+    """-1..1 to 0..1, clipped, as images are saved."""
     return np.clip(image / 2 + 0.5, 0, 1)
 
 

@@ -9,6 +9,6 @@ TensorRT-RTX.
     fuse              Block graphs in the form from which TensorRT fuses most: the same function
     layers            What a compiled plan runs: the builder's layer dump
     segments          A block graph cut at its routed experts: dense segments
-    expert_kernels    `d2m export --cubins`: beside the plans of whole blocks
+    expert_kernels    `d2m export --cubins`: segments of blocks and the experts' kernels
     plugins           TensorRT plugins of the routed experts' kernels
 """

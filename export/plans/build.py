@@ -72,28 +72,28 @@ def build_plans(
         "layers": {},
     }
     used: set[str] = set()
-    tell = progress or (lambda phase, done, total: None)
-    tell(f"plans ({name})", 0, len(block_graphs))
+    report = progress or (lambda phase, done, total: None)
+    report(f"plans ({name})", 0, len(block_graphs))
 
     # Read here, in one thread (onnx's registry of schemas is not safe in two), built side by side.
     tokens = profiles["image_tokens"][1]
-    plugged = {
+    plugins = {
         key: plugin_plan(block_graphs[key], kernels, capabilities, tokens)
         for key in sorted(block_graphs)
     }
     models = {
-        key: load_graph(block_graphs[key], tokens=tokens, plugin=plugged[key])
+        key: load_graph(block_graphs[key], tokens=tokens, plugin=plugins[key])
         for key in sorted(block_graphs)
     }
 
-    def one(key: str) -> tuple[str, bytes, str]:
+    def compile_one(key: str) -> tuple[str, bytes, str]:
         shapes = bounds(tensors(models[key]), profiles, key)
         return key, *build(
-            trt, models[key], shapes, sm=capabilities, name=key, kernels=plugged[key]
+            trt, models[key], shapes, sm=capabilities, name=key, kernels=plugins[key]
         )
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        for done, (key, plan, dump) in enumerate(pool.map(one, models), 1):
+        for done, (key, plan, dump) in enumerate(pool.map(compile_one, models), 1):
             model = models[key]
             if host := host_tensors(dump):
                 raise ValueError(
@@ -106,9 +106,9 @@ def build_plans(
             entry["files"][key] = f"plans/{target}/{key}.plan"
             write_bytes(Path(out_dir) / entry["files"][key], plan)
             used.update(names_in((*io["inputs"], *io["outputs"])))
-            tell(f"plans ({name})", done, len(block_graphs))
-    kept = (dim for dim in sorted(profiles) if dim.rpartition(".")[2] in used)
-    entry["profiles"] = {dim: list(profiles[dim]) for dim in kept}
+            report(f"plans ({name})", done, len(block_graphs))
+    needed = (dim for dim in sorted(profiles) if dim.rpartition(".")[2] in used)
+    entry["profiles"] = {dim: list(profiles[dim]) for dim in needed}
     return {target: entry}
 
 
@@ -188,7 +188,7 @@ def bounds(
             if found is None:
                 raise ValueError(
                     f"plan {key} has a tensor {row['name']!r} of shape {row['shape']}, expected a"
-                    f" profile for {dim!r} beside {', '.join(sorted(profiles))}."
+                    f" profile for {dim!r} besides {', '.join(sorted(profiles))}."
                 )
             ranges[dim] = found
     points = [{dim: found[point] for dim, found in ranges.items()} for point in range(3)]
@@ -206,7 +206,7 @@ def names_in(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def default_profiles(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Profiles around a bundle's default picture: batch 1 to 8, sides from a quarter to 1.5 times.
+    """Profiles around a bundle's default image: batch 1 to 8, sides from a quarter to 1.5 times.
 
     `manifest` needs `defaults` (height, width), `latents` (vae_scale_factor) and `tokenizers`.
     """

@@ -43,7 +43,9 @@ def load_api(api: str = "auto") -> Any:
         if importlib.util.find_spec(name) is None:
             continue
         trt = importlib.import_module(name)
-        reason = "asked for" if api != "auto" else "the first of tensorrt, tensorrt_rtx found"
+        reason = (
+            "chosen by option" if api != "auto" else "the first of tensorrt, tensorrt_rtx found"
+        )
         log.info("plans: %s %s (%s)", name, trt.__version__, reason)
         return trt
     if api == "auto":
@@ -143,7 +145,7 @@ def build(
             tail = " ".join(done.stderr.split())[-300:].rstrip(". ")
             raise OSError(
                 f"{trt.__name__} {trt.__version__} ended with status {done.returncode} while"
-                f" building plan {name}, expected a plan ({tail or 'it said nothing'})."
+                f" building plan {name}, expected a plan ({tail or 'without a message'})."
             )
         outcome = read_json(result)
         if "error" in outcome:

@@ -105,7 +105,7 @@ def inspect(trt: Any, logger: Any, plan: bytes) -> str:
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps errors and the layer dump; a build says megabytes besides."""
+    """A logger that keeps errors and the layer dump; a build logs megabytes more."""
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

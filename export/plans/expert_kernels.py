@@ -1,9 +1,9 @@
-"""`d2m export --cubins`: beside the plans of whole blocks, their segments and the experts' kernels.
+"""`d2m export --cubins`: segments of blocks and the experts' kernels, besides whole plans.
 
 A target then offers both: `transformer/double.k2` with the portable body, and the steps that
 `segments` lists in its place, `transformer/double.0`, `transformer/double.k2.experts.0` and so on,
 where what is no plan is a launch of a package of kernels, `kernels/bf16-12x3072x768`: one for each
-size of experts. Which of them runs is decided on the machine that draws (runtime.trt.experts).
+size of experts. Which of them runs is decided on the machine that generates (runtime.trt.experts).
 Segments are the same for every number of experts.
 """
 
@@ -18,12 +18,12 @@ from export.plans.segments import Experts, cut
 from runtime.files.atomic import write_bytes
 
 Progress = Callable[[str, int, int], None]
-PORTABLE = (80, 89, 120)  # kernels beside portable plans: one for each of CUDA's families there
+PORTABLE = (80, 89, 120)  # kernels for portable plans: one for each of CUDA's families there
 FOLDER = "kernels"
 
 
 @dataclass
-class Pieces:
+class CutBlocks:
     """What cutting gives: graphs to compile, and what a target's row of the manifest says of them.
 
     segments: whole plan -> its steps; experts: step -> top_k; tensors: step -> inputs and outputs.
@@ -38,7 +38,7 @@ class Pieces:
         """(E, D, H) of a launch's experts."""
         return tuple(self.tensors[step]["inputs"][2]["shape"])
 
-    def into(self, row: dict[str, Any], dtype: str) -> None:
+    def add_to(self, row: dict[str, Any], dtype: str) -> None:
         """Add the pieces to a target whose segments have been compiled, its kernels in `dtype`."""
         row["segments"] = self.segments
         row["experts"] = {
@@ -67,14 +67,14 @@ def check_cubins(plans: bool, sparse: bool, plugin: bool, sm: Sequence[int]) -> 
     triton_version()
 
 
-def cut_blocks(graphs: Mapping[str, Path], folder: Path) -> Pieces:
+def cut_blocks(graphs: Mapping[str, Path], folder: Path) -> CutBlocks:
     """Cut every graph with routed experts; segments are written to `folder`, once for all top_k.
 
     graphs: "transformer/double.k2" -> ONNX file.
     """
     import onnx
 
-    pieces = Pieces()
+    pieces = CutBlocks()
     for key, path in sorted(graphs.items()):
         steps = cut(onnx.load(str(path)))
         if len(steps) == 1:
@@ -98,7 +98,7 @@ def cut_blocks(graphs: Mapping[str, Path], folder: Path) -> Pieces:
 
 def build_kernels(
     out: Path,
-    pieces: Pieces,
+    pieces: CutBlocks,
     dtype: str,
     sm: Sequence[int],
     *,
@@ -116,7 +116,7 @@ def build_kernels(
     if not found or not sm or (ptx and len(found) > 1):
         what = f"experts of {len(found)} sizes" if sm else "no GPU"
         raise ValueError(
-            f"kernels are asked for but there is {what}, expected one size of experts (--cubins:"
+            f"kernels cannot be built: there is {what}, expected one size of experts (--cubins:"
             " or several) and GPUs to build for (--sm, or one in this machine); leave --cubins and"
             " --plugin out."
         )
@@ -135,7 +135,7 @@ def package_name(dtype: str, size: Sequence[int]) -> str:
 
 
 def kernel_sm(apis: Sequence[str], sm: Sequence[int]) -> list[int]:
-    """Compute capabilities of the kernels: those of the plans, PORTABLE beside portable ones."""
+    """Compute capabilities of the kernels: those of the plans, PORTABLE for portable ones."""
     from export.plans.compiler import local_sm
 
     here = local_sm() if "tensorrt" in apis else None

@@ -114,11 +114,11 @@ def summary(found: Sequence[Layer]) -> dict[str, int]:
 def check_plan(
     name: str, found: Sequence[Layer], *, dtype: str = "bfloat16", attentions: int = 0
 ) -> dict[str, int]:
-    """Refuse a plan that branches, waits for the host, or leaves an attention in pieces.
+    """Refuse a plan that branches, waits for the host, or leaves an attention unfused.
 
     `attentions`: how many attentions the graph holds. In float32 none is fused by any release
-    (documented, and measured: IAttention answers "no dedicated kernel"), so they are only asked
-    for in half precision. Returns `summary`; raises ValueError naming plan and layer.
+    (documented, and measured: IAttention answers "no dedicated kernel"), so they are only required
+    in half precision. Returns `summary`; raises ValueError naming plan and layer.
     """
     if not found:
         raise ValueError(f"plan {name} has an empty layer dump, expected at least one layer.")

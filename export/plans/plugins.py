@@ -16,7 +16,6 @@ raises a kernel's limit of dynamic shared memory above 48 kB, which `up` and `do
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,8 +225,3 @@ def annotate(function: Any, parameters: Mapping[str, Any], result: Any) -> None:
     rows = [inspect.Parameter(name, kind, annotation=type_) for name, type_ in parameters.items()]
     function.__signature__ = inspect.Signature(rows, return_annotation=result)
     function.__annotations__ = {**parameters, "return": result}
-
-
-def is_identifier(name: str) -> bool:
-    """Whether a plugin's name is one that ONNX and TensorRT both take."""
-    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None

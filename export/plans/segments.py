@@ -196,7 +196,7 @@ class _Graph:
                     node.input[place] = rows
 
     def measure_what_is_read(self, body: Sequence[Any], made: Mapping[str, Any]) -> None:
-        """A Shape of a tensor from outside is asked of one that the segment reads anyway."""
+        """A Shape of a tensor from outside is taken of one that the segment reads anyway."""
 
         def dims(name: str) -> list[Any]:
             return list(self.row(name)["shape"])

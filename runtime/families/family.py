@@ -1,6 +1,6 @@
 """What a family of models is to the runtime: its components, and numpy functions around them.
 
-A row stands in a file of its own, `runtime/family_NAME.py`, with the functions it names
+A row stands in a file of its own, `runtime/families/NAME.py`, with the functions it names
 (docs/families.md). Letters: n images, C latent channels, h x w latent pixels, T tokens.
 `latents` [n, ...] are of the shape that the family denoises: FLUX's are packed, SD3's [n, C, h, w].
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.families.flow_matching import check_scheduler, sampler
-from runtime.families.latents import Settings, Size, Step
+from runtime.families.latents import Settings, Size, Step, patches, spatial_noise, unpatchify
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
@@ -58,8 +58,9 @@ class Family:
     sigmas(scheduler, steps, T, given): noise levels [steps + 1].
     sampler(scheduler, noise levels): the step of one generation, (index, latents, prediction as
         latents) -> the next latents; asked in order, so that it may remember.
-    feeds(manifest, conditions, sigmas, (h, w), guidance): the transformer's inputs but for
-        hidden_states at each of `sigmas`, for as many rows as `conditions` have.
+    inputs(manifest, conditions, (h, w), guidance): the transformer's inputs that are the same in
+        every step, for as many rows as `conditions` have.
+    timesteps(scheduler, noise levels [S]): its input `timestep` at each of them, [S].
     tokens(latents, settings): hidden_states [n, T, channels].
     guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
     velocity(sample, settings, (h, w)): the transformer's output as latents (or noise, as `sampler`
@@ -75,16 +76,16 @@ class Family:
     title_of: Callable[[Mapping[str, Any]], str]
     check: Callable[[Mapping[str, Any]], None]
     encode: Callable[[Run, Sequence[str]], dict[str, np.ndarray]]
-    noise: Callable[[Sequence[int], int, int, int], np.ndarray]
-    layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]]
-    arrange: Callable[[np.ndarray], np.ndarray]
     sigmas: Callable[[dict[str, Any], int, int, Sequence[float] | None], np.ndarray]
-    feeds: Callable[
-        [Mapping[str, Any], Arrays, np.ndarray, Size, float], list[dict[str, np.ndarray]]
-    ]
-    tokens: Callable[[np.ndarray, Settings], np.ndarray]
-    velocity: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    inputs: Callable[[Mapping[str, Any], Arrays, Size, float], dict[str, np.ndarray]]
+    timesteps: Callable[[dict[str, Any], np.ndarray], np.ndarray]
     image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
+    # What follows fits latents [n, C, h, w] under flow matching.
+    noise: Callable[[Sequence[int], int, int, int], np.ndarray] = spatial_noise
+    layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]] = lambda *shape: (shape,)
+    arrange: Callable[[np.ndarray], np.ndarray] = lambda latents: latents
+    tokens: Callable[[np.ndarray, Settings], np.ndarray] = patches
+    velocity: Callable[[np.ndarray, Settings, Size], np.ndarray] = unpatchify
     guided: bool = False
     largest: Callable[[Mapping[str, Any]], int] = lambda manifest: MAX_SIDE
     guide: Callable[[np.ndarray, float], np.ndarray] = guide

@@ -91,7 +91,7 @@ def sigmas(
     else:
         values = shift * values / (1 + (shift - 1) * values)
     terminal = config.get("shift_terminal")
-    if terminal:
+    if terminal and values[-1] < 1:  # a single level is pure noise, which no stretch moves
         values = 1 - (1 - values) / ((1 - values[-1]) / (1 - terminal))
     first, last = float(values[0]), float(values[-1])
     if config.get("use_karras_sigmas"):
@@ -102,13 +102,13 @@ def sigmas(
     return np.append(values.astype(np.float32), np.float32(0))
 
 
-def timestep(sigma: float | np.floating, batch: int, config: dict[str, Any]) -> np.ndarray:
-    """The transformer's timestep input [batch] in [0, 1].
+def timesteps(config: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
+    """Noise levels [S] -> the transformer's timesteps [S] in [0, 1], float32.
 
     diffusers multiplies by num_train_timesteps and divides by 1000, both rounded to float32.
     """
     scale = np.float32(config.get("num_train_timesteps", TRAIN_STEPS))
-    return np.full(batch, np.float32(sigma) * scale / np.float32(1000), np.float32)
+    return levels.astype(np.float32) * scale / np.float32(1000)
 
 
 def euler(

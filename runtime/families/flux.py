@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.families import latents as shared
 from runtime.families.family import Arrays, Family, Run, rows
-from runtime.families.flow_matching import sigmas, timestep
+from runtime.families.flow_matching import sigmas, timesteps
 from runtime.families.latents import Settings, Size
 
 
@@ -34,23 +34,18 @@ def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-def feeds(
-    manifest: Mapping[str, Any],
-    conditions: Arrays,
-    sigmas: np.ndarray,
-    latent_size: Size,
-    guidance: float,
-) -> list[dict[str, np.ndarray]]:
+def inputs(
+    manifest: Mapping[str, Any], conditions: Arrays, latent_size: Size, guidance: float
+) -> dict[str, np.ndarray]:
     """See runtime.families.family; guidance is an input where the model embeds it."""
-    settings, batch = manifest["latents"], rows(conditions)
+    settings = manifest["latents"]
     length = conditions["encoder_hidden_states"].shape[1]
     positions = shared.position_ids(length, *latent_size)
     cos, sin = shared.rope(positions, settings["rope_axes"], settings["rope_theta"])
-    inputs = {**conditions, "rope_cos": cos, "rope_sin": sin}
+    found = {**conditions, "rope_cos": cos, "rope_sin": sin}
     if guided(manifest):
-        inputs["guidance"] = np.full(batch, guidance, np.float32)
-    times = (timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
-    return [inputs | {"timestep": time} for time in times]
+        found["guidance"] = np.full(rows(conditions), guidance, np.float32)
+    return found
 
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
@@ -72,7 +67,8 @@ FLUX = Family(
     layouts=shared.packed_layouts,
     arrange=shared.pack,
     sigmas=sigmas,
-    feeds=feeds,
+    inputs=inputs,
+    timesteps=timesteps,
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=image_latents,

@@ -54,6 +54,11 @@ def pack(latents: np.ndarray, side: int = 2) -> np.ndarray:
     return np.ascontiguousarray(patches.reshape(n, -1, channels * side * side))
 
 
+def patches(latents: np.ndarray, settings: Settings) -> np.ndarray:
+    """[n, C, h, w] -> tokens [n, T, C p p] of the manifest's `patch`."""
+    return pack(latents, settings["patch"])
+
+
 def unpack(tokens: np.ndarray, height: int, width: int) -> np.ndarray:
     """[n, (h/2)(w/2), 4C] -> [n, C, h, w]; the inverse of `pack` with patches of 2 x 2."""
     n, _, channels = tokens.shape

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from runtime.families import dpm_solver
-from runtime.families.family import Arrays, Family, Run, rows
-from runtime.families.latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
+from runtime.families.family import Arrays, Family, Run
+from runtime.families.latents import Settings, Size, unpatchify, unscale
 from runtime.files.checked_json import integer, mapping, number, wrong
 
 
@@ -62,8 +62,8 @@ def positions(settings: Settings, height: int, width: int) -> np.ndarray:
     omega = 1 / 10000.0 ** (np.arange(quarter) / quarter)
 
     def waves(count: int) -> np.ndarray:
-        place = np.arange(count, dtype=np.float32) / (np.float32(count) / span) / scale
-        angle = np.outer(place.astype(np.float64), omega)
+        position = np.arange(count, dtype=np.float32) / (np.float32(count) / span) / scale
+        angle = np.outer(position.astype(np.float64), omega)
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
     shape = (height, width, 2 * quarter)
@@ -72,19 +72,13 @@ def positions(settings: Settings, height: int, width: int) -> np.ndarray:
     return np.concatenate([column, row], axis=-1).reshape(height * width, -1)
 
 
-def feeds(
-    manifest: Mapping[str, Any],
-    conditions: Arrays,
-    sigmas: np.ndarray,
-    latent_size: Size,
-    guidance: float,
-) -> list[dict[str, np.ndarray]]:
-    """See runtime.families.family; timesteps are those of the training schedule."""
-    settings, config = manifest["latents"], manifest["scheduler"]
+def inputs(
+    manifest: Mapping[str, Any], conditions: Arrays, latent_size: Size, guidance: float
+) -> dict[str, np.ndarray]:
+    """See runtime.families.family; guidance is none of the inputs."""
+    settings = manifest["latents"]
     height, width = (side // settings["patch"] for side in latent_size)
-    inputs = {**conditions, "positions": positions(settings, height, width)}
-    times = dpm_solver.timestep_of(config, sigmas).astype(np.float32)
-    return [inputs | {"timestep": np.full(rows(conditions), time)} for time in times]
+    return {**conditions, "positions": positions(settings, height, width)}
 
 
 def predicted(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
@@ -115,14 +109,11 @@ PIXART = Family(
     title_of=lambda config: "PixArt-Sigma",
     check=check,
     encode=encode,
-    noise=spatial_noise,
-    layouts=lambda images, channels, height, width: ((images, channels, height, width),),
-    arrange=lambda latents: latents,
     check_scheduler=dpm_solver.check_scheduler,
     sigmas=sigmas,
     sampler=dpm_solver.sampler,
-    feeds=feeds,
-    tokens=lambda latents, settings: pack(latents, settings["patch"]),
+    inputs=inputs,
+    timesteps=dpm_solver.timestep_of,
     velocity=predicted,
     image_latents=image_latents,
 )

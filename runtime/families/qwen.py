@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from runtime.families import latents as shared
-from runtime.families.family import Arrays, Family, Run, rows
+from runtime.families.family import Arrays, Family, Run
 from runtime.families.family import guide as guided
-from runtime.families.flow_matching import sigmas, timestep
+from runtime.families.flow_matching import sigmas, timesteps
 from runtime.families.latents import Settings, Size
 from runtime.files.checked_json import mapping, wrong
 
@@ -73,20 +73,13 @@ def rope(length: int, size: Size, axes: Sequence[int], theta: float) -> tuple[An
     return np.cos(angle), np.sin(angle)
 
 
-def feeds(
-    manifest: Mapping[str, Any],
-    conditions: Arrays,
-    sigmas: np.ndarray,
-    latent_size: Size,
-    guidance: float,
-) -> list[dict[str, np.ndarray]]:
+def inputs(
+    manifest: Mapping[str, Any], conditions: Arrays, latent_size: Size, guidance: float
+) -> dict[str, np.ndarray]:
     """See runtime.families.family; guidance is none of the inputs."""
-    settings, batch = manifest["latents"], rows(conditions)
-    length = conditions[STATES].shape[1]
+    settings, length = manifest["latents"], conditions[STATES].shape[1]
     cos, sin = rope(length, latent_size, settings["rope_axes"], settings["rope_theta"])
-    inputs = {**conditions, "rope_cos": cos, "rope_sin": sin}
-    times = (timestep(sigma, batch, manifest["scheduler"]) for sigma in sigmas)
-    return [inputs | {"timestep": time} for time in times]
+    return {**conditions, "rope_cos": cos, "rope_sin": sin}
 
 
 def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
@@ -125,7 +118,8 @@ QWEN = Family(
     layouts=shared.packed_layouts,
     arrange=shared.pack,
     sigmas=sigmas,
-    feeds=feeds,
+    inputs=inputs,
+    timesteps=timesteps,
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=image_latents,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.families.family import Arrays, Family, Run, rows
+from runtime.families.family import Arrays, Family, Run
 from runtime.families.flow_matching import TRAIN_STEPS
 from runtime.families.flow_matching import sigmas as flow_sigmas
-from runtime.families.latents import Settings, Size, pack, spatial_noise, unpatchify, unscale
+from runtime.families.latents import Settings, Size, unscale
 from runtime.files.checked_json import integer, mapping, wrong
 
 
@@ -87,20 +87,18 @@ def positions(grid: int, height: int, width: int) -> np.ndarray:
     return (row * grid + np.arange(left, left + width, dtype=np.int64)[None, :]).reshape(-1)
 
 
-def feeds(
-    manifest: Mapping[str, Any],
-    conditions: Arrays,
-    sigmas: np.ndarray,
-    latent_size: Size,
-    guidance: float,
-) -> list[dict[str, np.ndarray]]:
-    """See runtime.families.family; timesteps run from 1000 to 0, guidance is none of the inputs."""
-    settings, config = manifest["latents"], manifest["scheduler"]
+def inputs(
+    manifest: Mapping[str, Any], conditions: Arrays, latent_size: Size, guidance: float
+) -> dict[str, np.ndarray]:
+    """See runtime.families.family; guidance is none of the inputs."""
+    settings = manifest["latents"]
     height, width = (side // settings["patch"] for side in latent_size)
-    inputs = {**conditions, "positions": positions(settings["grid"], height, width)}
-    count = np.float32(config.get("num_train_timesteps", TRAIN_STEPS))
-    times = (np.full(rows(conditions), np.float32(sigma) * count, np.float32) for sigma in sigmas)
-    return [inputs | {"timestep": time} for time in times]
+    return {**conditions, "positions": positions(settings["grid"], height, width)}
+
+
+def timesteps(config: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
+    """Noise levels [S] -> timesteps [S] from 1000 to 0, float32."""
+    return levels.astype(np.float32) * np.float32(config.get("num_train_timesteps", TRAIN_STEPS))
 
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
@@ -125,12 +123,8 @@ SD3 = Family(
     check=check,
     largest=largest,
     encode=encode,
-    noise=spatial_noise,
-    layouts=lambda images, channels, height, width: ((images, channels, height, width),),
-    arrange=lambda latents: latents,
     sigmas=sigmas,
-    feeds=feeds,
-    tokens=lambda latents, settings: pack(latents, settings["patch"]),
-    velocity=unpatchify,
+    inputs=inputs,
+    timesteps=timesteps,
     image_latents=image_latents,
 )

@@ -11,9 +11,11 @@ MAX_VALUES = 2_000_000  # brackets and commas of a JSON text: some 100 bytes of 
 
 
 def read_json(
-    path: str | os.PathLike[str], what: str = "", most: int = MAX_BYTES
+    path: str | os.PathLike[str], what: str = "", most: int = MAX_BYTES, infinite: bool = False
 ) -> dict[str, Any]:
     """The JSON object in a file; `what` stands before the path in errors: "recipe".
+
+    infinite: take the words Infinity and NaN, which diffusers writes into schedulers' configs.
 
     FileNotFoundError where there is no file; ValueError, one sentence, for one of more than `most`
     bytes, text that is not UTF-8 or not JSON, and any other value than an object.
@@ -26,7 +28,7 @@ def read_json(
     if len(data) > most:
         raise ValueError(f"{said} has more than {most} bytes, which no such file has; restore it.")
     try:
-        value = parse_json(data)
+        value = parse_json(data, infinite)
     except ValueError as error:
         raise ValueError(f"{said} is not valid JSON ({error}); restore the file.") from None
     if not isinstance(value, dict):
@@ -34,11 +36,11 @@ def read_json(
     return value
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, infinite: bool = False) -> Any:
     """A JSON text of unknown origin; ValueError, a clause, where it is none.
 
-    A key must not appear twice, numbers are finite, and the values cannot take far more memory
-    than their text: "[[],[],..." would take 25 times as much.
+    A key must not appear twice, numbers are finite (words apart, where `infinite`), and the values
+    cannot take far more memory than their text: "[[],[],..." would take 25 times as much.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} values")
@@ -46,7 +48,7 @@ def parse_json(data: bytes) -> Any:
         return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=unique,
-            parse_constant=refuse,
+            parse_constant=float if infinite else refuse,
             parse_float=finite,
         )
     except (ValueError, RecursionError) as error:

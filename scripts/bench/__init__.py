@@ -1,17 +1,16 @@
-"""Benchmarks on a CPU: one file, one question, JSON out.
+"""Benchmarks on a CPU: one file, one question, JSON out. (Cold starts: `d2m bench`.)
 
 adaln        How close to its teacher a model with shared modulation starts
 big          From a synthetic FLUX to a bundle: peak memory, time and bytes of make
 big_blocks   FLUX-sized blocks in ONNX Runtime on the CPU against torch: one double, one single
 blocks       What a skipped block costs in ONNX Runtime on the CPU
 bodies       All ways to run d2m::RoutedExperts in ONNX Runtime on the CPU, side by side
-decoder      Memory of decoding a picture: what ONNX Runtime on a CPU holds at once
+decoder      Memory of decoding an image: what ONNX Runtime on a CPU holds at once
 ffn          One FFN in ONNX Runtime on the CPU
 layer        What one FFN of the teacher can be distilled to alone
 model        Whole images through ONNX Runtime on the CPU
-offload      Memory and time of a drawing with weights streamed block by block
+offload      Memory and time of a generation with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
-rtx_plan     Does a TensorRT-RTX plan for this GPU build, pass its validity check
 serve        Load on `d2m serve` from a second process: every request answered
-start        Cold start of the runtime: import, open, first image; then steps per second
+threads      Training threads beside other load: a step's time by threads
 """

@@ -8,10 +8,8 @@ error of the transformer's output with everything else as in the teacher.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +22,15 @@ from d2m.generate import load_pipeline
 from d2m.model.modulation import norms
 from d2m.recipe.recipe import preset
 from d2m.recipe.structure import AdaLN, lowrank_default
+from scripts.figures import options, write_figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("model", nargs="?", default="models/shapes-dense")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = load_pipeline(options.model, device="cpu", dtype="fp32")
+    pipe = load_pipeline(arguments.model, device="cpu", dtype="fp32")
     dense, recipe = pipe.transformer, preset("L")
     moments = modulation_moments(dense, shapes_batches(pipe, seed=1), recipe, seed=1)
     batch = shapes_batches(pipe, seed=2)(0, 32)
@@ -42,7 +40,7 @@ def main() -> None:
     with torch.no_grad():
         s = F.silu(global_embedding(dense, batch, t))
         names = norms(dense)
-        aims = {name: dense.get_submodule(name).linear(s) for name in names}
+        targets = {name: dense.get_submodule(name).linear(s) for name in names}
         output = dense(**inputs).sample
         best = lowrank_default(dense.inner_dim, sum(names.values()))
         for mode, rank in [
@@ -51,17 +49,18 @@ def main() -> None:
         ]:
             model = compress_adaln(copy.deepcopy(dense), AdaLN(mode, rank), moments)
             temb = global_embedding(model, batch, t)
-            mine = {name: model.get_submodule(name).modulation(temb) for name in names}
-            wrong = sum((mine[n] - aims[n]).square().sum() for n in names)
+            found = {name: model.get_submodule(name).modulation(temb) for name in names}
+            squares = sum((found[n] - targets[n]).square().sum() for n in names)
             parts = ("modulation", *names)
             weights = sum(p.numel() for n, p in model.named_parameters() if n.startswith(parts))
             error = (model(**inputs).sample - output).norm() / output.norm()
-            share = (wrong / sum(a.square().sum() for a in aims.values())).sqrt()
+            share = (squares / sum(a.square().sum() for a in targets.values())).sqrt()
             row = {"mode": mode, "rank": rank, "weights": weights}
             rows.append(row | {"modulation_error": float(share), "output_error": float(error)})
             print(json.dumps(rows[-1]))
-    if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "rows": rows}, indent=1) + "\n")
+    if arguments.json:
+        answer = {"model": arguments.model, "rows": rows}
+        write_figures(arguments.json, "scripts.bench.adaln", answer)
 
 
 if __name__ == "__main__":

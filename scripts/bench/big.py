@@ -4,14 +4,13 @@
                                 [--plans portable,86,89,120]
 
 Every stage is a process of its own; its peak resident memory is the kernel's figure for it and for
-the processes it waited for, compilers of plans among them. Beside what happened stands what
-`d2m plan` foretold. Directories are removed at the end, unless --keep; with --work a stage whose
+the processes it waited for, compilers of plans among them. Beside it stands what `d2m plan`
+had estimated. Directories are removed at the end, unless --keep; with --work a stage whose
 result is there is not run again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,13 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import ROOT, options, write_figures
+
 RECIPE = ROOT / "d2m/families/flux/presets/19d-38s/L.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages, print and write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--blocks", default="1D+1S", help="double and single (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/big"), help="(%(default)s)")
     parser.add_argument("--plans", default="portable,86,89,120", help="'' for none (%(default)s)")
@@ -35,37 +35,35 @@ def main(argv: list[str] | None = None) -> int:
         "--config", type=Path, help="sizes, as scripts.bench.random_flux takes them"
     )
     parser.add_argument("--keep", action="store_true", help="leave the directories")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args(argv)
-    work = options.work
+    arguments = parser.parse_args(argv)
+    work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     dense, sparse, bundle = (work / name for name in ("dense", "sparse", "bundle"))
     d2m = [sys.executable, "-m", "d2m"]
-    plans = ["--trt-rtx", "--sm", options.plans] if options.plans else []
+    plans = ["--trt-rtx", "--sm", arguments.plans] if arguments.plans else []
     magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
     make = [sys.executable, "-m", "scripts.bench.random_flux", str(dense)]
-    sizes = ["--config", str(options.config)] if options.config else []
+    sizes = ["--config", str(arguments.config)] if arguments.config else []
     stages = {
-        "make": (dense, [*make, "--blocks", options.blocks, *sizes]),
+        "make": (dense, [*make, "--blocks", arguments.blocks, *sizes]),
         "convert": (sparse, [*d2m, "convert", str(dense), "-o", str(sparse), *magnitude]),
         "export": (bundle, [*d2m, "export", str(sparse), "-o", str(bundle), "--link", *plans]),
     }
-    figures: dict[str, Any] = {"blocks": options.blocks, "stages": {}}
+    figures: dict[str, Any] = {"blocks": arguments.blocks, "stages": {}}
     for name, (out, command) in stages.items():
         if out.exists():
             print(f"{name}: {out} is there")
             continue
-        foretold = forecast(name, dense, sparse, bool(plans))
+        estimated = estimate(name, dense, sparse, bool(plans))
         measured = run(command) | {"bytes": on_disk(out)}
-        figures["stages"][name] = measured | ({"foretold": foretold} if foretold else {})
+        figures["stages"][name] = measured | ({"foretold": estimated} if estimated else {})
         print(f"{name}: {json.dumps(figures['stages'][name])}", flush=True)
     figures["bundle"] = contents(bundle)
     figures["together"] = on_disk(sparse, bundle)
     print(json.dumps(figures["bundle"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
-    if not options.keep:
+    if arguments.json:
+        write_figures(arguments.json, "scripts.bench.big", figures)
+    if not arguments.keep:
         for out, _ in stages.values():
             shutil.rmtree(out, ignore_errors=True)
     return 0
@@ -87,7 +85,7 @@ def run(command: list[str]) -> dict[str, Any]:
     }
 
 
-def forecast(stage: str, dense: Path, sparse: Path, plans: bool) -> dict[str, Any] | None:
+def estimate(stage: str, dense: Path, sparse: Path, plans: bool) -> dict[str, Any] | None:
     """What `d2m plan` says of a stage, before it runs."""
     from d2m.plan import needs as resources
 

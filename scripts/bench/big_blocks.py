@@ -11,7 +11,6 @@ rounding does. A bfloat16 graph is opened too, and what ONNX Runtime says to it 
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
@@ -22,33 +21,31 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import options, write_figures
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, print and write the figures; 1 where float32 differs by more than 1e-4."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("sparse", type=Path)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tokens", type=int, default=64, help="of the image, a square number")
     parser.add_argument("--text", type=int, default=16, help="tokens of the text (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args(argv)
-    figures: dict[str, Any] = {"image_tokens": options.tokens, "text_tokens": options.text}
-    wide = torch_run(options.sparse, options.tokens, options.text, "float32")
+    arguments = parser.parse_args(argv)
+    figures: dict[str, Any] = {"image_tokens": arguments.tokens, "text_tokens": arguments.text}
+    wide = torch_run(arguments.sparse, arguments.tokens, arguments.text, "float32")
     figures["torch_float32_s"] = wide.pop("seconds")
-    narrow = torch_run(options.sparse, options.tokens, options.text, "bfloat16")
+    narrow = torch_run(arguments.sparse, arguments.tokens, arguments.text, "bfloat16")
     figures["torch_bfloat16_s"] = narrow.pop("seconds")
     figures["bfloat16_against_float32"] = {
         name: error(narrow[name][1], wide[name][1]) for name in wide
     }
-    figures["onnxruntime_against_torch"] = onnx_run(options.bundle, wide, figures)
-    figures["bfloat16_in_onnxruntime"] = bfloat16_graph(options.sparse)
+    figures["onnxruntime_against_torch"] = onnx_run(arguments.bundle, wide, figures)
+    figures["bfloat16_in_onnxruntime"] = bfloat16_graph(arguments.sparse)
     figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(figures, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    if arguments.json:
+        write_figures(arguments.json, "scripts.bench.big_blocks", figures)
     return int(max(figures["onnxruntime_against_torch"].values()) > 1e-4)
 
 
@@ -63,7 +60,7 @@ def torch_run(sparse: Path, image: int, text: int, dtype: str) -> dict[str, Any]
     model = SparseFluxTransformer2DModel.from_pretrained(
         sparse / "transformer", torch_dtype=getattr(torch, dtype)
     ).eval()
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     side = round(image**0.5)
     ids = torch.zeros(side, side, 3)
     ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None, :]
@@ -73,7 +70,9 @@ def torch_run(sparse: Path, image: int, text: int, dtype: str) -> dict[str, Any]
         "encoder_hidden_states": (1, text, config.joint_attention_dim),
         "pooled_projections": (1, config.pooled_projection_dim),
     }
-    inputs = {name: torch.randn(s, generator=draw).to(model.dtype) for name, s in shapes.items()}
+    inputs = {
+        name: torch.randn(s, generator=generator).to(model.dtype) for name, s in shapes.items()
+    }
     inputs |= {"timestep": torch.full((1,), 0.5), "guidance": torch.full((1,), 3.5)}
     inputs |= {"img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(text, 3)}
     record = Recording()

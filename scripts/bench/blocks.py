@@ -10,28 +10,23 @@ A skipped block is an `If` whose branch hands its inputs on: the profile says ho
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from scripts.bench.model import facts, machine  # noqa: E402
+from scripts.bench.model import facts
+from scripts.figures import in_turns, machine, options, write_figures
 
 PROMPT = "a red circle above a blue square"
 
 
 def inputs_of(pipeline: Any, batch: int) -> dict[str, np.ndarray]:
-    """The transformer's inputs half-way through a generation of the bundle's default picture."""
+    """The transformer's inputs half-way through a generation of the bundle's default image."""
     from runtime.request import check_request
     from runtime.sampling import encode, feeds_of, prepare_latents
 
@@ -55,16 +50,16 @@ def measure(pipeline: Any, batch: int, runs: int, threads: int) -> list[dict[str
     modes = ("graph", "blocks")
     opened = {m: open_component(bundle, "transformer", threads=threads, mode=m) for m in modes}
     clocks = (time.perf_counter, time.process_time)
-    times: dict[tuple[str, int], list[list[float]]] = {(m, k): [] for m in modes for k in kappas}
-    for turn in range(-2, runs):
-        for (mode, kappa), found in times.items():
-            start = [clock() for clock in clocks]
-            opened[mode](feed, None, kappa)
-            if turn >= 0:
-                found.append([1000 * (clock() - t) for clock, t in zip(clocks, start)])
+
+    def once(mode: str, kappa: int) -> list[float]:
+        start = [clock() for clock in clocks]
+        opened[mode](feed, None, kappa)
+        return [1000 * (clock() - began) for clock, began in zip(clocks, start)]
+
+    works = {(m, k): lambda turn, m=m, k=k: once(m, k) for m in modes for k in kappas}
+    times = in_turns(works, runs, warm_up=2)
     middle = {
-        key: [statistics.median(turn[i] for turn in found) for i in range(len(clocks))]
-        for key, found in times.items()
+        key: [statistics.median(column) for column in zip(*found)] for key, found in times.items()
     }
     groups = component["groups"].values()
     blocks = len(component["program"]) - 2  # but for the calls before and after the blocks
@@ -91,14 +86,14 @@ def skipped_blocks(pipeline: Any, threads: int, runs: int = 10) -> dict[str, Any
     bundle, feed = pipeline.bundle, inputs_of(pipeline, 1)
     component = bundle.component("transformer")
     with tempfile.TemporaryDirectory(prefix="d2m-bench-") as folder:
-        options = onnxruntime.SessionOptions()
-        options.enable_profiling, options.log_severity_level = True, 3
-        options.intra_op_num_threads = threads
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        settings = onnxruntime.SessionOptions()
+        settings.enable_profiling, settings.log_severity_level = True, 3
+        settings.intra_op_num_threads = threads
+        settings.profile_file_prefix = str(Path(folder) / "profile")
         basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.graph_optimization_level = basic
+        settings.graph_optimization_level = basic
         path = str(bundle.file(component["onnx"]))
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         for _ in range(runs + 2):
             session.run(None, {**feed, "kappa": np.array(1)})
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -119,12 +114,11 @@ def skipped_blocks(pipeline: Any, threads: int, runs: int = 10) -> dict[str, Any
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "cpu/bench_blocks.json")
     parser.add_argument("bundle")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--threads", type=int, help="default: the physical cores")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_blocks.json")
     arguments = parser.parse_args()
     from runtime.pipeline import Pipeline
     from runtime.program.threads import thread_count
@@ -144,19 +138,14 @@ def main() -> None:
     skipped["run_cpu_us"] = round(more / (last["blocks_run"] - first["blocks_run"]), 1)
     print(", ".join(f"{name} {value}" for name, value in skipped.items()))
     answer = {
-        "command": " ".join(["python", "-m", "scripts.bench.blocks", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(arguments.threads),
+        "machine": machine(threads, "numpy", "onnxruntime"),
         "bundle": facts(pipeline),
         "batch": arguments.batch,
         "runs": arguments.runs,
         "kappas": rows,
         "skipped": skipped,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.json.with_name(f".{arguments.json.name}.tmp")
-    temporary.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, arguments.json)
+    write_figures(arguments.json, "scripts.bench.blocks", answer)
 
 
 if __name__ == "__main__":

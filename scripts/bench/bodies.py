@@ -12,22 +12,14 @@ least.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from scripts.bench.ffn import machine  # noqa: E402
+from scripts.figures import cpu_session, in_turns, machine, options, write_figures
 
 EXPERTS, TOP_K = 12, 2
 SIZES = ((128, 16), (128, 32), (128, 256), (256, 512), (1024, 512))  # (D, T)
@@ -90,16 +82,7 @@ def model_of(kind: str, width: int, tokens: int) -> Any:
 
 def open_run(kind: str, width: int, tokens: int, threads: int) -> Run:
     """The op as a function of x and logits."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model_of(kind, width, tokens).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    session = cpu_session(model_of(kind, width, tokens).SerializeToString(), threads)
     return lambda x, logits: session.run(None, {"x": x, "logits": logits})[0]
 
 
@@ -143,15 +126,16 @@ def measure(width: int, tokens: int, runs: int, threads: int) -> dict[str, Any]:
     x = np.random.default_rng(1).standard_normal((tokens, width)).astype(np.float32)
     logits = routings(tokens)["random"]
     inner = max(1, 512 * 256 // (tokens * width))
-    seconds: dict[str, list[float]] = {kind: [] for kind in opened}
     clock = time.process_time if threads == 1 else time.perf_counter
-    for turn in range(-1, runs):
-        for kind, run in opened.items():
-            start = clock()
-            for _ in range(inner):
-                run(x, logits)
-            if turn >= 0:  # the first only warms up
-                seconds[kind].append((clock() - start) / inner)
+
+    def once(run: Run) -> float:
+        start = clock()
+        for _ in range(inner):
+            run(x, logits)
+        return (clock() - start) / inner
+
+    works = {kind: lambda turn, run=run: once(run) for kind, run in opened.items()}
+    seconds = in_turns(works, runs)
     rows: dict[str, dict[str, Any]] = {
         kind: {
             "ms": round(1000 * statistics.median(taken), 4),
@@ -175,39 +159,33 @@ def measure(width: int, tokens: int, runs: int, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__, "cpu/bench_bodies.json")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--large", action="store_true", help=f"also (D, T) = {LARGE}")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_bodies.json")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     from export.graph.program import BODY
     from export.op.bodies import BODIES
 
     names = [*BODIES, MOE]
     print("    D     T " + "".join(f"{name:>19}" for name in names) + "   (ms, best of runs)")
     rows = []
-    for width, tokens in (*SIZES, *(LARGE if given.large else ())):
-        row = measure(width, tokens, given.runs, given.threads)
+    for width, tokens in (*SIZES, *(LARGE if arguments.large else ())):
+        row = measure(width, tokens, arguments.runs, arguments.threads)
         rows.append(row)
         cells = [f"{r['best_ms']}{'' if r['passes'] else ' fails'}" for r in row["ways"].values()]
         print(f"{width:>5} {tokens:>5} " + "".join(f"{cell:>19}" for cell in cells), flush=True)
     answer = {
-        "command": " ".join(["python", "-m", "scripts.bench.bodies", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(given.threads),
-        "clock": "process_time" if given.threads == 1 else "perf_counter",
+        "machine": machine(arguments.threads, "numpy", "onnx", "onnxruntime", "torch"),
+        "clock": "process_time" if arguments.threads == 1 else "perf_counter",
         "experts": EXPERTS,
         "top_k": TOP_K,
-        "runs": given.runs,
+        "runs": arguments.runs,
         "chosen": BODY,
         "most_behind": max(row["behind"] for row in rows),
         "sizes": rows,
     }
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = given.json.with_name(f".{given.json.name}.tmp")
-    temporary.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, given.json)
+    write_figures(arguments.json, "scripts.bench.bodies", answer)
     print(f"{BODY} is chosen; at most {answer['most_behind']:.0%} behind the fastest that passes")
 
 

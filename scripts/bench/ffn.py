@@ -10,18 +10,11 @@ sparsely (plus the router), 2.67x.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import cpu_session, in_turns, machine, options, ratios, write_figures
 
 EXPERTS, TOP_K = 12, 2
 SIZES = ((1024, 512), (256, 512), (128, 32))  # (D, T)
@@ -30,10 +23,9 @@ TARGET = {"width": 1024, "tokens": 512, "speedup": 1.8}
 
 
 def build(module: Any, width: int, top_k: int | None, threads: int) -> Any:
-    """An ONNX Runtime session of x [batch, image_tokens, D] -> y, its weights drawn at random."""
+    """An ONNX Runtime session of x [batch, image_tokens, D] -> y, its weights random."""
     import numpy as np
     import onnx
-    import onnxruntime
     import torch
 
     from export.graph.blocks import block_type
@@ -56,15 +48,10 @@ def build(module: Any, width: int, top_k: int | None, threads: int) -> Any:
         fan_in = 1 if len(shape) == 1 else shape[-2]
         values = rng.standard_normal(shape, np.float32) * np.float32(fan_in**-0.5)
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    kept = [value for value in model.graph.input if value.name == "x"]
+    tokens = [value for value in model.graph.input if value.name == "x"]
     del model.graph.input[:]
-    model.graph.input.extend(kept)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    model.graph.input.extend(tokens)
+    return cpu_session(model.SerializeToString(), threads)
 
 
 def sessions(width: int, threads: int) -> dict[str, Any]:
@@ -91,55 +78,31 @@ def measure(width: int, tokens: int, runs: int, threads: int) -> dict[str, Any]:
     both = sessions(width, threads)
     x = np.random.default_rng(1).standard_normal((1, tokens, width), np.float32)
     inner = max(1, 512 * 256 // (tokens * width) * 4)  # small ones many times a reading
-    seconds: dict[str, list[float]] = {name: [] for name in both}
-    for turn in range(-2, runs):
-        for name, run in both.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                run.run(None, {"x": x})
-            if turn >= 0:  # the first two only warm up
-                seconds[name].append((time.perf_counter() - start) / inner)
-    ratios = [d / s for d, s in zip(seconds["dense"], seconds["sparse"], strict=True)]
+
+    def once(session: Any) -> float:
+        start = time.perf_counter()
+        for _ in range(inner):
+            session.run(None, {"x": x})
+        return (time.perf_counter() - start) / inner
+
+    works = {name: lambda turn, session=session: once(session) for name, session in both.items()}
+    seconds = in_turns(works, runs, warm_up=2)
     return {
         "width": width,
         "tokens": tokens,
         "dense_ms": round(1000 * statistics.median(seconds["dense"]), 4),
         "sparse_ms": round(1000 * statistics.median(seconds["sparse"]), 4),
-        "speedup": round(statistics.median(ratios), 3),
-        "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        **ratios(seconds["dense"], seconds["sparse"]),
         "speedup_of_minima": round(min(seconds["dense"]) / min(seconds["sparse"]), 3),
-    }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import numpy
-    import onnx
-    import onnxruntime
-    import torch
-
-    return {
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": threads,
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "torch": torch.__version__,
     }
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "cpu/bench_ffn.json")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--large", action="store_true", help=f"also (D, T) = {LARGE}")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_ffn.json")
     arguments = parser.parse_args()
     from export.graph.program import BODY
 
@@ -155,9 +118,7 @@ def main() -> None:
             flush=True,
         )
     answer = {
-        "command": " ".join(["python", "-m", "scripts.bench.ffn", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(arguments.threads),
+        "machine": machine(arguments.threads, "numpy", "onnx", "onnxruntime", "torch"),
         "experts": EXPERTS,
         "top_k": TOP_K,
         "body": BODY,
@@ -165,10 +126,7 @@ def main() -> None:
         "sizes": rows,
         "target": TARGET,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.json.with_name(f".{arguments.json.name}.tmp")
-    temporary.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, arguments.json)
+    write_figures(arguments.json, "scripts.bench.ffn", answer)
 
 
 if __name__ == "__main__":

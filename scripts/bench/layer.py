@@ -5,36 +5,33 @@
 
 The FFN's own inputs are recorded from calibration batches at random times, and each replacement
 learns its outputs on them by Adam; the figure is |y - dense| / |dense - its mean| on inputs that
-were held out. No other layer, no picture and no stage takes part: what is left is whether routed
+were held out. No other layer, no image and no stage takes part: what is left is whether routed
 neurons can do what fixed ones do.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from calib.measure.importance import neuron_importance  # noqa: E402
-from calib.shapes.batches import shapes_batches  # noqa: E402
-from d2m.distill.losses import balance_loss, choices  # noqa: E402
-from d2m.families import family_of_model  # noqa: E402
-from d2m.families.ffn_sites import read_ffn, sites_of  # noqa: E402
-from d2m.families.flow import generator_at  # noqa: E402
-from d2m.families.inputs import noised, transformer_inputs  # noqa: E402
-from d2m.generate import load_pipeline  # noqa: E402
-from d2m.model.sparse_ffn import SparseFFN  # noqa: E402
-from d2m.model.surgery import convert_ffn, gate_weight, split_neurons  # noqa: E402
-from d2m.recipe.recipe import Recipe, preset  # noqa: E402
+from calib.measure.importance import neuron_importance
+from calib.shapes.batches import shapes_batches
+from d2m.distill.losses import balance_loss, choices
+from d2m.families import family_of_model
+from d2m.families.ffn_sites import read_ffn, sites_of
+from d2m.families.flow import generator_at
+from d2m.families.inputs import noised, transformer_inputs
+from d2m.generate import load_pipeline
+from d2m.model.sparse_ffn import SparseFFN
+from d2m.model.surgery import convert_ffn, gate_weight, split_neurons
+from d2m.recipe.recipe import Recipe, preset
+from scripts.figures import ROOT, options, write_figures
 
 HELD_OUT, BATCH, RATE = 8192, 2048, 4e-3
 # name -> (shared neurons and an expert's over the width, experts, top_k)
@@ -48,34 +45,35 @@ WAYS = {
 
 def main() -> None:
     """Record, distil every way with every number of steps, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("model", nargs="?", default=str(ROOT / "models" / "shapes-dense"))
     parser.add_argument("--site", default="single_transformer_blocks.6.proj_mlp")
     parser.add_argument("--steps", default="300,3000", help="(%(default)s)")
     parser.add_argument("--ways", default=",".join(WAYS), help="(%(default)s)")
-    parser.add_argument("--batches", type=int, default=60, help="of 64 pictures (%(default)s)")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--batches", type=int, default=60, help="of 64 training pictures (%(default)s)"
+    )
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipe, recipe = load_pipeline(options.model, device="cpu", dtype="fp32"), preset("L")
+    pipe, recipe = load_pipeline(arguments.model, device="cpu", dtype="fp32"), preset("L")
     batches = shapes_batches(pipe, seed=5)
     model = pipe.transformer
     weights = model.state_dict()
     found = {name: (block, site) for name, block, site in sites_of(weights, family_of_model(model))}
-    block, site = found[options.site]
-    scores = neuron_importance(model, batches, recipe, seed=5)[options.site]
+    block, site = found[arguments.site]
+    scores = neuron_importance(model, batches, recipe, seed=5)[arguments.site]
     ffn = read_ffn(weights.__getitem__, block, site)
-    x = inputs_of(model, f"{block}.{site.fc1}", batches, recipe, options.batches)
+    x = inputs_of(model, f"{block}.{site.fc1}", batches, recipe, arguments.batches)
     rows: list[dict[str, Any]] = []
-    for steps in map(int, options.steps.split(",")):
-        for name in options.ways.split(","):
+    for steps in map(int, arguments.steps.split(",")):
+        for name in arguments.ways.split(","):
             began = time.monotonic()
             error = distilled(ffn, scores, WAYS[name], x, steps)
             rows.append({"way": name, "steps": steps, "error": round(error, 4)})
             print(json.dumps(rows[-1] | {"seconds": round(time.monotonic() - began)}), flush=True)
-    if options.json:
-        answer = {"site": options.site, "tokens": len(x), "batch": BATCH, "rate": RATE}
-        options.json.write_text(json.dumps(answer | {"rows": rows}, indent=1) + "\n")
+    if arguments.json:
+        answer = {"site": arguments.site, "tokens": len(x), "batch": BATCH, "rate": RATE}
+        write_figures(arguments.json, "scripts.bench.layer", answer | {"rows": rows})
 
 
 def inputs_of(
@@ -89,8 +87,8 @@ def inputs_of(
     with torch.no_grad():
         for i in range(count):
             batch = batches(i, 64)
-            draw = generator_at(5, "layer", i)
-            x, t, _ = noised(model, batch, draw, recipe.t_mean, recipe.t_std)
+            generator = generator_at(5, "layer", i)
+            x, t, _ = noised(model, batch, generator, recipe.t_mean, recipe.t_std)
             model(**transformer_inputs(model, batch, x, t))
     hook.remove()
     every = torch.cat(seen)
@@ -117,12 +115,12 @@ def distilled(
     used = student if top_k else student.shared
     optimizer = torch.optim.Adam(used.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    draw = torch.Generator().manual_seed(1)
-    held, rest = x[:HELD_OUT], x[HELD_OUT:]
+    generator = torch.Generator().manual_seed(1)
+    held_out, rest = x[:HELD_OUT], x[HELD_OUT:]
     for _ in range(steps):
-        batch = rest[torch.randint(len(rest), (BATCH,), generator=draw)]
-        aim = dense(ffn, batch)
-        loss = F.mse_loss(student(batch), aim) / aim.var()
+        batch = rest[torch.randint(len(rest), (BATCH,), generator=generator)]
+        target = dense(ffn, batch)
+        loss = F.mse_loss(student(batch), target) / target.var()
         if student.last_logits is not None:
             loss = loss + 0.01 * balance_loss(*choices(student.last_logits, top_k))
         optimizer.zero_grad()
@@ -130,8 +128,8 @@ def distilled(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        aim = dense(ffn, held)
-        return float((student(held) - aim).norm() / (aim - aim.mean(0)).norm())
+        target = dense(ffn, held_out)
+        return float((student(held_out) - target).norm() / (target - target.mean(0)).norm())
 
 
 def dense(ffn: tuple[Tensor, ...], x: Tensor) -> Tensor:

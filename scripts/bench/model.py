@@ -9,25 +9,19 @@ slows both; ratios are medians over pairs.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import ROOT, in_turns, machine, options, ratios, write_figures
 
 BATCHES = (1, 8)
 PROMPT = "a red circle above a blue square"
 
 
-def drawn(pipeline: Any, batch: int, seed: int) -> dict[str, float]:
+def generate(pipeline: Any, batch: int, seed: int) -> dict[str, float]:
     """One call: seconds an image, and seconds a call of the transformer."""
     marks: list[float] = []
 
@@ -44,21 +38,18 @@ def drawn(pipeline: Any, batch: int, seed: int) -> dict[str, float]:
 
 def measure(pipelines: dict[str, Any], batch: int, runs: int) -> dict[str, Any]:
     """Medians of both and of their ratios; the first turn only warms up."""
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
-    for turn in range(-1, runs):
-        for name, pipeline in pipelines.items():
-            row = drawn(pipeline, batch, seed=turn + 1)
-            if turn >= 0:
-                rows[name].append(row)
+    works = {
+        name: lambda turn, pipeline=pipeline: generate(pipeline, batch, seed=turn + 1)
+        for name, pipeline in pipelines.items()
+    }
+    rows = in_turns(works, runs)
     answer: dict[str, Any] = {"batch": batch}
     for figure in ("image_s", "step_s"):
-        for name, found in rows.items():
-            answer[f"{name}_{figure}"] = round(statistics.median(r[figure] for r in found), 5)
-        pairs = zip(rows["dense"], rows["sparse"], strict=True)
-        ratios = [dense[figure] / sparse[figure] for dense, sparse in pairs]
-        stem = figure.removesuffix("_s")
-        answer[f"{stem}_speedup"] = round(statistics.median(ratios), 3)
-        answer[f"{stem}_speedup_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+        seconds = {name: [row[figure] for row in found] for name, found in rows.items()}
+        for name, found in seconds.items():
+            answer[f"{name}_{figure}"] = round(statistics.median(found), 5)
+        name = f"{figure.removesuffix('_s')}_speedup"
+        answer |= ratios(seconds["dense"], seconds["sparse"], name)
     return answer
 
 
@@ -68,32 +59,13 @@ def facts(pipeline: Any) -> dict[str, Any]:
     return {name: pipeline.manifest[name] for name in names}
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import numpy
-    import onnxruntime
-
-    return {
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": threads,
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
 def main() -> None:
     """Parse, export the dense model where no bundle of it is given, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "cpu/bench_model.json")
     parser.add_argument("sparse", nargs="?", default=str(ROOT / "runtime" / "default"))
     parser.add_argument("dense", nargs="?", help="default: models/shapes-dense, exported now")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: the runtime's own choice")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "cpu" / "bench_model.json")
     arguments = parser.parse_args()
     import runtime
 
@@ -126,17 +98,12 @@ def main() -> None:
             figures += [row[f"{name}_step_s"] for name in pipelines] + [row["step_speedup"]]
             print(f"{batch:>5}  " + "  ".join(f"{value:>14.4f}" for value in figures), flush=True)
         answer = {
-            "command": " ".join(["python", "-m", "scripts.bench.model", *sys.argv[1:]]),
-            "date": date.today().isoformat(),
-            "machine": machine(threads),
+            "machine": machine(threads, "numpy", "onnxruntime"),
             "bundles": {name: facts(pipeline) for name, pipeline in pipelines.items()},
             "runs": arguments.runs,
             "batches": rows,
         }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.json.with_name(f".{arguments.json.name}.tmp")
-    temporary.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, arguments.json)
+    write_figures(arguments.json, "scripts.bench.model", answer)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The transformer is that of FLUX.1 [dev], block for block (24 GB in bfloat16); VAE and text encoders
 have its interfaces (latent and embedding sizes, lengths, special tokens) and few layers,
-so that the whole is convertible, exportable and drawable on a small machine. Written tensor by
+so that the whole is convertible, exportable and usable on a small machine. Written tensor by
 tensor, a shard at a time: memory stays under one shard. The same seed gives the same bytes.
 """
 
@@ -22,10 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import ROOT
 
 CONFIG = ROOT / "d2m/families/flux/configs/flux-dev.json"
-WORDS = "a an the of and in on to photo red green blue yellow circle square triangle".split()
 LENGTHS = {"clip": 77, "t5": 512}
 
 
@@ -96,7 +95,7 @@ def split(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[list[str]]
 def values(name: str, shape: tuple[int, ...], seed: int) -> Any:
     """One tensor in bfloat16, by seed and name alone.
 
-    Matrices at 1 / sqrt(fan in), uniform (six times as fast to draw as normal), norms' scales about
+    Matrices at 1 / sqrt(fan in), uniform (six times as fast as normal), norms' scales about
     1, biases small, modulation smaller: activations stay finite through 57 blocks.
     """
     import torch
@@ -116,9 +115,10 @@ def surroundings(config: dict[str, Any], folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from d2m.families.generation_defaults import write_defaults
+    from tests.tiny.pipeline import clip_tokenizer, t5_tokenizer
 
     torch.manual_seed(0)
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    clip, t5 = clip_tokenizer(LENGTHS["clip"]), t5_tokenizer(LENGTHS["t5"])
     clip.save_pretrained(folder / "tokenizer")
     t5.save_pretrained(folder / "tokenizer_2")
     pooled = config["pooled_projection_dim"]
@@ -177,35 +177,6 @@ def surroundings(config: dict[str, Any], folder: Path) -> None:
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_defaults(folder, height=1024, width=1024, max_sequence_length=LENGTHS["t5"])
-
-
-def clip_tokenizer() -> Any:
-    """A byte-pair tokenizer of letters and a few words."""
-    from transformers import CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
-    pieces = [*letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-            if parts[0] not in pieces:
-                pieces.append(parts[0])
-    vocab = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTHS["clip"])
-
-
-def t5_tokenizer() -> Any:
-    """A unigram tokenizer of letters and a few words."""
-    from transformers import T5TokenizerFast
-
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
-    vocab += [("\u2581" + word, -2.0) for word in WORDS]
-    vocab += [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.-'"]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=LENGTHS["t5"])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ lost where no HTTP answer came. The soak goes on for so many seconds, with the s
 rate is given, so many requests a second, whose number of images goes from 1 to the batch and round
 again. The server's resident memory is read each second; the slope is that of a line through the
 means of blocks of the soak's samples, the first fifth left out, with a 95 % interval by Student's
-t: means of blocks, because neighbouring samples are not independent. What the server says of
-its own counting of experts (/metrics) is kept too.
+t: means of blocks, because neighbouring samples are not independent. The server's own
+figures of counting experts (/metrics) are kept too.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import http.client
 import json
@@ -29,7 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import ROOT, options, write_figures
+
 BLOCKS = 20
 # Student's t, two-sided 95 %, by degrees of freedom; above them the normal's with Cornish-Fisher.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -58,7 +58,7 @@ class Load:
         self.port, self.steps, self.patience = port, steps, patience
         self.codes: collections.Counter[str] = collections.Counter()
         self.seconds: list[float] = []
-        self.sent = self.lost = self.drawn = 0
+        self.sent = self.lost = self.generated = 0
         self._lock = threading.Lock()
 
     def run(self, clients: int, wanted: float, until: float) -> None:
@@ -72,7 +72,7 @@ class Load:
             thread.join()
 
     def client(self, wanted: float, until: float) -> None:
-        """One client: one request after the other, each until it is drawn or lost."""
+        """One client: one request after the other, each until it has its image or is lost."""
         while time.monotonic() < until:
             with self._lock:
                 if self.sent >= wanted:
@@ -83,7 +83,7 @@ class Load:
             while (code := self.once(seed)) == "429" and time.monotonic() < until:
                 pass
             with self._lock:
-                self.drawn += code == "200"
+                self.generated += code == "200"
                 self.lost += not code.isdigit()
                 if code == "200":
                     self.seconds.append(time.monotonic() - began)
@@ -99,7 +99,7 @@ class Load:
             self.sent += 1
             began += max(0.0, now - due - 5.0)  # a busy machine: no burst to make up for it
             code = self.once(self.sent, 1 + self.sent % most)
-            self.drawn += code == "200"
+            self.generated += code == "200"
             self.lost += not code.isdigit()
 
     def once(self, seed: int, n: int = 1) -> str:
@@ -127,7 +127,7 @@ class Load:
         return code
 
 
-def told(port: int) -> dict[str, Any]:
+def server_figures(port: int) -> dict[str, Any]:
     """The server's own figures: what counting experts took of the time spent in steps."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
@@ -135,12 +135,12 @@ def told(port: int) -> dict[str, Any]:
     connection.close()
     found = {name: float(v) for name, v in re.findall(r"^(\w+)(?:\{\})? (\S+)$", text, re.M)}
     ratios = [float(v) for v in re.findall(r"^d2m_expert_load_ratio\{.*\} (\S+)$", text, re.M)]
-    counting, drawing = found["d2m_expert_load_seconds_total"], found["d2m_step_seconds_sum"]
+    counting, generating = found["d2m_expert_load_seconds_total"], found["d2m_step_seconds_sum"]
     return {
         "steps": found["d2m_expert_load_steps_total"],
         "seconds": round(counting, 2),
-        "step_seconds": round(drawing, 2),
-        "share": round(counting / drawing, 5) if drawing else None,
+        "step_seconds": round(generating, 2),
+        "share": round(counting / generating, 5) if generating else None,
         "busiest_over_mean": {
             "median": round(statistics.median(ratios), 2) if ratios else None,
             "largest": round(max(ratios), 2) if ratios else None,
@@ -196,7 +196,7 @@ def slope(samples: list[tuple[float, float]]) -> dict[str, Any]:
 
 def main() -> int:
     """Exit code 1 where a request was lost or the server did not end well."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("bundle", nargs="?")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load after them")
@@ -205,59 +205,58 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max-queue", type=int, default=16)
     parser.add_argument("--max-batch", type=int, default=8)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     names = ("workers", "max_queue", "max_batch")
-    options = [f"--{name.replace('_', '-')}={getattr(asked, name)}" for name in names]
-    server, port = start(asked.bundle, [*options, "--deadline=600"])
+    limits = {name: getattr(arguments, name) for name in names}
+    server_options = [f"--{name.replace('_', '-')}={value}" for name, value in limits.items()]
+    server, port = start(arguments.bundle, [*server_options, "--deadline=600"])
     samples: list[tuple[float, float]] = []
     stop = threading.Event()
     threading.Thread(target=watch, args=(server.pid, samples, stop), daemon=True).start()
-    clients = asked.max_queue + asked.max_batch * asked.workers + 4  # four more than fit
-    load, soak = (Load(port, asked.steps, patience=660.0) for _ in range(2))
+    clients = (
+        arguments.max_queue + arguments.max_batch * arguments.workers + 4
+    )  # four more than fit
+    load, soak = (Load(port, arguments.steps, patience=660.0) for _ in range(2))
     began = time.monotonic()
-    load.run(clients, asked.requests, math.inf)
+    load.run(clients, arguments.requests, math.inf)
     spent = time.monotonic() - began
     start_of_soak, used = len(samples), cpu_seconds(server.pid)
-    until = time.monotonic() + asked.soak
-    if asked.rate:
-        soak.pace(asked.rate, until, asked.max_batch)
-    elif asked.soak:
+    until = time.monotonic() + arguments.soak
+    if arguments.rate:
+        soak.pace(arguments.rate, until, arguments.max_batch)
+    elif arguments.soak:
         soak.run(clients, math.inf, until)
     used = cpu_seconds(server.pid) - used
-    experts = told(port)
+    experts = server_figures(port)
     stop.set()
     server.terminate()
     code = server.wait(120)
     answer: dict[str, Any] = {
         "requests": load.sent,
-        "drawn": load.drawn,
+        "drawn": load.generated,
         "lost": load.lost + soak.lost,
         "answers": dict(sorted(load.codes.items())),
         "seconds": round(spent, 1),
-        "images_per_second": round(load.drawn / spent, 3),
+        "images_per_second": round(load.generated / spent, 3),
         "latency_median_s": round(statistics.median(load.seconds), 3) if load.seconds else None,
         "soak": {
-            "seconds": asked.soak,
-            "rate": asked.rate,
+            "seconds": arguments.soak,
+            "rate": arguments.rate,
             "requests": soak.sent,
             "answers": dict(soak.codes),
             "server_cpu_seconds": round(used, 1),
         },
         "expert_load": experts,
-        "memory": slope(samples[start_of_soak:] if asked.soak else samples),
+        "memory": slope(samples[start_of_soak:] if arguments.soak else samples),
         "mib_by_minute": [round(value, 2) for _, value in samples[::60]],
         "peak_mib": round(max((value for _, value in samples), default=0.0), 1),
         "server_exit_code": code,
-        "options": {"clients": clients, "steps": asked.steps}
-        | {name: getattr(asked, name) for name in names},
+        "options": {"clients": clients, "steps": arguments.steps, **limits},
     }
-    text = json.dumps(answer, indent=2, sort_keys=True)
-    print(text)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(text + "\n")
-    return int(bool(answer["lost"] or code or load.drawn < asked.requests))
+    print(json.dumps(answer, indent=2, sort_keys=True))
+    if arguments.json:
+        write_figures(arguments.json, "scripts.bench.serve", answer)
+    return int(bool(answer["lost"] or code or load.generated < arguments.requests))
 
 
 if __name__ == "__main__":

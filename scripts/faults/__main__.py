@@ -1,4 +1,4 @@
-"""What kill -9, full disks, read-only directories, rivals and clocks do to convert, export, run.
+"""What kill -9, full disks, read-only folders, two writers and clocks do to convert, export, run.
 
     python -m scripts.faults [--kills 300] [--json results/cpu/faults.json]
     python -m scripts.faults --clock [--json results/cpu/faults-clock.json]
@@ -48,16 +48,16 @@ def main() -> int:
     parser.add_argument("--like", nargs=2, type=Path, metavar=("SPARSE", "BUNDLE"),
                         help="a bundle whose graphs spare the tracing")  # fmt: skip
     parser.add_argument("--clock", action="store_true", help="the system's clock alone")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     from scripts.faults import clock
 
-    if asked.clock and not clock.active():
+    if arguments.clock and not clock.active():
         return clocked()
     root = Path(tempfile.mkdtemp(prefix="d2m-faults-"))
     os.environ["D2M_CACHE"] = str(root / "cache")
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     try:
-        answer = faults(root, asked)
+        answer = faults(root, arguments)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(json.dumps(answer, indent=2, sort_keys=True))
@@ -76,25 +76,24 @@ def clocked() -> int:
         return clock.again(sys.argv, preloaded, Path(folder))
 
 
-def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def faults(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All cases, one after the other; the JSON is written after each, and those in it are kept."""
     from runtime.files.atomic import write_json
-    from scripts.faults import clock, kills
-    from scripts.faults import unwritable as places
+    from scripts.faults import clock, kills, unwritable
     from scripts.faults.forked_commands import Tools
     from scripts.faults.tries import attempt
 
-    rows = kept(asked)
-    kills_asked = asked.kills or TRIES["kill"][0]
+    rows = finished_cases(arguments)
+    kills_wanted = arguments.kills or TRIES["kill"][0]
 
     def tries(case: str) -> int:
         long, short = TRIES[case]
-        return short if asked.short else max(1, round(long * kills_asked / TRIES["kill"][0]))
+        return short if arguments.short else max(1, round(long * kills_wanted / TRIES["kill"][0]))
 
-    tools = Tools(root, tuple(asked.like) if asked.like else None)
+    tools = Tools(root, tuple(arguments.like) if arguments.like else None)
     made = attempt(tools.make_bundles, root)
-    assert made.code == 0, made.told
-    mounts, seed = places.can_mount(root / "mount"), asked.seed
+    assert made.code == 0, made.answer
+    mounts, seed = unwritable.can_mount(root / "mount"), arguments.seed
     known: dict[str, kills.Reference] = {}
 
     def undisturbed(tool: str) -> kills.Reference:
@@ -108,59 +107,62 @@ def faults(root: Path, asked: argparse.Namespace) -> dict[str, Any]:
         start = time.monotonic()
         rows[name] = work() | {"seconds": round(time.monotonic() - start, 1)}
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
-        if asked.json:
-            write_json(asked.json, summary(rows, asked))
+        if arguments.json:
+            write_json(arguments.json, summary(rows, arguments))
 
-    if asked.clock:
-        clock.cases(tools, undisturbed, asked.short, asked.seed, case)
-        return summary(rows, asked)
+    if arguments.clock:
+        clock.cases(tools, undisturbed, arguments.short, arguments.seed, case)
+        return summary(rows, arguments)
 
-    def struck(tool: str, kind: str, number: int) -> None:
+    def interrupted(tool: str, kind: str, number: int) -> None:
         name = f"{signal.Signals(number).name}, {NAMES.get(tool, tool)}"
-        case(name, lambda: kills.struck(tools, tool, undisturbed(tool), tries(kind), number, seed))
+        case(
+            name,
+            lambda: kills.interrupted(tools, tool, undisturbed(tool), tries(kind), number, seed),
+        )
 
     def full(tool: str) -> dict[str, Any]:
-        return places.full(tools, tool, undisturbed(tool), tries("full"), seed, mounts)
+        return unwritable.full(tools, tool, undisturbed(tool), tries("full"), seed, mounts)
 
     def jumping() -> dict[str, Any]:
-        return places.jumping(tools, undisturbed("convert"), tries("clock"), seed)
+        return unwritable.jumping(tools, undisturbed("convert"), tries("clock"), seed)
 
-    for tool in TOOLS if not asked.short else SHORT:
-        struck(tool, "kill", signal.SIGKILL)
-        struck(tool, "term", signal.SIGTERM)
+    for tool in TOOLS if not arguments.short else SHORT:
+        interrupted(tool, "kill", signal.SIGKILL)
+        interrupted(tool, "term", signal.SIGTERM)
         case(f"full disk, {tool}", partial(full, tool))
         if mounts or os.geteuid():
-            case(f"read-only, {tool}", partial(places.read_only, tools, tool, mounts))
+            case(f"read-only, {tool}", partial(unwritable.read_only, tools, tool, mounts))
     case("two exports at once", lambda: kills.two_at_once(tools, tries("two"), seed))
     case("clock jumps", jumping)
-    case("times of files", lambda: places.remembered(tools, tries("times"), seed))
-    if not asked.short:
-        struck("export_traced", "traced", signal.SIGKILL)
-    return summary(rows, asked)
+    case("times of files", lambda: unwritable.remembered(tools, tries("times"), seed))
+    if not arguments.short:
+        interrupted("export_traced", "traced", signal.SIGKILL)
+    return summary(rows, arguments)
 
 
-def kept(asked: argparse.Namespace) -> dict[str, Any]:
+def finished_cases(arguments: argparse.Namespace) -> dict[str, Any]:
     """Cases that an earlier run of the same size and seed has written."""
-    if asked.json is None or not asked.json.is_file():
+    if arguments.json is None or not arguments.json.is_file():
         return {}
-    before = json.loads(asked.json.read_text())
-    same = before["seed"] == asked.seed and before["kills_asked"] == asked.kills
+    before = json.loads(arguments.json.read_text())
+    same = before["seed"] == arguments.seed and before["kills_asked"] == arguments.kills
     rows: dict[str, Any] = before["cases"] if same else {}
     return rows
 
 
-def summary(rows: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+def summary(rows: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """What is recorded."""
     return {
         "what": "python -m scripts.faults",
         "cases": rows,
         "kills": sum(row["struck"] for name, row in rows.items() if name.startswith("SIGKILL")),
-        "kills_asked": asked.kills,
+        "kills_asked": arguments.kills,
         "failures": sum(len(row["failures"]) for row in rows.values()),
-        "seed": asked.seed,
+        "seed": arguments.seed,
         "platform": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "clock": "by libfaketime"
-        if asked.clock
+        if arguments.clock
         else "Python's clock and the files' times jump; the kernel's clock stays",
     }
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from scripts.faults.forked_commands import Tools, emptied, leftovers, state_of
 from scripts.faults.kills import NAMES, Reference
-from scripts.faults.tries import Blow, Outcome, begin, draw_blow, finish, rest
+from scripts.faults.tries import Interruption, Outcome, begin, finish, random_interruption, rest
 
 YEAR = 365 * 86_400
 # The clock at the beginning, and after a moment drawn at random; both in seconds of error.
@@ -38,12 +38,12 @@ def library() -> Path | None:
     return next((path for paths in found for path in sorted(paths)), None)
 
 
-def environment(preloaded: Path, told: Path) -> dict[str, str]:
-    """What a process needs to have its clock from the file `told`."""
-    told.write_text("+0\n")
+def environment(preloaded: Path, clock_file: Path) -> dict[str, str]:
+    """What a process needs to have its clock from `clock_file`."""
+    clock_file.write_text("+0\n")
     return {
         "LD_PRELOAD": str(preloaded),
-        "FAKETIME_TIMESTAMP_FILE": str(told),
+        "FAKETIME_TIMESTAMP_FILE": str(clock_file),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
@@ -53,14 +53,18 @@ def environment(preloaded: Path, told: Path) -> dict[str, str]:
 
 def wrong_by(seconds: int) -> None:
     """Set this process's clock, and that of all others with its file, at once."""
-    told = Path(os.environ["FAKETIME_TIMESTAMP_FILE"])
-    beside = told.with_suffix(".new")
-    beside.write_text(f"{seconds:+d}\n")
-    beside.replace(told)
+    clock_file = Path(os.environ["FAKETIME_TIMESTAMP_FILE"])
+    new = clock_file.with_suffix(".new")
+    new.write_text(f"{seconds:+d}\n")
+    new.replace(clock_file)
 
 
 def on_course(
-    course: tuple[int, int], after: float, work: Callable[[], Any], place: Path, blow: Blow | None
+    course: tuple[int, int],
+    after: float,
+    work: Callable[[], Any],
+    place: Path,
+    interruption: Interruption | None,
 ) -> Outcome:
     """A try whose clock is wrong by the first number and, `after` seconds, by the second.
 
@@ -68,11 +72,11 @@ def on_course(
     thread asks for the time waits for ever for a lock of libfaketime's.
     """
     wrong_by(course[0])
-    started = begin(work, place, blow)
+    started = begin(work, place, interruption)
     if course[1] != course[0]:
         rest(after)
         wrong_by(course[1])
-    outcome = finish(started, blow)
+    outcome = finish(started, interruption)
     wrong_by(0)
     return outcome
 
@@ -88,7 +92,7 @@ def work_and_clock(work: Callable[[], Any]) -> Callable[[], Any]:
     return inside
 
 
-def tool_on_courses(tools: Tools, tool: str, told_by: Reference, seed: int) -> dict[str, Any]:
+def tool_on_courses(tools: Tools, tool: str, undisturbed: Reference, seed: int) -> dict[str, Any]:
     """One tool on every course, undisturbed and killed: the same bytes as by a right clock."""
     draw = random.Random(f"{tool} {seed}")
     place = emptied(tools.root / f"clock-{tool}")
@@ -97,33 +101,36 @@ def tool_on_courses(tools: Tools, tool: str, told_by: Reference, seed: int) -> d
     real = time.time() - time.monotonic()  # wrong by 0 here
     for turn in range(2 * len(COURSES)):
         course, kill = COURSES[turn // 2 % len(COURSES)], turn % 2 == 1
-        blow = draw_blow(draw, told_by.done) if kill else None
+        interruption = random_interruption(draw, undisturbed.done) if kill else None
         row["tries"] += 1
-        said = f"try {turn} ({course}, {blow}): "
-        after, work = draw.uniform(0.1, 0.8) * told_by.done.seconds, work_and_clock(ready(out, "a"))
-        outcome = on_course(course, after, work, place, blow)
+        label = f"try {turn} ({course}, {interruption}): "
+        after, work = (
+            draw.uniform(0.1, 0.8) * undisturbed.done.seconds,
+            work_and_clock(ready(out, "a")),
+        )
+        outcome = on_course(course, after, work, place, interruption)
         row["killed"] += outcome.code == -signal.SIGKILL
         if outcome.code == -signal.SIGKILL:  # goes on by another clock than it began
             course = COURSES[(turn // 2 + 1) % len(COURSES)]
             outcome = on_course(course, after, work, place, None)
         if outcome.code:
-            row["failures"].append(f"{said}code {outcome.code}, {outcome.told}")
+            row["failures"].append(f"{label}code {outcome.code}, {outcome.answer}")
             continue
-        errors = [moment - time.monotonic() - real for moment in outcome.told[0]]
+        errors = [moment - time.monotonic() - real for moment in outcome.answer[0]]
         row["jumped_within"] += abs(errors[1] - errors[0]) > YEAR / 2
         if course[0] and abs(errors[0] - course[0]) > 3600:
-            row["failures"].append(f"{said}the clock was not wrong: {errors}")
-        if state_of(out) != told_by.states["a"]:
-            row["failures"].append(said + "another result than by a right clock")
+            row["failures"].append(f"{label}the clock was not wrong: {errors}")
+        if state_of(out) != undisturbed.states["a"]:
+            row["failures"].append(label + "another result than by a right clock")
         if left := leftovers(place):
-            row["failures"].append(f"{said}{left} are left")
+            row["failures"].append(f"{label}{left} are left")
         emptied(place)
     return row
 
 
 def hashes(tools: Tools, tries: int, seed: int) -> dict[str, Any]:
-    """places.remembered, with this clock in place of Python's."""
-    from scripts.faults import unwritable as places
+    """unwritable.remembered, with this clock in place of Python's."""
+    from scripts.faults import unwritable
 
     @contextlib.contextmanager
     def clock_shifted(seconds: float) -> Iterator[None]:
@@ -133,12 +140,12 @@ def hashes(tools: Tools, tries: int, seed: int) -> dict[str, Any]:
         finally:
             wrong_by(0)
 
-    before = places.clock_shifted
-    places.clock_shifted = clock_shifted
+    before = unwritable.clock_shifted
+    unwritable.clock_shifted = clock_shifted
     try:
-        return places.remembered(tools, tries, seed)
+        return unwritable.remembered(tools, tries, seed)
     finally:
-        places.clock_shifted = before
+        unwritable.clock_shifted = before
 
 
 def time_left(tools: Tools) -> dict[str, Any]:
@@ -151,16 +158,16 @@ def time_left(tools: Tools) -> dict[str, Any]:
 
         progress.LINE_EVERY = 0.05  # type: ignore[misc]
         heard = io.StringIO()
-        with contextlib.redirect_stderr(heard), progress.progress_bars() as tell:
+        with contextlib.redirect_stderr(heard), progress.progress_bars() as report:
             for done in range(11):
-                tell("a phase", done, 10)
+                report("a phase", done, 10)
                 rest(0.1)
         return heard.getvalue()
 
     for course in COURSES:
         outcome = on_course(course, 0.5, work, place, None)
         row["tries"] += 1
-        lines = str(outcome.told).splitlines()
+        lines = str(outcome.answer).splitlines()
         if outcome.code or len(lines) < 5 or any(w in str(lines) for w in (" h", "d left", "-")):
             row["failures"].append(f"{course}: {lines}")
     return row
@@ -173,7 +180,7 @@ def cases(
     seed: int,
     case: Callable[[str, Callable[[], dict[str, Any]]], None],
 ) -> None:
-    """All of this file and of clockserver.py, each told to `case`."""
+    """All of this file and of clock_server.py, each given to `case`."""
     from scripts.faults.clock_server import served
 
     for tool in SHORT if short else TOOLS:
@@ -193,7 +200,7 @@ def again(arguments: list[str], preloaded: Path, folder: Path) -> int:
 def active() -> bool:
     """Whether a file decides what this process's clock says, and its monotonic one stays.
 
-    Where it does, tqdm gets no thread of its own, for the reason that `on_course` tells.
+    Where it does, tqdm gets no thread of its own, for the reason that `on_course` gives.
     """
     if "FAKETIME_TIMESTAMP_FILE" not in os.environ:
         return False

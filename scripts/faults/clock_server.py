@@ -77,10 +77,10 @@ def one_course(url: str, course: tuple[int, int], before: float, row: dict[str, 
     for status, headers, answer, _ in answers:
         if status == 200:
             row["drawn"] += 1
-            told = answer["d2m"]
-            seconds = told["seconds_queued"], told["seconds_generating"]
+            figures = answer["d2m"]
+            seconds = figures["seconds_queued"], figures["seconds_generating"]
             if min(seconds) < 0 or sum(seconds) > time.monotonic() - began + 1:
-                fail(f"an answer tells of {seconds} s")
+                fail(f"an answer names {seconds} s")
             if course[0] and abs(answer["created"] - before) > 3600 + abs(course[1] - course[0]):
                 fail(f"created is {answer['created']}, expected the server's clock")
         elif status == 429:
@@ -123,10 +123,10 @@ def post(url: str, **fields: Any) -> tuple[int, Any, Any, float]:
     began = time.monotonic()
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
-            said = answer.status, answer.headers, json.loads(answer.read())
+            received = answer.status, answer.headers, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        said = error.code, error.headers, json.loads(error.read())
-    return *said, time.monotonic() - began
+        received = error.code, error.headers, json.loads(error.read())
+    return *received, time.monotonic() - began
 
 
 def get(url: str) -> tuple[int, bytes]:

@@ -106,21 +106,21 @@ class Tools:
         def work() -> Any:
             import export.checkpoint.pipeline
 
-            export.checkpoint.pipeline.components = self.components  # type: ignore[assignment]
+            export.checkpoint.pipeline.open_components = self.components  # type: ignore[assignment]
             return self.export(out, which)()
 
         return work
 
     def run(self, out: Path, which: str = "a") -> Work:
-        """Open the bundle, draw one picture, save it."""
+        """Open the bundle, generate one image, save it."""
 
         def work() -> Any:
             import runtime
             from runtime.image import save
 
             pipeline = runtime.load(self.bundles["a"], "ort")
-            drawn: Any = pipeline("a red circle", seed=SEEDS[which], steps=1)
-            return str(save(drawn, out))
+            image: Any = pipeline("a red circle", seed=SEEDS[which], steps=1)
+            return str(save(image, out))
 
         return work
 
@@ -130,7 +130,7 @@ class Tools:
 
         import export.checkpoint.pipeline
 
-        self.components = export.checkpoint.pipeline.components
+        self.components = export.checkpoint.pipeline.open_components
         parts = self.components(self.sparse, True, list(TOP_K), None)
         programs = {
             part.name: stored(part, like[1]) if like else part.trace(torch.float32)
@@ -143,7 +143,7 @@ class Tools:
                 part.trace = partial(_known, programs[part.name])
             return parts
 
-        vars(export.checkpoint.pipeline)["components"] = traced
+        vars(export.checkpoint.pipeline)["open_components"] = traced
 
 
 def _known(program: Any, dtype: Any) -> Any:
@@ -162,10 +162,10 @@ def stored(part: Any, folder: Path) -> Any:
     bundle = open_bundle(folder)
     row, arrays = bundle.component(part.name), bundle.weights(part.name)
 
-    def specs(told: dict[str, Any]) -> dict[str, Spec]:
+    def specs(rows: dict[str, Any]) -> dict[str, Spec]:
         return {
             name: Spec(getattr(torch, each["dtype"]), tuple(each["shape"]))
-            for name, each in told.items()
+            for name, each in rows.items()
         }
 
     types = {}

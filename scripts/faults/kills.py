@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.faults.forked_commands import Tools, Work, emptied, leftovers, state_of
-from scripts.faults.tries import Blow, Outcome, attempt, draw_blow
+from scripts.faults.tries import Interruption, Outcome, attempt, random_interruption
 
 Ready = Callable[[Path, str], Work]
 LEFT = 3  # temporary names of one killed try: a directory, and files under way in it
@@ -21,7 +21,7 @@ NAMES = {"convert": "out", "stream": "out", "export": "out", "export_traced": "o
 
 @dataclass
 class Reference:
-    """What a tool makes where nothing strikes, and how long that takes."""
+    """What a tool makes where nothing interrupts it, and how long that takes."""
 
     states: dict[str, str | None]
     done: Outcome
@@ -36,16 +36,16 @@ def reference(tools: Tools, tool: str) -> Reference:
     states = {}
     for which in ("a",) if tool in RESUMED else ("a", "b", "a"):
         done = attempt(ready(out, which), place)
-        assert done.code == 0, done.told
+        assert done.code == 0, done.answer
         states[which] = state_of(out)
     sizes = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
     return Reference(states, done, sum(sizes), max(sizes))
 
 
-def struck(
-    tools: Tools, tool: str, told_by: Reference, tries: int, number: int, seed: int
+def interrupted(
+    tools: Tools, tool: str, undisturbed: Reference, tries: int, number: int, seed: int
 ) -> dict[str, Any]:
-    """Strike one tool `tries` times in the same directory, then let it end.
+    """Interrupt one tool `tries` times in the same directory, then let it end.
 
     Export and run overwrite the other result ("a", then "b"); a conversion goes on with --resume
     and begins anew once it has ended.
@@ -53,7 +53,7 @@ def struck(
     draw = random.Random(f"{tool} {number} {seed}")
     place = emptied(tools.root / f"{tool}-{signal.Signals(number).name}")
     out, ready = place / NAMES[tool], getattr(tools, tool)
-    resumed, whole, done = tool in RESUMED, told_by.states, told_by.done
+    resumed, whole, done = tool in RESUMED, undisturbed.states, undisturbed.done
     row: dict[str, Any] = {"tries": tries, "seconds_undisturbed": round(done.seconds, 2)}
     row |= {"operations_undisturbed": done.operations, "struck": 0, "ended_before": 0}
     row |= {"by_time": 0, "by_operation": 0, "most_leftovers": 0, "failures": []}
@@ -64,38 +64,38 @@ def struck(
     before: str | None = None
     for turn in range(tries):
         which = "a" if resumed else "ab"[turn % 2]
-        blow = draw_blow(draw, done, number)
-        outcome = attempt(ready(out, which), place, blow)
-        row["by_operation" if blow.operation else "by_time"] += 1
-        told = f"try {turn} ({blow}): "
+        interruption = random_interruption(draw, done, number)
+        outcome = attempt(ready(out, which), place, interruption)
+        row["by_operation" if interruption.operation else "by_time"] += 1
+        label = f"try {turn} ({interruption}): "
         after = state_of(out)
         if outcome.code == 0:
             row["ended_before"] += 1
             if after != whole[which]:
-                fail(told + "it ended well, and what lies there is not what ought to")
+                fail(label + "it ended well, and what lies there is not what ought to")
         else:
             row["struck"] += 1
             if outcome.code not in expected(number):
-                fail(told + f"code {outcome.code}, {outcome.told}")
+                fail(label + f"code {outcome.code}, {outcome.answer}")
         if after is None and before is not None and not resumed:
-            fail(told + "what was there before is gone")
+            fail(label + "what was there before is gone")
         if after is not None and after not in whole.values():
-            fail(told + "half of a result lies there")
+            fail(label + "half of a result lies there")
         left = leftovers(place)
         row["most_leftovers"] = max(row["most_leftovers"], len(left))
         if len(left) > LEFT:
-            fail(f"{told}they pile up: {left}")
+            fail(f"{label}they pile up: {left}")
         before = after
         if resumed and after is not None:
             # Between the result and the clean-up: a resume says so, and clears the rest away.
             again = attempt(ready(out, which), place)
             if again.code or [path.name for path in place.iterdir()] != [out.name]:
-                fail(told + f"a resume of what is done leaves {sorted(place.iterdir())}")
+                fail(label + f"a resume of what is done leaves {sorted(place.iterdir())}")
             emptied(place)
             before = None
     last = attempt(ready(out, "a"), place)
     if last.code or state_of(out) != whole["a"]:
-        fail(f"the last, undisturbed one: code {last.code}, {last.told}")
+        fail(f"the last, undisturbed one: code {last.code}, {last.answer}")
     if (left := sorted(path.name for path in place.rglob(".*"))) or not out.exists():
         fail(f"in the end there are {left}")
     if resumed and [path.name for path in place.iterdir()] != [out.name]:
@@ -104,7 +104,7 @@ def struck(
 
 
 def expected(number: int) -> tuple[int, ...]:
-    """Exit codes of a child that was struck: by the signal, or with a sentence after SIGTERM."""
+    """Exit codes of an interrupted child: by the signal, or with a sentence after SIGTERM."""
     return (-signal.SIGKILL,) if number == signal.SIGKILL else (130, 143)
 
 
@@ -126,22 +126,22 @@ def two_at_once(tools: Tools, rounds: int, seed: int) -> dict[str, Any]:
         reader = begin(lambda: read_often(out, 2.5 * took.seconds), place)
         one = begin(tools.export(out, "a"), place)
         kill = turn % 3 == 2
-        blow = Blow(seconds=draw.uniform(0, 2 * took.seconds)) if kill else None
+        interruption = Interruption(seconds=draw.uniform(0, 2 * took.seconds)) if kill else None
         other = begin(tools.export(out, "b"), place)
-        ended = [finish(one, blow), finish(other)]
+        ended = [finish(one, interruption), finish(other)]
         read = finish(reader)
-        told = f"round {turn}: "
+        label = f"round {turn}: "
         if kill:
             row["killed"] += ended[0].code != 0
             ended = ended[1:]
-        row["failures"] += [f"{told}{each.told}" for each in ended if each.code]
+        row["failures"] += [f"{label}{each.answer}" for each in ended if each.code]
         if state_of(out) not in whole.values():
-            row["failures"].append(told + "the bundle is neither the one nor the other")
+            row["failures"].append(label + "the bundle is neither the one nor the other")
         if read.code:
-            row["failures"].append(f"{told}the reader: {read.told}")
+            row["failures"].append(f"{label}the reader: {read.answer}")
         else:
-            row["opened"] += read.told["opened"]
-            row["refused"] += read.told["refused"]
+            row["opened"] += read.answer["opened"]
+            row["refused"] += read.answer["refused"]
     attempt(tools.export(out, "a"), place)
     if left := [path.name for path in place.iterdir() if path != out]:
         row["failures"].append(f"in the end there are {left}")

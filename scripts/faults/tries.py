@@ -1,8 +1,8 @@
-"""One try: a forked child does something, and is struck down in the middle of it.
+"""One try: a forked child does something, and is interrupted in the middle of it.
 
 Forked from a parent that has imported torch already, a child starts within milliseconds. It is
-struck after a time, or at its n-th operation on files below a directory, seen by an audit hook just
-before it happens: moments between two renames, which are too short for a clock to hit.
+interrupted after a time, or at its n-th operation on files below a directory, seen by an audit hook
+just before it happens: moments between two renames, which are too short for a clock to hit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link
 
 
 @dataclass
-class Blow:
-    """What strikes a child: a signal, after seconds or at an operation (from 1)."""
+class Interruption:
+    """A signal to a child, after so many seconds or at its n-th operation (from 1)."""
 
     number: int = signal.SIGKILL
     seconds: float | None = None
@@ -41,7 +41,7 @@ class Outcome:
     """How a child ended: its exit code, or minus the signal; its answer or its sentence."""
 
     code: int
-    told: Any
+    answer: Any
     operations: int
     seconds: float
 
@@ -49,20 +49,20 @@ class Outcome:
 def attempt(
     work: Callable[[], Any],
     place: Path,
-    blow: Blow | None = None,
+    interruption: Interruption | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Do `work` in a child, which `prepare` may limit before, and strike it."""
-    return finish(begin(work, place, blow, prepare), blow)
+    """Do `work` in a child, which `prepare` may limit before, and interrupt it."""
+    return finish(begin(work, place, interruption, prepare), interruption)
 
 
 def begin(
     work: Callable[[], Any],
     place: Path,
-    blow: Blow | None = None,
+    interruption: Interruption | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> tuple[int, int, float]:
-    """Start a child: its id, the end of a pipe that it tells into, and when."""
+    """Start a child: its id, the end of a pipe for its answer, and when."""
     reading, writing = os.pipe()
     # SIGTERM waits until the child has its handler, as a process that has just begun has none.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -77,32 +77,36 @@ def begin(
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        count = strike_at(place, blow) if blow is None or blow.operation else [0]
+        count = (
+            interrupt_at(place, interruption)
+            if interruption is None or interruption.operation
+            else [0]
+        )
         if prepare:
             prepare()
-        told: Any
+        answer: Any
         try:
             with terminated_on_signal():
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-                told, code = work(), 0
+                answer, code = work(), 0
         except BaseException as error:
-            told, code = explain(error)
-        os.write(writing, json.dumps([told, count[0]]).encode()[:60_000])
+            answer, code = explain(error)
+        os.write(writing, json.dumps([answer, count[0]]).encode()[:60_000])
     finally:
         os._exit(code)
 
 
-def finish(started: tuple[int, int, float], blow: Blow | None = None) -> Outcome:
-    """Strike where time decides, and wait for the end."""
+def finish(started: tuple[int, int, float], interruption: Interruption | None = None) -> Outcome:
+    """Send the signal where time decides, and wait for the end."""
     child, reading, began = started
-    if blow is not None and blow.seconds is not None:
-        rest(began + blow.seconds - time.monotonic())
-        os.kill(child, blow.number)
+    if interruption is not None and interruption.seconds is not None:
+        rest(began + interruption.seconds - time.monotonic())
+        os.kill(child, interruption.number)
     with open(reading, "rb") as pipe:
-        said = pipe.read()
+        written = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    told, operations = json.loads(said) if said else (None, 0)
-    return Outcome(code, told, operations, time.monotonic() - began)
+    answer, operations = json.loads(written) if written else (None, 0)
+    return Outcome(code, answer, operations, time.monotonic() - began)
 
 
 def rest(seconds: float) -> None:
@@ -110,8 +114,8 @@ def rest(seconds: float) -> None:
     select.select([], [], [], max(0.0, seconds))
 
 
-def strike_at(place: Path, blow: Blow | None) -> list[int]:
-    """Count this process's operations on files below `place`; at the blow's it strikes itself."""
+def interrupt_at(place: Path, interruption: Interruption | None) -> list[int]:
+    """Count this process's operations on files below `place`, and interrupt it at the one named."""
     count = [0]
     root = os.fspath(place)
 
@@ -124,18 +128,20 @@ def strike_at(place: Path, blow: Blow | None) -> list[int]:
             return  # a descriptor
         if name.startswith(root):
             count[0] += 1
-            if blow is not None and count[0] == blow.operation:
-                os.kill(os.getpid(), blow.number)
+            if interruption is not None and count[0] == interruption.operation:
+                os.kill(os.getpid(), interruption.number)
 
     sys.addaudithook(hook)
     return count
 
 
-def draw_blow(draw: random.Random, whole: Outcome, number: int = signal.SIGKILL) -> Blow:
+def random_interruption(
+    draw: random.Random, whole: Outcome, number: int = signal.SIGKILL
+) -> Interruption:
     """One at random: half by time, half by operation, of what an undisturbed try took."""
     if draw.random() < 0.5:
-        return Blow(number, seconds=draw.uniform(0, whole.seconds * 1.05))
-    return Blow(number, operation=draw.randint(1, max(1, whole.operations)))
+        return Interruption(number, seconds=draw.uniform(0, whole.seconds * 1.05))
+    return Interruption(number, operation=draw.randint(1, max(1, whole.operations)))
 
 
 @contextlib.contextmanager

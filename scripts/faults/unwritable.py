@@ -14,7 +14,7 @@ from typing import Any
 
 from scripts.faults.forked_commands import Tools, emptied, leftovers, state_of
 from scripts.faults.kills import NAMES, RESUMED, Reference
-from scripts.faults.tries import attempt, clock_shifted, draw_blow
+from scripts.faults.tries import attempt, clock_shifted, random_interruption
 
 YEARS = 10 * 365 * 86_400.0
 
@@ -44,7 +44,7 @@ def mount(*arguments: str) -> None:
 
 
 def full(
-    tools: Tools, tool: str, told_by: Reference, tries: int, seed: int, tmpfs: bool
+    tools: Tools, tool: str, undisturbed: Reference, tries: int, seed: int, tmpfs: bool
 ) -> dict[str, Any]:
     """A disk with less room than is needed: one sentence, the old result, nothing left; then room.
 
@@ -52,23 +52,27 @@ def full(
     at the same calls.
     """
     draw = random.Random(f"{tool} {seed}")
-    place, resumed, whole = emptied(tools.root / f"full-{tool}"), tool in RESUMED, told_by.states
+    place, resumed, whole = (
+        emptied(tools.root / f"full-{tool}"),
+        tool in RESUMED,
+        undisturbed.states,
+    )
     out, ready = place / NAMES[tool], getattr(tools, tool)
     row: dict[str, Any] = {"tries": tries, "how": "tmpfs" if tmpfs else "RLIMIT_FSIZE"}
     row |= {"full": 0, "room_enough": 0, "failures": []}
-    need = told_by.bytes
+    need = undisturbed.bytes
     for turn in range(tries):
         emptied(place)
         first = not resumed and turn % 2 == 1  # an old result is there
         # Every third for sure too small; a conversion needs more than its result.
         size = int(need * (draw.uniform(0.05, 2.2 if turn % 3 else 0.8) + first))
         size = -(-size // 4096) * 4096
-        limit = draw.randrange(100, told_by.largest)
+        limit = draw.randrange(100, undisturbed.largest)
 
         def limited(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-        told = f"try {turn} ({size if tmpfs else limit} bytes): "
+        label = f"try {turn} ({size if tmpfs else limit} bytes): "
         with small_disk(place, 8 * need + (1 << 22)) if tmpfs else contextlib.nullcontext():
             if first:
                 attempt(ready(out, "a"), place)
@@ -83,21 +87,21 @@ def full(
             else:
                 row["full"] += 1
                 wanted = before
-                sentence = str(outcome.told)
+                sentence = str(outcome.answer)
                 known = any(word in sentence for word in ("space", "full", "too large"))
                 if outcome.code != 2 or not known:
-                    row["failures"].append(f"{told}code {outcome.code}, {outcome.told}")
+                    row["failures"].append(f"{label}code {outcome.code}, {outcome.answer}")
             if state_of(out) != wanted:
-                row["failures"].append(told + "another result lies there than ought to")
+                row["failures"].append(label + "another result lies there than ought to")
             if left := leftovers(place):
-                row["failures"].append(f"{told}{left} are left")
+                row["failures"].append(f"{label}{left} are left")
             if tmpfs:
                 mount("-o", f"remount,size={8 * need + (1 << 22)}", str(place))
             again = attempt(ready(out, "a"), place)
             if again.code or state_of(out) != whole["a"]:
-                row["failures"].append(f"{told}with room: code {again.code}, {again.told}")
+                row["failures"].append(f"{label}with room: code {again.code}, {again.answer}")
             if resumed and [path.name for path in place.iterdir()] != [out.name]:
-                row["failures"].append(told + "the conversion left more than its result")
+                row["failures"].append(label + "the conversion left more than its result")
     return row
 
 
@@ -127,8 +131,8 @@ def read_only(tools: Tools, tool: str, root: bool) -> dict[str, Any]:
             else:
                 place.chmod(0o755)
         row["tries"] += 1
-        if outcome.code != 2 or "\n" in str(outcome.told):
-            row["failures"].append(f"old {old}: code {outcome.code}, {outcome.told}")
+        if outcome.code != 2 or "\n" in str(outcome.answer):
+            row["failures"].append(f"old {old}: code {outcome.code}, {outcome.answer}")
         if state_of(place) != before:
             row["failures"].append(f"old {old}: the directory changed")
     return row
@@ -137,7 +141,7 @@ def read_only(tools: Tools, tool: str, root: bool) -> dict[str, Any]:
 # ---------------------------------------------------------------- clocks
 
 
-def jumping(tools: Tools, told_by: Reference, tries: int, seed: int) -> dict[str, Any]:
+def jumping(tools: Tools, undisturbed: Reference, tries: int, seed: int) -> dict[str, Any]:
     """Killed conversions go on, and exports come out the same, while clocks and mtimes jump."""
     draw = random.Random(seed)
     place = emptied(tools.root / "clock")
@@ -151,11 +155,11 @@ def jumping(tools: Tools, told_by: Reference, tries: int, seed: int) -> dict[str
 
         return inside
 
-    whole = told_by.states["a"]
+    whole = undisturbed.states["a"]
     for turn in range(tries):
         by = draw.choice((-YEARS, -3600.0, 0.0, 3600.0, YEARS))
-        blow = draw_blow(draw, told_by.done) if turn % 3 else None
-        outcome = attempt(shifted(tools.convert(out), by), place, blow)
+        interruption = random_interruption(draw, undisturbed.done) if turn % 3 else None
+        outcome = attempt(shifted(tools.convert(out), by), place, interruption)
         row["killed"] += outcome.code == -signal.SIGKILL
         scramble(draw, place)
         if out.exists():
@@ -163,7 +167,7 @@ def jumping(tools: Tools, told_by: Reference, tries: int, seed: int) -> dict[str
                 row["failures"].append(f"try {turn}: another conversion than with a right clock")
             emptied(place)
         elif outcome.code != -signal.SIGKILL:
-            row["failures"].append(f"try {turn}: code {outcome.code}, {outcome.told}")
+            row["failures"].append(f"try {turn}: code {outcome.code}, {outcome.answer}")
         if turn % 3 == 0:
             exported = place / "bundle"
             done = attempt(shifted(tools.export(exported), by), place)
@@ -204,7 +208,7 @@ def remembered(tools: Tools, tries: int, seed: int) -> dict[str, Any]:
             outcome = attempt(opened(path, by), place)
             row["opened"] += outcome.code == 0
             if outcome.code:
-                row["failures"].append(f"try {turn}: a whole bundle is refused: {outcome.told}")
+                row["failures"].append(f"try {turn}: a whole bundle is refused: {outcome.answer}")
         files = [each for each in sorted(path.rglob("*")) if each.is_file()]
         victim = draw.choice([each for each in files if each.name != "manifest.json"])
         stat = victim.stat()
@@ -218,7 +222,7 @@ def remembered(tools: Tools, tries: int, seed: int) -> dict[str, Any]:
         outcome = attempt(opened(path, draw.choice((-YEARS, 0.0, YEARS))), place)
         row["refused"] += outcome.code == 2
         if outcome.code != 2:
-            row["failures"].append(f"try {turn}: damage of {victim.name} is taken for good")
+            row["failures"].append(f"try {turn}: the damaged {victim.name} is accepted")
         shutil.rmtree(path)
     return row
 

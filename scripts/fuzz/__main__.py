@@ -45,24 +45,31 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results/fuzz.json")
     parser.add_argument("--target", choices=SHARES, help="one target, in this process")
-    asked = parser.parse_args()
-    engine = asked.engine
+    arguments = parser.parse_args()
+    engine = arguments.engine
     if engine == "auto":
         engine = "atheris" if importlib.util.find_spec("atheris") else "own"
-    if asked.target:
-        work = asked.out.with_suffix(f".{asked.target}.json")
-        fuzz(asked.target, engine, asked.executions, asked.seed, work)
+    if arguments.target:
+        work = arguments.out.with_suffix(f".{arguments.target}.json")
+        fuzz(arguments.target, engine, arguments.executions, arguments.seed, work)
         return 0
     rows: dict[str, Any] = {}
-    if asked.out.is_file():
-        rows = json.loads(asked.out.read_text())["targets"]
+    if arguments.out.is_file():
+        rows = json.loads(arguments.out.read_text())["targets"]
     for target, share in SHARES.items():
         if target in rows:
             continue
-        count = round(asked.executions * share)
-        work = asked.out.with_suffix(f".{target}.json")
+        count = round(arguments.executions * share)
+        work = arguments.out.with_suffix(f".{target}.json")
         command = [sys.executable, "-m", "scripts.fuzz", "--target", target, "--engine", engine]
-        command += ["--executions", str(count), "--seed", str(asked.seed), "--out", str(asked.out)]
+        command += [
+            "--executions",
+            str(count),
+            "--seed",
+            str(arguments.seed),
+            "--out",
+            str(arguments.out),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         row = json.loads(work.read_text()) if work.is_file() else {"executions": 0}
         work.unlink(missing_ok=True)
@@ -71,7 +78,7 @@ def main() -> int:
         if done.returncode:
             row["last_words"] = done.stderr[-600:]
         rows[target] = row
-        write(asked.out, summary(rows, asked.seed))
+        write(arguments.out, summary(rows, arguments.seed))
         print(f"{target}: {row}", flush=True)
     bad = sum(row["exit_code"] != 0 or len(row.get("failures", ())) for row in rows.values())
     return 1 if bad else 0
@@ -112,26 +119,26 @@ def fuzz(target: str, engine: str, count: int, seed: int, out: Path) -> None:
     seeds += [path.read_bytes() for path in known]
     with contextlib.suppress(ValueError):
         run(seeds[0])  # imports whatever it needs before memory is bounded
-    tell = Telling(target, run, count, engine, seed, out)
+    counted = CountedTarget(target, run, count, engine, seed, out)
     bound_memory()
     if engine == "own":
         for data in seeds:
-            tell(data)
+            counted(data)
         draw = random.Random(seed)
-        while tell.row["executions"] < count:
-            tell(mutated(draw, seeds))
+        while counted.row["executions"] < count:
+            counted(mutated(draw, seeds))
         return
     folder = out.with_suffix(".corpus")
     folder.mkdir(parents=True, exist_ok=True)
     for data in seeds:
         (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
-    arguments = [sys.argv[0], f"-runs={count}", f"-seed={seed + 1}", f"-max_len={MAX_LEN}"]
-    arguments += ["-timeout=60", "-rss_limit_mb=0", "-verbosity=0", "-print_final_stats=0"]
-    atheris.Setup([*arguments, str(folder)], tell)
+    words = [sys.argv[0], f"-runs={count}", f"-seed={seed + 1}", f"-max_len={MAX_LEN}"]
+    words += ["-timeout=60", "-rss_limit_mb=0", "-verbosity=0", "-print_final_stats=0"]
+    atheris.Setup([*words, str(folder)], counted)
     atheris.Fuzz()
 
 
-class Telling:
+class CountedTarget:
     """A target that counts what it is given, and keeps what breaks it."""
 
     def __init__(self, target: str, run: Callable[[bytes], None], count: int, engine: str,
@@ -177,7 +184,7 @@ class Telling:
 
 
 def bound_memory() -> None:
-    """MemoryError rather than the machine's last byte."""
+    """MemoryError before the machine has no memory left."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     if pages:
         limit = pages * resource.getpagesize() + MEMORY

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,9 @@ def run_tokenizer(data: bytes) -> None:
 def run_library(data: bytes) -> None:
     """A changed tokenizer that passes is opened by the tokenizers library, and reads a prompt."""
     which = data[-1] % 2 if data else 0
-    path = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"d2m-fuzz-{PROCESS}.json"
+    path = (
+        Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"d2m-fuzz-{os.getpid()}.json"
+    )
     path.write_bytes(text_of(data, TOKENIZERS[which]))
     try:
         tokenizer = TextTokenizer("tokenizer", path, {"max_length": 64, "pad_id": 1})
@@ -162,13 +165,6 @@ def run_library(data: bytes) -> None:
         path.unlink()
 
 
-def process() -> int:
-    import os
-
-    return os.getpid()
-
-
-PROCESS = process()
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": run_manifest,
     "kernels": run_kernels,

@@ -7,5 +7,6 @@ layer      One FFN of a block: what it is compared with, and whether each conten
 flux       A FLUX transformer in torch alone, dense or sparse: for machines without diffusers
 shapes     The shapes model that ships with d2m, its transformer run by torch on any device
 timing     Time of a piece of GPU work: rotated buffers, CUDA graph replay
+rtx_plan   Whether a TensorRT-RTX plan for this GPU builds, loads and runs
 roofline   The figures of scripts.gpu as Markdown tables and a roofline drawing
 """

@@ -145,8 +145,8 @@ def main() -> int:
             )
             return 2
     if given.again:
-        kept = answer["cells"].items()
-        answer["cells"] = {k: v for k, v in kept if k.split("/")[0] not in sections}
+        cells = answer["cells"].items()
+        answer["cells"] = {k: v for k, v in cells if k.split("/")[0] not in sections}
     setting = (toy if given.toy else real)(device)
     answer |= {
         "command": "python -m scripts.gpu",

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scripts.gpu.ffn_cells import correctness, layers
 from scripts.gpu.flux import Double, Single, Size, build, presets
@@ -68,14 +69,14 @@ def one_block(s: Setting, kind: str, size: Size, compiled: bool) -> Record:
 
 def block_inputs(s: Setting) -> tuple[Any, ...]:
     """Random image and text streams, temb and rotary tables: one sample, as a block takes it."""
-    width, dim, tokens = s.size.width, s.size.head_dim, s.image + s.text
+    width, angles = s.size.width, rotary_angles(s)
+    streams = s.noise(1, s.image, width), s.noise(1, s.text, width)
+    return *streams, s.noise(1, width), (angles.cos(), angles.sin())
 
-    def noise(*shape: int) -> Any:
-        return torch.randn(shape, device=s.device, dtype=s.dtype)
 
-    angles = torch.rand(tokens, dim, device=s.device)
-    streams = noise(1, s.image, width), noise(1, s.text, width)
-    return *streams, noise(1, width), (angles.cos(), angles.sin())
+def rotary_angles(s: Setting) -> Tensor:
+    """Random angles [tokens, head_dim]."""
+    return torch.rand(s.image + s.text, s.size.head_dim, device=s.device)
 
 
 def step(s: Setting) -> Cells:
@@ -103,14 +104,10 @@ def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
         for block in model.modules():
             if isinstance(block, (Double, Single)):
                 block.compile(fullgraph=True, backend=backend(s.device))
-    tokens = s.image + s.text
-
-    def noise(*shape: int) -> Any:
-        return torch.randn(shape, device=s.device, dtype=s.dtype)
-
-    angles = torch.rand(tokens, size.head_dim, device=s.device)
-    given: tuple[Any, ...] = (noise(1, s.image, size.channels), noise(1, s.text, size.text_width))
-    given += (noise(1, size.pooled), torch.full((1,), 0.5, device=s.device))
+    angles = rotary_angles(s)
+    given: tuple[Any, ...] = (s.noise(1, s.image, size.channels),)
+    given += (s.noise(1, s.text, size.text_width), s.noise(1, size.pooled))
+    given += (torch.full((1,), 0.5, device=s.device),)
     given += (torch.full((1,), 3.5, device=s.device), angles.cos(), angles.sin())
     work = partial(model, *given)
     row = measure([work], s.device, seconds=2 * s.seconds, graph=compiled)
@@ -121,11 +118,11 @@ def shapes(s: Setting) -> Cells:
     """The shapes model end to end, its transformer in torch on the device, against ONNX Runtime."""
     for compiled in (False, True):
         tail = " compiled" if compiled else ""
-        yield f"shapes/torch{tail}", partial(one_picture, s, compiled)
+        yield f"shapes/torch{tail}", partial(one_image, s, compiled)
 
 
-def one_picture(s: Setting, compiled: bool) -> Record:
-    """Seconds a picture, and the PSNR of the same picture drawn by ONNX Runtime on the CPU."""
+def one_image(s: Setting, compiled: bool) -> Record:
+    """Seconds an image, and the PSNR of the same image from ONNX Runtime on the CPU."""
     import time
 
     import numpy as np
@@ -134,12 +131,12 @@ def one_picture(s: Setting, compiled: bool) -> Record:
     from scripts.gpu.shapes import pipeline
 
     prompt = "a red circle above a blue square"
-    drawn = pipeline(s.device, s.dtype, compiled=compiled)
-    first = np.asarray(drawn(prompt, seed=0), np.float64)
+    generate = pipeline(s.device, s.dtype, compiled=compiled)
+    first = np.asarray(generate(prompt, seed=0), np.float64)
     times = []
     for seed in range(1, 4):
         start = time.perf_counter()
-        drawn(prompt, seed=seed)
+        generate(prompt, seed=seed)
         times.append(time.perf_counter() - start)
     other = np.asarray(Pipeline(None, "ort")(prompt, seed=0), np.float64)
     error = float(((first - other) ** 2).mean())

@@ -50,7 +50,7 @@ def one_layer(s: Setting, batch: int, routing: str, mode: str, name: str) -> Rec
     """Milliseconds and TFLOP/s of one contender (a backward counts twice a forward)."""
     tokens, width, experts = batch * (s.image + s.text), s.size.width, s.size.experts
     probe = layer.make(name, width, experts, s.size.top_k, routing, s.device, s.dtype, 0)
-    x = torch.randn(tokens, width, device=s.device, dtype=s.dtype)
+    x = s.noise(tokens, width)
     if reason := layer.obstacle(name, x, probe):
         return {"skipped": reason}
     each = x.nbytes + sum(p.nbytes for p in probe.parameters())
@@ -77,7 +77,7 @@ def routed(s: Setting, batch: int, routing: str) -> Record:
 
     tokens, width, k = batch * (s.image + s.text), s.size.width, s.size.top_k
     works, hidden = [], 3 * width // s.size.experts
-    x = torch.randn(tokens, width, device=s.device, dtype=s.dtype)
+    x = s.noise(tokens, width)
     probe = layer.make("triton", width, s.size.experts, k, routing, s.device, s.dtype, 0)
     if reason := layer.obstacle("triton", x, probe):
         return {"skipped": reason}
@@ -99,14 +99,14 @@ def block_end(s: Setting, batch: int, name: str) -> Record:
     from d2m.kernels.op import forward_residual
 
     tokens, width, k = batch * (s.image + s.text), s.size.width, s.size.top_k
-    x = torch.randn(tokens, width, device=s.device, dtype=s.dtype)
+    x = s.noise(tokens, width)
     works = []
     for seed in range(2 if s.device.type == "cuda" else 1):
         ffn = layer.make("triton", width, s.size.experts, k, "uniform", s.device, s.dtype, seed)
         if reason := layer.obstacle("triton", x, ffn):
             return {"skipped": reason}
         given, residual = torch.randn_like(x), torch.randn_like(x)
-        scale, e = torch.randn(batch, width, device=s.device, dtype=s.dtype), ffn.experts
+        scale, e = s.noise(batch, width), ffn.experts
         rows = tokens // batch
 
         def apart(ffn: Any, given: Any, residual: Any, scale: Any, rows: int = rows) -> Any:

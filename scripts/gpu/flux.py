@@ -128,14 +128,8 @@ def ffn(size: Size) -> nn.Module:
     return SparseFFN(width, width, size.experts, 3 * width // size.experts, size.top_k)
 
 
-class Double(nn.Module):
+class Block(nn.Module):
     """image [B, T, D], text [B, L, D] -> text, image: called as diffusers calls its blocks."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.norm1, self.norm1_context = Modulation(size.width, 6), Modulation(size.width, 6)
-        self.attn = Attention(size, added=True)
-        self.ff, self.ff_context = ffn(size), ffn(size)
 
     def forward(
         self,
@@ -145,18 +139,30 @@ class Double(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor],
         joint_attention_kwargs: None = None,
     ) -> tuple[Tensor, Tensor]:
-        image, text = hidden_states, encoder_hidden_states
+        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+
+
+class Double(Block):
+    """Both streams attend together, each with its FFN."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.norm1, self.norm1_context = Modulation(size.width, 6), Modulation(size.width, 6)
+        self.attn = Attention(size, added=True)
+        self.ff, self.ff_context = ffn(size), ffn(size)
+
+    def run(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         shift, scale, gate, shift2, scale2, gate2 = self.norm1(temb)
         tshift, tscale, tgate, tshift2, tscale2, tgate2 = self.norm1_context(temb)
         inside = norm(image, scale, shift), norm(text, tscale, tshift)
-        one, two = self.attn(*inside, *image_rotary_emb)
+        one, two = self.attn(*inside, *rotary)
         image, text = image + gate * one, text + tgate * two
         image = image + gate2 * self.ff(norm(image, scale2, shift2))
         return text + tgate2 * self.ff_context(norm(text, tscale2, tshift2)), image
 
 
-class Single(nn.Module):
-    """image [B, T, D], text [B, L, D] -> text, image; attention and FFN side by side."""
+class Single(Block):
+    """One joined stream; attention and FFN side by side."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -167,22 +173,15 @@ class Single(nn.Module):
         self.proj_mlp = ffn(size) if self.sparse else nn.Linear(width, 4 * width)
         self.proj_out = AttentionPlusFFN(width) if self.sparse else nn.Linear(5 * width, width)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
-        joint_attention_kwargs: None = None,
-    ) -> tuple[Tensor, Tensor]:
-        length = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    def run(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        length = text.shape[1]
+        x = torch.cat([text, image], dim=1)
         shift, scale, gate = self.norm(temb)
         inside = norm(x, scale, shift)
         wide = self.proj_mlp(inside)
         if not self.sparse:
             wide = F.gelu(wide, approximate="tanh")
-        y = torch.cat([self.attn(inside, None, *image_rotary_emb), wide], dim=-1)
+        y = torch.cat([self.attn(inside, None, *rotary), wide], dim=-1)
         x = x + gate * self.proj_out(y)
         return x[:, :length], x[:, length:]
 

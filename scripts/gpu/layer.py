@@ -126,18 +126,30 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float(difference / wanted.double().norm().clamp_min(1e-30))
 
 
-def verify_end(sizes: tuple[int, int, int, int], top_k: int, device: Any, dtype: Any) -> Any:
-    """As `verify`, for the forward whose last kernel adds shared expert, gate and residual."""
-    from d2m.kernels.op import forward_residual
-
+def operands(
+    sizes: tuple[int, int, int, int], seed: int, device: Any
+) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
+    """noise(*shape), and made of it logits [T, E] and [x, w1, b1, w2], float32."""
     T, D, E, H = sizes
-    generator = torch.Generator(device).manual_seed(T)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
     logits = noise(T, E)
-    exact = [noise(T, D), noise(E, D, H) / D**0.5, noise(E, H) / 2, noise(E, H, D) / H**0.5]
+    return (
+        noise,
+        logits,
+        [noise(T, D), noise(E, D, H) / D**0.5, noise(E, H) / 2, noise(E, H, D) / H**0.5],
+    )
+
+
+def verify_end(sizes: tuple[int, int, int, int], top_k: int, device: Any, dtype: Any) -> Any:
+    """As `verify`, for the forward whose last kernel adds shared expert, gate and residual."""
+    from d2m.kernels.op import forward_residual
+
+    T, D = sizes[:2]
+    noise, logits, exact = operands(sizes, T, device)
     x, w1, b1, w2 = (t.to(dtype) for t in exact)
     shared, residual, scale = (t.to(dtype) for t in (noise(T, D), noise(T, D), noise(1, D)))
     if reason := impossible("triton", case_of(x, w1)):
@@ -164,14 +176,9 @@ def verify(
     sizes (T, D, E, H). Answers {"error", "gradients": {...}, "repeats", "limit", "ok"}, or
     {"skipped": reason}. Scratch and outputs of the kernels are filled with NaN first.
     """
-    T, D, E, H = sizes
-    generator = torch.Generator(device).manual_seed(T + top_k)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    logits = noise(T, E) + lean(routing, E, torch.device(device))
-    exact = [noise(T, D), noise(E, D, H) / D**0.5, noise(E, H) / 2, noise(E, H, D) / H**0.5]
+    T, D, E, _ = sizes
+    noise, logits, exact = operands(sizes, T + top_k, device)
+    logits += lean(routing, E, torch.device(device))
     x, w1, b1, w2 = (t.to(dtype).requires_grad_() for t in exact)
     logits.requires_grad_()
     if reason := impossible(name, case_of(x, w1)):
@@ -205,10 +212,10 @@ def poisoned(name: str) -> Iterator[None]:
         return
     from d2m.kernels import op
 
-    kept = op.allocate
+    original = op.allocate
 
     def allocate(shapes: Any, device: torch.device) -> dict[str, Tensor]:
-        made = kept(shapes, device)
+        made = original(shapes, device)
         for tensor in made.values():
             tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**20))
         return made
@@ -217,4 +224,4 @@ def poisoned(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        op.allocate = kept
+        op.allocate = original

@@ -1,4 +1,4 @@
-"""The figures of scripts.gpu as Markdown tables and a roofline drawing.
+"""The figures of scripts.gpu as Markdown tables and a roofline plot.
 
     python -m scripts.gpu.roofline results/h200/bench_gpu.json
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from runtime.files.atomic import write_text
 
 # What the issue asks for, by name: (value is measured so, target).
 TARGETS = {
@@ -143,30 +144,24 @@ def roofline(answer: dict[str, Any]) -> str:
         return alone(svg(figure, f"Roofline of {answer['machine']['device']}"))
 
 
-def write(path: Path, words: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(words, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> int:
     """Read, write two files, print the tables."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         given = sys.argv[1] if len(sys.argv) > 1 else "missing"
         print(
-            f"error: the JSON file is {given}, expected one that bench_gpu.py wrote.",
+            f"error: the JSON file is {given}, expected one that python -m scripts.gpu wrote.",
             file=sys.stderr,
         )
         return 2
     path = Path(sys.argv[1])
     answer = json.loads(path.read_text(encoding="utf-8"))
-    words = tables(answer)
-    print(words)
-    write(path.with_suffix(".md"), words)
+    text = tables(answer)
+    print(text)
+    write_text(path.with_suffix(".md"), text)
     try:
-        write(path.with_name("roofline.svg"), roofline(answer))
-    except ImportError as error:  # a machine that only measures: the JSON is drawn on another
-        print(f"not drawn: {error}; pip install matplotlib jinja2, then again", file=sys.stderr)
+        write_text(path.with_name("roofline.svg"), roofline(answer))
+    except ImportError as error:  # a machine that only measures: the plot is made on another
+        print(f"no plot: {error}; pip install matplotlib jinja2, then again", file=sys.stderr)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,10 @@ class Setting:
     seconds: float  # per measurement
     checks: tuple[tuple[int, int, int, int], ...]  # (T, D, E, H) of the correctness runs
 
+    def noise(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
 
 def real(device: torch.device) -> Setting:
     checks = ((1, 3072, 12, 768), (77, 256, 12, 64), (512, 3072, 12, 768), (4608, 3072, 12, 768))

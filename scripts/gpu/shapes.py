@@ -1,7 +1,7 @@
 """The shapes model that ships with d2m, its transformer run by torch on any device.
 
 Text encoders and VAE stay in ONNX Runtime; the transformer is a `Flux` whose weights are the
-bundle's. So a machine with torch and no diffusers draws end to end with the kernels.
+bundle's. So a machine with torch and no diffusers generates end to end with the kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def groups_of(bundle: Any) -> Blocks | None:
     found: dict[str, list[tuple[int, ...]]] = {"double": [], "single": []}
     row = bundle.component("transformer")
     for group in row.get("groups", {}).values():
-        calls = [row["program"][place] for place in group["calls"]]
+        calls = [row["program"][index] for index in group["calls"]]
         members = tuple(int(call["prefix"].strip(".").rsplit(".", 1)[1]) for call in calls)
         found[calls[0]["type"]].append(members)
     if not any(found.values()):
@@ -89,8 +89,8 @@ class Transformer:
         kappa: int | None = None,
         starts: Any = None,
     ) -> dict[str, Any]:
-        kept = {group.kappa for group in block_groups(self.model).values()}
-        if top_k not in (None, self.model.size.top_k) or {kappa} - {None} - kept or starts:
+        kappas = {group.kappa for group in block_groups(self.model).values()}
+        if top_k not in (None, self.model.size.top_k) or {kappa} - {None} - kappas or starts:
             raise ValueError(
                 f"top_k is {top_k}, kappa {kappa}; this transformer was loaded with its bundle's"
             )
@@ -110,8 +110,8 @@ def pipeline(
     """The default bundle as a callable whose transformer runs in torch on `device`."""
     from runtime.pipeline import Pipeline
 
-    drawn = Pipeline(None, "ort")
-    k = top_k or drawn.manifest["top_k"]
-    model = load_bundle(drawn.bundle, k, device, dtype)
-    drawn._executors["transformer"] = Transformer(model, device, dtype, compiled)
-    return drawn
+    pipe = Pipeline(None, "ort")
+    k = top_k or pipe.manifest["top_k"]
+    model = load_bundle(pipe.bundle, k, device, dtype)
+    pipe._executors["transformer"] = Transformer(model, device, dtype, compiled)
+    return pipe

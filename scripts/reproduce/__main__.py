@@ -36,11 +36,11 @@ Task = tuple[Row, int]
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="30 steps, 36 pictures, one seed")
+    parser.add_argument("--quick", action="store_true", help="30 steps, 36 images, one seed")
     parser.add_argument("--seeds", default="0,1,2", help="(%(default)s)")
     parser.add_argument("--only", help="rows, with commas; all by default")
     parser.add_argument("--steps", type=int, default=STEPS, help="of stages 1 and 2 (%(default)s)")
-    parser.add_argument("--n", type=int, default=600, help="pictures judged a row (%(default)s)")
+    parser.add_argument("--n", type=int, default=600, help="images judged a row (%(default)s)")
     parser.add_argument("--jobs", type=int, help="rows at a time; default: one a core")
     parser.add_argument("--dense", default=str(ROOT / "models" / "shapes-dense"))
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "reproduce")
@@ -146,13 +146,13 @@ def write(settings: Settings, document: Path | None = None) -> None:
     write_text(settings.results / "table.md", tables.table(answer))
     write_text(settings.results / "report.html", page.render(answer))
     plot = settings.results / "pareto.svg"
-    if drawn := page.drawing(answer):
-        write_text(plot, drawn)
+    if svg := page.pareto_svg(answer):
+        write_text(plot, svg)
     else:
         plot.unlink(missing_ok=True)
     if document:
-        place = os.path.relpath(plot, document.parent)
-        tables.write_section(document, answer, place if drawn else None)
+        link = os.path.relpath(plot, document.parent)
+        tables.write_section(document, answer, link if svg else None)
     print(f"{sum(map(len, results.values()))} results in {settings.results}: table.md, report.html")
 
 

@@ -1,4 +1,4 @@
-"""The summary as a page that loads nothing, and as a drawing: report.html and pareto.svg."""
+"""The summary as a page that loads nothing, and as a plot: report.html and pareto.svg."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from d2m.units import count_text
 from scripts.reproduce.tables import HEAD, cells, found, short
 
 Summary = Mapping[str, Any]
-WIDTH = 860  # of the drawing, in pixels: a README's column
+WIDTH = 860  # of the plot, in pixels: a README's column
 
 
-def drawing(summary: Summary) -> str | None:
+def pareto_svg(summary: Summary) -> str | None:
     """Score against both costs as the text of an .svg file; None where no row was judged."""
-    drawn = chart(summary["rows"], WIDTH)
-    return alone(drawn) if drawn else None
+    svg = chart(summary["rows"], WIDTH)
+    return alone(svg) if svg else None
 
 
 def render(summary: Summary) -> str:
@@ -43,7 +43,7 @@ def categories(judged: list[Mapping[str, Any]]) -> Section:
     """Scores by category, a row per model."""
     names = list(dict.fromkeys(name for row in judged for name in row["categories"]))
     words = [name.replace("_", " ") for name in names]
-    drawn = heat_map(
+    scores = heat_map(
         [row["name"] for row in judged],
         words,
         [[row["categories"].get(name, {}).get("score", 0.0) for name in names] for row in judged],
@@ -60,7 +60,7 @@ def categories(judged: list[Mapping[str, Any]]) -> Section:
             for r in rates
         ]
         body.append([row["name"], *figures])
-    charts = [Chart("Score by category", [drawn], ColourScale(RISING, "0 %", "", "100 %"))]
+    charts = [Chart("Score by category", [scores], ColourScale(RISING, "0 %", "", "100 %"))]
     table = Table(("row", *words), body)
     return Section("Categories", "95 % Wilson intervals.", charts, table=table)
 

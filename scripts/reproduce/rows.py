@@ -27,7 +27,7 @@ class Row:
 
     recipe: from the dense model's directory; None: nothing is trained. start: the row whose model
     training begins with. times: its training steps, as a multiple of the others'. of: the row whose
-    model is drawn with, with `knobs`. says: what the row is, for the table.
+    model generates, with `knobs`. says: what the row is, for the table.
     """
 
     name: str

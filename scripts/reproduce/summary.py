@@ -1,7 +1,7 @@
 """All results that are there, as one dict: rows pooled over their seeds, and what was expected.
 
-Seeds differ in training and in the captions drawn, so a row's pictures of all seeds are pooled. The
-intervals are of pictures; how much a training differs from the next, the seeds' own scores tell.
+Seeds differ in training and in the captions drawn, so a row's images of all seeds are pooled. The
+intervals are of images; how much a training differs from the next, the seeds' own scores show.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def summary(results: Results, left_out: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def pooled(rates: Iterable[Mapping[str, Any]]) -> Rate:
-    """Rates (score, n) of several runs as one: share of all their pictures, Wilson interval."""
+    """Rates (score, n) of several runs as one: share of all their images, Wilson interval."""
     rates = list(rates)
     n = sum(rate["n"] for rate in rates)
     return rate_of(sum(round(rate["score"] * rate["n"]) for rate in rates), n)
@@ -65,8 +65,8 @@ def rate_of(successes: int, n: int) -> Rate:
 def ratio(a: Rate, b: Rate) -> dict[str, float | None]:
     """a's score over b's with its 95 % interval (Katz's logarithm, as of separate samples).
 
-    Models draw the same captions from the same noise, so the true interval is narrower. None where
-    a score is 0.
+    Models generate the same captions from the same noise, so the true interval is narrower. None
+    where a score is 0.
     """
     if not a["score"] or not b["score"]:
         return {"value": 0.0 if b["score"] else None, "low": None, "high": None}

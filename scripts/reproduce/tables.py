@@ -105,7 +105,7 @@ def checks(summary: Summary) -> str:
 
 
 def section(summary: Summary, plot: str | None) -> str:
-    """What docs/results.md holds between BEGIN and END. plot: path of the drawing, if there is."""
+    """What docs/results.md holds between BEGIN and END. plot: path of the plot, if there is."""
     image = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
     parts = [
         BEGIN,

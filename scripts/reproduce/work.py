@@ -1,25 +1,25 @@
 """One row with one seed: convert, judge, and write a JSON file that holds all that was done.
 
-Run as a process of its own (`python -m reproduction.work ...`), so that rows run side by side on a
-thread each: at the shapes model's size a second thread saves a tenth of a step, a second process
-makes another step.
+Run as a process of its own (`python -m scripts.reproduce.work ...`), so that rows run side by side
+on a thread each: at the shapes model's size a second thread saves a tenth of a step, a second
+process makes another step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import sys
 import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from d2m.cli.progress import progress_bars
 from d2m.plan.count import plan
 from d2m.recipe import recipe as recipes
-from d2m.recipe.recipe import Recipe
+from runtime.files.atomic import write_json
+from scripts.figures import machine
 from scripts.reproduce.rows import Row, chain, named, recipe_of
 
 
@@ -45,7 +45,7 @@ def result_file(row: Row, seed: int, settings: Settings) -> Path:
 
 
 def model_dir(row: Row, seed: int, settings: Settings) -> Path:
-    """The pipeline directory a row is drawn with."""
+    """The pipeline directory that a row generates with."""
     if row.of:
         return model_dir(named(row.of), seed, settings)
     return settings.work / slug(row, seed) if row.recipe else Path(settings.dense)
@@ -81,23 +81,30 @@ def same(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     """Make the row's model where it is not there yet, judge it, and write its figures."""
+    import torch
+
     from calib.shapes.suite import evaluate
     from calib.shapes.world import World
     from d2m.generate import generate_with, load_pipeline
-    from d2m.generate import settings as drawing
+    from d2m.generate import settings as generation_settings
     from runtime.files.atomic import write_json
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     began, made = time.monotonic(), None
     folder = model_dir(row, seed, settings)
     if row.recipe:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
-    values = drawing(folder)
+    values = generation_settings(folder)
     draw = generate_with(load_pipeline(folder), batch_size=16, **row.knobs, **values)
-    told = _Told(row, seed)
-    score, _ = evaluate(
-        draw, settings.n, seed, World(size=values["height"]), progress=told.pictures
-    )
+    with progress_bars() as progress:
+        score, _ = evaluate(
+            draw,
+            settings.n,
+            seed,
+            World(size=values["height"]),
+            progress=lambda done, total: progress("images", done, total),
+        )
     answer = {
         "row": row.name,
         "seed": seed,
@@ -107,7 +114,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
         "training": made,
         "seconds": {"conversion": round(trained), "all": round(time.monotonic() - began)},
         "date": date.today().isoformat(),
-        "machine": _machine(),
+        "machine": machine(torch.get_num_threads(), "torch", "diffusers") | {"device": device},
     }
     write_json(result_file(row, seed, settings), answer)
     return answer
@@ -124,7 +131,7 @@ def cost(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
             blocks = dataclasses.replace(made.blocks, kappa=row.knobs["kappa"])
             made = dataclasses.replace(made, blocks=blocks)
         file = settings.work / f"{slug(row, seed)}.recipe.json"
-        _write_recipe(file, made)
+        write_json(file, recipes.to_dict(made))
         found = plan(settings.dense, recipe=file, top_k=row.knobs.get("top_k"))
     names = ("total_params", "activated_params", "flops", "flops_vs_dense", "blocks")
     return {name: found[name] for name in names}
@@ -137,54 +144,19 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
     from d2m.convert.in_memory import Options, convert
 
     start = model_dir(named(row.start), seed, settings) if row.start else None
-    answer = convert(
-        settings.dense,
-        folder,
-        recipe_of(row, settings.dense, settings.steps, seed),
-        lambda pipe, seed: shapes_batches(pipe, seed=seed),
-        neuron_importance,
-        options=Options(start=start, resume=True),
-        progress=_Told(row, seed),
-        log=lambda text: print(text, flush=True),
-    )
-    kept = ("identity_error", "losses", "seconds", "parameters")
-    return {name: answer[name] for name in kept if name in answer}
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    from runtime.files.atomic import write_json
-
-    write_json(path, recipes.to_dict(recipe))
-
-
-def _machine() -> dict[str, Any]:
-    import diffusers
-    import torch
-
-    return {
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-
-
-class _Told:
-    """Progress as a line every half minute: two rows at a time cannot share a bar."""
-
-    def __init__(self, row: Row, seed: int):
-        self.name, self.last, self.phase = f"{row.name} (seed {seed})", 0.0, ""
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if phase != self.phase or now - self.last > 30 or done == total:
-            self.last, self.phase = now, phase
-            print(f"{self.name}: {phase} {done}/{total}", flush=True)
-
-    def pictures(self, done: int, total: int) -> None:
-        self("pictures", done, total)
+    with progress_bars() as progress:  # lines in the row's log
+        answer = convert(
+            settings.dense,
+            folder,
+            recipe_of(row, settings.dense, settings.steps, seed),
+            lambda pipe, seed: shapes_batches(pipe, seed=seed),
+            neuron_importance,
+            options=Options(start=start, resume=True),
+            progress=progress,
+            log=lambda text: print(text, flush=True),
+        )
+    fields = ("identity_error", "losses", "seconds", "parameters")
+    return {name: answer[name] for name in fields if name in answer}
 
 
 def main() -> None:

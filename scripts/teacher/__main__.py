@@ -11,7 +11,7 @@ Under torchrun (`torchrun --nproc-per-node 2 -m scripts.teacher ...`) several pr
 share every step of the transformer's stages: on a CPU one per core beats one with several threads.
 
 The stages mirror how FLUX.1 [dev] came to be (ours, in miniature): a flow-matching model trained
-with caption dropout and then distilled so that one forward pass with a guidance embedding draws
+with caption dropout and then distilled so that one forward pass with a guidance embedding generates
 what two passes of classifier-free guidance would.
 """
 
@@ -35,9 +35,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs/teacher"), help="checkpoints; the same one resumes")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--size", type=int, default=32, help="side of the pictures in pixels (%(default)s)")
+    add("--size", type=int, default=32, help="side of the images in pixels (%(default)s)")
     add("--init", type=Path, help="pipeline to start from: its transformer learns on")
-    add("--scenes", type=int, default=160_000, help="drawn once, encoded once (%(default)s)")
+    add("--scenes", type=int, default=160_000, help="sampled and encoded once (%(default)s)")
     add("--batch", type=int, default=64, help="of the transformer's stages (%(default)s)")
     add("--vae-steps", type=int, default=1600, help="(%(default)s)")
     add("--text-steps", type=int, default=1600, help="(%(default)s)")
@@ -57,7 +57,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
-    """What the model card tells of a run; the logs of the run it goes on from, too."""
+    """What the model card says of a run; the logs of the run it goes on from, too."""
     log = args.init and args.init / "training.json"
     return {
         "scenes": args.scenes,
@@ -83,7 +83,7 @@ def main() -> None:
     from scripts.teacher.loop import Run
     from scripts.teacher.pipeline import save_pipeline
     from scripts.teacher.refit import refitted
-    from scripts.teacher.scenes import draw_images, draw_scenes
+    from scripts.teacher.scenes import draw_scenes, render_images
     from scripts.teacher.text import train_text
     from scripts.teacher.vae import latents_of, train_vae
 
@@ -117,9 +117,9 @@ def main() -> None:
         write_json(run.work / "run.json", settings(args, run))
     world = World(size=args.size)
 
-    print(f"drawing {args.scenes} training scenes", flush=True)
+    print(f"rendering {args.scenes} training scenes", flush=True)
     scenes = draw_scenes(world, args.scenes, run.seed)
-    images = draw_images(world, scenes, run.seed)
+    images = render_images(world, scenes, run.seed)
     vae = train_vae(run, world, images, args.vae_steps, args.init)
     if args.until == "vae":
         return

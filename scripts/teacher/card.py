@@ -15,11 +15,10 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors import safe_open
-
 from calib.shapes.world import World, heldout_pairs
 from d2m.report.charts import Line, alone, line_chart
 from runtime.files.atomic import write_json, write_text
+from runtime.files.tensors import read_header, weight_files
 
 STAGES = {
     "vae": "VAE",
@@ -35,8 +34,8 @@ def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
     Of rows written twice (a killed run repeats a few steps) the last one counts.
     """
     found = {}
-    kept = {"vae"} if settings["init"] else set()
-    for stage in (stage for stage in STAGES if stage not in kept):
+    reused = {"vae"} if settings["init"] else set()
+    for stage in (stage for stage in STAGES if stage not in reused):
         log = work / f"{stage}.jsonl"
         if not log.is_file():
             raise FileNotFoundError(
@@ -49,23 +48,19 @@ def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
 
 def parameters(model: Path) -> dict[str, int]:
     """Parameters per component, counted from the safetensors headers."""
-    counts = {}
-    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
-        total = 0
-        for file in sorted((model / name).glob("*.safetensors")):
-            with safe_open(file, "np") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    size = 1
-                    for n in tensors.get_slice(key).get_shape():
-                        size *= n
-                    total += size
-        counts[name] = total
-    return counts
+    return {
+        name: sum(
+            tensor.size
+            for file in weight_files(model / name)
+            for tensor in read_header(file).values()
+        )
+        for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
+    }
 
 
 def chart(rows: list[dict]) -> str:
     points = [(row["step"], row["loss"]) for row in rows]
-    drawn = line_chart(
+    curve = line_chart(
         [Line("", points)],
         x_label="step",
         y_label="flow-matching loss (MSE)",
@@ -73,7 +68,7 @@ def chart(rows: list[dict]) -> str:
         log_y=True,
         width=640,
     )
-    return alone(drawn)
+    return alone(curve)
 
 
 def card(
@@ -99,7 +94,7 @@ def card(
     parts = "\n".join(f"| {name} | {n:,} |" for name, n in counts.items())
     steps = logs["flow"][-1]["step"]
     start = " --init ..." if settings["init"] else ", from nothing"
-    went_on = (
+    continued = (
         ""
         if not earlier
         else f"""
@@ -156,7 +151,7 @@ shows (the head is gone afterwards). It is then distilled so that one pass with 
 g in 1 to {settings["guidance_max"]:g} equals classifier-free guidance of scale g: what makes it
 "dev". The result is the exponential average of the weights. Curves: `training.svg`,
 `training.json`.
-{went_on}
+{continued}
 | stage | steps | first loss | last loss |
 |---|---:|---:|---:|
 {stages}

@@ -1,8 +1,8 @@
 """Stages 3 and 4: the transformer learns flow matching, then guidance in a single pass.
 
 As FLUX.1 [dev] came to be: x_s = (1 - s) x + s noise with s in (0, 1), the velocity noise - x to
-be told from x_s; and of the result a student that does with a guidance embedding in one pass what
-classifier-free guidance does in two.
+be predicted from x_s; and of the result a student that does with a guidance embedding in one pass
+what classifier-free guidance does in two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scripts.teacher.cache import Cache
 from scripts.teacher.labels import Labelled
 from scripts.teacher.loop import Loss, Run, train
 
-DROPPED = 0.1  # share of captions left out, so that the model knows what to draw without one
+DROPPED = 0.1  # share of captions left out, so that the model learns to generate without one
 LABEL_WEIGHT = 0.2  # of a patch's names against the velocity's error; both are near 1
 # These and the output start at zero, so that every block begins as the identity (adaLN-zero).
 ZEROED = ("norm1", "norm.linear", "norm_out.linear")
@@ -107,15 +107,15 @@ def train_guidance(
 
 
 def noised(run: Run, latents: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw noise and times for latents [B, T, C]: (x_s, s [B], velocity), on the run's device.
+    """Random noise and times for latents [B, T, C]: (x_s, s [B], velocity), on the run's device.
 
     s = sigmoid(N(1, 1.2)): more of the noisy end than of the clean (ours). Of several processes
     each gets its own rows of the batch.
     """
-    x = run.mine(latents).to(run.device)
-    noise = run.mine(torch.randn(latents.shape, generator=g)).to(run.device)
+    x = run.own_rows(latents).to(run.device)
+    noise = run.own_rows(torch.randn(latents.shape, generator=g)).to(run.device)
     normal = torch.randn(len(latents), generator=g)
-    sigma = run.mine(torch.sigmoid(normal * 1.2 + 1.0)).to(run.device)
+    sigma = run.own_rows(torch.sigmoid(normal * 1.2 + 1.0)).to(run.device)
     s = sigma[:, None, None]
     return (1 - s) * x + s * noise, sigma, noise - x
 
@@ -142,18 +142,18 @@ def flow_loss(run: Run, model: Labelled, cache: Cache) -> Loss:
     """
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        if not model.watched:  # not earlier: the average is a copy that nobody watches
+        if not model.watched:  # not earlier: the average is a copy without a hook
             model.watch()
         g = run.generator(13_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         dropped = torch.rand(run.batch, generator=g) < DROPPED
-        text = cache.text(run.mine(torch.where(dropped, cache.empty, cache.rows[pick])))
+        text = cache.text(run.own_rows(torch.where(dropped, cache.empty, cache.rows[pick])))
         x, sigma, target = noised(run, cache.packed[pick], g)
         with run.autocast():
             one = torch.ones(len(x), device=run.device)
             answer = velocity(model.transformer, x, sigma, one, text, cache.ids)
         error = F.mse_loss(answer, target)
-        names = model.label_loss(run.mine(cache.labels[pick]).to(run.device))
+        names = model.label_loss(run.own_rows(cache.labels[pick]).to(run.device))
         figures = {"velocity": round(error.item(), 4), "names": round(names.item(), 4)}
         return error + LABEL_WEIGHT * names, figures
 
@@ -176,8 +176,8 @@ def guidance_loss(
         g = run.generator(17_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         x, sigma, _ = noised(run, cache.packed[pick], g)
-        scale = run.mine(1 + (largest - 1) * torch.rand(run.batch, generator=g)).to(run.device)
-        rows = run.mine(cache.rows[pick])
+        scale = run.own_rows(1 + (largest - 1) * torch.rand(run.batch, generator=g)).to(run.device)
+        rows = run.own_rows(cache.rows[pick])
         with torch.no_grad(), run.autocast():
             both = cache.text(torch.cat([rows, torch.full_like(rows, cache.empty)]))
             ones = torch.ones(2 * len(x), device=run.device)

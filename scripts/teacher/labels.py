@@ -1,7 +1,7 @@
-"""What every patch of a training picture shows: names that half-way features learn to tell.
+"""What every patch of a training picture shows: names that half-way features learn to predict.
 
-The velocity's squared error says little about a caption: most of it is noise that nobody can
-foretell, and a colour or a shape is read from the noisy picture itself but at the noisiest. Naming
+The velocity's squared error says little about a caption: most of it is noise that nothing can
+predict, and a colour or a shape is read from the noisy picture itself but at the noisiest. Naming
 what each patch of the clean picture will show, from the features between FLUX's two kinds of
 blocks, asks for the caption at every noise level (ours; aligning such features with those of a
 vision model is known to speed diffusion transformers up, and here the exact labels are known).
@@ -29,7 +29,7 @@ CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1)  # the last of each: nothing
 def patch_labels(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
     """Shape and colour of what fills most of each patch, int64 [N, GRID * GRID, 2].
 
-    For the pictures that `draw_images` makes of the same scenes and seed.
+    For the pictures that `render_images` makes of the same scenes and seed.
     """
     rng = np.random.default_rng(seed + 1)
     side = world.size * Q // GRID

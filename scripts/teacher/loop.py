@@ -1,7 +1,7 @@
 """The training loop of every stage: AdamW, an average of the weights, a log, checkpoints.
 
 A stage leaves NAME.safetensors (see state.py) and NAME.jsonl, one row per 50 steps, in the work
-directory. Nothing random is saved: what a step draws depends on the seed and the step alone.
+directory. Nothing random is saved: what is random in a step depends on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Run:
     rank: int = 0  # of this process among those that share every step of a transformer's stage
     workers: int = 1
 
-    def mine(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch that all processes drew alike.
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch that is the same in all processes.
 
         What a step learns from then depends on the seed and the step, not on how many share it.
         """
         return batch[self.rank :: self.workers]
 
     def generator(self, factor: int, step: int) -> torch.Generator:
-        """A CPU generator of one step's own; the factor (a large number) tells stages apart."""
+        """A CPU generator of one step's own; the factor (a large number) keeps stages apart."""
         return torch.Generator().manual_seed(factor * self.seed + step)
 
     def autocast(self) -> contextlib.AbstractContextManager:

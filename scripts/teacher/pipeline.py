@@ -57,17 +57,17 @@ def save_pipeline(
     tokenizers: Tokenizers,
     transformer: FluxTransformer2DModel,
 ) -> None:
-    """Write `out` at once, bf16, with the world's defaults for drawing in defaults.json.
+    """Write `out` at once, bf16, with the world's defaults for generating in defaults.json.
 
     Transformers 5 loads an encoder in the dtype it was saved in, diffusers loads its models in
-    float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) draws without
-    being told a dtype.
+    float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) generates
+    without a dtype given.
     """
     half = copy.deepcopy(make_pipeline(vae, stage, tokenizers, transformer)).to(torch.bfloat16)
     half.text_encoder.float()
     half.text_encoder_2.float()
     part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # half of one, of a kill
+    shutil.rmtree(part, ignore_errors=True)  # part of one, of a run that was killed
     half.save_pretrained(part, safe_serialization=True)
     for path in part.glob("*/config.json"):  # diffusers adds where a model was loaded from
         config = read_json(path)

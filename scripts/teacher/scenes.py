@@ -1,4 +1,4 @@
-"""Scenes to train on: drawn at random, as pictures, and as the attributes a caption tells."""
+"""Scenes to train on: drawn at random, as images, and as the attributes in a caption."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib.shapes.batches import SHARES
 from calib.shapes.render import render_batch
 from calib.shapes.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene
-
-# Scenes that need binding or counting are learnt last, so they are shown more often (ours).
-SHARE = {
-    "single_object": 0.06,
-    "two_object": 0.18,
-    "counting": 0.2,
-    "colours": 0.1,
-    "position": 0.24,
-    "colour_attribution": 0.22,
-}
 
 # Classes of every attribute, in the order of `attributes`; the last class of each means "none".
 ATTRIBUTES = (
@@ -34,13 +25,13 @@ ATTRIBUTES = (
 
 
 def draw_scenes(world: World, n: int, seed: int) -> list[Scene]:
-    """`n` scenes of the training split, categories by SHARE."""
+    """`n` scenes of the training split, categories by SHARES."""
     rng = np.random.default_rng(seed)
-    picks = rng.choice(len(CATEGORIES), n, p=[SHARE[c] for c in CATEGORIES])
+    picks = rng.choice(len(CATEGORIES), n, p=[SHARES[c] for c in CATEGORIES])
     return [sample_scene(world, rng, "train", CATEGORIES[i]) for i in picks]
 
 
-def draw_images(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
+def render_images(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
     """The scenes as uint8 [N, 3, S, S], S the world's side in pixels."""
     images = render_batch(scenes, world, np.random.default_rng(seed + 1), "train")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

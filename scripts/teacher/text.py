@@ -1,4 +1,4 @@
-"""Stage 2: tokenizers, and a CLIP and a T5 encoder that learn to tell a scene by its caption."""
+"""Stage 2: tokenizers, and a CLIP and a T5 encoder that learn to name a scene by its caption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scripts.teacher.loop import Loss, Run, train
 from scripts.teacher.scenes import ATTRIBUTES, attributes, draw_scenes
 
 LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
-SCENES = 20_000  # captions to learn from, drawn apart from the pictures' scenes
+SCENES = 20_000  # captions to learn from, other than the training pictures' scenes
 BATCH = 128  # captions per step
 
 Tokenizers = tuple[CLIPTokenizer, T5TokenizerFast]

@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as mp
 
 from d2m.cli.terminal import explain
-from d2m.distill.learner import learnt
+from d2m.distill.learner import learnt_names
 from d2m.distill.loop import distill
 from d2m.distill.processes import ALONE, Crew, final_error, join, leave
 from d2m.recipe.recipe import Recipe
@@ -68,7 +68,7 @@ def facts(crew: Crew) -> dict[str, Any]:
     student, teacher = shard(*pair, recipe, tiny_batches, crew)
     ours = {name: local(p) for name, p in student.named_parameters()}
     theirs = {local(p).data_ptr() for p in teacher.parameters()}
-    trained = learnt(student, recipe)
+    trained = learnt_names(student, recipe)
     name = next(name for name in trained if name.endswith("experts.w1"))
     sizes = [p.numel() / student.get_parameter(n).numel() for n, p in ours.items()]
     return {

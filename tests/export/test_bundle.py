@@ -343,7 +343,7 @@ def test_a_failed_export_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "first_facts", full)
+    monkeypatch.setattr(module, "new_manifest", full)
     with pytest.raises(OSError, match="disk of .* is full") as error:
         export_bundle(tiny_dense_dir, tmp_path / "out")
     one_sentence(error)

@@ -39,7 +39,7 @@ def bundle_with_segments(source: Path, root: Path) -> Bundle:
         row["files"][name] = f"plans/{TARGET}/{name}.plan"
         row["tensors"][name] = tensors(model)
         onnx.save(model, str(root / row["files"][name]))
-    pieces.into(row, "fp32")
+    pieces.add_to(row, "fp32")
     build = functools.partial(package.build, compile=stand_in)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "triton_version", lambda: "3.7.1")

@@ -97,7 +97,7 @@ def tiny_inputs(
     }
 
 
-def clip_tokenizer():
+def clip_tokenizer(length: int = MAX_SEQUENCE_LENGTH):
     """A real CLIP byte-pair tokenizer: one token a word of WORDS, characters otherwise."""
     from transformers import CLIPTokenizer
 
@@ -115,17 +115,17 @@ def clip_tokenizer():
                 pieces.append(parts[0])
     specials = ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate([*pieces, *specials])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_SEQUENCE_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def t5_tokenizer():
+def t5_tokenizer(length: int = MAX_SEQUENCE_LENGTH):
     """A real T5 unigram tokenizer: one token a word of WORDS, characters otherwise."""
     from transformers import T5TokenizerFast
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
     vocab += [("\u2581" + word, -2.0) for word in WORDS]
     vocab += [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.-'"]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=MAX_SEQUENCE_LENGTH)
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
 def build_pipeline(seed: int = 0) -> FluxPipeline:

@@ -1,7 +1,7 @@
 """FLUX.1 [dev] and [schnell]: the row, and how the model and its pipeline are called.
 
-Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave;
-    presets/.
+Here too: `weights`, its list of weights for `d2m plan`; configs/, published configs;
+presets/.
 
 Both are one class; [schnell] has no guidance embedding and generates in 4 steps from texts of at
 most 256 tokens. Letters: B batch, T image tokens, C packed channels, L text tokens, D width.
@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import CLIP_L, T5_XXL, VAE_16
-from d2m.families.family import BlockLayout, Data, Family, Names, Plan, Site, longest_text
+from d2m.families.family import (
+    BlockLayout,
+    Data,
+    Family,
+    Names,
+    Plan,
+    Site,
+    feed_forward,
+    longest_text,
+)
 from d2m.families.flow import Batch, Config
 from d2m.families.flux.weights import RATIO, weights
 from d2m.families.latents import packed_noise, random_pooled_text, spatial_latents
@@ -122,14 +131,8 @@ FLUX = Family(
     ),
     blocks=BlockLayout(
         sites=(
-            Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
-            Site(
-                "transformer_blocks",
-                "ff_context",
-                "ff_context.net.0.proj",
-                "ff_context.net.2",
-                "text",
-            ),
+            feed_forward("transformer_blocks", "ff", "image"),
+            feed_forward("transformer_blocks", "ff_context", "text"),
             Site(
                 "single_transformer_blocks",
                 "proj_mlp",

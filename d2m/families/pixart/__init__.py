@@ -1,6 +1,6 @@
 """PixArt-Sigma: the row, and how the model and its pipeline are called.
 
-Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+Here too: `weights`, its list of weights for `d2m plan`; configs/, published configs.
 
 The model predicts noise on a discrete schedule of alphas and, in channels that are dropped when it
 generates, a variance. T5 alone writes the text, whose padding is masked. All blocks share one
@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import T5_XXL, VAE_4
-from d2m.families.family import BlockLayout, Data, Family, Names, Plan, Site, halved, longest_text
+from d2m.families.family import (
+    BlockLayout,
+    Data,
+    Family,
+    Names,
+    Plan,
+    feed_forward,
+    square_defaults,
+)
 from d2m.families.flow import Batch, Config, noisy
 from d2m.families.latents import grid, pixels_of, spatial_noise
 from d2m.families.pixart.weights import RATIO, weights
@@ -32,15 +40,7 @@ TRAIN_STEPS = 1000  # N (read); times are counted in N-ths
 
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     """See d2m.families.generation_defaults."""
-    config = read("transformer/config.json")
-    side = int(config.get("sample_size", 128)) * 2 ** halved(read("vae/config.json"))
-    return {
-        "height": side,
-        "width": side,
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "max_sequence_length": longest_text(read, "tokenizer", LONGEST),
-    }
+    return square_defaults(read, "tokenizer", LONGEST, STEPS, GUIDANCE)
 
 
 def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
@@ -51,7 +51,7 @@ def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
     """
     for group in blocks.groups("double"):
         raise ValueError(
-            f"the recipe's group {list(group)} cannot be had: blocks of PixArt-Sigma are given no"
+            f"the recipe's group {list(group)} is not possible: blocks of PixArt-Sigma get no"
             " embedding of the time that its router could read; expected groups of blocks in"
             " recipes of other families alone: take `groups` out of `blocks`."
         )
@@ -92,15 +92,15 @@ def noised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sqrt(a) x_0 + sqrt(1 - a) noise, t [B], noise), a the product of alphas up to t.
 
-    Times are drawn as d2m.families.flow.noisy draws them. batch: `latents` [B, C, h, w] and the
+    Times are random as in d2m.families.flow.noisy. batch: `latents` [B, C, h, w] and the
     scheduler's `alphas_cumprod` [B, N], alike in every row (see `position_ids`).
     """
     latents, alphas = batch["latents"], batch["alphas_cumprod"]
     _, t, velocity = noisy(latents, generator, mean, std, rows)
     noise = velocity + latents
-    place = timesteps(t).to(alphas.device)[:, None]
-    kept = alphas.gather(1, place).to(latents.device, latents.dtype)[..., None, None]
-    return kept.sqrt() * latents + (1 - kept).sqrt() * noise, t, noise
+    times = timesteps(t).to(alphas.device)[:, None]
+    alpha = alphas.gather(1, times).to(latents.device, latents.dtype)[..., None, None]
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, noise
 
 
 def predicted(output: Tensor) -> Tensor:
@@ -147,8 +147,10 @@ def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     if "prompt_embeds" in keywords:
         keywords = {"negative_prompt": None, **keywords}
     keywords = {"use_resolution_binning": False, "clean_caption": False, **keywords}
-    if keep := keywords.pop("callback_on_step_end", None):
-        keywords["callback"] = lambda step, t, latents: keep(pipe, step, t, {"latents": latents})
+    if callback := keywords.pop("callback_on_step_end", None):
+        keywords["callback"] = lambda step, t, latents: callback(
+            pipe, step, t, {"latents": latents}
+        )
     return pipe(**keywords)
 
 
@@ -172,7 +174,7 @@ PIXART = Family(
         tags=("pixart-sigma",),
     ),
     blocks=BlockLayout(
-        sites=(Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),),
+        sites=(feed_forward("transformer_blocks", "ff", "image"),),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),
         ratio=RATIO,

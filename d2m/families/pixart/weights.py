@@ -23,12 +23,12 @@ def check_conditions(config: Mapping[str, Any]) -> None:
 
     (Read: a config that does not say has them at sample_size 128.)
     """
-    asked = config.get("use_additional_conditions")
-    if asked or (asked is None and config.get("sample_size", 128) == 128):
+    conditions = config.get("use_additional_conditions")
+    if conditions or (conditions is None and config.get("sample_size", 128) == 128):
         raise ValueError(
-            f"the transformer has use_additional_conditions {asked!r} at sample_size"
-            f" {config.get('sample_size', 128)}, expected false: PixArt-Sigma's is not told the"
-            " image's size, PixArt-Alpha's is not known to d2m; give PixArt-Sigma's config."
+            f"the transformer has use_additional_conditions {conditions!r} at sample_size"
+            f" {config.get('sample_size', 128)}, expected false: PixArt-Sigma's has no input for"
+            " the image's size, and d2m does not know PixArt-Alpha; give PixArt-Sigma's config."
         )
 
 

@@ -1,6 +1,6 @@
 """Qwen-Image: the row, and how the model and its pipeline are called.
 
-Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+Here too: `weights`, its list of weights for `d2m plan`; configs/, published configs.
 
 Latents are packed as FLUX's; no pooled text: temb is the time's alone. One text encoder,
 Qwen2.5-VL's language model, reads a template around the prompt. Texts are filled up to one length,
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import QWEN_VL, VAE_QWEN
-from d2m.families.family import BlockLayout, Data, Family, Names, Plan, Site
+from d2m.families.family import BlockLayout, Data, Family, Names, Plan, feed_forward
 from d2m.families.flow import Batch, Config
 from d2m.families.latents import grid, packed_noise, pixels_of
 from d2m.families.qwen.weights import RATIO, weights
@@ -94,10 +94,10 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
 
     states, masks = [], []
     for caption in captions:
-        found, _ = pipe.encode_prompt([caption], max_sequence_length=length)
-        size = found.shape[1]
-        states.append(F.pad(found, (0, 0, 0, length - size)))
-        masks.append(torch.arange(length, device=found.device)[None] < size)
+        encoded, _ = pipe.encode_prompt([caption], max_sequence_length=length)
+        size = encoded.shape[1]
+        states.append(F.pad(encoded, (0, 0, 0, length - size)))
+        masks.append(torch.arange(length, device=encoded.device)[None] < size)
     return {STATES: torch.cat(states), MASK: torch.cat(masks)}
 
 
@@ -143,8 +143,8 @@ QWEN = Family(
     ),
     blocks=BlockLayout(
         sites=(
-            Site("transformer_blocks", "img_mlp", "img_mlp.net.0.proj", "img_mlp.net.2", "image"),
-            Site("transformer_blocks", "txt_mlp", "txt_mlp.net.0.proj", "txt_mlp.net.2", "text"),
+            feed_forward("transformer_blocks", "img_mlp", "image"),
+            feed_forward("transformer_blocks", "txt_mlp", "text"),
         ),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),

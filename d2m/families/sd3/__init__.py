@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: the row, and how the model and its pipeline are called.
 
-Beside it: `weights`, its list of weights for `d2m plan`; configs/, what its publisher gave.
+Here too: `weights`, its list of weights for `d2m plan`; configs/, published configs.
 
 Latents are not packed; three text encoders (two CLIPs, T5) write one text; guidance is
 classifier-free, so a part of the captions that a student learns from is empty. The last block
@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
-from d2m.families.family import BlockLayout, Data, Family, Names, Plan, Site, halved, longest_text
+from d2m.families.family import (
+    BlockLayout,
+    Data,
+    Family,
+    Names,
+    Plan,
+    feed_forward,
+    square_defaults,
+)
 from d2m.families.flow import Batch, Config
 from d2m.families.latents import grid, random_pooled_text, spatial_latents, spatial_noise
 from d2m.families.sd3.weights import RATIO, weights
@@ -40,15 +48,8 @@ def title_of(config: Config) -> str:
 
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     """See d2m.families.generation_defaults; guidance 4.5 for 3.5 (read: its card) and 7.0 for 3."""
-    config = read("transformer/config.json")
-    side = int(config.get("sample_size", 128)) * 2 ** halved(read("vae/config.json"))
-    return {
-        "height": side,
-        "width": side,
-        "num_inference_steps": STEPS,
-        "guidance_scale": 4.5 if config.get("qk_norm") else 7.0,
-        "max_sequence_length": longest_text(read, "tokenizer_3", LONGEST),
-    }
+    guidance = 4.5 if read("transformer/config.json").get("qk_norm") else 7.0
+    return square_defaults(read, "tokenizer_3", LONGEST, STEPS, guidance)
 
 
 def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
@@ -111,14 +112,8 @@ SD3 = Family(
     ),
     blocks=BlockLayout(
         sites=(
-            Site("transformer_blocks", "ff", "ff.net.0.proj", "ff.net.2", "image"),
-            Site(
-                "transformer_blocks",
-                "ff_context",
-                "ff_context.net.0.proj",
-                "ff_context.net.2",
-                "text",
-            ),
+            feed_forward("transformer_blocks", "ff", "image"),
+            feed_forward("transformer_blocks", "ff_context", "text"),
         ),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),

@@ -36,13 +36,13 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     stacks = [Stack("", 1, 1, (*_embedders(config, dim, image, text), *common))]
     skipped = {i for group in blocks.groups("double") for i in group[: len(group) - blocks.kappa]}
     for kind in dict.fromkeys(kinds.values()):
-        mine = [i for i in kinds if kinds[i] == kind]
+        indices = [i for i in kinds if kinds[i] == kind]
         inside_block = (
             *_block(config, kind, dim, image, text),
             *shared.modulated(structure.adaln, norms_of(kind), dim, rank),
         )
-        running = sum(i not in skipped for i in mine)
-        stacks.append(Stack(f"{LIST}.*.", len(mine), running, inside_block, tuple(mine)))
+        running = sum(i not in skipped for i in indices)
+        stacks.append(Stack(f"{LIST}.*.", len(indices), running, inside_block, tuple(indices)))
     stacks += shared.routers(LIST, "double", dim, blocks)
     return [*stacks, Stack("", 1, 1, tuple(shared.output(config, dim, image)))]
 

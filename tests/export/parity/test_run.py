@@ -219,4 +219,4 @@ def test_failures_are_sentences(result: dict[str, Any]) -> None:
     bad["trajectory"]["image_psnr"] = [60.0, 12.34]
     bad["experts"]["sure_agreement"], bad["experts"]["sites"][0]["sure_flips"] = 0.9, 3
     text = failures(bad)
-    assert text[0].startswith("3 of ") and "a picture has a PSNR of 12.3 dB" in text[1]
+    assert text[0].startswith("3 of ") and "an image has a PSNR of 12.3 dB" in text[1]

@@ -94,7 +94,7 @@ def test_every_size_of_experts_has_its_package(
     }
     assert hidden == {"fp32-12x32x8": 8, "fp32-12x32x16": 16}
     row: dict = {"tensors": {}}
-    pieces.into(row, "fp32")
+    pieces.add_to(row, "fp32")
     found = {(name.partition(".")[0], entry["kernels"]) for name, entry in row["experts"].items()}
     assert found == {
         ("transformer/double", "kernels/fp32-12x32x8"),

@@ -54,7 +54,7 @@ def test_sigmas(name: str, steps: int) -> None:
         found = flow_matching.sigmas(CONFIGS[name], steps, tokens)
         assert found.dtype == np.float32 and found.shape == (steps + 1,)
         np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
-        given = flow_matching.timestep(found[0], 3, CONFIGS[name])
+        given = flow_matching.timesteps(CONFIGS[name], found[:1])
         assert given.shape == (3,) and given.dtype == np.float32
         np.testing.assert_allclose(given, (timesteps[0] / 1000).item(), atol=1e-6)
 
@@ -196,5 +196,5 @@ def test_guidance_is_an_input_where_the_model_embeds_it() -> None:
         "scheduler": {},
     }
     conditions = {"encoder_hidden_states": np.zeros((2, 3, 4), np.float32)}
-    (given,) = FLUX.feeds(manifest, conditions, np.float32([1.0]), (4, 4), 3.5)
+    given = FLUX.inputs(manifest, conditions, (4, 4), 3.5)
     assert given["guidance"].tolist() == [3.5, 3.5] and given["guidance"].dtype == np.float32

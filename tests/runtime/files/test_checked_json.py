@@ -39,3 +39,12 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json", "recipe")
     with pytest.raises(FileNotFoundError, match="is missing"):
         read_json(tmp_path)
+
+
+def test_configs_of_diffusers_may_hold_infinities(tmp_path: Path) -> None:
+    """DPMSolverMultistepScheduler's default config has lambda_min_clipped -Infinity."""
+    path = tmp_path / "scheduler_config.json"
+    path.write_text('{"lambda_min_clipped": -Infinity}')
+    assert read_json(path, infinite=True) == {"lambda_min_clipped": float("-inf")}
+    with pytest.raises(ValueError, match="-Infinity is no JSON number"):
+        read_json(path)

@@ -122,9 +122,9 @@ def test_a_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, ort, ort-cuda"):
         choose(bundle(), "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"'trt-rtx' needs tensorrt_rtx; .*d2m\[trt-rtx\]"):
+    with pytest.raises(ImportError, match=r"'trt-rtx' needs tensorrt_rtx; .*\[trt-rtx\]"):
         choose(bundle(), "trt-rtx")
-    with pytest.raises(ImportError, match=r"'ort-cuda' needs onnxruntime; .*d2m\[gpu\]"):
+    with pytest.raises(ImportError, match=r"'ort-cuda' needs onnxruntime; .*\[gpu\]"):
         choose(bundle(), "ort-cuda")
 
 

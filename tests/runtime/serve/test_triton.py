@@ -177,7 +177,7 @@ def test_a_failure_of_one_is_not_that_of_others(
 
 def test_a_model_whose_bundle_is_broken_does_not_load(tmp_path: Path) -> None:
     name = write_repository(DEFAULT, tmp_path, at="/nowhere/at/all")["model"]
-    with pytest.raises(FileNotFoundError, match="/nowhere/at/all is not a directory"):
+    with pytest.raises(FileNotFoundError, match="/nowhere/at/all is no directory, expected a"):
         Server(tmp_path / name)
 
 

@@ -1,6 +1,6 @@
 """Does a TensorRT-RTX plan for this GPU build, pass its validity check, load and run?
 
-    python -m scripts.bench.rtx_plan [PLAN]
+    python -m scripts.gpu.rtx_plan [PLAN]
 
 Without PLAN a matmul is built, portable and, where it is offered, for this GPU. Prints one line per
 plan; exit code 0 where one ran, 1 where none did, 2 where the library or the GPU is missing.
