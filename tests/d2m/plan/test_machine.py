@@ -109,8 +109,6 @@ def test_refusals_name_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 12 * GB))
     match = "writes 3.0 GB to .* 2.0 GB are free: delete .*, or: do else"
     with pytest.raises(OSError, match=match):
-        OSError, match="writes 3.0 GB to .* 2.0 GB are free: delete .*, or: do else"
-    ):
         early.check_room(ask, tmp_path, "do else")
     early.check_room(ask, tmp_path, "", done=2 * GB)  # a resume: the most is there
     monkeypatch.setattr(early, "disk_free", lambda path: 4 * GB)
