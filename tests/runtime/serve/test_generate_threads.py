@@ -191,8 +191,8 @@ def test_the_queue(pipeline: Pipeline) -> None:
     with pytest.raises(Full):
         queue.put(job(pipeline, "b"))
     assert len(queue) == queue.images == 3 and queue.first() is first
-    assert queue.alike(first.request.key, 0) == []
-    assert queue.alike(first.request.key, 1) == [third]
+    assert queue.take_similar(first.request.key, 0) == []
+    assert queue.take_similar(first.request.key, 1) == [third]
     queue.remove(other)
     assert len(queue) == 0 and other.cancelled.is_set()
     queue.put(other)
