@@ -22,7 +22,7 @@ from d2m.families import family_of
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
 from d2m.lora.file import LowRank, read_lora
 from d2m.lora.parts import KINDS, Part, dense_linears, parts_of
-from d2m.model.components import check_components
+from d2m.model.components import check_weights, model_classes
 from d2m.plan.hub import locate
 from d2m.shards import IMPORTANCE, INDEX, Shards, open_shards, write_index, write_shard
 from runtime.files.atomic import replace_dir, temporary_sibling, write_text
@@ -65,7 +65,8 @@ def lora(
         raise ValueError(f"--scale is {scale}; expected a finite number, such as 1.")
     if out is not None and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another output, or remove it.")
-    check_components(path)
+    # The transformer alone is changed; what stands beside it is copied unread.
+    check_weights(path / "transformer", dict(model_classes(path))["transformer"])
     config = read_json(path / "transformer/config.json")
     shards = open_shards(path / "transformer")
     changes = read_lora(file, dense_linears(config, family))

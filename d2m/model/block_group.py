@@ -182,9 +182,7 @@ class BlockGroup(nn.Module):
                 return kept[0].contiguous(), kept[1].contiguous()
 
             def passed(text: Tensor, image: Tensor) -> Streams:
-                return tuple(
-                    each.clone(memory_format=torch.contiguous_format) for each in (text, image)
-                )
+                return text.contiguous().clone(), image.contiguous().clone()
 
             streams = torch.cond(mine.any(), run, passed, streams)
         return streams

@@ -102,7 +102,7 @@ def quiet() -> Iterator[None]:
 def check_weights(folder: Path, cls: Any) -> None:
     """As `check_components`, of one model's directory."""
     files = weight_files(folder)
-    if not files or not all(path.is_file() for path in files):
+    if not files:
         raise FileNotFoundError(
             f"{folder} lacks .safetensors files, expected the weights of a {cls.__name__}; save it "
             "with save_pretrained (pickled .bin weights are not read)."

@@ -95,12 +95,15 @@ class Blocks:
             bounds: dict[str, Any] = {"begin": begin, "end": end, "runs": runs, "rows": self.place}
             env = run_program(self.component, env, top_k, self.call, **bounds)
             if group is not None and kappa is not None:
-                router = self.component["groups"][group]
-                names = self.component["types"][router["type"]]["inputs"]
-                values = [env[name] for name in names]
-                (logits,) = self.call(-1, router["type"], "", router["prefix"], values)
-                starts[group] = first_calls(self.place.fetch(logits), kappa)
+                logits = self.run_router(self.component["groups"][group], env)
+                starts[group] = first_calls(logits, kappa)
         return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
+
+    def run_router(self, group: Mapping[str, Any], env: Mapping[str, Any]) -> np.ndarray:
+        """The logits of a group's router, [B, m]."""
+        inputs = [env[name] for name in self.component["types"][group["type"]]["inputs"]]
+        (logits,) = self.call(-1, group["type"], "", group["prefix"], inputs)
+        return self.place.fetch(logits)
 
     def coming(self, begin: int, end: int, group: str | None, runs: Runs) -> list[tuple[str, str]]:
         """What a section calls: the blocks that a sample has chosen, then the router at its end."""

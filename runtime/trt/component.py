@@ -68,8 +68,14 @@ def open_plans(
     return Plans(bundle, component, target, device, Loader(trt), cubins=cubins)
 
 
-open_component = functools.partial(open_plans, api="tensorrt")  # backend "trt"
-open_component_rtx = functools.partial(open_plans, api="tensorrt_rtx")  # backend "trt-rtx"
+def open_component(bundle: Bundle, component: str, **options: Any) -> Plans:
+    """An executor on TensorRT proper (backend "trt")."""
+    return open_plans(bundle, component, "tensorrt", **options)
+
+
+def open_component_rtx(bundle: Bundle, component: str, **options: Any) -> Plans:
+    """An executor on TensorRT-RTX (backend "trt-rtx")."""
+    return open_plans(bundle, component, "tensorrt_rtx", **options)
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ of the shapes teacher's), alone and beside a loop that takes a core. Cells take 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -16,9 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.figures import ROOT, in_turns, machine, options, write_figures
+
 STEPS = 300
 
 
@@ -54,32 +53,22 @@ def cell(threads: int, policy: str, busy: int) -> float:
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--one", action="store_true", help="one process's step (used by itself)")
     parser.add_argument("--runs", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.one:
+    arguments = parser.parse_args()
+    if arguments.one:
         print(step_seconds())
         return
     cells = list(itertools.product((1, os.cpu_count() or 2), ("ACTIVE", "PASSIVE"), (0, 1)))
-    times: dict[tuple[int, str, int], list[float]] = {key: [] for key in cells}
-    for _ in range(options.runs):
-        for key in cells:
-            times[key].append(cell(*key))
+    works = {key: lambda turn, key=key: cell(*key) for key in cells}
+    times = in_turns(works, arguments.runs, warm_up=0)
     names = ("threads", "wait", "busy_cores", "milliseconds")
     rows = [dict(zip(names, (*key, statistics.median(found)))) for key, found in times.items()]
-    answer = {
-        "command": "python -m scripts.bench.threads",
-        "cores": os.cpu_count(),
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "rows": rows,
-    }
-    print(json.dumps(answer, indent=2))
-    if options.json:
-        from runtime.files.atomic import write_json
-
-        write_json(options.json, answer)
+    print(json.dumps(rows, indent=2))
+    if arguments.json:
+        answer = {"machine": machine(os.cpu_count() or 1, "torch"), "rows": rows}
+        write_figures(arguments.json, "scripts.bench.threads", answer)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def test_a_gpu_that_no_plan_can_be_built_for_is_refused_before_tracing(
     import export.checkpoint.pipeline
 
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(export.checkpoint.pipeline, "components", None)  # what loads and traces
+    monkeypatch.setattr(export.checkpoint.pipeline, "open_components", None)  # what loads and traces
     for portable in (False, True):
         with pytest.raises(ValueError, match="--sm is 90, expected some of 75") as error:
             export_bundle(

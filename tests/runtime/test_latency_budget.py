@@ -62,8 +62,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         pick_row(TABLE, 0.05)
     assert str(caught.value) == (
         "budget is 0.05 s, but the fastest of 4 measured settings took 0.1 s for 1 image of"
-        " 32 x 32 on ort (steps 1, top_k 0), expected that much at least; give it more time or draw"
-        " a smaller picture."
+        " 32 x 32 on ort (steps 1, top_k 0), expected that much at least; give it more time or"
+        " generate a smaller image."
     )
     with pytest.raises(ValueError, match="the fastest of 2 measured settings took 0.7 s"):
         pick_row(TABLE, 0.05, {"steps": 16})

@@ -180,7 +180,7 @@ def test_auto_falls_back_with_the_reason(
             raise OSError("the plans need another GPU.")
         return real(bundle, component, backend, **options)
 
-    monkeypatch.setattr(module, "choose", lambda *_: ("trt-rtx", "a GPU is there"))
+    monkeypatch.setattr(module, "choose_backend", lambda *_: ("trt-rtx", "a GPU is there"))
     monkeypatch.setattr(module, "open_component", refuse)
     with caplog.at_level(logging.WARNING, "runtime"):
         pipeline = Pipeline(tiny_bundle, "auto", threads=1)

@@ -89,7 +89,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
     "changes, sentence",
     [
         ({"bundle": "0" * 64}, "was generated from bundle 000000000000"),
-        ({"seed": None}, "from latents that were given"),
+        ({"seed": None}, "from given latents"),
         ({"batch": 10**9}, "expected a whole number from 1 to 1024"),
         ({"steps": "many"}, "steps is 'many'"),
         ({"height": 64}, "is 32 x 32 pixels but says that it is 32 x 64"),

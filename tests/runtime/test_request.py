@@ -34,9 +34,9 @@ def test_sigmas_set_the_steps() -> None:
     assert check_request(manifest, "a", sigmas=[1], steps=1).sigmas == (1.0,)
     assert "sigmas" not in check_request(manifest, "a").settings(0)
     for sigmas, words in (
-        ([], "expected a list of 1 to 1000 falling numbers"),
+        ([], "expected a list of 1 to 1000 decreasing numbers"),
         (3, "sigmas is 3, expected a list"),
-        ([1, 0.5, 0.5], "sigmas holds 0.5 after 0.5, expected falling numbers"),
+        ([1, 0.5, 0.5], "sigmas holds 0.5 after 0.5, expected decreasing numbers"),
         ([0.5, 0.7], "sigmas holds 0.7 after 0.5"),
         ([1.5, 1], "sigmas holds 1.5, expected"),
         ([1, 0], "sigmas holds 0, expected"),

@@ -169,7 +169,7 @@ def test_forecasts_count_the_familys_own_components(config: str) -> None:
     beside = subject_of(config).family.plan.encoders
     drawn = 2 * sum(each.bundled for each in beside.values())
     assert component_bytes(config) == 2 * sum(each.params for each in beside.values())
-    assert component_bytes(config, drawn=True) == drawn
+    assert component_bytes(config, bundled=True) == drawn
     assert largest_component_tensor(config) == 2 * max(each.largest for each in beside.values())
     run, export = run_needs(config, preset="L"), export_needs(config, preset="L")
     size = run.disk - drawn  # the transformer's
@@ -193,7 +193,7 @@ def test_of_a_directory_its_files_count(tmp_path: Path) -> None:
     every = sum(
         p.stat().st_size for p in root.rglob("*") if p.is_file() and "transformer" not in p.parts
     )
-    assert component_bytes(root, drawn=True) < component_bytes(root) == every
+    assert component_bytes(root, bundled=True) < component_bytes(root) == every
     (root / "text_encoder" / "more.safetensors").unlink(missing_ok=True)
     save_file({"wide": torch.zeros(300, 400)}, root / "text_encoder" / "more.safetensors")
     assert largest_component_tensor(root) == pytest.approx(4 * 300 * 400, rel=0.02)

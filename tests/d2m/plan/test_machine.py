@@ -107,14 +107,15 @@ def test_refusals_name_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ask = Needs("convert", 8 * GB, 3 * GB, 1.0, "the sum of things")
     monkeypatch.setattr(early, "disk_free", lambda path: 2 * GB)
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 12 * GB))
-    with pytest.raises(OSError, match="writes 3.0 GB to .* found 2.0 GB: free some.*, or: do else"):
+    match = "writes 3.0 GB to .* 2.0 GB are free: delete .*, or: do else"
+    with pytest.raises(OSError, match=match):
         early.check_room(ask, tmp_path, "do else")
     early.check_room(ask, tmp_path, "", done=2 * GB)  # a resume: the most is there
     monkeypatch.setattr(early, "disk_free", lambda path: 4 * GB)
     early.check_room(ask, tmp_path, "")
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 5 * GB))
     with pytest.raises(
-        OSError, match="about 8.0 GB of memory .the sum of things., .* found 5.0 GB"
+        OSError, match="about 8.0 GB of memory .the sum of things., .* 5.0 GB are available"
     ):
         early.check_room(ask, tmp_path, "")
     monkeypatch.setattr(early, "memory", lambda: (16 * GB, 7 * GB))  # the formula may be wrong

@@ -81,7 +81,7 @@ def test_float32_keeps_its_attention_apart_and_is_not_asked_to_fuse_it(tmp_path)
 
 def test_a_missing_profile_and_a_missing_file_are_named(tmp_path):
     path = save(tmp_path, "attention", attention())
-    with pytest.raises(ValueError, match="expected a profile for 'batch' beside image_tokens"):
+    with pytest.raises(ValueError, match="expected a profile for 'batch' besides image_tokens"):
         build_plans({"transformer/double": path}, tmp_path, profiles={"image_tokens": [1, 2, 3]})
     with pytest.raises(FileNotFoundError, match="nothing.onnx is not a file"):
         build_plans({"a/b": tmp_path / "nothing.onnx"}, tmp_path, profiles=PROFILES)

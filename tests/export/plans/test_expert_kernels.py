@@ -104,7 +104,7 @@ def test_every_size_of_experts_has_its_package(
 
 def test_experts_of_one_size_and_a_gpu_are_needed(graphs: dict[str, Path], tmp_path: Path) -> None:
     pieces = cut_blocks(graphs, tmp_path)
-    with pytest.raises(ValueError, match="asked for but there is no GPU, expected"):
+    with pytest.raises(ValueError, match="there is no GPU, expected"):
         build_kernels(tmp_path / "k", pieces, "fp32", ())
     next(iter(pieces.tensors.values()))["inputs"][2]["shape"] = [12, 32, 16]
     with pytest.raises(ValueError, match="there is experts of 2 sizes, expected one size"):

@@ -148,7 +148,7 @@ def test_a_pipeline_with_a_hostile_graph(broken: Path) -> None:
 
     replace(broken, hostile.outside(location="../secret").SerializeToString())
     pipeline = Pipeline(broken, "ort", threads=1)
-    with pytest.raises(ValueError, match=r"its vae_decoder\.onnx is not to be opened: a tensor"):
+    with pytest.raises(ValueError, match=r"its vae_decoder\.onnx is not safe to open: a tensor"):
         pipeline.executor("vae_decoder")
 
 

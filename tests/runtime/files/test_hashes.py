@@ -141,14 +141,16 @@ def test_never_inside_the_bundle(tmp_path: Path, monkeypatch, later) -> None:
 def test_what_was_killed_and_what_is_old_goes(tmp_path: Path, cache: Path, later) -> None:
     folder = cache / "hashes"
     folder.mkdir(parents=True)
-    for index in range(hashes.KEPT + 9):
+    for index in range(hashes.MAX_BUNDLES + 9):
         (folder / f"{index}.json").write_text("{}")
         os.utime(folder / f"{index}.json", (index, index))
     (folder / ".x.json.0.tmp").write_text("{}")
     later(7200)
     hashes.remember(tmp_path / "bundle", {})
     names = {path.name for path in folder.iterdir()}
-    assert len(names) == hashes.KEPT and "0.json" not in names and ".x.json.0.tmp" not in names
+    assert (
+        len(names) == hashes.MAX_BUNDLES and "0.json" not in names and ".x.json.0.tmp" not in names
+    )
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def test_weights_are_shared_by_all_top_k(bundle: Bundle) -> None:
     given = inputs(bundle, "transformer")
     blocks(given, 2)
     assert isinstance(blocks.place, Host)
-    before = dict(blocks.place.kept)
+    before = dict(blocks.place.weights)
     blocks(given, 4)
-    assert before and blocks.place.kept.keys() == before.keys()
-    assert all(blocks.place.kept[name] is value for name, value in before.items())
+    assert before and blocks.place.weights.keys() == before.keys()
+    assert all(blocks.place.weights[name] is value for name, value in before.items())
 
 
 def test_weights_stored_as_they_are_computed_with_are_not_copied(bundle: Bundle) -> None:
@@ -85,7 +85,7 @@ def test_weights_stored_as_they_are_computed_with_are_not_copied(bundle: Bundle)
     blocks(inputs(bundle, "transformer"))
     assert isinstance(blocks.place, Host)
     mapped = bundle.weights("transformer")
-    for (name, dtype), array in blocks.place.kept.items():
+    for (name, dtype), array in blocks.place.weights.items():
         assert dtype == "float32" and np.shares_memory(array, mapped.raw(name))
 
 
@@ -132,7 +132,7 @@ def test_wrong_inputs(bundle: Bundle, graph: Graph, blocks: Blocks) -> None:
 def test_a_graph_that_is_none_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     bad = Bundle(tmp_path, {"files": {"bad.onnx": {}}}, "")
-    with pytest.raises(ValueError, match="bad.onnx is not to be opened: it is no protocol buffer"):
+    with pytest.raises(ValueError, match="bad.onnx is not safe to open: it is no protocol buffer"):
         ort.open_session(bad, "bad.onnx", 1)
 
 

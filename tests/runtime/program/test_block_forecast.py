@@ -42,26 +42,26 @@ def test_the_schedule_is_torchs(pipeline: Pipeline, tiny_forecast_dir: Path, kap
     np.testing.assert_allclose(answer["sigmas"], sigmas(config, 5, tokens)[:-1])
 
 
-def test_drawing_asks_no_router_and_draws_the_same(
+def test_generating_runs_no_router_and_gives_the_same(
     pipeline: Pipeline, tiny_forecast_bundle: Path
 ) -> None:
     """With the schedule, without it, and as a whole graph; samples of a batch for themselves."""
     executor: Any = pipeline.executor("transformer")
     routers: list[str] = []
-    ask = executor.ask
+    run_router = executor.run_router
 
     def spy(*arguments: Any) -> Any:
         routers.append("asked")
-        return ask(*arguments)
+        return run_router(*arguments)
 
-    executor.ask = spy
+    executor.run_router = spy
     prompts = [PROMPT, "a red circle", "five"]
     found = pipeline(prompts, steps=4, kappa=[1, 2, 1, 3])
     assert not routers
     whole = Pipeline(tiny_forecast_bundle, "ort", threads=1)(prompts, steps=4, kappa=[1, 2, 1, 3])
     for first, second in zip(found, whole, strict=True):
         assert np.abs(np.asarray(first).astype(int) - np.asarray(second)).max() <= 1
-    executor.ask = ask
+    executor.run_router = run_router
 
 
 def test_a_table_has_a_line_a_step(pipeline: Pipeline) -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client")
-from d2m.recipe.records import whole
 from runtime.measure.expert_load import Meter
 from runtime.pipeline import Pipeline
 from runtime.sampling import Cancelled
-from runtime.serve.batch_invariance import MinBatches, find_min_batch, sample
+from runtime.serve.batch_invariance import MinBatches, find_min_batch, runs_whole_graph, sample
 from runtime.serve.generate_threads import GenerateThreads
 from runtime.serve.image_request import Limits, read_request
 from runtime.serve.jobs import Full, Job, Jobs
@@ -121,7 +120,8 @@ def test_block_sessions_share_no_batch_where_their_bits_depend_on_it(pipeline: P
 def test_groups_share_batches_in_the_whole_graph_alone(pipeline: Pipeline) -> None:
     """There a block runs for all rows or none; block sessions run it with those that chose it."""
     assert pipeline.bundle.component("transformer")["groups"]
-    assert whole(pipeline, None) and whole(pipeline, 2) and not whole(pipeline, 4)
+    assert runs_whole_graph(pipeline, None) and runs_whole_graph(pipeline, 2)
+    assert not runs_whole_graph(pipeline, 4)
     assert find_min_batch(pipeline, (8, 8), 4) is None
 
 
@@ -191,8 +191,8 @@ def test_the_queue(pipeline: Pipeline) -> None:
     with pytest.raises(Full):
         queue.put(job(pipeline, "b"))
     assert len(queue) == queue.images == 3 and queue.first() is first
-    assert queue.alike(first.request.key, 0) == []
-    assert queue.alike(first.request.key, 1) == [third]
+    assert queue.take_similar(first.request.key, 0) == []
+    assert queue.take_similar(first.request.key, 1) == [third]
     queue.remove(other)
     assert len(queue) == 0 and other.cancelled.is_set()
     queue.put(other)

@@ -52,7 +52,7 @@ def test_what_does_not_end_in_time_gets_a_503_and_the_process_ends() -> None:
             server.send_signal(signal.SIGINT)
             for call in calls:
                 assert call.result().status_code == 503
-                assert "went down" in call.result().json()["error"]["message"]
+                assert "stopped" in call.result().json()["error"]["message"]
         assert server.wait(60) == 0
         assert "Traceback" not in "".join(lines)
 

@@ -150,7 +150,7 @@ def test_what_runs_the_experts_is_chosen_and_said(
     assert not kernels and "no kernels: " in reason and "no plan for sm_120" in reason
     with pytest.raises(ValueError, match="have no plan for sm_120, top_k 1 and 1 tokens"):
         choose_experts(bundle, TARGET, 120, "cubins")
-    with pytest.raises(ValueError, match="experts are 'fast', expected one of auto, plans, cubins"):
+    with pytest.raises(ValueError, match="experts is 'fast', expected one of auto, plans, cubins"):
         choose_experts(bundle, TARGET, 90, "fast")
     with pytest.raises(ValueError, match="but the backend is ort, .*leave --experts out"):
         Pipeline(tiny_bundle, "ort", experts="cubins")
