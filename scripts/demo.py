@@ -41,17 +41,8 @@ def commands(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     return [
         (
             "convert: every FFN becomes a shared expert and 12 routed ones, then distillation",
-            [
-                "convert",
-                arguments.dense,
-                "-o",
-                sparse,
-                "--steps",
-                str(arguments.steps),
-                "--seed",
-                seed,
-            ]
-            + ["--score", str(arguments.n)],
+            ["convert", arguments.dense, "-o", sparse, "--steps", str(arguments.steps)]
+            + ["--seed", seed, "--score", str(arguments.n)],
         ),
         (f"export: ONNX per block type{built}", ["export", sparse, "-o", bundle, *plans]),
         ("inspect: what is in the bundle", ["inspect", bundle]),

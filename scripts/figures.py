@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the machine, works that take turns, the file of figures."""
+"""What the scripts share: options, the machine, works that take turns, the file of figures."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def write_figures(path: Path, module: str, answer: Mapping[str, Any]) -> None:
     """Write the answer of `python -m MODULE ...` with its command line and the date."""
     command = " ".join(["python", "-m", module, *sys.argv[1:]])
     write_json(path, {"command": command, "date": date.today().isoformat(), **answer})
+
+
+def fill(template: Path, **facts: Any) -> str:
+    """A Markdown template filled in; what it asks for and does not get is an error."""
+    from jinja2 import Environment, StrictUndefined
+
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(undefined=StrictUndefined, **blocks)
+    return environment.from_string(template.read_text("utf-8")).render(**facts)
 
 
 def in_turns(

@@ -80,11 +80,8 @@ def main() -> None:
     path, png = ROOT / "results/shapes/gallery.png", io.BytesIO()
     sheet({"dense\n100 % FLOPs": dense, "sparse\n41 % FLOPs": sparse}).save(png, "PNG")
     write_bytes(path, png.getvalue())
-    made: dict[str, object] = {
-        "command": "python -m scripts.gallery",
-        "prompts": PROMPTS,
-        "seeds": seeds,
-    }
+    made: dict[str, object] = {"command": "python -m scripts.gallery"}
+    made |= {"prompts": PROMPTS, "seeds": seeds}
     made |= {"dense": DENSE, "sparse": "runtime/default", "defaults": pipeline.manifest["defaults"]}
     made["versions"] = {name: version(name) for name in ("torch", "diffusers", "onnxruntime")}
     write_json(path.with_suffix(".json"), made)

@@ -122,12 +122,8 @@ def main() -> None:
         settings = json.loads(arguments.options)
         print(json.dumps(generate(arguments.bundle, arguments.child, settings, arguments.threads)))
         return
-    settings = {
-        "steps": arguments.steps,
-        "height": arguments.height,
-        "width": arguments.width,
-        "seed": 1,
-    }
+    settings = {name: getattr(arguments, name) for name in ("steps", "height", "width")}
+    settings["seed"] = 1
     rows: list[dict[str, Any]] = []
     images: dict[str, bytes] = {}
     for mode in arguments.modes.split(","):

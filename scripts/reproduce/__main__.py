@@ -17,8 +17,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,56 +82,41 @@ def run(found: list[Task], settings: Settings, jobs: int) -> list[Task]:
     threads = os.environ.get("OMP_NUM_THREADS") or own
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment["PYTHONPATH"] = str(ROOT)
-    plain = {
-        k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
-    }
-    waiting, under_way, failed, lock = list(found), [], [], threading.Lock()
+    waiting, failed = list(found), []
     logs = settings.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
 
-    def ready(task: Task) -> bool:
+    def work(task: Task) -> int:
         row, seed = task
-        needs = (named(row.needs), seed) if row.needs else None
-        return needs not in waiting and needs not in under_way
+        command = [sys.executable, "-m", "scripts.reproduce.work", row.name, str(seed)]
+        command.append(json.dumps(dataclasses.asdict(settings), default=str))
+        with open(logs / f"{row.name}-{seed}.log", "ab") as log:
+            return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
 
-    def worker() -> None:
-        while True:
-            with lock:
-                task = next((each for each in waiting if ready(each)), None)
-                if task is None and not waiting:
-                    return
-                if task is not None:
-                    waiting.remove(task)
-                    under_way.append(task)
-            if task is None:
-                time.sleep(0.5)
-                continue
-            row, seed = task
-            command = [sys.executable, "-m", "scripts.reproduce.work", row.name, str(seed)]
-            with open(logs / f"{row.name}-{seed}.log", "ab") as log:
-                done = subprocess.run(
-                    [*command, json.dumps(plain)], env=environment, stdout=log, stderr=log
-                )
-            with lock:
-                under_way.remove(task)
-                total, left = len(found), len(waiting) + len(under_way)
+    def ready(task: Task) -> bool:
+        needs = (named(task[0].needs), task[1]) if task[0].needs else None
+        return needs not in waiting and needs not in under_way.values()
+
+    under_way: dict[Future[int], Task] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or under_way:
+            for task in [task for task in waiting if ready(task)][: jobs - len(under_way)]:
+                waiting.remove(task)
+                under_way[pool.submit(work, task)] = task
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                row, seed = task = under_way.pop(future)
                 result = finished(row, seed, settings)
-                if done.returncode or result is None:
+                if future.result() or result is None:
                     failed.append(task)
-                    print(f"{row.name} (seed {seed}): failed, see {log.name}", flush=True)
-                else:
-                    rate = result["score"]["overall"]["score"]
-                    took = result["seconds"]["all"]
-                    print(
-                        f"[{total - left}/{total}] {row.name} (seed {seed}): {rate:.3f}, {took} s",
-                        flush=True,
-                    )
-
-    workers = [threading.Thread(target=worker) for _ in range(jobs)]
-    for each in workers:
-        each.start()
-    for each in workers:
-        each.join()
+                    log = logs / f"{row.name}-{seed}.log"
+                    print(f"{row.name} (seed {seed}): failed, see {log}", flush=True)
+                    continue
+                done = len(found) - len(waiting) - len(under_way)
+                rate, took = result["score"]["overall"]["score"], result["seconds"]["all"]
+                print(
+                    f"[{done}/{len(found)}] {row.name} (seed {seed}): {rate:.3f}, {took} s",
+                    flush=True,
+                )
     return failed
 
 

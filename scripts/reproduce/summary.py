@@ -131,13 +131,8 @@ def check(expected: tuple[str, str, float | str], results: Results) -> dict[str,
     other = "dense" if keeps else str(against)
     words = f"{row} keeps {100 * float(against):g} % of dense" if keeps else f"{row} {test} {other}"
     answer: dict[str, Any] = {"expected": words, "kind": test, "test": TESTS[test]}
-    answer |= {
-        "state": "not yet measured",
-        "seeds": [],
-        "scores": None,
-        "figure": None,
-        "certain": None,
-    }
+    answer |= {"state": "not yet measured", "seeds": []}
+    answer |= dict.fromkeys(("scores", "figure", "certain"))
     seeds = common(results, row, other)
     if not seeds:
         return answer

@@ -9,6 +9,7 @@ from typing import Any
 
 from d2m.units import count_text
 from runtime.files.atomic import write_text
+from scripts.figures import fill
 
 BEGIN, END = "<!-- by python -m scripts.reproduce --table -->", "<!-- /reproduce -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
@@ -42,13 +43,6 @@ def interval(rate: Mapping[str, float], middle: str = "score") -> str:
     return f"{words} ({_signed(rate['low'])} to {_signed(rate['high'])})"
 
 
-def markdown(rows: Sequence[Sequence[str]], head: Sequence[str], right: int) -> str:
-    """A Markdown table whose columns from `right` on are figures."""
-    rule = ["---:" if i >= right else "---" for i in range(len(head))]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]) + "\n"
-
-
 def found(check: Mapping[str, Any]) -> str:
     """What an expectation was read from, in words."""
     if not check["seeds"]:
@@ -67,61 +61,21 @@ def found(check: Mapping[str, Any]) -> str:
     return f"{words}; ratio {share.removeprefix('0')}{bounds}{doubt}"
 
 
-def table(summary: Summary) -> str:
-    """table.md: every row, every expectation, every seed."""
-    seeds = [
-        [row["name"], *(f"{seed}: {short(score)}" for seed, score in row["per_seed"].items())]
+def table(summary: Summary, marks: tuple[str, str] | None = None, plot: str | None = None) -> str:
+    """table.md: every row, every expectation, every seed; with `marks` the section between them."""
+    seeds = {
+        row["name"]: [f"{seed}: {short(score)}" for seed, score in row["per_seed"].items()]
         for row in summary["rows"]
         if row["score"]
-    ]
-    kinds = {check["kind"]: check["test"] for check in summary["checks"]}
-    tests = "; ".join(f"*{kind}*: {test}" for kind, test in kinds.items())
-    parts = [
-        "# The paper's comparisons on the shapes teacher\n",
-        markdown([cells(row) for row in summary["rows"]], HEAD, 3),
-        f"{_made(summary)}\n",
-        "## What was expected\n",
-        checks(summary),
-        f"Tests: {tests}. Over the seeds that both rows have.\n",
-    ]
-    if seeds:
-        wide = max(map(len, seeds))
-        padded = [row + [""] * (wide - len(row)) for row in seeds]
-        head = ["row", *["seed: score"] * (wide - 1)]
-        parts += ["## Seed by seed\n", markdown(padded, head, 1)]
-    if summary["left_out"]:
-        names = ", ".join(f"`{name}`" for name in summary["left_out"])
-        parts.append(f"Left out, being results of other settings: {names}.\n")
-    return "\n".join(parts)
-
-
-def checks(summary: Summary) -> str:
-    """The expectations as a Markdown table."""
-    rows = [
-        [each["expected"], each["state"], found(each), ", ".join(map(str, each["seeds"]))]
-        for each in summary["checks"]
-    ]
-    return markdown(rows, ("expected", "", "found", "seeds"), 4)
+    }
+    facts = {"cells": cells, "found": found, "head": HEAD, "made": _made(summary), "seeds": seeds}
+    facts |= {"wide": max(map(len, seeds.values()), default=0), "marks": marks, "plot": plot}
+    return fill(Path(__file__).with_name("table.md.j2"), summary=summary, **facts)
 
 
 def section(summary: Summary, plot: str | None) -> str:
     """What docs/results.md holds between BEGIN and END. plot: path of the plot, if there is."""
-    image = [f"![score against FLOPs and against activated parameters]({plot})\n"] if plot else []
-    parts = [
-        BEGIN,
-        "",
-        "## The paper's comparisons\n",
-        "`python -m scripts.reproduce` makes every row from the dense shapes teacher and judges "
-        "it on\nheld-out captions. A row is one training per seed, the images of all seeds pooled, "
-        "with 95 % Wilson\nintervals; categories and seeds are in `results/shapes/reproduce/`. "
-        "`--table` wrote this section.\n",
-        markdown([cells(row) for row in summary["rows"]], HEAD, 3),
-        f"{_made(summary)}\n",
-        *image,
-        checks(summary),
-        END,
-    ]
-    return "\n".join(parts)
+    return table(summary, (BEGIN, END), plot)
 
 
 def write_section(document: Path, summary: Summary, plot: str | None) -> None:
