@@ -19,9 +19,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from export.bundle import export_bundle
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "export.bundle": "export_bundle",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"export.bundle": "export_bundle"})

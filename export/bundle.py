@@ -16,21 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
 from d2m.families import family_of
-from export.checks import (
-    DTYPES,
-    check_arguments,
-    check_plugin,
-    check_top_k,
-    need_extra,
-    plan_apis,
-)
-from runtime.files.atomic import (
-    replace_dir,
-    temporary_dir,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from export.checks import DTYPES, check_arguments, check_plugin, check_top_k, need_extra, plan_apis
+from runtime.files.atomic import replace_dir, temporary_dir, write_bytes, write_json, write_text
 from runtime.files.hashes import sha256
 from runtime.trt.launch_schedule import plan_key
 
@@ -373,10 +360,7 @@ def write_plans(
 
 
 def write_manifest(
-    folder: Path,
-    manifest: dict[str, Any],
-    hashes: Mapping[str, str],
-    progress: Progress | None,
+    folder: Path, manifest: dict[str, Any], hashes: Mapping[str, str], progress: Progress | None
 ) -> None:
     """Hash every file that is not in `hashes`, write manifest.json, open the result as runtime."""
     from runtime.bundle.directory import open_bundle

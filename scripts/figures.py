@@ -51,7 +51,7 @@ def fill(template: Path, **facts: Any) -> str:
     """A Markdown template filled in; what it asks for and does not get is an error."""
     from jinja2 import Environment, StrictUndefined
 
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(undefined=StrictUndefined, **blocks)
     return environment.from_string(template.read_text("utf-8")).render(**facts)
 

@@ -12,11 +12,7 @@ SCRIPTS = ("scripts/demo", "scripts/test", ".ci/run")
 
 def bash(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
+        ["bash", "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}
     )
 
 

@@ -24,8 +24,7 @@ def convert(
     preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
     budget: Annotated[
-        float | None,
-        option("Choose groups and shared experts for this share of the dense FLOPs."),
+        float | None, option("Choose groups and shared experts for this share of the dense FLOPs.")
     ] = None,
     steps: Annotated[int | None, option("Training steps over all stages.")] = None,
     stages: Annotated[
@@ -35,8 +34,7 @@ def convert(
     init_only: Annotated[bool, option("Convert without training.", "--init-only")] = False,
     seed: Annotated[int | None, option("Random seed; by default the recipe's.")] = None,
     importance: Annotated[
-        str,
-        option("Neurons by: calibration, magnitude (the model is not run), or a file."),
+        str, option("Neurons by: calibration, magnitude (the model is not run), or a file.")
     ] = "calibration",
     resume: Annotated[bool, option("Continue an unfinished conversion.", "--resume")] = False,
     report: Annotated[bool, option("Write report.html.", "--report/--no-report")] = True,
@@ -48,8 +46,7 @@ def convert(
     ] = "shapes",
     cache: Annotated[Path | None, option("Folder for cached encodings of --data.")] = None,
     size: Annotated[
-        int | None,
-        option("Side of training pictures in pixels; by default the pipeline's."),
+        int | None, option("Side of training pictures in pixels; by default the pipeline's.")
     ] = None,
     shuffle: Annotated[int, option("Samples in the shuffle buffer.")] = 1000,
     skip: Annotated[int, option("Unreadable samples to skip before stopping with an error.")] = 100,

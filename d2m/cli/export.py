@@ -27,17 +27,14 @@ def export(
     out: Annotated[Path | None, option("Bundle directory to write.", "-o", "--out")] = None,
     force: Annotated[bool, option("Replace an existing bundle.", "--force")] = False,
     trt: Annotated[
-        bool,
-        option("Build plans with TensorRT, or TensorRT-RTX where that is missing.", "--trt"),
+        bool, option("Build plans with TensorRT, or TensorRT-RTX where that is missing.", "--trt")
     ] = False,
     trt_rtx: Annotated[bool, option("Build plans with TensorRT-RTX.", "--trt-rtx")] = False,
     plugin: Annotated[
-        bool,
-        option("Experimental: run the experts as TensorRT plugins (with --trt).", "--plugin"),
+        bool, option("Experimental: run the experts as TensorRT plugins (with --trt).", "--plugin")
     ] = False,
     cubins: Annotated[
-        bool,
-        option("Also build plans that call the experts' own CUDA kernels.", "--cubins"),
+        bool, option("Also build plans that call the experts' own CUDA kernels.", "--cubins")
     ] = False,
     sm: Annotated[
         Any,
@@ -50,19 +47,16 @@ def export(
     top_k: Annotated[Any, numbers_option("Numbers of experts per token to export.")] = "0,1,2,4",
     dtype: Annotated[str, option("Compute dtype of the ONNX graphs: fp32, bf16 or fp16.")] = "fp32",
     plan_dtype: Annotated[
-        str | None,
-        option("Compute dtype of the plans; by default --dtype, but bf16 for fp32."),
+        str | None, option("Compute dtype of the plans; by default --dtype, but bf16 for fp32.")
     ] = None,
     storage: Annotated[
         str | None, option("Dtype of the stored weights; by default the checkpoint's.")
     ] = None,
     link: Annotated[
-        bool,
-        option("Hard-link unchanged weight files instead of copying them.", "--link"),
+        bool, option("Hard-link unchanged weight files instead of copying them.", "--link")
     ] = False,
     triton_repo: Annotated[
-        Path | None,
-        option("Also write a model repository for NVIDIA Triton Inference Server."),
+        Path | None, option("Also write a model repository for NVIDIA Triton Inference Server.")
     ] = None,
     triton_instances: Annotated[int, option("Triton: model instances per GPU, or on the CPU.")] = 1,
     triton_batch: Annotated[int, option("Triton: largest batch.")] = 8,

@@ -29,8 +29,7 @@ def run(
     second: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text prompt.")] = None,
     bundle: Annotated[Path | None, option("Bundle directory, in place of the argument.")] = None,
     out: Annotated[
-        Path,
-        option("PNG file to write; with -n: out-0.png, out-1.png, ...", "-o", "--out"),
+        Path, option("PNG file to write; with -n: out-0.png, out-1.png, ...", "-o", "--out")
     ] = Path("out.png"),
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -52,8 +51,7 @@ def run(
         ),
     ] = None,
     budget: Annotated[
-        float | None,
-        option("Seconds: choose steps, top-k and kappa that fit (see d2m measure)."),
+        float | None, option("Seconds: choose steps, top-k and kappa that fit (see d2m measure).")
     ] = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",

@@ -20,8 +20,7 @@ def serve(
     max_images: Annotated[int, option("Largest number of images per request.")] = 10,
     max_steps: Annotated[int, option("Largest number of steps per request.")] = 100,
     max_pixels: Annotated[
-        int | None,
-        option("Largest number of pixels per image; by default 4 times the bundle's."),
+        int | None, option("Largest number of pixels per image; by default 4 times the bundle's.")
     ] = None,
     deadline: Annotated[float, option("Seconds until a request gets status 504.")] = 120.0,
     drain: Annotated[float, option("Seconds after SIGTERM to finish accepted requests.")] = 30.0,
@@ -33,8 +32,7 @@ def serve(
         list[str] | None, option("Another model name for clients; may be repeated.")
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        option("Origin allowed by CORS, '*' for all; may be repeated."),
+        list[str] | None, option("Origin allowed by CORS, '*' for all; may be repeated.")
     ] = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",

@@ -18,9 +18,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from d2m.lora.fuse import lora
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "d2m.lora.fuse": "lora",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.lora.fuse": "lora"})

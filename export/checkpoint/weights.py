@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.model.components import FLOATS
 from runtime.files.atomic import write_chunks
-from runtime.files.tensors import (
-    ALIGNMENT,
-    DTYPE_NAMES,
-    file_chunks,
-    read_header,
-    weight_files,
-)
+from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, file_chunks, read_header, weight_files
 from runtime.files.tensors import Tensor as Place
 
 if TYPE_CHECKING:

@@ -25,9 +25,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from export.families.known import FAMILIES, export_family
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "export.families.known": "FAMILIES export_family",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"export.families.known": "FAMILIES export_family"})

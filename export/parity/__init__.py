@@ -19,9 +19,4 @@ from runtime.files.lazy import lazy
 if TYPE_CHECKING:
     from export.parity.run import parity
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {
-        "export.parity.run": "parity",
-    },
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"export.parity.run": "parity"})

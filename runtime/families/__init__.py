@@ -25,8 +25,5 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
-    {
-        "runtime.families.family": "Family",
-        "runtime.families.known": "FAMILIES family_of title_of",
-    },
+    {"runtime.families.family": "Family", "runtime.families.known": "FAMILIES family_of title_of"},
 )

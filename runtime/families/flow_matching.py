@@ -60,10 +60,7 @@ def shift_mu(config: dict[str, Any], image_tokens: int) -> float:
 
 
 def sigmas(
-    config: dict[str, Any],
-    steps: int,
-    image_tokens: int,
-    given: Sequence[float] | None = None,
+    config: dict[str, Any], steps: int, image_tokens: int, given: Sequence[float] | None = None
 ) -> np.ndarray:
     """The noise levels [steps + 1], float32, falling from (about) 1 to 0.
 

@@ -33,10 +33,7 @@ def check(manifest: Mapping[str, Any]) -> None:
 def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """T5's states [n, L, its width] of the prompts in small letters, and 1 at tokens [n, L]."""
     found = run("text_encoder", "tokenizer", [prompt.lower().strip() for prompt in prompts])
-    return {
-        "encoder_hidden_states": found["states"],
-        "encoder_attention_mask": found["mask"],
-    }
+    return {"encoder_hidden_states": found["states"], "encoder_attention_mask": found["mask"]}
 
 
 def sigmas(

@@ -1,6 +1,6 @@
 """Training threads beside other load: a step's time by threads and by how OpenMP waits.
 
-    python -m scripts.bench.threads [--json results/cpu/threads.json]
+    python -m scripts.bench.threads
 
 Every cell is a process of its own: one FFN's forward and backward pass (D 128, 512 tokens: the size
 of the shapes teacher's), alone and beside a loop that takes a core. Cells take turns; medians.
@@ -9,42 +9,36 @@ of the shapes teacher's), alone and beside a loop that takes a core. Cells take 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 
-from scripts.figures import ROOT, in_turns, machine, options, write_figures
+from scripts.figures import in_turns, machine, options, write_figures
 
-STEPS = 300
-
-
-def step_seconds() -> float:
-    """The median of a training step in this process."""
-    import torch
-
-    layers = [torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)]
-    model, x = torch.nn.Sequential(*layers), torch.randn(512, 128)
-    times = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        model(x).square().mean().backward()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[STEPS // 10 :])
+# Seconds of a step, printed: the median of 300.
+STEP = """
+import statistics, time, torch
+model = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
+x, times = torch.randn(512, 128), []
+for _ in range(300):
+    began = time.perf_counter()
+    model(x).square().mean().backward()
+    times.append(time.perf_counter() - began)
+print(statistics.median(times[30:]))
+"""
 
 
-def cell(threads: int, policy: str, busy: int) -> float:
-    """Milliseconds a step, with `busy` cores taken by other processes."""
+def seconds(threads: int, wait: str, busy: int, turn: int) -> float:
+    """A step's seconds, with `busy` cores taken by other processes."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": wait}
     try:
-        own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
-        command = [sys.executable, "-m", "scripts.bench.threads", "--one"]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, check=True
+            [sys.executable, "-c", STEP], env=os.environ | own, capture_output=True, check=True
         )
-        return round(1000 * float(done.stdout), 3)
+        return float(done.stdout)
     finally:
         for loop in loops:
             loop.kill()
@@ -52,23 +46,18 @@ def cell(threads: int, policy: str, busy: int) -> float:
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
-    parser = options(__doc__)
-    parser.add_argument("--one", action="store_true", help="one process's step (used by itself)")
-    parser.add_argument("--runs", type=int, default=3, help="(%(default)s)")
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(step_seconds())
-        return
-    cells = list(itertools.product((1, os.cpu_count() or 2), ("ACTIVE", "PASSIVE"), (0, 1)))
-    works = {key: lambda turn, key=key: cell(*key) for key in cells}
-    times = in_turns(works, arguments.runs, warm_up=0)
-    names = ("threads", "wait", "busy_cores", "milliseconds")
-    rows = [dict(zip(names, (*key, statistics.median(found)))) for key, found in times.items()]
-    print(json.dumps(rows, indent=2))
-    if arguments.json:
-        answer = {"machine": machine(os.cpu_count() or 1, "torch"), "rows": rows}
-        write_figures(arguments.json, "scripts.bench.threads", answer)
+    """Measure, print, write."""
+    parser = options(__doc__, "cpu/threads.json")
+    cores = os.cpu_count() or 2
+    asked = parser.parse_args()
+    cells = list(itertools.product((1, cores), ("ACTIVE", "PASSIVE"), (0, 1)))
+    found = in_turns({cell: partial(seconds, *cell) for cell in cells}, runs=3, warm_up=0)
+    rows = [
+        {"threads": t, "wait": w, "busy_cores": b, "ms": round(1000 * statistics.median(s), 3)}
+        for (t, w, b), s in found.items()
+    ]
+    print(*rows, sep="\n")
+    write_figures(asked.json, "scripts.bench.threads", machine(cores, "torch") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -96,10 +96,7 @@ def one_step(s: Setting, preset: str | None, compiled: bool) -> Record:
     if preset:
         double, single = presets()[preset]
         whole = presets()["L"]
-        model.active = (
-            -(-double * size.double // whole[0]),
-            -(-single * size.single // whole[1]),
-        )
+        model.active = (-(-double * size.double // whole[0]), -(-single * size.single // whole[1]))
     if compiled:
         for block in model.modules():
             if isinstance(block, (Double, Single)):

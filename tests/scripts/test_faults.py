@@ -15,14 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "faults.json"
     like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.faults",
-        "--short",
-        "--json",
-        str(report),
-    ]
+    command = [sys.executable, "-m", "scripts.faults", "--short", "--json", str(report)]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [*command, *like], cwd=ROOT, env=environment, capture_output=True, text=True

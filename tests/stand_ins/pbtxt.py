@@ -27,11 +27,7 @@ CONFIG: dict[str, Any] = {
     "input": [INPUT],
     "output": [{"name": str, "data_type": DTYPES, "dims": [[int]]}],
     "instance_group": [
-        {
-            "count": int,
-            "kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"],
-            "gpus": [[int]],
-        }
+        {"count": int, "kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"], "gpus": [[int]]}
     ],
     "dynamic_batching": {
         "preferred_batch_size": [[int]],

@@ -58,11 +58,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     arrays = {name: narrow(a) if dtype == "BF16" else a for name, a in tensors.items()}
     for name, array in arrays.items():
         end = position + array.nbytes
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [position, end],
-        }
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

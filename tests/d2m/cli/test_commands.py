@@ -220,10 +220,7 @@ EVAL = ("-n", 6, "--steps", 1, "--world", "size=32", "--batch", 4)
 
 
 def test_eval_of_a_bundle_and_of_pipelines(
-    tiny_bundle: Path,
-    tiny_sparse_dir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_bundle: Path, tiny_sparse_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (tiny_bundle, tiny_sparse_dir):
         target, grid = tmp_path / f"{path.name}.json", tmp_path / f"{path.name}.png"

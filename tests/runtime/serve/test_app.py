@@ -135,9 +135,7 @@ def test_what_is_no_request(server: Server) -> None:
         url + PATH, content=b" " * (MAX_BODY + 1), headers={"content-type": "application/json"}
     )
     chunked = httpx.post(
-        url + PATH,
-        content=iter([b" " * 40_000] * 3),
-        headers={"content-type": "application/json"},
+        url + PATH, content=iter([b" " * 40_000] * 3), headers={"content-type": "application/json"}
     )
     typed = httpx.post(url + PATH, content=b"{}", headers={"content-type": "text/plain"})
     wrong = httpx.post(url + PATH, content=b"{", headers={"content-type": "application/json"})
