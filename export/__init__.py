@@ -10,8 +10,6 @@ needs; `checkpoint/` the directory that is read and the weights that are written
     triton    `d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -16,8 +16,6 @@ step.
     trajectories    Data-free training data: latents that the dense model makes itself
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -13,8 +13,6 @@
     model_card       The model card of a sparse pipeline
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

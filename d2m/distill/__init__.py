@@ -18,8 +18,6 @@ Read `loop` first; it calls the others.
     gather       Parts of sharded tensors and the whole of them: gathered, handed out, written
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

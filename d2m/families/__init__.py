@@ -14,8 +14,6 @@ share stands beside them; none imports another. docs/families.md shows how to ad
     generation_defaults  How a pipeline directory wants to generate: size, steps, guidance
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

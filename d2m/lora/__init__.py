@@ -9,8 +9,6 @@ change goes where the conversion took its neuron.
     parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -19,8 +19,6 @@ forward() of diffusers is overridden: modules are put in the place of others.
     knobs               What may be changed without training: experts that a token uses
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

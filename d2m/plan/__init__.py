@@ -15,8 +15,6 @@ estimated in `needs`, of distillation on GPUs in `gpus`.
     doctor        `d2m doctor`: what is installed and works, what this machine can do with FLUX.1
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

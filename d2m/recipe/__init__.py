@@ -8,8 +8,6 @@ depth; those for one depth lie with their family. Torch-free.
     records    JSON values that a person wrote, checked: unknown keys and wrong types are named
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -11,8 +11,6 @@ A dict of everything that was measured enters, report.json and report.html leave
     section   A headed part of a page: charts, their keys and a table, as base.html.j2 writes them
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -16,8 +16,6 @@ One file a family; what families share stands beside them.
     configs     The configs of a pipeline directory's components
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

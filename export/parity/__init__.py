@@ -10,8 +10,6 @@ The same latents and embeddings go through both; errors per part leave. Built on
     expert_agreement  Which experts a backend chooses, from its routers' logits
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

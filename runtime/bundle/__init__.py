@@ -14,8 +14,6 @@ A directory enters, a `Bundle` leaves: its manifest, files whose hashes hold, si
     signing         Signing bundles: pairs of keys made, manifests signed
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

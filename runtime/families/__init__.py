@@ -13,8 +13,6 @@ One file a family; schedulers and latents, which families share, stand beside th
     dpm_solver     DPM-Solver++ of order 1 and 2 in numpy
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -5,8 +5,6 @@ backends_here  What every backend lacks here, how it runs the routed experts
 block_table    The block schedule of a generation as a table for people
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from runtime.files.lazy import lazy

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 import random
 import resource
@@ -53,6 +52,8 @@ def main() -> int:
         work = arguments.out.with_suffix(f".{arguments.target}.json")
         fuzz(arguments.target, engine, arguments.executions, arguments.seed, work)
         return 0
+    from runtime.files.atomic import write_json
+
     rows: dict[str, Any] = {}
     if arguments.out.is_file():
         rows = json.loads(arguments.out.read_text())["targets"]
@@ -62,14 +63,8 @@ def main() -> int:
         count = round(arguments.executions * share)
         work = arguments.out.with_suffix(f".{target}.json")
         command = [sys.executable, "-m", "scripts.fuzz", "--target", target, "--engine", engine]
-        command += [
-            "--executions",
-            str(count),
-            "--seed",
-            str(arguments.seed),
-            "--out",
-            str(arguments.out),
-        ]
+        command += ["--executions", str(count), "--seed", str(arguments.seed)]
+        command += ["--out", str(arguments.out)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         row = json.loads(work.read_text()) if work.is_file() else {"executions": 0}
         work.unlink(missing_ok=True)
@@ -78,7 +73,7 @@ def main() -> int:
         if done.returncode:
             row["last_words"] = done.stderr[-600:]
         rows[target] = row
-        write(arguments.out, summary(rows, arguments.seed))
+        write_json(arguments.out, summary(rows, arguments.seed))
         print(f"{target}: {row}", flush=True)
     bad = sum(row["exit_code"] != 0 or len(row.get("failures", ())) for row in rows.values())
     return 1 if bad else 0
@@ -96,13 +91,6 @@ def summary(rows: dict[str, Any], seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "targets": rows,
     }
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
 
 
 def fuzz(target: str, engine: str, count: int, seed: int, out: Path) -> None:
@@ -170,7 +158,9 @@ class CountedTarget:
             row["seconds"] = round(time.monotonic() - self.began, 1)
             row["cpu_seconds"] = round(time.process_time() - self.own, 1)
             row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            write(self.out, row)
+            from runtime.files.atomic import write_json  # late: atheris instruments imports
+
+            write_json(self.out, row)
 
     def keep(self, data: bytes, what: str) -> None:
         """Put an input into the corpus of regressions."""

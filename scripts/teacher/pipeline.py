@@ -23,32 +23,6 @@ from scripts.teacher.text import LENGTH, TextStage, Tokenizers
 KEPT = ("README.md", "scores.json", "training.json", "training.svg")
 
 
-def make_pipeline(
-    vae: AutoencoderKL,
-    stage: TextStage,
-    tokenizers: Tokenizers,
-    transformer: FluxTransformer2DModel,
-) -> FluxPipeline:
-    """The parts, not copied, with the scheduler of FLUX.1 [dev]."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-    return FluxPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=stage.clip,
-        tokenizer=tokenizers[0],
-        text_encoder_2=stage.t5,
-        tokenizer_2=tokenizers[1],
-        transformer=transformer,
-    )
-
-
 def save_pipeline(
     out: Path,
     world: World,
@@ -63,7 +37,14 @@ def save_pipeline(
     float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) generates
     without a dtype given.
     """
-    half = copy.deepcopy(make_pipeline(vae, stage, tokenizers, transformer)).to(torch.bfloat16)
+    # The scheduler of FLUX.1 [dev].
+    shift: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    shift |= {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    scheduler = FlowMatchEulerDiscreteScheduler(**shift)
+    (clip, t5), models = tokenizers, {"vae": vae, "transformer": transformer}
+    encoders = {"text_encoder": stage.clip, "text_encoder_2": stage.t5}
+    pipe = FluxPipeline(scheduler, tokenizer=clip, tokenizer_2=t5, **encoders, **models)
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
     half.text_encoder.float()
     half.text_encoder_2.float()
     part = out.with_name(out.name + ".part")
@@ -73,13 +54,8 @@ def save_pipeline(
         config = read_json(path)
         if config.pop("_name_or_path", None) is not None:
             write_json(path, config)
-    defaults = {
-        "height": world.size,
-        "width": world.size,
-        "num_inference_steps": 16,
-        "guidance_scale": 3.5,
-        "max_sequence_length": LENGTH,
-    }
+    defaults = {"height": world.size, "width": world.size, "num_inference_steps": 16}
+    defaults |= {"guidance_scale": 3.5, "max_sequence_length": LENGTH}
     write_json(part / "defaults.json", defaults)
     for name in KEPT:
         if (out / name).exists():

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from runtime.files.atomic import write_bytes
 
-OPTIMIZER = "opt0."
-
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors of any device and layout, and what JSON can hold, to `path` at once.
@@ -53,7 +51,7 @@ def gather(
     for number, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             if torch.is_tensor(value):
-                tensors[f"{OPTIMIZER}{number}.{name}"] = value
+                tensors[f"opt0.{number}.{name}"] = value
     return tensors
 
 
@@ -64,21 +62,16 @@ def restore(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Undo `gather`, in place."""
-    model.load_state_dict(_part(tensors, "model."))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    model.load_state_dict(parts["model"])
     if ema is not None:
-        ema.load_state_dict(_part(tensors, "ema."))
+        ema.load_state_dict(parts["ema"])
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in _part(tensors, OPTIMIZER).items():
+    for name, value in parts.get("opt0", {}).items():
         number, moment = name.split(".", 1)
         moments.setdefault(int(number), {})[moment] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
