@@ -55,8 +55,8 @@ def test_the_servers_command_and_probes_are_real() -> None:
     routes = re.findall(r'@get\("([^"]+)"', (ROOT / "runtime/serve/app.py").read_text())
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in routes
-    code = "".join(p.read_text() for p in (ROOT / "runtime").glob("*.py"))
-    code += (ROOT / "d2m" / "cli.py").read_text()
+    files = [*(ROOT / "runtime").rglob("*.py"), ROOT / "d2m/cli/serve.py"]
+    code = "".join(path.read_text() for path in files)
     for variable in container["env"]:
         assert f'"{variable["name"]}"' in code
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]

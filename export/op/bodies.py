@@ -109,6 +109,6 @@ def routings(model: onnx.ModelProto) -> Iterator[Routing]:
     for node in ir.from_proto(model).graph:
         if (node.domain, node.op_type) == (DOMAIN, OP):
             w1: Any = node.inputs[2]
-            experts, *sizes = w1.shape
-            known = [size if isinstance(size, int) else 0 for size in sizes]
-            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), *known)
+            experts, width, _ = w1.shape
+            known = width if isinstance(width, int) else 0
+            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), known)

@@ -13,13 +13,12 @@ FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class Routing:
-    """What a body is specialised on: E, K, x's ONNX element type, D and H (0: not known)."""
+    """What a body is specialised on: E, K, x's ONNX element type and D (0: not known)."""
 
     experts: int
     top_k: int
     dtype: int = FLOAT32
     width: int = 0
-    hidden: int = 0
 
 
 def numbers(name: str, *values: int, dtype: str = "int64") -> str:
@@ -106,17 +105,13 @@ def every_lines(routing: Routing) -> list[str]:
     where `sorted` takes 66.
     """
     half = routing.dtype != FLOAT32
-    hidden = routing.hidden
-    flat = routing.experts * hidden if hidden else -1  # -1 cannot be told where T = 0
     lines = [
         numbers("k", routing.top_k),
         numbers("two", 2),
         numbers("flat", -1),
-        numbers("by_expert", 0, routing.experts, hidden or -1),
-        numbers("by_token", 0, flat),
         "nil = Constant <value = float {0}> ()",
         "w1_by_row = Transpose <perm = [1, 0, 2]> (w1)",  # folded with initializers
-        "w1_all = Reshape (w1_by_row, by_token)",  # [D, E * H]
+        "w1_all = Flatten <axis = 1> (w1_by_row)",  # [D, E * H]
         "b1_all = Reshape (b1, flat)",
         "w2_all = Flatten <axis = 2> (w2)",  # [E * H, D]
         "probabilities = Softmax <axis = -1> (logits)",
@@ -127,12 +122,17 @@ def every_lines(routing: Routing) -> list[str]:
         *(["weight_x = CastLike (weight, x)"] if half else []),
         "m = Gemm (x, w1_all, b1_all)",
         'g = Gelu <approximate = "tanh"> (m)',
+        # Sizes are read from tensors: where T = 0 none can be told from the others, and blocks of
+        # several sizes of experts share this function.
+        "tokens = Shape <start = 0, end = 1> (x)",
+        "expert_sizes = Shape (b1)",
+        "by_expert = Concat <axis = 0> (tokens, expert_sizes)",
         "g_expert = Reshape (g, by_expert)",  # [T, E, H]
         f"weighed = Mul (g_expert, weight{'_x' if half else ''})",
         *([f"weighed_float = Cast <to = {FLOAT32}> (weighed)"] if half else []),
         "unchosen = Equal (weight, nil)",
         f"h_expert = Where (unchosen, nil, weighed{'_float' if half else ''})",
-        "h = Reshape (h_expert, by_token)",
+        "h = Flatten <axis = 1> (h_expert)",
     ]
     if not half:
         return [*lines, "y = MatMul (h, w2_all)"]

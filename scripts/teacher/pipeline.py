@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -38,8 +39,8 @@ def save_pipeline(
     without a dtype given.
     """
     # The scheduler of FLUX.1 [dev].
-    shift: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-    shift |= {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    shift: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5}
+    shift |= {"max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
     scheduler = FlowMatchEulerDiscreteScheduler(**shift)
     (clip, t5), models = tokenizers, {"vae": vae, "transformer": transformer}
     encoders = {"text_encoder": stage.clip, "text_encoder_2": stage.t5}
@@ -54,7 +55,11 @@ def save_pipeline(
         config = read_json(path)
         if config.pop("_name_or_path", None) is not None:
             write_json(path, config)
-    defaults = {"height": world.size, "width": world.size, "num_inference_steps": 16}
+    defaults: dict[str, Any] = {
+        "height": world.size,
+        "width": world.size,
+        "num_inference_steps": 16,
+    }
     defaults |= {"guidance_scale": 3.5, "max_sequence_length": LENGTH}
     write_json(part / "defaults.json", defaults)
     for name in KEPT:

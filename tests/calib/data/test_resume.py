@@ -58,7 +58,7 @@ def run(dense, out, how, cache=None, seen=None, **options):
 
         return batch
 
-    settings = {"written": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
+    settings = {"write": False, "log": lambda text: None, "save_seconds": 0, "data": data.label}
     return converted(dense, out, RECIPE, batches, neuron_importance, **settings | options)
 
 
