@@ -138,7 +138,7 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "Loop": (forever, "operator Loop, which may never end"),
     "circle": (circle, "call each other deeper than 16"),
     "laughs": (lambda: laughs(18), "deeper than 16"),
-    "deep": (lambda: nested(20), "deeper in each other than 16"),
+    "deep": (lambda: nested(17), "deeper in each other than 16"),
     "sparse": (sparse, "sparse tensor"),
     "lying raw": (lambda: lying([1 << 30], raw_data=b"abcd"), "1073741824 elements fills 4 bytes"),
     "lying floats": (lambda: lying([1 << 30], float_data=[1.0]), "elements fills"),

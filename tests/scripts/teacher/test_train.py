@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -48,12 +49,22 @@ def train(
     return script("scripts.teacher", *SMALL.split(), *counts, *where, *more, env=env)
 
 
+def make_card(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """python -m scripts.teacher.card, in this process."""
+    from scripts.teacher import card
+
+    monkeypatch.setattr(sys, "argv", ["card", *map(str, arguments)])
+    card.main()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path) -> None:
+def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import numpy as np
     import torch
     from diffusers import FluxPipeline
@@ -97,7 +108,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(tmp_path: Path
     for config in (again / "shapes").glob("*/config.json"):  # nobody's directories in a model
         assert str(tmp_path) not in config.read_text()
     (again / "shapes" / "scores.json").write_text(json.dumps(scores))
-    finished(script("scripts.teacher.card", again / "shapes", "--work", again / "work"))
+    make_card(monkeypatch, again / "shapes", "--work", again / "work")
     card = (again / "shapes" / "README.md").read_text()
     assert "come from 2 trainings in a row" in card
     assert "| VAE, training 1 | 2 |" in card and "| flow matching | 2 |" in card
@@ -137,19 +148,23 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         shutil.copyfile(expected, shared / "work" / expected.name)
 
 
-def test_processes_without_latents_are_told_the_cure(tmp_path: Path) -> None:
-    process = train(tmp_path, 1, env={"RANK": "0", "WORLD_SIZE": "2"})
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "has no latents.safetensors: run this once with --until text" in err
+def test_processes_without_latents_are_told_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.teacher.__main__ import main
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["teacher", *SMALL.split(), "--work", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has no latents.safetensors: run this once with --until"):
+        main()
 
 
-def test_a_stage_without_its_log_is_named(tmp_path: Path) -> None:
+def test_a_stage_without_its_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.json").write_text('{"init": false}')
-    process = script("scripts.teacher.card", tmp_path, "--work", tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert f"{tmp_path / 'vae.jsonl'} is missing; run python -m scripts.teacher" in err
+    words = f"{tmp_path / 'vae.jsonl'} is missing; run python -m scripts.teacher"
+    with pytest.raises(FileNotFoundError, match=re.escape(words)):
+        make_card(monkeypatch, tmp_path, "--work", tmp_path)
 
 
 @pytest.mark.slow
