@@ -7,6 +7,7 @@ relative to the folder, and the caption under `text`, `caption` or `prompt`.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def folder_source(path: Path, columns: tuple[str, str] | None = None) -> Source:
 
 
 def _listed(path: Path, columns: tuple[str, str] | None) -> Source:
-    lines = (path / METADATA).read_text("utf-8", errors="replace").splitlines()
+    # Bytes, decoded a row at a time: a row that is no UTF-8 is damaged, and the others are not.
+    lines = (path / METADATA).read_bytes().removeprefix(BOM_UTF8).splitlines()
     rows = {f"{METADATA}:{i}": line for i, line in enumerate(lines, 1) if line.strip()}
     root = path.resolve()
 
@@ -87,7 +89,7 @@ def picture(path: Path) -> bytes:
 def prompts_source(path: Path) -> Source:
     """A prompt a line, empty ones left out; ValueError if there is none, or for no UTF-8."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); expected a prompt a line.") from error
     prompts = [" ".join(line.split()) for line in lines if line.strip()]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 UNREADABLE = (OSError, ValueError)  # what reading a sample may raise: the sample is at fault
+MARK = "\ufeff"  # of byte order, which editors put before a text; no part of it
 LARGEST = 256 << 20  # bytes of a picture's file (ours); more is no picture
 
 
@@ -60,6 +61,7 @@ def checked(data: bytes, caption: object) -> tuple[bytes, str]:
         caption = caption[0] if caption else ""
     if not data:
         raise ValueError("the picture's file is empty")
-    if not isinstance(caption, str) or not caption.strip():
+    words = caption.removeprefix(MARK).split() if isinstance(caption, str) else []
+    if not words:
         raise ValueError("the caption is missing or empty")
-    return data, " ".join(caption.split())
+    return data, " ".join(words)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from d2m.families import Family, family_of
 from d2m.families.family import check_adaln
+from d2m.plan.model_config import sizes
 from d2m.recipe.recipe import Recipe, hidden_sizes
 from d2m.recipe.structure import KINDS, check_depth, check_shares
 from runtime.files.checked_json import read_json
@@ -33,22 +34,22 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             f"{cure}"
         )
     file = path / "transformer" / "config.json"
-    config = read_json(file)
+    raw = read_json(file)
     try:
-        width = int(config["num_attention_heads"] * config["attention_head_dim"])
-        depth = {kind: int(config[key]) for kind, key in family.blocks.depths if key in config}
-    except (ValueError, KeyError, TypeError) as error:
+        if not family.plan.sizes.keys() & raw.keys():
+            raise ValueError("it names no size")
+        config = sizes({"_class_name": family.names.dense_class, **raw}, "it")
+    except ValueError as error:
         raise ValueError(
-            f"{file} is not a {family.names.dense_class}'s config "
-            f"({type(error).__name__}: {error}); copy the pipeline again."
+            f"{file} is not a {family.names.dense_class}'s config ({error}); copy the pipeline "
+            "again."
         ) from error
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    depth = dict.fromkeys(KINDS, 0) | {kind: config[key] for kind, key in family.blocks.depths}
     check_adaln(family, recipe.adaln.mode)
-    # A config may leave defaults out; the model checks too.
-    if len(depth) == len(family.blocks.depths):
-        depth = dict.fromkeys(KINDS, 0) | depth
-        check_depth(recipe.blocks, depth)
-        check_shares(recipe.shares, depth)
-        family.blocks.check_blocks(recipe.blocks, depth)
+    check_depth(recipe.blocks, depth)
+    check_shares(recipe.shares, depth)
+    family.blocks.check_blocks(recipe.blocks, depth)
     places = [(kind, i) for kind in KINDS for i in range(max(1, len(recipe.shares.of(kind))))]
     for spec in dict.fromkeys(recipe.spec.at(*place) for place in places):
         hidden_sizes(width, family.blocks.ratio * width, spec)

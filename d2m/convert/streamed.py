@@ -25,7 +25,6 @@ from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Progress, Recipe, SparseSpec
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from runtime.files.atomic import write_json
-from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,13 +151,14 @@ def sampled(blocks: list[str], seed: int) -> list[str]:
 
 def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     """The sparse model on the meta device: names, shapes and config of the result."""
+    import diffusers
     import torch
 
+    from d2m.model.components import read_config
     from d2m.model.modulation import norms, rank_of
     from d2m.model.sparse_transformer import sparse_class, structure
 
-    config = read_json(folder / "config.json")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = read_config(folder, getattr(diffusers, family.names.dense_class))
     with torch.device("meta"):
         whole = sparse_class(family)(**config)
         rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))

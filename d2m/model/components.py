@@ -7,6 +7,7 @@ missing with random numbers and leave out one that is too much.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,29 +58,50 @@ def model_classes(directory: Path) -> Iterator[tuple[str, Any]]:
             yield name, found
 
 
+def read_config(folder: Path, cls: Any) -> dict[str, Any]:
+    """A component's config.json as its class reads it.
+
+    Fields that it leaves out have the class's defaults; those that only an older class had are left
+    out. ValueError where it is no config of the class.
+    """
+    raw = read_json(folder / "config.json")
+    if hasattr(cls, "config_class"):  # transformers
+        with read_by(cls, folder):
+            found: dict[str, Any] = cls.config_class.from_dict(raw).to_dict()
+            return found
+    known = inspect.signature(cls.__init__).parameters
+    told = {name: raw.get(name, row.default) for name, row in known.items() if name != "self"}
+    return {name: value for name, value in told.items() if value is not inspect.Parameter.empty}
+
+
 def empty_model(folder: Path, cls: Any) -> nn.Module:
     """The model of a component's config.json on the meta device, in eval mode.
 
-    ValueError where its class does not take the config; fields that it leaves out have the class's
-    defaults, as for from_pretrained.
+    ValueError where its class does not take the config.
     """
     import torch
 
-    config = read_json(folder / "config.json")
+    config = read_config(folder, cls)
+    with read_by(cls, folder), quiet(), torch.device("meta"):
+        if hasattr(cls, "config_class"):
+            model = cls(cls.config_class.from_dict(config))
+            model.tie_weights()
+        else:
+            model = cls(**config)
+    found: nn.Module = model.eval()
+    return found
+
+
+@contextmanager
+def read_by(cls: Any, folder: Path) -> Iterator[None]:
+    """Within: whatever a class raises for a config is a ValueError, in one sentence."""
     try:
-        with quiet(), torch.device("meta"):
-            if hasattr(cls, "config_class"):  # transformers
-                model = cls(cls.config_class.from_dict(config))
-                model.tie_weights()
-            else:
-                model = cls.from_config(config)
+        yield
     except Exception as error:  # a class checks as it likes
         raise ValueError(
             f"{folder / 'config.json'} does not make a {cls.__name__} ({type(error).__name__}: "
             f"{error}); expected the config that was saved with it: copy the pipeline again."
         ) from error
-    found: nn.Module = model.eval()
-    return found
 
 
 @contextmanager

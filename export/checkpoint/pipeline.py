@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families import Family, family_of
 from d2m.families.generation_defaults import generation_defaults
+from d2m.model.components import check_components, empty_model, model_classes
 from export.checkpoint.weights import Checkpoint, parameter_getter
 from export.families import FAMILIES
 from export.families.configs import config
@@ -95,7 +96,6 @@ def open_components(
     """The components in the order in which an image needs them."""
     from transformers.utils import logging
 
-    from d2m.model.components import check_components, model_classes
     from export.graph.blocks import transformer_program
     from export.graph.trace import keep_float32
 
@@ -131,7 +131,7 @@ def open_components(
         return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
 
     row = FAMILIES[family_of(directory).names.name]
-    skeleton = empty_transformer(directory, sparse)
+    skeleton = empty_transformer(directory)
     checkpoint = Checkpoint(directory / "transformer")
 
     def trace(dtype: torch.dtype) -> Program:
@@ -155,24 +155,14 @@ def open_components(
     return found
 
 
-def empty_transformer(directory: Path, sparse: bool) -> Any:
+def empty_transformer(directory: Path) -> Any:
     """The transformer's structure without weights, prepared for tracing."""
-    import diffusers
-    import torch
-
     from export.graph.prepare import prepare
     from export.graph.trace import keep_float32
 
-    family = family_of(directory)
-    cls: Any = getattr(diffusers, family.names.dense_class)
-    if sparse:
-        from d2m.model.sparse_transformer import sparse_class
-
-        cls = sparse_class(family)
-    with torch.device("meta"):
-        model = cls.from_config(config(directory, "transformer"))
+    model = empty_model(directory / "transformer", dict(model_classes(directory))["transformer"])
     keep_float32(model)
-    return prepare(model, FAMILIES[family.names.name].tracing)
+    return prepare(model, FAMILIES[family_of(directory).names.name].tracing)
 
 
 def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:

@@ -128,7 +128,7 @@ def block_graphs(
     from export.families import export_family
     from export.graph.blocks import transformer_program
 
-    skeleton = empty_transformer(Path(sparse_dir), True)
+    skeleton = empty_transformer(Path(sparse_dir))
     tracing = export_family(skeleton).tracing
     program = transformer_program(skeleton, tracing, getattr(torch, dtype), (top_k,))
     return {

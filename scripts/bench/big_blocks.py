@@ -119,7 +119,7 @@ def bfloat16_graph(sparse: Path) -> str:
     from export.families.flux import FLUX
     from export.graph.blocks import transformer_program
 
-    skeleton = empty_transformer(sparse, True)
+    skeleton = empty_transformer(sparse)
     program = transformer_program(skeleton, FLUX.tracing, torch.bfloat16, (2,))
     kind = next(row for name, row in program.types.items() if name.startswith("single"))
     with tempfile.TemporaryDirectory() as folder:

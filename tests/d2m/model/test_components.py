@@ -1,22 +1,32 @@
 """Weights that do not fit their class and config are refused by every path, the tensor named."""
 
+import inspect
 import json
 import shutil
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from calib.measure.importance import magnitudes
 from d2m.cli import main
+from d2m.convert.dense import dense_family
 from d2m.convert.streamed import convert_stream
+from d2m.families import family_of
 from d2m.generate import load_pipeline
 from d2m.lora.fuse import lora
-from d2m.model.components import check_components, check_weights, model_classes
+from d2m.model.components import check_components, check_weights, model_classes, read_config
+from d2m.plan.model_config import sizes
+from d2m.recipe.recipe import preset
 from export.bundle import export_bundle
+from export.families.configs import config
+from export.families.known import FAMILIES as EXPORTED
 from tests.tiny.families import FAMILIES
 from tests.tiny.lora import factors, peft, write
-from tests.tiny.pipeline import build_pipeline
+from tests.tiny.pipeline import TRANSFORMER_CONFIG, build_pipeline
+
+RECIPE = preset("L")
 
 BUILDS = {"flux": build_pipeline} | {name: tiny.build for name, tiny in FAMILIES.items()}
 
@@ -164,3 +174,81 @@ def test_old_position_ids_do_not_hinder_an_export(broken, tmp_path):
     ids = {"text_model.embeddings.position_ids": torch.arange(16)[None]}
     folder = broken("text_encoder", lambda tensors: tensors | ids)
     export_bundle(folder, tmp_path / "out")
+
+
+def stripped(folder, **more):
+    """A config.json without the fields that have their class's default; `more`: others."""
+    file = folder / "config.json"
+    told = json.loads(file.read_text())
+    cls = dict(model_classes(folder.parent))[folder.name]
+    if hasattr(cls, "config_class"):
+        defaults = cls.config_class().to_dict()
+    else:
+        defaults = {n: row.default for n, row in inspect.signature(cls.__init__).parameters.items()}
+    kept = {k: v for k, v in told.items() if k.startswith("_") or not same(v, defaults.get(k, ...))}
+    assert len(kept) < len(told)
+    file.write_text(json.dumps(kept | more))
+
+
+def same(a, b):
+    return json.dumps(a, default=str) == json.dumps(b, default=str)
+
+
+def test_configs_that_leave_out_what_has_a_default(pipeline, tmp_path):
+    """Every component of every family is read as before."""
+    shutil.copytree(pipeline, tmp_path / "pipe")
+    before = {name: read_config(pipeline / name, cls) for name, cls in model_classes(pipeline)}
+    for name, cls in model_classes(pipeline):
+        stripped(tmp_path / "pipe" / name)
+        found = read_config(tmp_path / "pipe" / name, cls)
+        assert same(found, before[name])
+    check_components(tmp_path / "pipe")
+    family = family_of(pipeline)
+    fields = ("num_layers", "num_attention_heads", "attention_head_dim")
+    assert dense_family(tmp_path / "pipe", RECIPE) is family
+    raw = json.loads((tmp_path / "pipe/transformer/config.json").read_text())
+    assert {n: sizes(raw, "x")[n] for n in fields} == {n: before["transformer"][n] for n in fields}
+    row = EXPORTED[family.names.name]
+    found = row.latents(
+        *(config(tmp_path / "pipe", n) for n in ("transformer", "vae")), tmp_path / "pipe"
+    )
+    assert found == row.latents(before["transformer"], before["vae"], pipeline)
+
+
+def test_an_early_flux_without_its_rope_axes(tmp_path):
+    """Converted and exported; the axes are the class's."""
+    pipe = build_pipeline()
+    fields = TRANSFORMER_CONFIG | {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+    pipe.register_modules(transformer=FluxTransformer2DModel(**fields))
+    pipe.save_pretrained(tmp_path / "dense")
+    stripped(tmp_path / "dense/transformer")
+    told = json.loads((tmp_path / "dense/transformer/config.json").read_text())
+    assert "axes_dims_rope" not in told and "attention_head_dim" not in told
+    convert_stream(tmp_path / "dense", tmp_path / "sparse", RECIPE, magnitudes, "magnitude")
+    made = json.loads((tmp_path / "sparse/transformer/config.json").read_text())
+    assert made["axes_dims_rope"] == [16, 56, 56]
+    export_bundle(tmp_path / "dense", tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert manifest["latents"]["rope_axes"] == [16, 56, 56]
+
+
+def test_the_class_that_published_pixart_configs_name(tmp_path):
+    """Transformer2DModel, with fields that PixArtTransformer2DModel does not have."""
+    folder = tmp_path / "dense"
+    FAMILIES["pixart"].build().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "Transformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    file = folder / "transformer/config.json"
+    old = {"_class_name": "Transformer2DModel", "double_self_attention": False}
+    old |= {"num_vector_embeds": None, "only_cross_attention": False}
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | old | {"use_linear_projection": False})
+    )
+    assert type(load_pipeline(folder).transformer).__name__ == "PixArtTransformer2DModel"
+    convert_stream(folder, tmp_path / "sparse", RECIPE, magnitudes, "magnitude")
+    made = json.loads((tmp_path / "sparse/transformer/config.json").read_text())
+    assert not set(old) & set(made) - {"_class_name"}
+    assert not set(export_bundle(folder, tmp_path / "bundle")) - set(
+        export_bundle(tmp_path / "sparse", tmp_path / "sparse-bundle")
+    )

@@ -199,7 +199,7 @@ def test_plans_are_fused_as_those_of_full(
     group = {"double": "transformer_blocks", "single": "single_transformer_blocks"}[kind]
     counts: dict[str, dict[str, int]] = {}
     for mode, directory in {"full": tiny_sparse_dir, **pipelines}.items():
-        model = empty_transformer(directory, True)
+        model = empty_transformer(directory)
         block, inner = getattr(model, group)[0], environment(model, torch.bfloat16)[1]
         row = ROWS[type(block).__name__]
         read, written = reads(row, inner), {name: inner[name] for name in row.outputs}

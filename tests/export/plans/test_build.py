@@ -165,7 +165,7 @@ def test_a_blocks_plan_in_bfloat16_is_fused(tiny_sparse_dir: Path, tmp_path: Pat
     from export.families.flux import ROWS, environment
     from export.graph.blocks import block_type
 
-    model = empty_transformer(tiny_sparse_dir, True)
+    model = empty_transformer(tiny_sparse_dir)
     group = {"double": "transformer_blocks", "single": "single_transformer_blocks"}[kind]
     block, inner = getattr(model, group)[0], environment(model, torch.bfloat16)[1]
     row = ROWS[type(block).__name__]
