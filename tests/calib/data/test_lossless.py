@@ -68,7 +68,7 @@ def test_marks_of_byte_order_are_no_part_of_a_caption(tmp_path):
     assert prompts_source(tmp_path / "prompts.txt").shards == ("one", "two")
     for ending, text in ((".txt", "\ufeffa star"), (".json", '\ufeff{"caption": "\ufeffa star"}')):
         files = {"a.png": data.png(0), "a" + ending: text.encode()}
-        assert captions(tar_source(str(data.tar(tmp_path / "s.tar", files)))) == ["a star"]
+        assert captions(tar_source(str(data.tar(tmp_path / f"s{ending}.tar", files)))) == ["a star"]
     with pytest.raises(ValueError, match="missing or empty"):
         checked(b"x", "\ufeff  ")
 
