@@ -8,12 +8,3 @@ change goes where the conversion took its neuron.
     names     What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's
     parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from d2m.lora.fuse import lora
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.lora.fuse": "lora"})

@@ -10,12 +10,3 @@ A dict of everything that was measured enters, report.json and report.html leave
     charts    Charts as SVG, drawn by matplotlib from plain numbers
     section   A headed part of a page: charts, their keys and a table, as base.html.j2 writes them
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from d2m.report.build import build_report
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.report.build": "build_report"})

@@ -9,12 +9,3 @@ The same latents and embeddings go through both; errors per part leave. Built on
     compare           Two ways to compute the same tensors, compared by polygraphy: torch first
     expert_agreement  Which experts a backend chooses, from its routers' logits
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from export.parity.run import parity
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"export.parity.run": "parity"})

@@ -4,12 +4,3 @@ directory      What a directory holds: a sparse checkpoint, a dense pipeline
 backends_here  What every backend lacks here, how it runs the routed experts
 block_table    The block schedule of a generation as a table for people
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from runtime.inspect.directory import inspect
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"runtime.inspect.directory": "inspect"})
