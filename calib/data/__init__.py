@@ -15,12 +15,3 @@ step.
     encoding_cache  Encodings kept in a directory, so that a picture or a caption is encoded once
     trajectories    Data-free training data: latents that the dense model makes itself
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from calib.data.option import open_data
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"calib.data.option": "open_data"})

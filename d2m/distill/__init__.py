@@ -17,12 +17,3 @@ Read `loop` first; it calls the others.
     sharding     Student and teacher spread over the processes of a run with FSDP2 (`fully_shard`)
     gather       Parts of sharded tensors and the whole of them: gathered, handed out, written
 """
-
-from typing import TYPE_CHECKING
-
-from runtime.files.lazy import lazy
-
-if TYPE_CHECKING:
-    from d2m.distill.loop import distill
-
-__getattr__, __dir__, __all__ = lazy(__name__, {"d2m.distill.loop": "distill"})
