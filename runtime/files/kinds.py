@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from pathlib import Path
+
+from runtime.files.checked_json import read_json
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 MAX_HEADER = 64 << 20  # bytes of JSON in a safetensors file that are read to tell a LoRA
@@ -26,7 +27,11 @@ def kind(path: Path) -> tuple[str, str]:
     if (path / "manifest.json").is_file():
         return "is a bundle", f"see d2m inspect {given}, or generate with: d2m run {given} PROMPT"
     if (path / "model_index.json").is_file():
-        if "Sparse" in str(_json(path / "model_index.json").get("transformer")):
+        try:
+            transformer = str(read_json(path / "model_index.json").get("transformer"))
+        except ValueError:  # who opens it says what is wrong with it
+            transformer = ""
+        if "Sparse" in transformer:
             return "is a sparse pipeline", f"compile it with: d2m export {given} -o NEW"
         return "is a dense pipeline", f"convert it with: d2m convert {given} -o NEW"
     if path.is_dir():
@@ -50,12 +55,3 @@ def kind(path: Path) -> tuple[str, str]:
     if path.suffix in (".safetensors", *PICKLED):
         return "is a single-file checkpoint", whole
     return "is a file", ""
-
-
-def _json(path: Path) -> dict[str, object]:
-    """A JSON object, {} where it is something else."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
