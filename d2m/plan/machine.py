@@ -34,7 +34,7 @@ def free_cores(seconds: float = 0.3) -> int:
     """Cores that nothing computes on at this moment, from 1 to `cores()`; all where unknown.
 
     A thread for each and no more: two threads of which one waits for its turn are slower than one
-    (python -m scripts.bench.threads, results/cpu/threads.json).
+    (python -m scripts.bench.threads measures it).
     """
 
     def ticks() -> tuple[int, int]:
