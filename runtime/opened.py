@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
+from runtime.bundle.tokenizer_file import MAX_BYTES
 from runtime.families import family_of
 from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
@@ -85,8 +86,8 @@ class Opened:
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self.tokenizers = {
-            name: TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
-            for name in self.family.tokenizers
+            name: TextTokenizer(name, opened.file(file), specs[name], opened.read(file, MAX_BYTES))
+            for name, file in ((name, specs[name]["file"]) for name in self.family.tokenizers)
         }
 
     def execute(

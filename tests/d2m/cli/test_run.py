@@ -139,7 +139,9 @@ def test_enlarged_and_generated_again(
     pixels = np.asarray(Image.open(small)).repeat(3, 0).repeat(3, 1)
     assert np.array_equal(pixels, np.asarray(Image.open(large)))
     capsys.readouterr()
-    assert main(["run", str(tiny_bundle), "--regenerate", str(large), "-o", str(again), "--json"]) == 0
+    assert (
+        main(["run", str(tiny_bundle), "--regenerate", str(large), "-o", str(again), "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["same"]
     assert large.read_bytes() == again.read_bytes()
 
