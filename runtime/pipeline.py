@@ -123,9 +123,14 @@ class Pipeline(Opened):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a pipeline cannot be pickled or copied, since its executors hold this process's "
+            "a pipeline cannot be pickled, since its executors hold this process's "
             f"memory; call runtime.load({str(self.bundle.path)!r}) in every process."
         )
 
