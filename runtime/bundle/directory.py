@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from runtime.bundle import manifest as manifests
 from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
@@ -79,12 +76,6 @@ class Bundle:
             stamps = {self.path / name: stamp for name, stamp in self.stamps.items()}
             self._weights[component] = SafeTensors(*map(self.file, files), stamps=stamps or None)
         return self._weights[component]
-
-    def opened_weights(self) -> Iterator[Iterable[tuple[Path, np.ndarray]]]:
-        """Of every component's safetensors, the paths and mapped bytes."""
-        for component in self.manifest["components"]:
-            opened = self.weights(component)
-            yield zip(opened.files, opened.mapped)
 
 
 def open_bundle(

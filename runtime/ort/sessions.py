@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
 
 FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+FOLDER = "session.model_external_initializers_file_folder_path"
 FOLDING_SINCE = (1, 32)  # the oldest release on which the limit was seen to work
 IN_PLACE_SINCE = (1, 32)  # ours: the oldest on which weights were seen to stay where they are
 CPU = "CPUExecutionProvider"
@@ -54,7 +55,7 @@ def open_session(
     options.enable_cpu_mem_arena = arena
     data, weights = read_graph(bundle, graph)
     disabled = guard(bundle, graph, data, weights, options, onnxruntime.__version__)
-    mapped = bind_weights(bundle, graph, weights, options, onnxruntime.__version__)
+    mapped = bind_weights(bundle, graph, options, onnxruntime.__version__)
     try:
         session = onnxruntime.InferenceSession(
             data + extra, options, providers=list(providers), disabled_optimizers=disabled
@@ -84,25 +85,20 @@ def read_graph(bundle: Bundle, graph: str) -> tuple[bytes, dict[str, str]]:
 
 
 def bind_weights(
-    bundle: Bundle,
-    graph: str,
-    weights: Mapping[str, str],
-    options: onnxruntime.SessionOptions,
-    version: str,
+    bundle: Bundle, graph: str, options: onnxruntime.SessionOptions, version: str
 ) -> list[Any]:
-    """Let the graph's external tensors be read from the mapped files whose hashes were checked.
+    """Let a whole graph's tensors be read from the mapped files whose hashes were checked.
 
     Returns the mappings. Releases that would copy all of it open the files by name.
     """
-    files = {path: mapped for opened in bundle.opened_weights() for path, mapped in opened}
     if release_of(version) < IN_PLACE_SINCE:
         folder = str(bundle.file(graph).parent)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", folder
-        )
+        options.add_session_config_entry(FOLDER, folder)
         return []
-    names = [name for name, listed in weights.items() if bundle.path / listed in files]
-    buffers = [files[bundle.path / weights[name]] for name in names]
+    components = bundle.manifest["components"].items()
+    opened = [bundle.weights(name) for name, row in components if row["onnx"] == graph]
+    names = [path.name for each in opened for path in each.files]
+    buffers = [mapped for each in opened for mapped in each.mapped]
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     options.add_external_initializers_from_files_in_memory(names, buffers, list(map(len, buffers)))
     return buffers
