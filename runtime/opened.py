@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
+from runtime.bundle.tokenizer_file import MAX_BYTES
 from runtime.families import family_of
 from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
@@ -85,8 +86,8 @@ class Opened:
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self.tokenizers = {
-            name: TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
-            for name in self.family.tokenizers
+            name: TextTokenizer(name, opened.file(file), specs[name], opened.read(file, MAX_BYTES))
+            for name, file in ((name, specs[name]["file"]) for name in self.family.tokenizers)
         }
 
     def execute(
@@ -144,9 +145,14 @@ class Opened:
         text = self.family.with_template(prompt)
         return [clause for each in self.tokenizers.values() if (clause := each.truncation(text))]
 
-    def warnings(self, prompts: Sequence[str], height: int, width: int) -> list[str]:
+    def warnings(
+        self, prompts: Sequence[str], height: int | None = None, width: int | None = None
+    ) -> list[str]:
         """What lets images come out worse than they could, a clause each (ours): words that a
-        tokenizer spells letter by letter, a size far from the one that the bundle names."""
+        tokenizer spells letter by letter, a size far from the one that the bundle names.
+
+        They quote the prompt, so they are for who wrote it and for no log.
+        """
         clauses = []
         for name, tokenizer in self.tokenizers.items():
             texts = map(self.family.with_template, prompts)
@@ -155,6 +161,7 @@ class Opened:
                 listed = ", ".join(map(repr, words[:8]))
                 clauses.append(f"{name} has no tokens for {listed}: the model may not know them")
         usual = self.manifest["defaults"]
+        height, width = height or usual["height"], width or usual["width"]
         area = height * width / (usual["height"] * usual["width"])
         if area >= 4 or area <= 1 / 8:
             clauses.append(

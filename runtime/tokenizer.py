@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle.tokenizer_file import read_tokenizer
+from runtime.bundle.tokenizer_file import check_tokenizer
 from runtime.files.checked_json import printable
 
 log = logging.getLogger("runtime")
@@ -28,13 +28,22 @@ class TextTokenizer:
     is "tokenizer" (CLIP's) or "tokenizer_2" (T5's), for messages.
     """
 
-    def __init__(self, name: str, path: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        spec: Mapping[str, Any],
+        data: bytes | None = None,
+    ) -> None:
+        """`data` are the file's bytes where they were read before (and their hash was checked)."""
         from tokenizers import Tokenizer
 
         self.name = name
         self.max_length: int = spec["max_length"]
         try:
-            tokenizer = Tokenizer.from_str(read_tokenizer(Path(path)))
+            tokenizer = Tokenizer.from_str(
+                check_tokenizer(Path(path).read_bytes() if data is None else data)
+            )
         except BaseException as error:  # the library raises Exception; a Rust panic is not even one
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
