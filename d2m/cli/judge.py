@@ -174,8 +174,12 @@ def bench(
 
 
 def parity(
-    sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle exported from SPARSE.")],
+    sparse: Annotated[
+        Path, typer.Argument(metavar="PIPELINE", help="Sparse or dense pipeline directory.")
+    ],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Bundle exported from PIPELINE.")
+    ],
     backend: options.Backend = "ort",
     seed: options.Seed = 0,
     steps: options.Steps = None,
