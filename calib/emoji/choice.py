@@ -93,7 +93,7 @@ def catalogue(folder: Path, count: int = COUNT) -> Catalogue:
                 taken.append(i)
     if len(taken) < 2:
         raise ValueError(
-            f"{folder} has {len(taken)} emoji that the rule takes, expected two or more"
+            f"{folder} has {len(taken)} emoji that the rule takes, expected two"
         )
     emoji = tuple(Emoji(named[i][0], named[i][1].category) for i in taken)
     return Catalogue(emoji, large[taken], small[taken])
@@ -110,7 +110,7 @@ def halved(pictures: np.ndarray) -> np.ndarray:
 
 
 def _looks(small: np.ndarray) -> np.ndarray:
-    """Pictures on white and on black in one row each, scaled so that squared distances are means."""
+    """Pictures on white and on black, a row each, scaled so that squared distances are means."""
     x = small.astype(np.float32) / 255
     black = x[..., :3] * x[..., 3:]
     white = black + 1 - x[..., 3:]

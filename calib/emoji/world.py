@@ -5,7 +5,7 @@ at pixels: see render.py and verify.py.
 
     single      one emoji fills the image, on white; a quarter of the captions held out
     background  the same on a colour; a quarter of the (emoji, colour) pairs held out
-    pair        two emoji at half size, one beside or above the other; a quarter of the pairs held out
+    pair        two emoji at half size, side by side or stacked; a quarter of the pairs held out
     count       two or three of one emoji at half size; a quarter of (emoji, number) held out
 """
 
@@ -111,7 +111,7 @@ def split_of(world: World, scene: Scene) -> Split:
 
 
 def words_of(scene_things: tuple[str, ...], relation: str | None, background: str) -> str:
-    """A content in words: 'pizza', 'pizza on blue background', 'pizza left of dog', 'pizza twice'."""
+    """A content in words: 'pizza on blue background', 'pizza left of dog', 'pizza twice'."""
     first = scene_things[0]
     if relation:
         return f"{first} {relation} {scene_things[1]}"

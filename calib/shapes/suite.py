@@ -12,7 +12,6 @@ from typing import Any
 
 from calib.score import grid, loop
 from calib.score.rates import rate
-from calib.score.rates import wilson as wilson
 from calib.shapes.verify import Verdict, verify
 from calib.shapes.world import CATEGORIES, Scene, World, eval_scenes
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from calib.shapes.suite import wilson
+from calib.score.rates import wilson
 from scripts.reproduce.rows import ROWS, Row
 from scripts.reproduce.work import Settings, finished, result_file
 
