@@ -59,7 +59,7 @@ def _emoji() -> Suite:
     from calib.emoji import batches, suite, world
 
     def sized(pixels: int, more: Mapping[str, int]) -> world.World:
-        found = world.World(**more)
+        found = world.World(**dict[str, Any](more))
         if pixels != found.size:
             raise ValueError(
                 f"the emoji world has images of {found.size} pixels, the model generates {pixels}; "

@@ -64,7 +64,8 @@ def open_data(
 
     Args:
         how: "shapes", "emoji", a file of prompts (.txt), a folder of pictures, .tar shards (path,
-            folder, glob or brace pattern), or a dataset of the datasets library (path or name on the hub).
+            folder, glob or brace pattern), or a dataset of the datasets library (path or name on
+            the hub).
         settings: () -> `d2m.families.generation_defaults.generation_defaults` of the dense
             pipeline, by which pictures are cut and trajectories made; called when the pipeline is
             there.
@@ -186,8 +187,9 @@ def open_source(how: str, columns: tuple[str, str] | None = None) -> Source:
     near = path.parent != Path() and path.parent.exists()
     if not path.is_dir() and (path.exists() or near or how.count("/") > 1 or how[:1] in ".~/"):
         raise FileNotFoundError(
-            f"--data is {how!r}, which is not there or of no known kind; expected shapes, emoji, a "
-            ".txt file of prompts, a folder of pictures, .tar shards, or a dataset's path or name."
+            f"--data is {how!r}, which is not there or of no known kind; expected shapes, emoji, "
+            "a .txt file of prompts, a folder of pictures, .tar shards, or a dataset's path or "
+            "name."
         )
     from calib.data.hub import hub_source
 

@@ -48,7 +48,7 @@ def verify(image: np.ndarray, scene: Scene, world: World) -> Verdict:
         raise ValueError(
             f"the image is {image.dtype} {list(image.shape)}, expected uint8 [64, 64, 3]"
         )
-    background = background_of(image, scene)
+    background = background_of(image, scene, world)
     single = len(scene.things) == 1
     places, stray = ways(scene)[0], 0.0
     if not single:
@@ -78,18 +78,23 @@ def verify(image: np.ndarray, scene: Scene, world: World) -> Verdict:
     return Verdict(not reason, top1, top5, tuple(found), reason)
 
 
-def background_of(image: np.ndarray, scene: Scene) -> str:
-    """The background nearest to the median of the pixels at the border, or where nothing stands."""
-    edge = np.ones((SIDE, SIDE), bool)
-    edge[FRAME:-FRAME, FRAME:-FRAME] = False
-    if len(scene.things) > 1:
-        edge[:] = True
+def background_of(image: np.ndarray, scene: Scene, world: World) -> str:
+    """The background nearest to the median of the pixels where nothing stands.
+
+    Those at the border, and those that the wanted emoji's picture leaves free; of compositions,
+    those outside of every place that the caption allows, or the border where there are none.
+    """
+    free = np.ones((SIDE, SIDE), bool)
+    if len(scene.things) == 1:
+        free[FRAME:-FRAME, FRAME:-FRAME] = False
+        free |= world.catalogue.large[world.catalogue.index[scene.things[0]]][..., 3] == 0
+    else:
         for places in ways(scene):
             for row, column in places:
-                edge[row : row + HALF, column : column + HALF] = False
-        if not edge.any():
-            edge[:FRAME] = edge[-FRAME:] = True
-    middle = np.median(image[edge].astype(np.float32), axis=0)
+                free[row : row + HALF, column : column + HALF] = False
+        if not free.any():
+            free[:FRAME] = free[-FRAME:] = True
+    middle = np.median(image[free].astype(np.float32), axis=0)
     away = {name: float(((middle - rgb) ** 2).sum()) for name, rgb in BACKGROUNDS.items()}
     return min(away, key=lambda name: away[name])
 

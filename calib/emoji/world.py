@@ -155,7 +155,8 @@ def scene_with(
 
 
 def _draw(names: tuple[str, ...], rng: np.random.Generator, category: str, name: str) -> Scene:
-    things, relation, background = (name,), None, WHITE
+    things: tuple[str, ...] = (name,)
+    relation, background = None, WHITE
     if category == "background":
         background = COLOURS[rng.integers(len(COLOURS))]
     elif category == "pair":
