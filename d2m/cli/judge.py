@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +17,15 @@ Generate = Callable[[Sequence[str], Sequence[int]], Any]
 
 
 def world_of(text: str) -> dict[str, int]:
-    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}, names as in calib.shapes.world.World."""
-    from calib.shapes.world import World
+    """'size=64,shapes=6' -> {"size": 64, "shapes": 6}; whose names a suite's world knows."""
+    from calib.suites import NAMES, suite_named
 
+    known = dict.fromkeys(name for suite in NAMES for name in suite_named(suite).settings)
     values = {}
     for part in text.split(",") if text else ():
         key, _, value = part.partition("=")
-        if key.strip() not in World.__dataclass_fields__ or not value.strip().isdecimal():
-            names = ", ".join(World.__dataclass_fields__)
+        if key.strip() not in known or not value.strip().isdecimal():
+            names = ", ".join(known)
             raise typer.BadParameter(f"{part!r}, expected NAME=NUMBER with a name of {names}")
         values[key.strip()] = int(value)
     return values
@@ -35,7 +35,7 @@ def evaluate(
     path: Annotated[
         Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="Pipeline or bundle directory.")
     ],
-    suite: Annotated[str, option("Benchmark; shapes is the only one.")] = "shapes",
+    suite: Annotated[str, option("Benchmark: shapes or emoji.")] = "shapes",
     n: options.Images = 600,
     seed: options.Seed = 0,
     out: Annotated[Path | None, option("JSON file to write.", "-o", "--out")] = None,
@@ -57,36 +57,40 @@ def evaluate(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score generated images of held-out captions with an exact verifier."""
-    if suite != "shapes":
-        raise ValueError(f"--suite is {suite!r}, expected shapes, the only suite")
+    """Score generated images of held-out captions."""
+    from calib.suites import suite_named
+
+    judge = suite_named(suite)
     if n < 1 or batch < 1:
         raise ValueError(f"-n is {n} and --batch is {batch}, expected at least 1 each")
-    from calib.shapes.suite import evaluate as function
-    from calib.shapes.suite import save_grid
-    from calib.shapes.world import World
+    if unknown := sorted(set(world) - set(judge.settings)):
+        raise ValueError(
+            f"--world names {', '.join(unknown)}, which the suite {suite} does not have; expected "
+            f"{', '.join(judge.settings)}"
+        )
     from runtime.files.atomic import write_json
 
-    harder = World(**world)
     knobs: dict[str, Any] = {"top_k": top_k, "kappa": kappa}
     generate, size = generator(path, world.get("size"), steps, guidance, knobs, batch, backend)
     with progress_bars() as progress:
-        answer, samples = function(
+        answer, samples = judge.evaluate(
             generate,
             n,
             seed,
-            replace(harder, size=size),
+            judge.world(size, world),
             batch=batch,
             progress=lambda done, total: progress("generate and judge", done, total),
         )
     if grid is not None:
-        save_grid(samples, grid)
+        judge.save_grid(samples, grid)
     if out is not None:
         write_json(out, answer)
     if json_:
         print_json(answer)
         return
     rows = [*answer["categories"].items(), ("overall", answer["overall"])]
+    for each, found in answer.get("recall", {}).items():
+        rows += [(f"recall {each} {name}", rate) for name, rate in found.items()]
     columns = ("score", "low", "high", "n")
     print_table(
         f"{path}: {suite}, {n} images, {answer['images_per_second']} a second",
