@@ -31,8 +31,8 @@ silu(gate) * value, and gelu(gate) * value with the exact GELU.
 INPUTS = (
     ("x", "X", "tokens [T, D]"),
     ("logits", "L", "router logits [T, E]"),
-    ("w1", "X", "up projections [E, D, H]"),
-    ("b1", "X", "hidden biases [E, H]"),
+    ("w1", "X", "up projections [E, D, H], gated [E, D, 2 H]"),
+    ("b1", "X", "hidden biases [E, H], gated [E, 2 H]"),
     ("w2", "X", "down projections [E, H, D]"),
 )
 # From version 2 on b1 is last, so that it can be left out: TensorRT's parser refuses a function's
