@@ -54,6 +54,7 @@ LAYERS = {
     "export": """
         op
         graph
+        text
         families
         checkpoint
         plans
