@@ -24,9 +24,9 @@ LENGTH = 24  # text tokens, the template's among them
 DECODER = {
     "hidden_size": 24,
     "intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,  # TensorRT-RTX fuses none of 8
     "max_position_embeddings": 64,
 }
 # The published templates' way with one message, written anew: what stands around it, and a part
