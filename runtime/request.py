@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -15,6 +15,17 @@ from runtime.files.checked_json import show
 MAX_STEPS = 1000
 MAX_IMAGES = 10_000  # of one call
 MAX_PROMPT = 100_000  # characters; tokenizers take time in proportion
+
+# Arguments of diffusers' pipelines -> what to pass here.
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "steps=",
+    "guidance_scale": "guidance=",
+    "true_cfg_scale": "guidance=",
+    "negative_prompt": "negative=",
+    "num_images_per_prompt": "n=",
+    "generator": "seed=, a number (or latents=, the noise itself)",
+    "callback_on_step_end": "callback=",
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,14 @@ def check_request(
         sigmas=levels,
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
     )
+
+
+def refuse_other(arguments: Iterable[str]) -> NoReturn:
+    """TypeError for arguments that a call does not have, with ours for those of diffusers."""
+    name = next((name for name in arguments if name in DIFFUSERS_NAMES), next(iter(arguments)))
+    if name in DIFFUSERS_NAMES:
+        raise TypeError(f"{name} is diffusers' name, expected {DIFFUSERS_NAMES[name]}.")
+    raise TypeError(f"{name} is no argument of a pipeline; see help(runtime.run).")
 
 
 def with_knobs(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.bundle.tokenizer_file import read_tokenizer
+from runtime.bundle.tokenizer_file import check_tokenizer
 from runtime.files.checked_json import printable
 
 log = logging.getLogger("runtime")
@@ -32,7 +33,14 @@ class TextTokenizer:
     "tokenizer_2" (T5's), for messages.
     """
 
-    def __init__(self, name: str, path: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        spec: Mapping[str, Any],
+        data: bytes | None = None,
+    ) -> None:
+        """`data` are the file's bytes where they were read before (and their hash was checked)."""
         from tokenizers import Tokenizer
 
         self.name = name
@@ -42,7 +50,9 @@ class TextTokenizer:
         self.stripped: bool = spec.get("stripped", False)
         self.special_tokens: bool = spec.get("special_tokens", True)
         try:
-            tokenizer = Tokenizer.from_str(read_tokenizer(Path(path)))
+            tokenizer = Tokenizer.from_str(
+                check_tokenizer(Path(path).read_bytes() if data is None else data)
+            )
         except BaseException as error:  # the library raises Exception; a Rust panic is not even one
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -84,6 +94,22 @@ class TextTokenizer:
         limit = f"{self.name} reads {self.max_length} tokens"
         cut = f"the last {lost} of a prompt of {len(prompt)} characters were left out"
         return f"{limit}; {cut}" if lost else None
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of three letters and more that it spells letter by letter, each once.
+
+        ours: a word that a tokenizer's training met often has a token, or tokens of some letters.
+        """
+        encoding = self.tokenizer.encode(prompt)
+        letters: dict[tuple[int, int], int] = {}
+        # From U+2E80 on a character is a word or a syllable (Chinese, Japanese, Korean).
+        words = [match.span() for match in re.finditer(r"[^\W\d_\u2e80-\U0010ffff]{3,}", prompt)]
+        for start, end in encoding.offsets:
+            for word in words:
+                if end - start == 1 and word[0] <= start and end <= word[1]:
+                    letters[word] = letters.get(word, 0) + 1
+        spelled = [word for word in words if letters.get(word, 0) >= word[1] - word[0]]
+        return list(dict.fromkeys(prompt[start:end] for start, end in spelled))
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids [len(prompts), max_length], int64. A prompt that does not fit is cut, and logged."""

@@ -47,6 +47,7 @@ LAYERS = {
         components
         generate distill
         plan
+        unpack
         report lora
         convert
         cli

@@ -8,7 +8,6 @@ handful of steps with known expressions; nothing else is let through.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from runtime.files.checked_json import parse_json, show
@@ -50,13 +49,11 @@ EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2, TEKKEN, TIKTOKEN} | {
 }
 
 
-def read_tokenizer(path: Path) -> str:
+def check_tokenizer(data: bytes) -> str:
     """The text of a tokenizer.json that may be handed to the library.
 
     Raises ValueError, a clause, where it asks for what FLUX's tokenizers do not.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     check(parse_json(data))
@@ -64,7 +61,7 @@ def read_tokenizer(path: Path) -> str:
 
 
 def check(value: Any) -> None:
-    """`read_tokenizer` for the parsed JSON."""
+    """`check_tokenizer` for the parsed JSON."""
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
         raise ValueError("it is no object with a model")
     one(value["model"], MODELS, "a model")
