@@ -195,9 +195,12 @@ def lengths(directory: Path) -> dict[str, int]:
 def tokens_record(tokenizer: Any, length: int, index: Mapping[str, Any]) -> dict[str, Any]:
     """The chat template, as the pipelines ask for it."""
     if index["_class_name"] == "Flux2KleinPipeline":
-        options = {"add_generation_prompt": True, "enable_thinking": False}
         return chat_record(
-            tokenizer, length, lambda text: [{"role": "user", "content": text}], **options
+            tokenizer,
+            length,
+            lambda text: [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            enable_thinking=False,
         )
     from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
