@@ -55,6 +55,7 @@ LAYERS = {
     "export": """
         op
         graph
+        text
         families
         checkpoint
         plans

@@ -80,20 +80,19 @@ def component_bytes(
 
     A shipped config has no files: the family's published components count, in 16 bits.
     """
-    root, family = Path(model), subject_of(model).family
+    root, encoders = Path(model), subject_of(model).encoders
     if not root.is_dir():
-        rows = [each for each in family.plan.encoders.values() if each.whole or not held]
+        rows = [each for each in encoders.values() if each.whole or not held]
         return sum(2 * (each.bundled if bundled else each.params) for each in rows)
     if not (root / "model_index.json").is_file():
         return 0
-    sizes = {name: folder_bytes(root / name) for name in family.plan.encoders}
+    sizes = {name: folder_bytes(root / name) for name in encoders}
     if held:
-        return sum(sizes[name] for name, each in family.plan.encoders.items() if each.whole)
+        return sum(sizes[name] for name, each in encoders.items() if each.whole)
     if not bundled:
         return folder_bytes(root, without="transformer")
     left = (
-        sizes[name] * (each.params - each.bundled) // each.params
-        for name, each in family.plan.encoders.items()
+        sizes[name] * (each.params - each.bundled) // each.params for name, each in encoders.items()
     )
     return folder_bytes(root, without="transformer") - sum(left)
 
@@ -113,11 +112,11 @@ def largest_component_tensor(model: str | os.PathLike[str]) -> int:
     """
     from runtime.files.tensors import read_header
 
-    root, family = Path(model), subject_of(model).family
+    root, encoders = Path(model), subject_of(model).encoders
     if not root.is_dir():
-        return max(2 * each.largest for each in family.plan.encoders.values())
+        return max(2 * each.largest for each in encoders.values())
     found = [0]
-    for name in family.plan.encoders:
+    for name in encoders:
         for file in (root / name).glob("*.safetensors"):
             found += [tensor.end - tensor.start for tensor in read_header(file).values()]
     return max(found)
@@ -206,7 +205,7 @@ def export_needs(
     sparse = answer["num_experts"] is not None
     experts = expert_bytes(root) if link and sparse and size == own else 0
     weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
-    encoders, around = component_bytes(model, bundled=True), subject.family.plan.encoders
+    encoders, around = component_bytes(model, bundled=True), subject.encoders
     graphs = 2 + len(around) + len(block_stacks(subject)) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
     held = component_bytes(model, held=True)
@@ -250,7 +249,7 @@ def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: fl
     levels = raw.get("block_out_channels")
     if "base_dim" in raw:  # Qwen-Image's
         levels = [raw["base_dim"] * times for times in raw["dim_mult"]]
-    widest = levels[:2][-1] if levels else subject.family.plan.encoders["vae"].widest
+    widest = levels[:2][-1] if levels else subject.encoders["vae"].widest
     latents = height * width // 4 ** subject.family.plan.halvings(raw)
     attention = 2 * latents**2 if raw.get("mid_block_add_attention", True) else 0
     return max(int(tensors * widest * height * width), attention)
