@@ -99,10 +99,10 @@ def component_bytes(
 
 def largest_component(model: str | os.PathLike[str]) -> int:
     """Bytes of the largest component beside the transformer that a bundle has, in 16 bits."""
-    root, family = Path(model), subject_of(model).family
+    root, encoders = Path(model), subject_of(model).encoders
     if not root.is_dir():
-        return max(2 * each.bundled for each in family.plan.encoders.values())
-    return max(folder_bytes(root / name) for name in family.plan.encoders)
+        return max(2 * each.bundled for each in encoders.values())
+    return max(folder_bytes(root / name) for name in encoders)
 
 
 def largest_component_tensor(model: str | os.PathLike[str]) -> int:

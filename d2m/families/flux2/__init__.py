@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from d2m.families.encoders import MISTRAL_3, QWEN3_4B, QWEN3_8B, VAE_FLUX2, EncoderSize
 from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_text, vae_halvings
 from d2m.families.flow import Batch, Config
-from d2m.families.flux2.weights import weights
+from d2m.families.flux2.weights import hidden_of, weights
 from d2m.families.latents import pixels_of
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ FLUX2 = Family(
         sites=(),
         kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
         depths=(("double", "num_layers"), ("single", "num_single_layers")),
-        ratio=3,
+        hidden=hidden_of,
         modulated=False,
     ),
     data=Data(
