@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
 from runtime.bundle.tokenizer_file import MAX_BYTES
-from runtime.families import family_of
+from runtime.families import family_of, is_guided
 from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
 from runtime.program.executor import Executor, batch_limit, choose_backend, open_component
@@ -79,7 +79,9 @@ class Opened:
         check_experts(experts, self.backend)
         check_offload(self.offload, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
-        limit = batch_limit(opened, self.backend) // (1 + self.family.guided)  # rows an image
+        limit = batch_limit(opened, self.backend) // (
+            1 + is_guided(opened.manifest)
+        )  # rows an image
         self.max_batch = min(max_batch, max(1, limit))
         self.min_batch = min(min_batch, self.max_batch)
         self.step_hook: StepHook | None = None  # called with every step's inputs, top_k and kappa
@@ -145,9 +147,14 @@ class Opened:
         text = self.family.with_template(prompt)
         return [clause for each in self.tokenizers.values() if (clause := each.truncation(text))]
 
-    def warnings(self, prompts: Sequence[str], height: int, width: int) -> list[str]:
+    def warnings(
+        self, prompts: Sequence[str], height: int | None = None, width: int | None = None
+    ) -> list[str]:
         """What lets images come out worse than they could, a clause each (ours): words that a
-        tokenizer spells letter by letter, a size far from the one that the bundle names."""
+        tokenizer spells letter by letter, a size far from the one that the bundle names.
+
+        They quote the prompt, so they are for who wrote it and for no log.
+        """
         clauses = []
         for name, tokenizer in self.tokenizers.items():
             texts = map(self.family.with_template, prompts)
@@ -156,6 +163,7 @@ class Opened:
                 listed = ", ".join(map(repr, words[:8]))
                 clauses.append(f"{name} has no tokens for {listed}: the model may not know them")
         usual = self.manifest["defaults"]
+        height, width = height or usual["height"], width or usual["width"]
         area = height * width / (usual["height"] * usual["width"])
         if area >= 4 or area <= 1 / 8:
             clauses.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +16,6 @@ from runtime.sampling import Cancel, Progress, StepCallback, generate_batch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-log = logging.getLogger("runtime")
 OUTPUT_TYPES = ("pil", "np")
 
 
@@ -92,8 +90,6 @@ class Pipeline(Opened):
         if output_type not in OUTPUT_TYPES:
             expected = ", ".join(OUTPUT_TYPES)
             raise ValueError(f"output_type is {output_type!r}, expected one of {expected}.")
-        for clause in self.warnings(request.prompts[::n], request.height, request.width):
-            log.warning("%s", clause)
         # Everything is checked before the first image: a call of many fails at once or not at all.
         if budget is not None:
             given = {"steps": steps, "top_k": top_k, "kappa": kappa}

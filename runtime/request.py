@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from runtime.bundle.block_groups import largest_kappa
-from runtime.families import family_of
+from runtime.families import family_of, is_guided
 from runtime.files.checked_json import show
 
 MAX_STEPS = 1000
@@ -161,11 +161,11 @@ def check_negative(
     manifest: dict[str, Any], negative: Any, prompts: int, n: int, guidance: float
 ) -> list[str] | None:
     """A negative prompt per image; None without classifier-free guidance."""
-    if not family_of(manifest).guided:
+    if not is_guided(manifest):
         if negative is None:
             return None
         raise ValueError(
-            f"negative is {show(negative)}, expected none: this bundle's family does not generate"
+            f"negative is {show(negative)}, expected none: this bundle does not generate"
             " with classifier-free guidance; leave it out."
         )
     texts = [negative or ""] if negative is None or isinstance(negative, str) else negative

@@ -115,7 +115,10 @@ def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
 
     def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
         ids, mask = model.tokenizers[tokenizer].tokens(list(map(model.family.with_template, texts)))
-        outputs = model.execute(component, ids)
+        given: Any = ids  # of a component with one input, whatever its name
+        if "attention_mask" in model.bundle.component(component)["inputs"]:
+            given = {"input_ids": ids, "attention_mask": mask}
+        outputs = model.execute(component, given)
         return outputs | {"mask": mask} if model.family.masked else outputs
 
     return model.family.encode(run, prompts)

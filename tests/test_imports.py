@@ -47,6 +47,7 @@ LAYERS = {
         components
         generate distill
         plan
+        unpack
         report lora
         convert
         cli
@@ -54,13 +55,16 @@ LAYERS = {
     "export": """
         op
         graph
+        text
         families
         checkpoint
         plans
         parity checks triton
         bundle""",
     "calib": """
-        shapes measure
+        score measure
+        shapes emoji
+        suites
         data budget""",
 }
 LARGEST = 15  # files in a folder

@@ -18,11 +18,19 @@ from d2m.plan.machine import free_cores
 
 def convert(
     dense: Annotated[
-        str, typer.Argument(metavar="DENSE", help="Pipeline directory or Hugging Face id.")
+        str,
+        typer.Argument(
+            metavar="DENSE",
+            help="Pipeline directory, Hugging Face id, or a transformer's .safetensors or .gguf.",
+        ),
     ],
     out: Annotated[Path, option("Directory of the sparse pipeline to write.", "-o", "--out")],
     preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
+    base: Annotated[
+        str | None, option("Of a single file: the pipeline of its other parts, directory or id.")
+    ] = None,
+    variant: Annotated[str | None, option("Files to take of a pipeline: fp16, bf16.")] = None,
     budget: Annotated[
         float | None, option("Choose groups and shared experts for this share of the dense FLOPs.")
     ] = None,
@@ -41,7 +49,7 @@ def convert(
     data: Annotated[
         str,
         typer.Option(
-            help="Training data: shapes, prompts.txt, a folder, .tar shards, or a dataset."
+            help="Training data: shapes, emoji, prompts.txt, a folder, .tar shards, a dataset."
         ),
     ] = "shapes",
     cache: Annotated[Path | None, option("Folder for cached encodings of --data.")] = None,
@@ -56,7 +64,7 @@ def convert(
     score: Annotated[
         int | None,
         typer.Option(
-            help="Images to score for the report; by default 120 with --data shapes, else 0."
+            help="Images to score for the report; by default 120 with shapes or emoji, else 0."
         ),
     ] = None,
     compare: Annotated[
@@ -106,14 +114,22 @@ def convert(
     from calib.data.option import check_data, open_data
     from calib.measure.importance import importance_from_option
     from calib.measure.routing import routing_table
-    from calib.shapes.suite import evaluate as judge
+    from calib.suites import NAMES, suite_named
     from d2m.convert.in_memory import Options, Report
     from d2m.convert.in_memory import convert as function
     from d2m.families.generation_defaults import generation_defaults
     from d2m.plan.hub import locate
     from d2m.plan.presets import recipe_named
     from d2m.recipe.recipe import changed
+    from d2m.unpack.dense import is_single_file, remove_unpacked, unpack
 
+    if from_environment().size > 1 and (is_single_file(dense) or variant):
+        raise ValueError(
+            "a single file or a variant is unpacked by one process; convert it there with "
+            "--init-only, and give its result to several with --start"
+        )
+    with progress_bars() as progress:
+        dense = unpack(dense, base, variant, out, progress=progress, log=say)
     taught = open_data(
         data,
         lambda: generation_defaults(locate(dense)),
@@ -124,7 +140,9 @@ def convert(
         columns=columns,
         log=say,
     )
-    judged = (120 if data == "shapes" else 0) if score is None else score
+    judged = (120 if data in NAMES else 0) if score is None else score
+    # Of pictures from elsewhere the shapes suite is asked for, if any.
+    judge = suite_named(data if data in NAMES else "shapes").evaluate
     neurons, scores, label = importance_from_option(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
         check_data(dense, taught)
@@ -164,6 +182,7 @@ def convert(
             answer = convert_stream(
                 dense, out, made, scores, label, resume=resume, progress=progress, log=say
             )
+        remove_unpacked(out)
         print_answer(answer if json_ else brief(answer), json_)
         return
     made = changed(
@@ -203,6 +222,7 @@ def convert(
         )
     if not crew.leads:
         return
+    remove_unpacked(out)
     answer |= {"budget": facts} if facts else {}
     answer |= {"data": found} if (found := taught.facts()) else {}
     print_answer(answer if json_ else brief(answer), json_)

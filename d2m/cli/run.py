@@ -13,7 +13,7 @@ from d2m.cli import options
 from d2m.cli.options import numbers_option, option
 from d2m.cli.progress import progress_bars
 from d2m.cli.prompts import image_files, read_prompts
-from d2m.cli.terminal import print_answer, print_json, print_table
+from d2m.cli.terminal import print_answer, print_json, print_table, say
 
 
 def levels(text: str) -> list[float]:
@@ -127,6 +127,9 @@ def run(
     pipeline = runtime.load(path, backend, verify=verify, key=key, **how)
     settings: dict[str, Any] = {"guidance": guidance, "n": n, "top_k": top_k, "kappa": kappa}
     settings |= {"steps": steps, "height": height, "width": width, "budget": budget}
+    given = asked["prompt"]
+    for clause in pipeline.warnings([given] if isinstance(given, str) else given, height, width):
+        say(f"warning: {clause}")
     with progress_bars() as progress:
         answer = pipeline(**asked, **settings, sigmas=sigmas, progress=progress)
     images: list[Any] = answer if isinstance(answer, list) else [answer]

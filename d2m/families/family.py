@@ -21,7 +21,7 @@ from d2m.recipe.structure import Blocks
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SOURCES = ("shapes", "pictures", "prompts")
+SOURCES = ("shapes", "emoji", "pictures", "prompts")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Data:
         times(scheduler): [steps + 1], the times t of the last generation's points, from about 1
             to 0.
         generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+        guided(pipe): whether it generates with classifier-free guidance, where `unconditional` is
+            not 0 but not all of the family's models do.
     prompt_embeds: the pipeline's keyword for an encoded prompt -> its name among the conditions.
     sources: which of SOURCES it can learn from. unconditional: the share of captions that are left
     empty, for models that generate with classifier-free guidance.
@@ -108,6 +110,11 @@ class Data:
     generate: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
     sources: tuple[str, ...] = SOURCES
     unconditional: float = 0.0
+    guided: Callable[[Any], bool] = lambda pipe: True
+
+    def unconditional_of(self, pipe: Any) -> float:
+        """`unconditional` for one pipeline: 0 where that is not guided by a negative prompt."""
+        return self.unconditional if self.guided(pipe) else 0.0
 
 
 def vae_halvings(vae: Config) -> int:
@@ -146,7 +153,8 @@ class Plan:
 
     sizes: the transformer config's fields that decide sizes, with diffusers' defaults; others:
     fields of other types that `weights` and `title_of` read; encoders: folder of a component beside
-    the transformer -> its size in published models; text_before: tokens of the transformer's text
+    the transformer -> its size in published models, or a function of the transformer's config that
+    gives these; text_before: tokens of the transformer's text
     that `max_sequence_length` does not count.
     weights(config, structure, image tokens, text tokens): all weights of the transformer.
     generation_defaults(directory's config reader): what `d2m.families.generation_defaults` falls
@@ -154,7 +162,7 @@ class Plan:
     """
 
     sizes: Mapping[str, int]
-    encoders: Mapping[str, EncoderSize]
+    encoders: Mapping[str, EncoderSize] | Callable[[Config], Mapping[str, EncoderSize]]
     weights: Callable[[Config, Structure, int, int], list[Stack]]
     generation_defaults: Callable[[Callable[[str], Config]], dict[str, Any]]
     others: tuple[str, ...] = ()

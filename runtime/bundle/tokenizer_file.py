@@ -30,7 +30,16 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2} | {
+# Mistral's from 2024 on, which it calls Tekken: runs of one kind of letters, of which no two
+# neighbouring parts can share more than the letters that are neither large nor small.
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What transformers' conversion of tiktoken's files writes, Mistral's among them (read).
+TIKTOKEN = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2, TEKKEN, TIKTOKEN} | {
     f"{start}|{end}|{CLIP}"
     for start, end in [
         (r"<\|startoftext\|>", r"<\|endoftext\|>"),

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -176,14 +175,13 @@ def test_refused_before_the_bundle_opens(
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
-def test_what_the_model_may_not_know(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import runtime
-
-    pipeline = runtime.load(tiny_bundle, "ort")
-    with caplog.at_level(logging.WARNING, "runtime"):
-        pipeline("a red circle", steps=1)
-        assert not caplog.records
-        pipeline(["a zebra", "a red Qwop"], steps=1, height=32, width=32)
-    said = [record.getMessage() for record in caplog.records]
-    assert any("tokenizer has no tokens for 'zebra', 'Qwop'" in text for text in said)
-    assert any("32 x 32 is far from 16 x 16" in text for text in said)
+def test_what_the_model_may_not_know(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.png"
+    assert run(tiny_bundle, "a red circle", "-o", out) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(tiny_bundle, "a zebra, a red Qwop", "-o", out, "--height", 32, "--width", 32) == 0
+    said = capsys.readouterr().err
+    assert "warning: tokenizer has no tokens for 'zebra', 'Qwop'" in said
+    assert "warning: 32 x 32 is far from 16 x 16" in said

@@ -165,7 +165,7 @@ def test_a_plan_that_does_not_fit_is_named_with_its_cure(
     with pytest.raises(ValueError) as caught:
         choose_target(targets(bundle, p=row), "tensorrt_rtx", "1.7.1.116", 89)
     text = str(caught.value)
-    assert reason in text and "d2m export SPARSE -o" in text and "--trt-rtx --sm 89" in text
+    assert reason in text and "d2m export PIPELINE -o NEW" in text and "--trt-rtx --sm 89" in text
 
 
 def test_an_old_gpu_and_a_bundle_without_plans(bundle: Bundle) -> None:
