@@ -62,7 +62,9 @@ LAYERS = {
         parity checks triton
         bundle""",
     "calib": """
-        shapes measure
+        score measure
+        shapes emoji
+        suites
         data budget""",
 }
 LARGEST = 15  # files in a folder

@@ -1,4 +1,4 @@
-"""What `--data` means: the shapes world, prompts alone, or pictures from wherever they lie.
+"""What `--data` means: a world of our own, prompts alone, or pictures from wherever they lie.
 
 Every source ends in one plain function: (pipeline, seed) -> ((step, batch size) -> batch), where a
 batch depends on nothing but its arguments. So a run that was killed goes on with the same batches.
@@ -19,8 +19,8 @@ from calib.data.folder import folder_source, prompts_source
 from calib.data.samples import Unreadable, feed
 from calib.data.shuffle import order
 from calib.data.source import UNREADABLE, Source
-from calib.shapes.batches import Batches, shapes_batches
-from calib.shapes.world import CATEGORIES, World, eval_scenes
+from calib.shapes.batches import Batches
+from calib.suites import NAMES, suite_named
 from d2m.families import family_of, family_of_pipeline
 from d2m.families.generation_defaults import generation_defaults
 from runtime.files.checked_json import read_json
@@ -63,8 +63,9 @@ def open_data(
     """Open the data that `--data HOW` names.
 
     Args:
-        how: "shapes", a file of prompts (.txt), a folder of pictures, .tar shards (path, folder,
-            glob or brace pattern), or a dataset of the datasets library (path or name on the hub).
+        how: "shapes", "emoji", a file of prompts (.txt), a folder of pictures, .tar shards (path,
+            folder, glob or brace pattern), or a dataset of the datasets library (path or name on
+            the hub).
         settings: () -> `d2m.families.generation_defaults.generation_defaults` of the dense
             pipeline, by which pictures are cut and trajectories made; called when the pipeline is
             there.
@@ -82,20 +83,16 @@ def open_data(
         raise ValueError(f"--size is {size}, expected pixels such as 512")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"--cache is {str(cache)!r}, a file; expected a folder")
-    if how == SHAPES:
+    if how in NAMES:
         for option, value in (("--cache", folder), ("--columns", columns), ("--size", size)):
             if value is not None:
                 raise ValueError(
-                    f"{option} is {str(value)!r}, but shapes are made anew at the pipeline's own "
+                    f"{option} is {str(value)!r}, but {how} are made anew at the pipeline's own "
                     "size; leave it out"
                 )
-        return Data(
-            lambda pipe, seed: shapes_batches(pipe, seed=seed),
-            None,
-            lambda count: [scene.caption for scene in eval_scenes(World(), count, 0)],
-            tuple(CATEGORIES),
-            dict,
-        )
+        world = suite_named(how)
+        label = None if how == SHAPES else how
+        return Data(world.batches, label, world.prompts, world.categories, dict, how)
     source = open_source(how, _pair(columns))
     # One count for the whole conversion: calibration and training meet the same damaged samples.
     unreadable = Unreadable(source.name, skip, log)
@@ -125,6 +122,7 @@ def open_data(
 
 CURES = {
     "shapes": "shapes, for a pipeline that generates 32 to 256 pixels",
+    "emoji": "emoji, for one that generates 64 pixels",
     "pictures": "pictures and captions (a folder, .tar shards or a dataset)",
     "prompts": "a .txt file of prompts",
 }
@@ -149,21 +147,21 @@ def check_data(dense: str | os.PathLike[str], data: Data) -> None:
             f"--data names {data.kind}, which {family.names.title} cannot learn from; expected "
             f"{' or '.join(words.values())} as --data"
         )
-    if data.kind != SHAPES:
+    if data.kind not in NAMES:
         return
-    size = shapes_size(root)
+    size = world_size(root)
     try:
-        World(size=size)
+        suite_named(data.kind).world(size, {})
     except ValueError as error:
-        more = [text for kind, text in words.items() if kind != SHAPES]
+        more = [text for kind, text in words.items() if kind != data.kind]
         raise ValueError(
-            f"--data is shapes, but {root} generates {size} pixels, which no world of shapes has "
-            f"({error}); expected {' or '.join(more)} as --data"
+            f"--data is {data.kind}, but {root} generates {size} pixels, which no world of "
+            f"{data.kind} has ({error}); expected {' or '.join(more)} as --data"
         ) from error
 
 
-def shapes_size(root: Path) -> int:
-    """The pixels a pipeline directory learns shapes at: its VAE's size, as `world_of` takes it.
+def world_size(root: Path) -> int:
+    """The pixels a pipeline directory learns a world at: its VAE's size, as `world_of` takes it.
 
     Where its VAE names none, the size it generates.
     """
@@ -189,8 +187,9 @@ def open_source(how: str, columns: tuple[str, str] | None = None) -> Source:
     near = path.parent != Path() and path.parent.exists()
     if not path.is_dir() and (path.exists() or near or how.count("/") > 1 or how[:1] in ".~/"):
         raise FileNotFoundError(
-            f"--data is {how!r}, which is not there or of no known kind; expected shapes, a .txt "
-            "file of prompts, a folder of pictures, .tar shards, or a dataset's path or name."
+            f"--data is {how!r}, which is not there or of no known kind; expected shapes, emoji, "
+            "a .txt file of prompts, a folder of pictures, .tar shards, or a dataset's path or "
+            "name."
         )
     from calib.data.hub import hub_source
 

@@ -49,7 +49,7 @@ def convert(
     data: Annotated[
         str,
         typer.Option(
-            help="Training data: shapes, prompts.txt, a folder, .tar shards, or a dataset."
+            help="Training data: shapes, emoji, prompts.txt, a folder, .tar shards, a dataset."
         ),
     ] = "shapes",
     cache: Annotated[Path | None, option("Folder for cached encodings of --data.")] = None,
@@ -64,7 +64,7 @@ def convert(
     score: Annotated[
         int | None,
         typer.Option(
-            help="Images to score for the report; by default 120 with --data shapes, else 0."
+            help="Images to score for the report; by default 120 with shapes or emoji, else 0."
         ),
     ] = None,
     compare: Annotated[
@@ -114,7 +114,7 @@ def convert(
     from calib.data.option import check_data, open_data
     from calib.measure.importance import importance_from_option
     from calib.measure.routing import routing_table
-    from calib.shapes.suite import evaluate as judge
+    from calib.suites import NAMES, suite_named
     from d2m.convert.in_memory import Options, Report
     from d2m.convert.in_memory import convert as function
     from d2m.families.generation_defaults import generation_defaults
@@ -140,7 +140,9 @@ def convert(
         columns=columns,
         log=say,
     )
-    judged = (120 if data == "shapes" else 0) if score is None else score
+    judged = (120 if data in NAMES else 0) if score is None else score
+    # Of pictures from elsewhere the shapes suite is asked for, if any.
+    judge = suite_named(data if data in NAMES else "shapes").evaluate
     neurons, scores, label = importance_from_option(importance)
     if not init_only or scores is None or budget is not None:  # else no data is looked at
         check_data(dense, taught)

@@ -21,7 +21,7 @@ from d2m.recipe.structure import Blocks
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SOURCES = ("shapes", "pictures", "prompts")
+SOURCES = ("shapes", "emoji", "pictures", "prompts")
 
 
 @dataclass(frozen=True)

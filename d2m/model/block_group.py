@@ -152,10 +152,11 @@ class BlockGroup(nn.Module):
     ) -> Streams | Tensor:
         """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 
-        Streams that come joined, [B, L + T, D] and None, are returned so. Each block is called at most once, with the samples that chose it. What else a block takes
-        it gets as it came, given by name, or by place in the block's own order: rotary tables are
-        of all samples, of tensors in a dict (`joint_attention_kwargs`) those with first dimension B
-        hold a row per sample, as does the mask of the text, which the router heeds.
+        Streams that come joined, [B, L + T, D] and None, are returned so. Each block is called at
+        most once, with the samples that chose it. What else a block takes it gets as it came, given
+        by name, or by place in the block's own order: rotary tables are of all samples, of tensors
+        in a dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample, as
+        do temb or the modulation made of it, and the mask of the text, which the router heeds.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """

@@ -97,6 +97,14 @@ def component_bytes(
     return folder_bytes(root, without="transformer") - sum(left)
 
 
+def largest_component(model: str | os.PathLike[str]) -> int:
+    """Bytes of the largest component beside the transformer that a bundle has, in 16 bits."""
+    root, encoders = Path(model), subject_of(model).encoders
+    if not root.is_dir():
+        return max(2 * each.bundled for each in encoders.values())
+    return max(folder_bytes(root / name) for name in encoders)
+
+
 def largest_component_tensor(model: str | os.PathLike[str]) -> int:
     """Bytes of the largest tensor outside the transformer, with those that export reads one by one.
 
@@ -247,10 +255,14 @@ def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: fl
     return max(int(tensors * widest * height * width), attention)
 
 
-def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) -> Needs:
+def run_needs(
+    model: str | os.PathLike[str], *, steps: int = 28, offload: bool = False, **size: Any
+) -> Needs:
     """Of generating one image from the bundle: on a GPU in 16 bits, on a CPU in float32.
 
-    size: height, width, text_tokens, top_k, preset, recipe of `d2m.plan.count.plan`.
+    offload: `--offload block` on a CPU, two blocks of weights in memory and one component at a time
+    (results/big/offload.json was measured so). size: height, width, text_tokens, top_k, preset,
+    recipe of `d2m.plan.count.plan`.
     """
     answer = plan(model, **size)
     encoders = component_bytes(model, bundled=True)
@@ -268,6 +280,20 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
         "libraries + weights and encoders in float32 + the larger of 20 D numbers a token and the "
         "decoder's widest tensors"
     )
+    if offload:
+        subject = subject_of(model)
+        blocks = max(sum(w.size for w in stack.weights) for stack in block_stacks(subject))
+        outside = sum(
+            stack.count * sum(w.size for w in stack.weights)
+            for stack in subject.family.plan.weights(subject.config, Structure(), 1, 1)
+            if not stack.prefix
+        )
+        ram = RUNNING + max(4 * (2 * blocks + outside + held), 2 * largest_component(model))
+        vram = 0
+        formula = (
+            "libraries + the larger of the largest component in float32, and two blocks and what "
+            "lies outside blocks in float32 with the same numbers"
+        )
     work = float(steps) * answer["flops"]
     disk = answer["memory"]["bf16"] + encoders
-    return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)
+    return Needs("run", int(ram), disk, 2.0, formula, vram=vram or None, flops=work)

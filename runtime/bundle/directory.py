@@ -93,7 +93,7 @@ def open_bundle(
     root = Path(path)
     source = root / "manifest.json"
     if not root.is_dir() or not source.is_file():
-        cure = "make one with: d2m export SPARSE -o NEW"
+        cure = "make one with: d2m export PIPELINE -o NEW"
         raise FileNotFoundError(not_a("a bundle", root, cure))
     data = read_small(root, "manifest.json")
     digest = hashlib.sha256(data).hexdigest()

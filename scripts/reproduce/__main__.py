@@ -1,12 +1,14 @@
-"""The paper's comparisons on the shapes teacher: all models of the table, several seeds, resumable.
+"""The paper's comparisons on a dense teacher: all models of the table, several seeds, resumable.
 
-    python -m scripts.reproduce [--quick] [--seeds 0,1,2] [--only L,S] [--jobs 2]
+    python -m scripts.reproduce [--quick] [--seeds 0,1,2] [--only L,S] [--jobs 2] [--world emoji]
 
 Every row (scripts/reproduce/rows.py) is converted from the dense teacher, judged on held-out
 captions, and written to RESULTS/ROW-seedN.json at once when it is done; what is done is not done
 again, what was interrupted goes on from its checkpoint. Then summary.json, table.md, pareto.svg and
 report.html are written beside them from all results that are there and of these settings; `--table`
-does only that, and rewrites the section of docs/results.md where RESULTS is the default.
+does only that, and rewrites the section of docs/results.md where RESULTS is shapes' default.
+Before the emoji world's first run, `python -m scripts.reproduce.probe` measures which runs of
+blocks are linear.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ RESULTS = ROOT / "results" / "shapes" / "reproduce"
 
 from runtime.files.atomic import write_json, write_text  # noqa: E402
 from scripts.reproduce import page, tables  # noqa: E402
-from scripts.reproduce.rows import ROWS, STEPS, Row, chain, named  # noqa: E402
+from scripts.reproduce.rows import STEPS, WORLDS, Row, chain, named, rows_of  # noqa: E402
 from scripts.reproduce.summary import gather, summary  # noqa: E402
 from scripts.reproduce.work import Settings, finished, model_dir  # noqa: E402
 
@@ -39,17 +41,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="(%(default)s)")
     parser.add_argument("--only", help="rows, with commas; all by default")
     parser.add_argument("--steps", type=int, default=STEPS, help="of stages 1 and 2 (%(default)s)")
-    parser.add_argument("--n", type=int, default=600, help="images judged a row (%(default)s)")
+    parser.add_argument("--world", choices=WORLDS, default="shapes", help="(%(default)s)")
+    parser.add_argument("--n", type=int, help="images judged a row (shapes 600, emoji 1000)")
     parser.add_argument("--jobs", type=int, help="rows at a time; default: one a core")
-    parser.add_argument("--dense", default=str(ROOT / "models" / "shapes-dense"))
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "reproduce")
-    parser.add_argument("--results", type=Path, help="default: results/shapes/reproduce")
+    parser.add_argument("--dense", help="default: models/WORLD-dense")
+    parser.add_argument("--work", type=Path, help="default: out/reproduce, out/reproduce-emoji")
+    parser.add_argument("--results", type=Path, help="default: results/WORLD/reproduce")
     parser.add_argument("--table", action="store_true", help="train nothing, write the tables")
     options = parser.parse_args(argv)
+    own = "" if options.world == "shapes" else f"-{options.world}"
+    options.dense = options.dense or str(ROOT / "models" / f"{options.world}-dense")
+    options.work = options.work or ROOT / "out" / f"reproduce{own}"
+    options.n = options.n or (1000 if own else 600)
     if options.quick:
         options.steps, options.n, options.seeds = 30, 36, options.seeds.split(",")[0]
-    default = ROOT / "out" / "reproduce-quick" if options.quick else None
-    options.results = options.results or default or RESULTS
+    default = ROOT / "out" / f"reproduce-quick{own}" if options.quick else None
+    regular = RESULTS.parents[1] / options.world / "reproduce" if own else RESULTS
+    options.results = options.results or default or regular
     if options.quick:
         options.work = options.work.with_name(options.work.name + "-quick-models")
     return options
@@ -58,7 +66,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def tasks(options: argparse.Namespace) -> list[Task]:
     """What is to be done: seed after seed, most telling first, starts before what needs them."""
     seeds = [int(each) for each in options.seeds.split(",")]
-    rows = [named(name.strip()) for name in options.only.split(",")] if options.only else ROWS
+    rows = (
+        [named(name.strip()) for name in options.only.split(",")]
+        if options.only
+        else rows_of(options.world)
+    )
     asked = [(row, seed) for seed in seeds for row in rows]
     every = [(each, seed) for row, seed in asked for each in chain(row)]
     return list(dict.fromkeys(every))
@@ -125,7 +137,7 @@ def write(settings: Settings, document: Path | None = None) -> None:
     results, left_out = gather(settings)
     if left_out:
         print(f"results of other settings, left out: {', '.join(left_out)}", flush=True)
-    answer = summary(results, left_out)
+    answer = summary(results, left_out, settings.world)
     write_json(settings.results / "summary.json", answer)
     write_text(settings.results / "table.md", tables.table(answer))
     write_text(settings.results / "report.html", page.render(answer))
@@ -143,7 +155,8 @@ def write(settings: Settings, document: Path | None = None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing, then write the tables; 1 where a row failed."""
     options = parse(argv)
-    settings = Settings(options.dense, options.work, options.results, options.steps, options.n)
+    where = (options.dense, options.work, options.results)
+    settings = Settings(*where, options.steps, options.n, options.world)
     failed: list[Task] = []
     if not options.table:
         left = missing(tasks(options), settings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from d2m.recipe.recipe import WHOLE, Recipe, Stage, with_steps
 from d2m.recipe.structure import KINDS, Blocks, Shares
@@ -103,32 +104,53 @@ def leaner(recipe: Recipe, by: int) -> Recipe:
     )
 
 
-def depth_pruned(recipe: Recipe, depth: Mapping[str, int], way: str) -> Recipe:
+def depth_pruned(
+    recipe: Recipe, depth: Mapping[str, int], way: str, runs: Mapping[str, Any] | None = None
+) -> Recipe:
     """As many blocks as the recipe's groups run, but always the same ones, for good.
 
     way "first" keeps the first kappa blocks of every group (as BK-SDM keeps the first of a pair),
-    "middle" drops one run of neighbours amid each kind of blocks (as FLUX.1-Lite does); both are
-    our reading of these. `depth`: the model's number of blocks by kind. Stages that train groups
-    train all the blocks that are left. ValueError for a recipe without groups.
+    "middle" drops one run of neighbours amid each kind of blocks (as FLUX.1-Lite does), "linear"
+    the run that a linear map replaces best (as PPCL looks for runs); all are our reading of these.
+    `depth`: the model's number of blocks by kind; `runs`: for "linear", what
+    `scripts.reproduce.probe` measured. Stages that train groups train all the blocks that are left.
+    ValueError for a recipe without groups.
     """
-    if not recipe.blocks.grouped or way not in ("first", "middle"):
+    if not recipe.blocks.grouped or way not in ("first", "middle", "linear"):
         raise ValueError(
             f"way is {way!r} and the recipe has groups {recipe.blocks.to_dict()['groups']}; "
-            "expected way first or middle, and a recipe with groups to count the blocks by."
+            "expected way first, middle or linear, and a recipe with groups to count the blocks by."
         )
     drop: dict[str, tuple[int, ...]] = {}
     for kind in KINDS:
         groups = recipe.blocks.groups(kind)
         later = [index for group in groups for index in group[recipe.blocks.kappa :]]
         begin = (depth[kind] - len(later)) // 2
-        middle = range(begin, begin + len(later))
-        drop[kind] = tuple(later if way == "first" else middle)
+        if way == "linear" and later:
+            begin = best_run((runs or {})[kind], len(later))
+        run = range(begin, begin + len(later))
+        drop[kind] = tuple(later if way == "first" else run)
     stages = tuple(
         _alone(recipe, "pruned", stage, ("blocks",)) if "router" in stage.train else stage
         for stage in recipe.stages
     )
     blocks = Blocks(drop_double=drop["double"], drop_single=drop["single"])
     return replace(recipe, name=f"{recipe.name}-depth-{way}", blocks=blocks, stages=stages)
+
+
+def best_run(errors: Mapping[str, float], length: int) -> int:
+    """The first block of the run of `length` whose linear map errs least; errors: "2-4" -> error.
+
+    ValueError where no run of that length was measured.
+    """
+    found = {}
+    for name, error in errors.items():
+        first, last = map(int, name.split("-"))
+        if last - first + 1 == length:
+            found[first] = error
+    if not found:
+        raise ValueError(f"no run of {length} blocks was measured, only {', '.join(errors)}.")
+    return min(found, key=lambda first: found[first])
 
 
 def _alone(recipe: Recipe, name: str, stage: Stage, train: tuple[str, ...]) -> Stage:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from d2m.plan.model_config import subject_of
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Recipe
-from scripts.reproduce import baselines
+from scripts.reproduce import baselines, probe
 
 STEPS = 600  # of stages 1 and 2 together; stage 3 takes as many more, as in the presets
-DEPTH = {"double": 6, "single": 12}
+WORLDS = ("shapes", "emoji")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ def _preset(name: str) -> Callable[[str], Recipe]:
 
 def _from(name: str, change: Callable[..., Recipe], *more: Any) -> Callable[[str], Recipe]:
     return lambda dense: change(_preset(name)(dense), *more)
+
+
+def _fixed(name: str, way: str) -> Callable[[str], Recipe]:
+    """A preset's groups replaced by as many blocks that always run."""
+
+    def made(dense: str) -> Recipe:
+        depth = subject_of(Path(dense)).depth
+        runs = probe.read_runs(dense) if way == "linear" else {}
+        return baselines.depth_pruned(_preset(name)(dense), depth, way, runs)
+
+    return made
 
 
 def _budget(dense: str) -> Recipe:
@@ -101,13 +113,13 @@ _TRAINED = (
     Row(
         "depth-first",
         "S with fixed blocks: the first of every group",
-        _from("S", baselines.depth_pruned, DEPTH, "first"),
+        _fixed("S", "first"),
         start="L",
     ),
     Row(
         "depth-middle",
         "S with fixed blocks: a run from the middle left out",
-        _from("S", baselines.depth_pruned, DEPTH, "middle"),
+        _fixed("S", "middle"),
         start="L",
     ),
     Row("random", "L, neurons dealt at random", _from("L", baselines.random_split)),
@@ -126,12 +138,12 @@ _TRAINED = (
     Row(
         "depth-first-joint",
         "depth-first, all stages at once",
-        lambda dense: baselines.joint(baselines.depth_pruned(_preset("S")(dense), DEPTH, "first")),
+        lambda dense: baselines.joint(_fixed("S", "first")(dense)),
     ),
     Row(
         "XS-first",
         "XS with fixed blocks: the first of every group",
-        _from("XS", baselines.depth_pruned, DEPTH, "first"),
+        _fixed("XS", "first"),
         start="L",
     ),
     Row("M", "and MoB: 15 + 28, here 4 + 10", _preset("M"), start="L"),
@@ -167,13 +179,44 @@ ROWS = (
 )
 
 
+# What the emoji world adds: runs of blocks chosen by linear probes, and L in one stage.
+_MORE = (
+    Row(
+        "depth-linear",
+        "S with fixed blocks: the run of each kind that a linear map replaces best left out",
+        _fixed("S", "linear"),
+        start="L",
+    ),
+    Row(
+        "XS-linear",
+        "XS with fixed blocks, chosen by linear maps",
+        _fixed("XS", "linear"),
+        start="L",
+    ),
+    Row("L-joint", "L, both stages at once", _from("L", baselines.joint)),
+)
+_EMOJI = (
+    "dense L S width-1.5 depth-first depth-middle depth-linear random width-2 joint L-joint XS "
+    "depth-first-joint XS-first XS-linear M"
+).split()
+
+
+def rows_of(world: str) -> tuple[Row, ...]:
+    """The rows of a world's table; ValueError for an unknown world."""
+    if world not in WORLDS:
+        raise ValueError(f"--world is {world!r}, expected {' or '.join(WORLDS)}")
+    knobs = tuple(row for row in ROWS if row.of)
+    return ROWS if world == "shapes" else (*map(named, _EMOJI), *knobs[1:])
+
+
 def named(name: str) -> Row:
     """The row of a name; ValueError names the known ones."""
-    for row in ROWS:
+    every = (*ROWS, *_MORE)
+    for row in every:
         if row.name == name:
             return row
     raise ValueError(
-        f"row {name!r} is not known; expected one of {', '.join(r.name for r in ROWS)}"
+        f"row {name!r} is not known; expected one of {', '.join(r.name for r in every)}"
     )
 
 

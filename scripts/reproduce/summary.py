@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from calib.shapes.suite import wilson
-from scripts.reproduce.rows import ROWS, Row
+from calib.score.rates import wilson
+from scripts.reproduce.rows import Row, rows_of
 from scripts.reproduce.work import Settings, finished, result_file
 
 Z = 1.959964  # 95 %
@@ -23,7 +23,7 @@ def gather(settings: Settings) -> tuple[dict[str, dict[int, dict[str, Any]]], li
     """(row -> seed -> result, names of files left out because they are of other settings)."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     other = []
-    for row in ROWS:
+    for row in rows_of(settings.world):
         stem = result_file(row, 0, settings).name.removesuffix("0.json")
         names = (path.name for path in settings.results.glob(f"{stem}*.json"))
         seeds = sorted(int(name.removeprefix(stem).removesuffix(".json")) for name in names)
@@ -35,13 +35,16 @@ def gather(settings: Settings) -> tuple[dict[str, dict[int, dict[str, Any]]], li
     return found, other
 
 
-def summary(results: Results, left_out: Sequence[str] = ()) -> dict[str, Any]:
+def summary(
+    results: Results, left_out: Sequence[str] = (), world: str = "shapes"
+) -> dict[str, Any]:
     """Rows, expectations, and on what machines and days, from results of the same settings."""
     every = [result for seeds in results.values() for result in seeds.values()]
     return {
         "format": 1,
-        "rows": [_row(row, results) for row in ROWS],
-        "checks": [check(each, results) for each in EXPECTED],
+        "world": world,
+        "rows": [_row(row, results) for row in rows_of(world)],
+        "checks": [check(each, results) for each in EXPECTED[world]],
         "left_out": sorted(left_out),
         "dates": sorted({result["date"] for result in every}),
         "machines": sorted({_machine(result["machine"]) for result in every}),
@@ -87,8 +90,9 @@ def difference(a: Rate, b: Rate) -> dict[str, float]:
 
 # ---------------------------------------------------------------- what was expected
 
-# (test, row, what it is compared with)
-EXPECTED: tuple[tuple[str, str, float | str], ...] = (
+# World -> (test, row, what it is compared with)
+Expected = tuple[str, str, float | str]
+_PAPER: tuple[Expected, ...] = (
     ("keeps", "L", 0.95),
     ("keeps", "S", 0.85),
     ("keeps", "XS", 0.75),
@@ -98,19 +102,34 @@ EXPECTED: tuple[tuple[str, str, float | str], ...] = (
     ("clearly over", "S", "depth-middle"),
     ("over", "L", "random"),
     ("over", "S", "joint"),
-    ("over", "budget", "S"),
-    ("keeps", "L-long", 0.95),
-    ("keeps", "S-long", 0.85),
-    ("keeps", "XS-long", 0.75),
-    ("keeps", "XS-joint-long", 0.75),
-    ("clearly over", "L-long", "width-1.5-long"),
-    ("clearly over", "S-long", "depth-first-long"),
-    ("clearly over", "XS-long", "XS-first-long"),
-    ("clearly over", "XS", "XS-first"),
-    ("clearly over", "joint", "depth-first-joint"),
-    ("clearly over", "L-quarter", "width-0.375"),
-    ("clearly over", "L-quarter-joint", "width-0.375"),
 )
+EXPECTED: dict[str, tuple[Expected, ...]] = {
+    "shapes": (
+        *_PAPER,
+        ("over", "budget", "S"),
+        ("keeps", "L-long", 0.95),
+        ("keeps", "S-long", 0.85),
+        ("keeps", "XS-long", 0.75),
+        ("keeps", "XS-joint-long", 0.75),
+        ("clearly over", "L-long", "width-1.5-long"),
+        ("clearly over", "S-long", "depth-first-long"),
+        ("clearly over", "XS-long", "XS-first-long"),
+        ("clearly over", "XS", "XS-first"),
+        ("clearly over", "joint", "depth-first-joint"),
+        ("clearly over", "L-quarter", "width-0.375"),
+        ("clearly over", "L-quarter-joint", "width-0.375"),
+    ),
+    "emoji": (
+        *_PAPER,
+        ("clearly over", "S", "depth-linear"),
+        ("over", "L", "L-joint"),
+        ("clearly over", "L-joint", "width-1.5"),
+        ("not worse than", "L-joint", "width-2"),
+        ("clearly over", "joint", "depth-first-joint"),
+        ("clearly over", "XS", "XS-first"),
+        ("clearly over", "XS", "XS-linear"),
+    ),
+}
 TESTS = {
     "keeps": "the score over the dense one's",
     "clearly over": "a higher score, and 95 % intervals that do not meet",
@@ -120,7 +139,7 @@ TESTS = {
 }
 
 
-def check(expected: tuple[str, str, float | str], results: Results) -> dict[str, Any]:
+def check(expected: Expected, results: Results) -> dict[str, Any]:
     """One expectation against the results, over the seeds that both rows have.
 
     `state`: met, not met, or not yet measured; `figure`: the ratio or the difference it was read
@@ -168,7 +187,9 @@ def kind_of(row: Row) -> str:
         return "dense"
     if row.name.removesuffix("-long") in ("L", "M", "S", "XS"):
         return "sparse"
-    return "pruned" if row.name.startswith(("width", "depth", "XS-first")) else "variant"
+    return (
+        "pruned" if row.name.startswith(("width", "depth", "XS-first", "XS-linear")) else "variant"
+    )
 
 
 def _row(row: Row, results: Results) -> dict[str, Any]:

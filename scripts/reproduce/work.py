@@ -32,6 +32,7 @@ class Settings:
     results: Path
     steps: int
     n: int
+    world: str = "shapes"
 
 
 def slug(row: Row, seed: int) -> str:
@@ -83,8 +84,7 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
     """Make the row's model where it is not there yet, judge it, and write its figures."""
     import torch
 
-    from calib.shapes.suite import evaluate
-    from calib.shapes.world import World
+    from calib.suites import suite_named
     from d2m.generate import generate_with, load_pipeline
     from d2m.generate import settings as generation_settings
     from runtime.files.atomic import write_json
@@ -96,13 +96,15 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
     values = generation_settings(folder)
-    draw = generate_with(load_pipeline(folder), batch_size=16, **row.knobs, **values)
+    options: dict[str, Any] = {**row.knobs, **values}
+    draw = generate_with(load_pipeline(folder), batch_size=16, **options)
     with progress_bars() as progress:
-        score, _ = evaluate(
+        suite = suite_named(settings.world)
+        score, _ = suite.evaluate(
             draw,
             settings.n,
             seed,
-            World(size=values["height"]),
+            suite.world(values["height"], {}),
             progress=lambda done, total: progress("images", done, total),
         )
     answer = {
@@ -140,18 +142,19 @@ def cost(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
 def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[str, Any]:
     """Convert, or go on where it stopped; losses and seconds of the training."""
     from calib.measure.importance import neuron_importance
-    from calib.shapes.batches import shapes_batches
+    from calib.suites import suite_named
     from d2m.convert.in_memory import Options, convert
 
     start = model_dir(named(row.start), seed, settings) if row.start else None
+    label = None if settings.world == "shapes" else settings.world  # as `--data` labels it
     with progress_bars() as progress:  # lines in the row's log
         answer = convert(
             settings.dense,
             folder,
             recipe_of(row, settings.dense, settings.steps, seed),
-            lambda pipe, seed: shapes_batches(pipe, seed=seed),
+            suite_named(settings.world).batches,
             neuron_importance,
-            options=Options(start=start, resume=True),
+            options=Options(start=start, resume=True, data=label),
             progress=progress,
             log=lambda text: print(text, flush=True),
         )

@@ -21,8 +21,11 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scripts.teacher.subject import WORLDS
 
 if TYPE_CHECKING:
     from scripts.teacher.loop import Run
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("models/shapes-dense"), help="result (%(default)s)")
-    add("--work", type=Path, default=Path("runs/teacher"), help="checkpoints; the same one resumes")
+    add("--world", choices=WORLDS, default="shapes", help="what it learns (%(default)s)")
+    add("--out", type=Path, help="result (models/WORLD-dense)")
+    add("--work", type=Path, help="checkpoints; the same one resumes (runs/teacher-WORLD)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--size", type=int, default=32, help="side of the images in pixels (%(default)s)")
+    add("--size", type=int, help="side of the images in pixels (the world's own)")
     add("--init", type=Path, help="pipeline to start from: its transformer learns on")
+    add("--keep-text", action="store_true", help="with --init: its text encoders, too")
     add("--scenes", type=int, default=160_000, help="sampled and encoded once (%(default)s)")
     add("--batch", type=int, default=64, help="of the transformer's stages (%(default)s)")
     add("--vae-steps", type=int, default=1600, help="(%(default)s)")
@@ -53,7 +58,10 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=0, help="of torch; 0: as torch sees fit (%(default)s)")
     stages = ("vae", "text", "flow", "guidance")
     add("--until", choices=stages, default="guidance", help="last stage (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path(f"models/{args.world}-dense")
+    args.work = args.work or Path(f"runs/teacher-{args.world}")
+    return args
 
 
 def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
@@ -74,17 +82,16 @@ def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
 def main() -> None:
     args = options()
     import torch
+    from diffusers import FluxTransformer2DModel
 
-    from calib.shapes.world import World
     from runtime.files.atomic import write_json
     from scripts.teacher.cache import make_cache
     from scripts.teacher.flow import train_flow, train_guidance
-    from scripts.teacher.labels import patch_labels
     from scripts.teacher.loop import Run
     from scripts.teacher.pipeline import save_pipeline
     from scripts.teacher.refit import refitted
-    from scripts.teacher.scenes import draw_scenes, render_images
-    from scripts.teacher.text import train_text
+    from scripts.teacher.subject import subject_named
+    from scripts.teacher.text import load_text, train_text
     from scripts.teacher.vae import latents_of, train_vae
 
     rank, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -115,38 +122,49 @@ def main() -> None:
     run.work.mkdir(parents=True, exist_ok=True)
     if not rank:
         write_json(run.work / "run.json", settings(args, run))
-    world = World(size=args.size)
+    subject = subject_named(args.world, args.size)
 
     print(f"rendering {args.scenes} training scenes", flush=True)
-    scenes = draw_scenes(world, args.scenes, run.seed)
-    images = render_images(world, scenes, run.seed)
-    vae = train_vae(run, world, images, args.vae_steps, args.init)
+    scenes = subject.draw(args.scenes, run.seed)
+    images, shown = subject.pictures(scenes, run.seed)
+    vae = train_vae(run, subject, images, shown, args.vae_steps, args.init)
     if args.until == "vae":
         return
     latents = latents_of(run, vae, images)
-    text, tokenizers = train_text(run, world, args.text_steps)
+    kept = bool(args.init and args.keep_text)
+    if kept:
+        text, tokenizers = load_text(args.init, subject, run.device)
+    else:
+        text, tokenizers = train_text(run, subject, args.text_steps)
     if args.until == "text":
         return
-    labels = patch_labels(world, scenes, run.seed)
+    labels = subject.labels(scenes, run.seed)
     captions = [scene.caption for scene in scenes]
-    cache = make_cache(latents, labels, captions, text, tokenizers, run.device)
+    cache = make_cache(latents, shown, labels, captions, text, tokenizers, run.device)
 
-    def snapshot(transformer: torch.nn.Module) -> None:
+    def snapshot(transformer: torch.nn.Module, guidance: float = 1.0) -> None:
         out = args.snapshot or run.work / "snapshot"
-        save_pipeline(out, world, vae, text, tokenizers, transformer)
+        save_pipeline(out, subject, vae, text, tokenizers, transformer, guidance)
 
     every = args.snapshot_every
     start = None
-    if args.init:
-        start = refitted(args.init, captions, text, tokenizers, run.device)
-    model = train_flow(run, world, cache, args.flow_steps, args.lr, snapshot, every, start)
+    if kept:
+        start = FluxTransformer2DModel.from_pretrained(
+            args.init, subfolder="transformer", torch_dtype=torch.float32
+        )
+    elif args.init:
+        start = refitted(args.init, subject, captions, text, tokenizers, run.device)
+    model = train_flow(run, subject, cache, args.flow_steps, args.lr, snapshot, every, start)
     if args.until == "flow":
+        if not run.rank:
+            snapshot(model)
         return
     steps, lr = args.guidance_steps, args.lr / 4
-    model = train_guidance(run, model, cache, steps, lr, snapshot, every, args.guidance_max)
+    guided = partial(snapshot, guidance=3.5)
+    model = train_guidance(run, model, cache, steps, lr, guided, every, args.guidance_max)
     if run.rank:
         return
-    save_pipeline(args.out, world, vae, text, tokenizers, model)
+    save_pipeline(args.out, subject, vae, text, tokenizers, model)
     print(f"{args.out} is ready", flush=True)
 
 

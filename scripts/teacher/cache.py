@@ -9,19 +9,20 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from scripts.teacher.text import LENGTH, TextStage, Tokenizers, tokenise
+from scripts.teacher.text import TextStage, Tokenizers, tokenise
 
 
 @dataclass(frozen=True)
 class Cache:
     """Packed latents of every scene and the embeddings of every distinct caption."""
 
-    packed: Tensor  # [N, h/2 w/2, 4C], CPU: latents in FLUX's 2 x 2 patches
-    labels: Tensor  # int64 [N, T, 2], CPU: what each patch shows, see labels.py
+    packed: Tensor  # [M, h/2 w/2, 4C], CPU: distinct latents in FLUX's 2 x 2 patches
+    shown: Tensor  # int64 [N], CPU: a scene's latents among them
+    labels: Tensor  # int64 [N, T, L], CPU: what each patch shows, see labels.py
     rows: Tensor  # int64 [N], CPU: a scene's caption among the distinct ones
     empty: int  # the empty caption among them
     pooled: Tensor  # [captions, 64], the device's
-    sequence: Tensor  # [captions, LENGTH, 128], the device's
+    sequence: Tensor  # [captions, L, 128], the device's
     ids: dict[str, Tensor]  # positions of image and text tokens, arguments of the transformer
 
     def text(self, rows: Tensor) -> dict[str, Tensor]:
@@ -34,13 +35,14 @@ class Cache:
 
 def make_cache(
     latents: Tensor,
+    shown: Tensor,
     labels: Tensor,
     captions: Sequence[str],
     stage: TextStage,
     tokenizers: Tokenizers,
     device: str,
 ) -> Cache:
-    """Pack the latents [N, C, h, w] and encode their captions and the empty one."""
+    """Pack the latents [M, C, h, w] and encode the scenes' captions and the empty one."""
     n, channels, height, width = latents.shape
     distinct = sorted({*captions, ""})
     index = {caption: i for i, caption in enumerate(distinct)}
@@ -56,10 +58,11 @@ def make_cache(
     )
     return Cache(
         packed=FluxPipeline._pack_latents(latents, n, channels, height, width),
+        shown=shown,
         labels=labels,
         rows=torch.tensor([index[caption] for caption in captions]),
         empty=index[""],
         pooled=torch.cat(pooled),
         sequence=torch.cat(sequence),
-        ids={"img_ids": positions, "txt_ids": torch.zeros(LENGTH, 3, device=device)},
+        ids={"img_ids": positions, "txt_ids": torch.zeros(len(sequence[0][0]), 3, device=device)},
     )

@@ -15,30 +15,27 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from calib.shapes.world import World
 from scripts.teacher.cache import Cache
 from scripts.teacher.labels import Labelled
 from scripts.teacher.loop import Loss, Run, train
+from scripts.teacher.subject import Subject
 
 DROPPED = 0.1  # share of captions left out, so that the model learns to generate without one
-LABEL_WEIGHT = 0.2  # of a patch's names against the velocity's error; both are near 1
 # These and the output start at zero, so that every block begins as the identity (adaLN-zero).
 ZEROED = ("norm1", "norm.linear", "norm_out.linear")
 
 Snapshot = Callable[[nn.Module], None]
 
 
-def make_transformer(world: World) -> FluxTransformer2DModel:
+def make_transformer(subject: Subject) -> FluxTransformer2DModel:
     model = FluxTransformer2DModel(
-        in_channels=16 if world.size == 32 else 64,
-        num_layers=6,
-        num_single_layers=12,
+        in_channels=4 * subject.vae.get("latent_channels", 16),
         attention_head_dim=32,
-        num_attention_heads=4,
         joint_attention_dim=128,
         pooled_projection_dim=64,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
+        **subject.transformer,
     )
     for name, parameter in model.named_parameters():
         if name.startswith("proj_out") or any(part in name for part in ZEROED):
@@ -48,7 +45,7 @@ def make_transformer(world: World) -> FluxTransformer2DModel:
 
 def train_flow(
     run: Run,
-    world: World,
+    subject: Subject,
     cache: Cache,
     steps: int,
     lr: float,
@@ -57,13 +54,13 @@ def train_flow(
     start: FluxTransformer2DModel | None = None,
 ) -> FluxTransformer2DModel:
     """The average of a transformer trained by flow matching, from nothing or from `start`."""
-    model = Labelled(make_transformer(world) if start is None else start)
+    model = Labelled(make_transformer(subject) if start is None else start, subject.label_classes)
     model = model.to(run.device)
     trained = train(
         run,
         "flow",
         model,
-        flow_loss(run, model, cache),
+        flow_loss(run, model, cache, subject.label_weight),
         steps=steps,
         lr=lr,
         warmup=200,
@@ -135,7 +132,7 @@ def velocity(
     return answer[0].float()
 
 
-def flow_loss(run: Run, model: Labelled, cache: Cache) -> Loss:
+def flow_loss(run: Run, model: Labelled, cache: Cache, weight: float) -> Loss:
     """Squared error of the velocity, with captions left out at random and guidance always 1.
 
     And the error in naming the patches, see labels.py.
@@ -148,14 +145,14 @@ def flow_loss(run: Run, model: Labelled, cache: Cache) -> Loss:
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
         dropped = torch.rand(run.batch, generator=g) < DROPPED
         text = cache.text(run.own_rows(torch.where(dropped, cache.empty, cache.rows[pick])))
-        x, sigma, target = noised(run, cache.packed[pick], g)
+        x, sigma, target = noised(run, cache.packed[cache.shown[pick]], g)
         with run.autocast():
             one = torch.ones(len(x), device=run.device)
             answer = velocity(model.transformer, x, sigma, one, text, cache.ids)
         error = F.mse_loss(answer, target)
         names = model.label_loss(run.own_rows(cache.labels[pick]).to(run.device))
         figures = {"velocity": round(error.item(), 4), "names": round(names.item(), 4)}
-        return error + LABEL_WEIGHT * names, figures
+        return error + weight * names, figures
 
     return loss_of
 
@@ -175,7 +172,7 @@ def guidance_loss(
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = run.generator(17_000_003, step)
         pick = torch.randint(len(cache.rows), (run.batch,), generator=g)
-        x, sigma, _ = noised(run, cache.packed[pick], g)
+        x, sigma, _ = noised(run, cache.packed[cache.shown[pick]], g)
         scale = run.own_rows(1 + (largest - 1) * torch.rand(run.batch, generator=g)).to(run.device)
         rows = run.own_rows(cache.rows[pick])
         with torch.no_grad(), run.autocast():

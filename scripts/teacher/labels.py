@@ -12,52 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from calib.shapes.render import Q, layout
-from calib.shapes.world import COLOURS, SHAPES, Scene, World
-
-GRID = 4  # patches a side: 8 px of a 32 px picture, one image token each
-SHOWS = 0.15  # least share of a patch's area inside a thing's box
-CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1)  # the last of each: nothing
-
-
-def patch_labels(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
-    """Shape and colour of what fills most of each patch, int64 [N, GRID * GRID, 2].
-
-    For the pictures that `render_images` makes of the same scenes and seed.
-    """
-    rng = np.random.default_rng(seed + 1)
-    side = world.size * Q // GRID
-    starts = np.arange(GRID) * side
-    shapes, colours = list(SHAPES), list(COLOURS)
-    labels = np.empty((len(scenes), GRID, GRID, 2), np.uint8)
-    labels[...] = np.array(CLASSES) - 1
-    for rows, scene in zip(labels, scenes, strict=True):
-        most = np.full((GRID, GRID), SHOWS * side * side)
-        for shape, colour, (x, y, d) in layout(scene, world, rng, "train"):
-            across, down = (
-                (np.minimum(starts + side, p + d) - np.maximum(starts, p)).clip(0) for p in (x, y)
-            )
-            area = down[:, None] * across
-            rows[area > most] = shapes.index(shape), colours.index(colour)
-            most = np.maximum(most, area)
-    return torch.from_numpy(labels).flatten(1, 2).long()
-
 
 class Labelled(nn.Module):
     """A transformer in training, with a head on its features; the head goes afterwards."""
 
-    def __init__(self, transformer: FluxTransformer2DModel):
+    def __init__(self, transformer: FluxTransformer2DModel, classes: Sequence[int]):
         super().__init__()
         width = transformer.inner_dim
         self.transformer = transformer
+        self.classes = tuple(classes)
         self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(CLASSES))
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(classes))
         )
         self.seen: dict[str, Tensor] = {}
         self.watched = False
@@ -77,7 +47,7 @@ class Labelled(nn.Module):
 
     def label_loss(self, labels: Tensor) -> Tensor:
         """Cross entropy of both names of every patch [B, T, 2], in nats, of the last pass."""
-        parts = self.head(self.seen["image"].float()).split(CLASSES, -1)
+        parts = self.head(self.seen["image"].float()).split(self.classes, -1)
         losses = [
             F.cross_entropy(p.flatten(0, 1), labels[..., i].flatten()) for i, p in enumerate(parts)
         ]

@@ -15,10 +15,10 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 
-from calib.shapes.world import World
 from d2m.plan.model_config import read_json
 from runtime.files.atomic import replace_dir, write_json
-from scripts.teacher.text import LENGTH, TextStage, Tokenizers
+from scripts.teacher.subject import Subject
+from scripts.teacher.text import TextStage, Tokenizers
 
 # What a person or another script put beside the weights stays when they are written again.
 KEPT = ("README.md", "scores.json", "training.json", "training.svg")
@@ -26,13 +26,16 @@ KEPT = ("README.md", "scores.json", "training.json", "training.svg")
 
 def save_pipeline(
     out: Path,
-    world: World,
+    subject: Subject,
     vae: AutoencoderKL,
     stage: TextStage,
     tokenizers: Tokenizers,
     transformer: FluxTransformer2DModel,
+    guidance: float = 3.5,
 ) -> None:
     """Write `out` at once, bf16, with the world's defaults for generating in defaults.json.
+
+    guidance: the default scale; 1 where no guidance has been distilled yet.
 
     Transformers 5 loads an encoder in the dtype it was saved in, diffusers loads its models in
     float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) generates
@@ -56,11 +59,11 @@ def save_pipeline(
         if config.pop("_name_or_path", None) is not None:
             write_json(path, config)
     defaults: dict[str, Any] = {
-        "height": world.size,
-        "width": world.size,
+        "height": subject.size,
+        "width": subject.size,
         "num_inference_steps": 16,
     }
-    defaults |= {"guidance_scale": 3.5, "max_sequence_length": LENGTH}
+    defaults |= {"guidance_scale": guidance, "max_sequence_length": subject.length}
     write_json(part / "defaults.json", defaults)
     for name in KEPT:
         if (out / name).exists():

@@ -15,26 +15,29 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel
 
-from scripts.teacher.text import TextStage, Tokenizers, tokenise
+from scripts.teacher.subject import Subject
+from scripts.teacher.text import TextStage, Tokenizers, load_text, tokenise
 
 RIDGE = 1e-2  # of the new embeddings' unit variance: keeps directions without any from blowing up
 
 
 @torch.no_grad()
 def refitted(
-    init: Path, captions: Sequence[str], stage: TextStage, tokenizers: Tokenizers, device: str
+    init: Path,
+    subject: Subject,
+    captions: Sequence[str],
+    stage: TextStage,
+    tokenizers: Tokenizers,
+    device: str,
 ) -> FluxTransformer2DModel:
     """The transformer of the pipeline `init` (float32, CPU) made to read `stage`'s embeddings."""
     model = FluxTransformer2DModel.from_pretrained(
         init, subfolder="transformer", torch_dtype=torch.float32
     )
-    old = TextStage(len(tokenizers[0]), len(tokenizers[1]))
-    old.clip = CLIPTextModel.from_pretrained(init / "text_encoder")
-    old.t5 = T5EncoderModel.from_pretrained(init / "text_encoder_2")
+    old, _ = load_text(init, subject, "cpu")
     ids = tokenise(tokenizers, sorted({*captions, ""}))
-    olds = old.eval().float().encode(*ids)
+    olds = old.encode(*ids)
     news = [part.cpu() for part in stage.encode(*(part.to(device) for part in ids))]
     embedders = (model.time_text_embed.text_embedder.linear_1, model.context_embedder)
     for embedder, new, known in zip(embedders, news, olds, strict=True):

@@ -1,4 +1,4 @@
-"""Scenes to train on: drawn at random, as images, and as the attributes in a caption."""
+"""The shapes world as the stages see it: scenes, images, what a caption and a patch say."""
 
 from __future__ import annotations
 
@@ -9,8 +9,23 @@ import torch
 from torch import Tensor
 
 from calib.shapes.batches import SHARES
-from calib.shapes.render import render_batch
-from calib.shapes.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Scene, World, sample_scene
+from calib.shapes.render import Q, layout, render_batch
+from calib.shapes.world import (
+    CATEGORIES,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    World,
+    sample_scene,
+    vocabulary,
+)
+from scripts.teacher.subject import Subject
+
+LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
+GRID = 4  # patches a side: 8 px of a 32 px picture, one image token each
+SHOWS = 0.15  # least share of a patch's area inside a thing's box
+LABELS = (len(SHAPES) + 1, len(COLOURS) + 1)  # the last of each: nothing
 
 # Classes of every attribute, in the order of `attributes`; the last class of each means "none".
 ATTRIBUTES = (
@@ -24,6 +39,31 @@ ATTRIBUTES = (
 )
 
 
+def shapes_subject(world: World) -> Subject:
+    small = world.size == 32
+
+    def pictures(scenes: Sequence[Scene], seed: int) -> tuple[Tensor, Tensor]:
+        return render_images(world, scenes, seed), torch.arange(len(scenes))
+
+    return Subject(
+        name="shapes",
+        size=world.size,
+        length=LENGTH,
+        words=vocabulary(),
+        draw=lambda n, seed: draw_scenes(world, n, seed),
+        pictures=pictures,
+        classes=ATTRIBUTES,
+        attributes=attributes,
+        label_classes=LABELS,
+        labels=lambda scenes, seed: patch_labels(world, scenes, seed),
+        vae={
+            "block_out_channels": (16, 32, 64, 64)[: 3 if small else 4],
+            "latent_channels": 4 if small else 16,
+        },
+        transformer={"num_layers": 6, "num_single_layers": 12, "num_attention_heads": 4},
+    )
+
+
 def draw_scenes(world: World, n: int, seed: int) -> list[Scene]:
     """`n` scenes of the training split, categories by SHARES."""
     rng = np.random.default_rng(seed)
@@ -35,11 +75,6 @@ def render_images(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
     """The scenes as uint8 [N, 3, S, S], S the world's side in pixels."""
     images = render_batch(scenes, world, np.random.default_rng(seed + 1), "train")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def as_float(images: Tensor) -> Tensor:
-    """uint8 0..255 as float32 -1..1, what a VAE of diffusers takes."""
-    return images.float() / 127.5 - 1
 
 
 def attributes(scene: Scene | None) -> list[int]:
@@ -61,3 +96,26 @@ def attributes(scene: Scene | None) -> list[int]:
         colours.index(second.colour) if second and second.colour else len(colours),
         RELATIONS.index(scene.relation) if scene.relation else len(RELATIONS),
     ]
+
+
+def patch_labels(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
+    """Shape and colour of what fills most of each patch, int64 [N, GRID * GRID, 2].
+
+    For the pictures that `render_images` makes of the same scenes and seed.
+    """
+    rng = np.random.default_rng(seed + 1)
+    side = world.size * Q // GRID
+    starts = np.arange(GRID) * side
+    shapes, colours = list(SHAPES), list(COLOURS)
+    labels = np.empty((len(scenes), GRID, GRID, 2), np.uint8)
+    labels[...] = np.array(LABELS) - 1
+    for rows, scene in zip(labels, scenes, strict=True):
+        most = np.full((GRID, GRID), SHOWS * side * side)
+        for shape, colour, (x, y, d) in layout(scene, world, rng, "train"):
+            across, down = (
+                (np.minimum(starts + side, p + d) - np.maximum(starts, p)).clip(0) for p in (x, y)
+            )
+            area = down[:, None] * across
+            rows[area > most] = shapes.index(shape), colours.index(colour)
+            most = np.maximum(most, area)
+    return torch.from_numpy(labels).flatten(1, 2).long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from string import ascii_lowercase
 
 import torch
@@ -19,18 +20,15 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from calib.shapes.world import Scene, World, vocabulary
 from scripts.teacher.loop import Loss, Run, train
-from scripts.teacher.scenes import ATTRIBUTES, attributes, draw_scenes
+from scripts.teacher.subject import Captioned, Subject
 
-LENGTH = 16  # text tokens: the longest caption has 14 words, CLIP adds two marks
-SCENES = 20_000  # captions to learn from, other than the training pictures' scenes
 BATCH = 128  # captions per step
 
 Tokenizers = tuple[CLIPTokenizer, T5TokenizerFast]
 
 
-def make_tokenizers() -> Tokenizers:
+def make_tokenizers(subject: Subject) -> Tokenizers:
     """Real tokenizers: every word of the world is one token, other words fall into letters.
 
     The same ones in every process, since a resumed run makes them again. BpeTrainer alone would
@@ -38,12 +36,12 @@ def make_tokenizers() -> Tokenizers:
     by those numbers, so that "of" and "ou" swap ids. Given as special tokens they have numbers from
     the start; vowels first gives the ids that the committed teacher had in its flow stage.
     """
-    words, letters = vocabulary(), list(ascii_lowercase)
+    words, letters = list(subject.words), list(ascii_lowercase)
     ends = [letter + "</w>" for letter in letters]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,
+        vocab_size=32768,
         min_frequency=1,
         end_of_word_suffix="</w>",
         special_tokens=letters + sorted(ends, key=lambda end: end[0] not in "aeiou"),
@@ -55,15 +53,16 @@ def make_tokenizers() -> Tokenizers:
     pieces += [p for p in sorted(learnt["vocab"], key=learnt["vocab"].get) if p not in set(pieces)]
     merges = [tuple(pair) for pair in learnt["merges"]]
     numbered = {piece: i for i, piece in enumerate(pieces)}
-    clip = CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=LENGTH)
+    clip = CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=subject.length)
     t5_pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     t5_pieces += [("▁" + w, -2.0) for w in words] + [("▁", -8.0)] + [(x, -10.0) for x in letters]
-    return clip, T5TokenizerFast(vocab=t5_pieces, extra_ids=0, model_max_length=LENGTH)
+    return clip, T5TokenizerFast(vocab=t5_pieces, extra_ids=0, model_max_length=subject.length)
 
 
 def tokenise(tokenizers: Tokenizers, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids of CLIP and of T5, int64 [B, LENGTH] each."""
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    """Token ids of CLIP and of T5, int64 [B, L] each, L the length they were made for."""
+    length = tokenizers[0].model_max_length
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
     clip, t5 = (torch.tensor(t(list(captions), **options).input_ids) for t in tokenizers)
     return clip, t5
 
@@ -71,7 +70,7 @@ def tokenise(tokenizers: Tokenizers, captions: Sequence[str]) -> tuple[Tensor, T
 class TextStage(nn.Module):
     """Both encoders with heads that name a scene's attributes; the heads go after training."""
 
-    def __init__(self, clip_vocab: int, t5_vocab: int):
+    def __init__(self, clip_vocab: int, t5_vocab: int, subject: Subject):
         super().__init__()
         clip = CLIPTextConfig(
             vocab_size=clip_vocab,
@@ -80,7 +79,7 @@ class TextStage(nn.Module):
             projection_dim=64,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=subject.length,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
@@ -95,33 +94,47 @@ class TextStage(nn.Module):
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             relative_attention_num_buckets=32,
-            relative_attention_max_distance=LENGTH,
+            relative_attention_max_distance=subject.length,
             pad_token_id=0,
             eos_token_id=1,
         )
         self.clip = CLIPTextModel(clip)
         self.t5 = T5EncoderModel(t5)
-        self.clip_heads = nn.Linear(64, sum(ATTRIBUTES))
-        self.t5_heads = nn.Linear(128, sum(ATTRIBUTES))
+        self.clip_heads = nn.Linear(64, sum(subject.classes))
+        self.t5_heads = nn.Linear(128, sum(subject.classes))
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         """As FluxPipeline does, without a mask: CLIP's pooled [B, 64], T5's tokens [B, T, 128]."""
         return self.clip(clip_ids).pooler_output, self.t5(t5_ids).last_hidden_state
 
 
-def train_text(run: Run, world: World, steps: int) -> tuple[TextStage, Tokenizers]:
+def train_text(run: Run, subject: Subject, steps: int) -> tuple[TextStage, Tokenizers]:
     """Frozen encoders and their tokenizers."""
-    tokenizers = make_tokenizers()
-    stage = TextStage(len(tokenizers[0]), len(tokenizers[1])).to(run.device)
-    loss_of = text_loss(run, stage, tokenizers, draw_scenes(world, SCENES, run.seed + 5))
+    tokenizers = make_tokenizers(subject)
+    stage = TextStage(len(tokenizers[0]), len(tokenizers[1]), subject).to(run.device)
+    loss_of = text_loss(run, stage, tokenizers, subject)
     train(run, "text", stage, loss_of, steps=steps, lr=7e-4, decay_share=0.5)
     return stage.eval().requires_grad_(False), tokenizers
 
 
-def text_loss(run: Run, stage: TextStage, tokenizers: Tokenizers, scenes: Sequence[Scene]) -> Loss:
-    """Cross entropy of every attribute; logs CLIP's accuracy in the attribute it knows worst."""
+def load_text(init: Path, subject: Subject, device: str) -> tuple[TextStage, Tokenizers]:
+    """Frozen encoders and tokenizers of the pipeline `init`; the heads mean nothing."""
+    clip = CLIPTokenizer.from_pretrained(init / "tokenizer")
+    t5 = T5TokenizerFast.from_pretrained(init / "tokenizer_2")
+    stage = TextStage(len(clip), len(t5), subject)
+    stage.clip = CLIPTextModel.from_pretrained(init / "text_encoder")
+    stage.t5 = T5EncoderModel.from_pretrained(init / "text_encoder_2")
+    return stage.to(device).float().eval().requires_grad_(False), (clip, t5)
+
+
+def text_loss(run: Run, stage: TextStage, tokenizers: Tokenizers, subject: Subject) -> Loss:
+    """Cross entropy of every attribute; logs CLIP's accuracy in the attribute it knows worst.
+
+    Of captions other than the training pictures'.
+    """
+    scenes: Sequence[Captioned] = subject.draw(subject.captions, run.seed + 5)
     clip_ids, t5_ids = tokenise(tokenizers, [*(s.caption for s in scenes), ""])
-    labels = torch.tensor([attributes(s) for s in [*scenes, None]])
+    labels = torch.tensor([subject.attributes(s) for s in [*scenes, None]])
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = run.generator(7_000_003, step)
@@ -130,13 +143,13 @@ def text_loss(run: Run, stage: TextStage, tokenizers: Tokenizers, scenes: Sequen
         pooled, tokens = stage.encode(clip_ids[rows].to(run.device), t5_ids[rows].to(run.device))
         target = labels[rows].to(run.device)
         loss, worst = torch.zeros((), device=run.device), 1.0
-        clip_parts = stage.clip_heads(pooled).split(ATTRIBUTES, -1)
+        clip_parts = stage.clip_heads(pooled).split(subject.classes, -1)
         # Every T5 token must know the whole scene: FLUX gives text tokens no position, so order
         # must live in the tokens.
-        t5_parts = stage.t5_heads(tokens).split(ATTRIBUTES, -1)
+        t5_parts = stage.t5_heads(tokens).split(subject.classes, -1)
         for i, (clip, t5) in enumerate(zip(clip_parts, t5_parts, strict=True)):
             loss = loss + F.cross_entropy(clip, target[:, i])
-            every = target[:, i, None].expand(-1, LENGTH)
+            every = target[:, i, None].expand(-1, tokens.shape[1])
             loss = loss + F.cross_entropy(t5.transpose(1, 2), every)
             worst = min(worst, (clip.argmax(-1) == target[:, i]).float().mean().item())
         return loss, {"worst_clip_accuracy": round(worst, 3)}

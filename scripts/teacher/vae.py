@@ -10,49 +10,55 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from calib.shapes.world import World
 from scripts.teacher.loop import Loss, Run, train
-from scripts.teacher.scenes import as_float
 from scripts.teacher.state import load_state, save_state
+from scripts.teacher.subject import Subject
 
-BATCH = 64  # pictures per step
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 0..255 as float32 -1..1, what a VAE of diffusers takes."""
+    return images.float() / 127.5 - 1
 
 
-def make_vae(world: World) -> AutoencoderKL:
-    levels = 3 if world.size == 32 else 4
+def make_vae(subject: Subject) -> AutoencoderKL:
+    sizes = {"latent_channels": 16, **subject.vae}
+    levels = len(sizes["block_out_channels"])
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(16, 32, 64, 64)[:levels],
         layers_per_block=1,
-        latent_channels=4 if world.size == 32 else 16,
         norm_num_groups=8,
-        sample_size=world.size,
+        sample_size=subject.size,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
+        **sizes,
     )
 
 
 def train_vae(
-    run: Run, world: World, images: Tensor, steps: int, init: Path | None = None
+    run: Run, subject: Subject, images: Tensor, shown: Tensor, steps: int, init: Path | None = None
 ) -> AutoencoderKL:
-    """A frozen VAE of the world's pictures, uint8 [N, 3, S, S]: a new one, or that of `init`."""
+    """A frozen VAE of the world's images, uint8 [M, 3, S, S]: a new one, or that of `init`.
+
+    shown: every scene's image, int64 [N]; an image is learnt as often as scenes show it.
+    """
     if init is not None:
         vae = AutoencoderKL.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
         return vae.to(run.device).eval().requires_grad_(False)
-    vae = make_vae(world).to(run.device)
-    loss_of = vae_loss(run, vae, images)
+    vae = make_vae(subject).to(run.device)
+    loss_of = vae_loss(run, vae, images, shown, subject.vae_batch)
     train(run, "vae", vae, loss_of, steps=steps, lr=2.5e-3, decay_share=0.5)
     return vae.eval().requires_grad_(False)
 
 
-def vae_loss(run: Run, vae: AutoencoderKL, images: Tensor) -> Loss:
+def vae_loss(run: Run, vae: AutoencoderKL, images: Tensor, shown: Tensor, batch: int) -> Loss:
     """Reconstruction (L1 and MSE) and a light KL term; logs the PSNR in dB."""
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = run.generator(1_000_003, step)
-        x = as_float(images[torch.randint(len(images), (BATCH,), generator=g)]).to(run.device)
+        pick = shown[torch.randint(len(shown), (batch,), generator=g)]
+        x = as_float(images[pick]).to(run.device)
         with run.autocast():
             posterior = vae.encode(x).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()

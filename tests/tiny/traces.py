@@ -48,7 +48,7 @@ def describe(value: Any, feed: Callable[[bytes], None], seen: dict[int, Any]) ->
     def say(*words: object) -> None:
         feed(repr(words).encode())
 
-    if isinstance(value, PLAIN) or isinstance(value, torch.dtype | torch.device | torch.Size):
+    if isinstance(value, (*PLAIN, torch.dtype, torch.device, torch.Size)):
         return say(type(value).__qualname__, value)
     if id(value) in seen:
         return say("seen", list(seen).index(id(value)))

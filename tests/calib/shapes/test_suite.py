@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calib.score.rates import wilson
 from calib.shapes.render import render
-from calib.shapes.suite import evaluate, save_grid, scores, wilson
+from calib.shapes.suite import evaluate, save_grid, scores
 from calib.shapes.world import CATEGORIES, World, eval_scenes
 
 
@@ -98,7 +99,7 @@ def test_prompts_and_seeds_do_not_depend_on_the_batch_and_seeds_do_not_repeat():
 
 def test_speed_counts_the_drawing_alone(monkeypatch):
     draw, now = artist(World(), 12), [100.0]
-    monkeypatch.setattr("calib.shapes.suite.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("calib.score.loop.time.perf_counter", lambda: now[0])
 
     def slow(prompts, seeds):
         now[0] += 2

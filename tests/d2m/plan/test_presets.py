@@ -12,7 +12,11 @@ from d2m.recipe.recipe import from_dict, load
 from d2m.recipe.structure import active_blocks, check_depth
 
 ROOT = Path(__file__).resolve().parents[3]
-DEPTHS = {"19d-38s": {"double": 19, "single": 38}, "6d-12s": {"double": 6, "single": 12}}
+DEPTHS = {
+    "19d-38s": {"double": 19, "single": 38},
+    "6d-12s": {"double": 6, "single": 12},
+    "6d-6s": {"double": 6, "single": 6},
+}
 OWN = FAMILIES / "flux" / "presets"
 FILES = [path for folder in DEPTHS for path in sorted((OWN / folder).glob("*.json"))]
 
@@ -79,8 +83,9 @@ def test_files_fit_their_models_and_differ_in_structure_alone(path):
 PAPER = {"M": (15, 28), "S": (11, 24), "XS": (11, 16)}
 
 
+@pytest.mark.parametrize("single", [12, 6])
 @pytest.mark.parametrize("name", PAPER)
-def test_shapes_counterparts_are_the_nearest_in_active_blocks(name):
+def test_small_counterparts_are_the_nearest_in_active_blocks(name, single):
     """Of all numbers of groups of three: nearest in all active blocks, then in both kinds."""
 
     def active(folder):
@@ -90,9 +95,9 @@ def test_shapes_counterparts_are_the_nearest_in_active_blocks(name):
     x, y = PAPER[name]
     assert active("19d-38s") == (x, y)
 
-    def distance(double, single):
-        parts = abs(double / 6 - x / 19), abs(single / 12 - y / 38)
-        return abs((double + single) / 18 - (x + y) / 57), sum(parts)
+    def distance(a, b):
+        parts = abs(a / 6 - x / 19), abs(b / single - y / 38)
+        return abs((a + b) / (6 + single) - (x + y) / 57), sum(parts)
 
-    choices = [(6 - 2 * d, 12 - 2 * s) for d in range(3) for s in range(5)]
-    assert active("6d-12s") == min(choices, key=lambda choice: distance(*choice))
+    choices = [(6 - 2 * d, single - 2 * s) for d in range(3) for s in range(single // 3 + 1)]
+    assert active(f"6d-{single}s") == min(choices, key=lambda choice: distance(*choice))

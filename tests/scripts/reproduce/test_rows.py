@@ -27,7 +27,7 @@ def settings(tmp_path: Path):
 
 def put(settings, name: str, *right: int, n: int = 100, share: float = 0.667, **changes) -> None:
     """A result file per seed, `right` of n pictures judged right."""
-    from calib.shapes.suite import wilson
+    from calib.score.rates import wilson
     from scripts.reproduce.rows import named
     from scripts.reproduce.work import identity, result_file
 
@@ -66,7 +66,7 @@ def checks(answer):
 
 
 def test_seeds_are_pooled(settings) -> None:
-    from calib.shapes.suite import wilson
+    from calib.score.rates import wilson
 
     put(settings, "dense", 80, 90)
     put(settings, "L", 78, 84, 99)

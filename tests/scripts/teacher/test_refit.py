@@ -47,14 +47,16 @@ def test_the_committed_transformer_reads_encoders_it_never_saw(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from calib.shapes.world import World
     from scripts.teacher.refit import refitted
-    from scripts.teacher.scenes import draw_scenes
+    from scripts.teacher.scenes import shapes_subject
     from scripts.teacher.text import TextStage, make_tokenizers, tokenise
 
     torch.manual_seed(2)
-    tokenizers = make_tokenizers()
-    stage = TextStage(len(tokenizers[0]), len(tokenizers[1])).eval()
-    captions = [scene.caption for scene in draw_scenes(World(), 300, 3)]
-    model = refitted(ROOT / "models/shapes-dense", captions, stage, tokenizers, "cpu")
+    subject = shapes_subject(World())
+    tokenizers = make_tokenizers(subject)
+    stage = TextStage(len(tokenizers[0]), len(tokenizers[1]), subject).eval()
+    captions = [scene.caption for scene in subject.draw(300, 3)]
+    dense = ROOT / "models/shapes-dense"
+    model = refitted(dense, subject, captions, stage, tokenizers, "cpu")
     with torch.no_grad():
         pooled, tokens = stage.encode(*tokenise(tokenizers, captions[:8]))
         answer = model(

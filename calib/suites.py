@@ -1,0 +1,79 @@
+"""The worlds by name: what `--data`, `--suite` and the scripts need of each.
+
+shapes   coloured shapes of 32 pixels and more, judged exactly
+emoji    1,000 pictures of 64 pixels, judged by the nearest of all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+NAMES = ("shapes", "emoji")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One world.
+
+    world(pixels, settings): the world for images of that size, other numbers by name, ValueError
+    where there is none; settings: those names. evaluate, save_grid: as `calib.shapes.suite` has
+    them. batches(pipeline, seed): training batches. prompts(count): captions of evaluation.
+    categories: what a batch's `category` counts.
+    """
+
+    name: str
+    world: Callable[[int, Mapping[str, int]], Any]
+    settings: tuple[str, ...]
+    evaluate: Callable[..., tuple[dict[str, Any], list[Any]]]
+    save_grid: Callable[..., None]
+    batches: Callable[[Any, int], Any]
+    prompts: Callable[[int], list[str]]
+    categories: tuple[str, ...]
+
+
+def suite_named(name: str) -> Suite:
+    """The suite of a name; ValueError names the known ones."""
+    if name not in NAMES:
+        raise ValueError(f"--suite is {name!r}, expected {' or '.join(NAMES)}")
+    return _shapes() if name == "shapes" else _emoji()
+
+
+def _shapes() -> Suite:
+    from calib.shapes import batches, suite, world
+
+    return Suite(
+        name="shapes",
+        world=lambda pixels, more: world.World(**{**more, "size": pixels}),
+        settings=tuple(field.name for field in fields(world.World)),
+        evaluate=suite.evaluate,
+        save_grid=suite.save_grid,
+        batches=lambda pipe, seed: batches.shapes_batches(pipe, seed=seed),
+        prompts=lambda n: [s.caption for s in world.eval_scenes(world.World(), n, 0)],
+        categories=world.CATEGORIES,
+    )
+
+
+def _emoji() -> Suite:
+    from calib.emoji import batches, suite, world
+
+    def sized(pixels: int, more: Mapping[str, int]) -> world.World:
+        found = world.World(**dict[str, Any](more))
+        if pixels != found.size:
+            raise ValueError(
+                f"the emoji world has images of {found.size} pixels, the model generates {pixels}; "
+                "expected a model of emoji"
+            )
+        return found
+
+    return Suite(
+        name="emoji",
+        world=sized,
+        settings=("count", "seed"),
+        evaluate=suite.evaluate,
+        save_grid=suite.save_grid,
+        batches=lambda pipe, seed: batches.emoji_batches(pipe, seed=seed),
+        prompts=lambda n: [s.caption for s in world.eval_scenes(world.World(), n, 0)],
+        categories=world.CATEGORIES,
+    )
