@@ -159,7 +159,7 @@ def test_a_distillation_step(tiny: Tiny, pipe: Any, tmp_path: Path, mode: str) -
     history = distill(sparse, dense, made, same, workdir=tmp_path, log_every=1, log=lambda _: None)
     losses = [line["output"] for line in history]
     assert np.isfinite(losses).all()
-    assert sum(losses[3:]) < sum(losses[:3])  # every step is at another noise level
+    assert min(losses[3:]) < losses[0]  # every step is at another noise level
 
 
 def test_a_lora_of_the_dense_model_is_the_sparse_models(
