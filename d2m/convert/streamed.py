@@ -172,14 +172,15 @@ def _convert_outside(
     source: Shards, blocks: list[str], recipe: Recipe, family: Family, shared: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What belongs to no block: embedders, output, routers of groups, shared modulation."""
-    from d2m.model.grouping import group_router
+    from d2m.model.grouping import group_router, routers_like
 
     inside = tuple(f"{block}." for block in blocks)
     tensors = source.read(key for key in source.where if not key.startswith(inside))
     tensors |= {key: value for key, value in shared.items() if key.startswith("modulation.")}
     for kind, name in family.blocks.kinds:
         for group in recipe.blocks.groups(kind):
-            place, key = f"{name}.{group[0]}", f"{name}.{group[0]}.attn.to_q.weight"
+            place = f"{name}.{group[0]}"
+            key = routers_like(source.where, place)
             tensors |= group_router(place, len(group), source.read([key])[key], recipe.seed)
     return tensors
 

@@ -11,6 +11,7 @@ layer        What one FFN of the teacher can be distilled to alone
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
+random_flux2 A synthetic FLUX.2 [klein] of a published size, text encoder and VAE too
 serve        Load on `d2m serve` from a second process: every request answered
 threads      Training threads beside other load: a step's time by threads
 """

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.tiny.flux2 import klein_base
 from tests.tiny.pipeline import (
     IMAGE_SIZE,
     MAX_SEQUENCE_LENGTH,
@@ -251,6 +252,14 @@ FAMILIES = {
         "FLUX.1 [schnell]",
         {"double": [[0, 1]], "single": [[0, 1]]},
         ("embed", "double", "double", "single", "single", "final"),
+    ),
+    "klein-base": Tiny(
+        klein_base,
+        "flux2",
+        "FLUX.2 [klein]",
+        {"double": [[0, 1]], "single": [[1, 2]]},
+        ("embed", "double", "double", "single", "single", "single", "final"),
+        modulated=False,
     ),
     "sd3": Tiny(
         sd3,
