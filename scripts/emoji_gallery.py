@@ -25,25 +25,26 @@ from d2m.generate import generate_with, load_pipeline, settings
 from runtime.files.atomic import write_bytes, write_json
 from scripts.gallery import sheet
 
-# Category, first emoji, and the rest of the content: another emoji and how they stand, a
-# background, a number.
-CONTENTS: tuple[tuple[str, str, Any], ...] = (
-    ("single", "pizza", None),
-    ("single", "rocket", None),
-    ("background", "owl", "blue"),
-    ("background", "cactus", "orange"),
-    ("pair", "ghost", ("left of", "jack o lantern")),
-    ("pair", "croissant", ("above", "tea")),
-    ("pair", "rainbow", ("above", "sheep")),
-    ("count", "strawberry", 3),
-    ("count", "penguin", 2),
+# Prefix, category, first emoji, and the rest of the content: another emoji and how they stand, a
+# background, a number. None was seen in training: the single ones' captions, the others' contents.
+CONTENTS: tuple[tuple[str, str, str, Any], ...] = (
+    ("draw me", "single", "owl", None),
+    ("draw", "single", "tea", None),
+    ("", "background", "octopus", "blue"),
+    ("", "background", "ghost", "black"),
+    ("", "pair", "crown", ("above", "lion face")),
+    ("", "pair", "umbrella", ("above", "penguin")),
+    ("", "pair", "bee", ("left of", "sunflower")),
+    ("", "pair", "balloon", ("right of", "house")),
+    ("", "count", "strawberry", 2),
+    ("", "count", "doughnut", 3),
 )
 
 
 def scenes_of(world: World) -> list[Scene]:
     """The scenes of CONTENTS; ValueError names an emoji that the world does not have."""
     found = []
-    for category, name, more in CONTENTS:
+    for prefix, category, name, more in CONTENTS:
         things: tuple[str, ...] = (name,)
         relation, background = None, "white"
         if category == "background":
@@ -56,7 +57,7 @@ def scenes_of(world: World) -> list[Scene]:
         assert relation in (None, *RELATIONS) and background in ("white", *COLOURS)
         if missing := sorted(set(things) - set(world.names)):
             raise ValueError(f"the world has no emoji called {', '.join(missing)}")
-        caption = words_of(things, relation, background)
+        caption = f"{prefix} {words_of(things, relation, background)}".strip()
         found.append(Scene(category, things, relation, background, caption))
     return found
 
