@@ -82,12 +82,14 @@ def generate_with(
     batch_size: int = 16,
     top_k: Knob = None,
     kappa: Knob = None,
+    noise: Callable[[Sequence[int]], Any] | None = None,
     **values: Any,
 ) -> Generate:
     """A function (prompts, seeds) -> images; `values` are the fields of `generation_defaults`.
 
     top_k, kappa: experts a token uses and blocks a group keeps meanwhile, or lists with one number
-    for every denoising step; None: as the model has them.
+    for every denoising step; None: as the model has them. noise(seeds): the initial latents, an
+    array [n, ...] as the pipeline takes them, in place of those of torch's generator.
     An image depends on its own prompt and seed and on nothing else: one CPU generator per seed,
     so that batches, and CPU and CUDA, start from the same noise.
     """
@@ -119,6 +121,9 @@ def generate_with(
                     "generator": generators,
                 }
                 arguments |= {"callback_on_step_end": on_step_end, **values}
+                if noise is not None:
+                    given = torch.from_numpy(noise([int(seed) for seed in seeds[chunk]]))
+                    arguments["latents"] = given.to(pipe.device, pipe.dtype)
                 answer = call_pipeline(pipe, arguments)
                 images.extend(answer.images)
         return images

@@ -29,9 +29,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from runtime.pipeline import Pipeline
+    from runtime.sampling import Cancel, Progress, StepCallback
 
 __all__ = ["load", "run"]
 
@@ -70,15 +72,33 @@ def run(
     bundle: str | os.PathLike[str] | None = None,
     *,
     backend: str = "auto",
-    **arguments: Any,
-) -> Image | list[Image]:
+    seed: int | Sequence[int] = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    n: int = 1,
+    top_k: int | Sequence[int] | None = None,
+    kappa: int | Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+    budget: float | None = None,
+    latents: np.ndarray | None = None,
+    negative: str | Sequence[str] | None = None,
+    progress: Progress | None = None,
+    callback: StepCallback | None = None,
+    cancel: Cancel | None = None,
+    output_type: str = "pil",
+    **other: Any,
+) -> Image | list[Image] | np.ndarray:
     """Generate images of `prompt`: one, or a list of them where n > 1 or `prompt` is a list.
 
-    `arguments` (seed, steps, guidance, height, width, n, top_k, kappa, sigmas, budget, latents,
-    negative, progress, callback, cancel) are those of `runtime.pipeline.Pipeline.__call__`; what
-    is left out comes from the bundle. The pipeline loaded last stays in memory, so that calling
-    again with the same bundle costs no loading.
+    The named arguments are those of `runtime.pipeline.Pipeline.__call__`, which says what each
+    is; what is left out comes from the bundle. The pipeline loaded last stays in memory, so that
+    calling again with the same bundle costs no loading.
     """
+    arguments = locals()
+    for name in ("prompt", "bundle", "backend", "other"):
+        del arguments[name]
     from runtime.opened import default_bundle
 
     path = os.path.realpath(default_bundle() if bundle is None else bundle)
@@ -91,4 +111,4 @@ def run(
         pipeline = load(path, backend)
         _last.clear()
         _last[key] = pipeline
-    return _last[key](prompt, **arguments)
+    return _last[key](prompt, **arguments, **other)

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 KEY = "d2m"  # of the text chunk: a JSON object
 EXIF, COMMENT = 0x8769, 0x9286  # a JPEG's or WebP's UserComment holds that object
+KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+MAX_SCALE = 64  # squares of that many pixels in place of one
+QUALITY = 95  # of JPEG and WebP files, 0 to 100
 UTF16 = b"UNICODE\0"  # how EXIF marks a comment's encoding
+
+
+def to_array(pixels: np.ndarray) -> np.ndarray:
+    """[3, H, W] in [-1, 1] -> [H, W, 3], float32 in [0, 1]; ValueError where not finite."""
+    if not np.isfinite(pixels).all():
+        raise ValueError(
+            "the image holds values that are not finite (NaN or infinity), expected numbers;"
+            " the bundle's weights or this backend's arithmetic overflow: try --dtype fp32."
+        )
+    return np.clip(pixels.astype(np.float32).transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
 
 
 def to_image(pixels: np.ndarray, settings: dict[str, Any] | None = None) -> Image:
@@ -28,14 +41,8 @@ def to_image(pixels: np.ndarray, settings: dict[str, Any] | None = None) -> Imag
     """
     from PIL import Image
 
-    if not np.isfinite(pixels).all():
-        raise ValueError(
-            "the image holds values that are not finite (NaN or infinity), expected numbers;"
-            " the bundle's weights or this backend's arithmetic overflow: try --dtype fp32."
-        )
     # numpy's round is to even, as torch's and so diffusers' is.
-    values = np.clip(pixels.astype(np.float32).transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
-    image = Image.fromarray((values * 255).round().astype(np.uint8), "RGB")
+    image = Image.fromarray((to_array(pixels) * 255).round().astype(np.uint8), "RGB")
     if settings is not None:
         image.info[KEY] = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     return image
@@ -68,13 +75,32 @@ def to_file(image: Image, kind: str = "png", quality: int = 100) -> bytes:
 
 
 def save(image: Image, path: str | os.PathLike[str]) -> Path:
-    """Write the image as a PNG with its settings, at once: a reader sees all of it or nothing."""
+    """Write the image with its settings, at once: a reader sees all of it or nothing.
+
+    The name's ending says the kind of file; see `check_name` for what it raises.
+    """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the image file is named {path.name!r}, expected a name ending in .png.")
+    return write_bytes(path, to_file(image, check_name(path), QUALITY))
+
+
+def check_name(path: Path) -> str:
+    """The kind of image file that a name asks for; ValueError where it asks for none."""
+    if path.suffix.lower() not in KINDS:
+        kinds = ", ".join(KINDS)
+        raise ValueError(f"the image's file is {str(path)!r}, expected a name ending in {kinds}.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, expected the name of an image file.")
-    return write_bytes(path, to_png(image))
+    return KINDS[path.suffix.lower()]
+
+
+def enlarge(image: Image, scale: int) -> Image:
+    """Every pixel as a square of scale x scale of them; the settings say so."""
+    larger = image.resize((image.width * scale, image.height * scale), 0)
+    larger.info = dict(image.info)
+    if KEY in image.info:
+        settings = json.loads(image.info[KEY]) | {"scale": scale}
+        larger.info[KEY] = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return larger
 
 
 def settings_of(image: Image | str | os.PathLike[str]) -> dict[str, Any]:

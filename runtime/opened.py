@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
-from runtime.families import family_of
+from runtime.bundle.tokenizer_file import MAX_BYTES
+from runtime.families import family_of, is_guided
 from runtime.files.tensors import cast, to_float32
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
 from runtime.program.executor import Executor, batch_limit, choose_backend, open_component
@@ -78,15 +79,17 @@ class Opened:
         check_experts(experts, self.backend)
         check_offload(self.offload, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
-        limit = batch_limit(opened, self.backend) // (1 + self.family.guided)  # rows an image
+        limit = batch_limit(opened, self.backend) // (
+            1 + is_guided(opened.manifest)
+        )  # rows an image
         self.max_batch = min(max_batch, max(1, limit))
         self.min_batch = min(min_batch, self.max_batch)
         self.step_hook: StepHook | None = None  # called with every step's inputs, top_k and kappa
         self._executors: dict[str, Executor] = {}
         specs = self.manifest["tokenizers"]
         self.tokenizers = {
-            name: TextTokenizer(name, opened.file(specs[name]["file"]), specs[name])
-            for name in self.family.tokenizers
+            name: TextTokenizer(name, opened.file(file), specs[name], opened.read(file, MAX_BYTES))
+            for name, file in ((name, specs[name]["file"]) for name in self.family.tokenizers)
         }
 
     def execute(
@@ -144,11 +147,40 @@ class Opened:
         text = self.family.with_template(prompt)
         return [clause for each in self.tokenizers.values() if (clause := each.truncation(text))]
 
+    def warnings(
+        self, prompts: Sequence[str], height: int | None = None, width: int | None = None
+    ) -> list[str]:
+        """What lets images come out worse than they could, a clause each (ours): words that a
+        tokenizer spells letter by letter, a size far from the one that the bundle names.
+
+        They quote the prompt, so they are for who wrote it and for no log.
+        """
+        clauses = []
+        for name, tokenizer in self.tokenizers.items():
+            texts = map(self.family.with_template, prompts)
+            words = list(dict.fromkeys(w for text in texts for w in tokenizer.unknown_words(text)))
+            if words:
+                listed = ", ".join(map(repr, words[:8]))
+                clauses.append(f"{name} has no tokens for {listed}: the model may not know them")
+        usual = self.manifest["defaults"]
+        height, width = height or usual["height"], width or usual["width"]
+        area = height * width / (usual["height"] * usual["width"])
+        if area >= 4 or area <= 1 / 8:
+            clauses.append(
+                f"{width} x {height} is far from {usual['width']} x {usual['height']}, the size "
+                "that this bundle generates by default: the model may not have learned it"
+            )
+        return clauses
+
     def warm(self) -> None:
         """Open what stays open now rather than when the first image needs it."""
         for component in self.family.components:
             if self.offload != "block" or len(self.bundle.component(component)["program"]) > 1:
                 self.executor(component)
+
+    def close(self) -> None:
+        """Give the executors' memory back; what needs one afterwards opens it again."""
+        self._executors.clear()
 
     def setting(self) -> dict[str, Any]:
         """What the time of a call depends on, beside its arguments: bundle, backend, options."""

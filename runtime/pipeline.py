@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from runtime.image import to_array, to_image
 from runtime.opened import Opened
-from runtime.request import Request, check_request, read_latents, with_knobs
-from runtime.sampling import Progress, StepCallback, generate_batch
+from runtime.request import Request, check_request, read_latents, refuse_other, with_knobs
+from runtime.sampling import Cancel, Progress, StepCallback, generate_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+OUTPUT_TYPES = ("pil", "np")
+
 
 class Pipeline(Opened):
-    """An opened bundle that is called to generate images; for its arguments see Opened."""
+    """An opened bundle that is called to generate images; for its arguments see Opened.
+
+    In a `with` statement its memory is given back at the end (`close`).
+    """
 
     def __call__(
         self,
@@ -37,8 +43,10 @@ class Pipeline(Opened):
         negative: str | Sequence[str] | None = None,
         progress: Progress | None = None,
         callback: StepCallback | None = None,
-        cancel: Callable[[], bool] | None = None,
-    ) -> Image | list[Image]:
+        cancel: Cancel | None = None,
+        output_type: str = "pil",
+        **other: Any,
+    ) -> Image | list[Image] | np.ndarray:
         """Generate one image, or a list of them where n > 1 or `prompt` is a list.
 
         prompt   a text, or a list of them; `n` images are generated of each
@@ -57,10 +65,14 @@ class Pipeline(Opened):
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
-        cancel   called before every step (such as an Event's is_set); True raises Cancelled
+        cancel   an Event, or what is called before every step; set or True, it raises Cancelled
+        output_type "pil", or "np" for an array [images, H, W, 3], float32, 0 to 1
 
-        Arguments left out come from the bundle. Raises ValueError with one sentence.
+        Arguments left out come from the bundle. Raises ValueError with one sentence, TypeError
+        for an argument of another name, which says ours where it is one of diffusers'.
         """
+        if other:
+            refuse_other(other)
         request = check_request(
             self.manifest,
             prompt,
@@ -75,6 +87,9 @@ class Pipeline(Opened):
             sigmas=sigmas,
             negative=negative,
         )
+        if output_type not in OUTPUT_TYPES:
+            expected = ", ".join(OUTPUT_TYPES)
+            raise ValueError(f"output_type is {output_type!r}, expected one of {expected}.")
         # Everything is checked before the first image: a call of many fails at once or not at all.
         if budget is not None:
             given = {"steps": steps, "top_k": top_k, "kappa": kappa}
@@ -83,12 +98,37 @@ class Pipeline(Opened):
         if latents is not None:
             noise = read_latents(latents, request, self.manifest)
             request = replace(request, seeds=[None] * len(request.seeds))
-        images: list[Image] = []
+        images: list[Any] = []
         for start in range(0, len(request.prompts), self.max_batch):
             part = slice(start, start + self.max_batch)
             start_noise = None if noise is None else noise[part]
-            images += generate_batch(self, request, part, start_noise, progress, callback, cancel)
+            pixels, settings = generate_batch(
+                self, request, part, start_noise, progress, callback, cancel
+            )
+            if output_type == "np":
+                images += map(to_array, pixels)
+            else:
+                images += map(to_image, pixels, settings)
+        if output_type == "np":
+            return np.stack(images)
         return images if request.many else images[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a pipeline cannot be pickled, since its executors hold this process's "
+            f"memory; call runtime.load({str(self.bundle.path)!r}) in every process."
+        )
 
     def pick_knobs(
         self, request: Request, budget: float, given: Mapping[str, Any]

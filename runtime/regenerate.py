@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.files.checked_json import printable
-from runtime.image import settings_of
+from runtime.image import MAX_SCALE, enlarge, settings_of
 from runtime.pipeline import Pipeline
 from runtime.request import whole_number
 
@@ -55,8 +55,10 @@ def regenerate(
             " name the bundle that it was generated from."
         )
     arguments: dict[str, Any] = {name: settings[name] for name in ARGUMENTS if name in settings}
+    scale = whole_number(settings.get("scale", 1), f"the scale that {path} names", 1, MAX_SCALE)
     image = pipeline(**arguments, progress=progress)
-    assert not isinstance(image, list)
+    assert not isinstance(image, list | np.ndarray)
+    image = enlarge(image, scale) if scale > 1 else image
     return image, compare(path, image) | {"settings": settings, "backend": pipeline.backend}
 
 

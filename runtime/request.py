@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from runtime.bundle.block_groups import largest_kappa
-from runtime.families import family_of
+from runtime.families import family_of, is_guided
 from runtime.files.checked_json import show
 
 MAX_STEPS = 1000
 MAX_IMAGES = 10_000  # of one call
 MAX_PROMPT = 100_000  # characters; tokenizers take time in proportion
+
+# Arguments of diffusers' pipelines -> what to pass here.
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "steps=",
+    "guidance_scale": "guidance=",
+    "true_cfg_scale": "guidance=",
+    "negative_prompt": "negative=",
+    "num_images_per_prompt": "n=",
+    "generator": "seed=, a number (or latents=, the noise itself)",
+    "callback_on_step_end": "callback=",
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,14 @@ def check_request(
     )
 
 
+def refuse_other(arguments: Iterable[str]) -> NoReturn:
+    """TypeError for arguments that a call does not have, with ours for those of diffusers."""
+    name = next((name for name in arguments if name in DIFFUSERS_NAMES), next(iter(arguments)))
+    if name in DIFFUSERS_NAMES:
+        raise TypeError(f"{name} is diffusers' name, expected {DIFFUSERS_NAMES[name]}.")
+    raise TypeError(f"{name} is no argument of a pipeline; see help(runtime.run).")
+
+
 def with_knobs(
     manifest: dict[str, Any], request: Request, *, steps: int, top_k: Any, kappa: Any
 ) -> Request:
@@ -142,11 +161,11 @@ def check_negative(
     manifest: dict[str, Any], negative: Any, prompts: int, n: int, guidance: float
 ) -> list[str] | None:
     """A negative prompt per image; None without classifier-free guidance."""
-    if not family_of(manifest).guided:
+    if not is_guided(manifest):
         if negative is None:
             return None
         raise ValueError(
-            f"negative is {show(negative)}, expected none: this bundle's family does not generate"
+            f"negative is {show(negative)}, expected none: this bundle does not generate"
             " with classifier-free guidance; leave it out."
         )
     texts = [negative or ""] if negative is None or isinstance(negative, str) else negative

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,15 +22,22 @@ from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.request import Request
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 Progress = Callable[[str, int, int], None]
 StepCallback = Callable[[int, int, np.ndarray], None]
 
 
+class Settable(Protocol):
+    """What threading.Event and multiprocessing's have in common."""
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+
+
+Cancel = Callable[[], bool] | Settable
+
+
 class Cancelled(Exception):
-    """Generating was stopped, because `cancel` returned True."""
+    """Generating was stopped, because `cancel` was set or returned True."""
 
 
 def generate_batch(
@@ -40,13 +47,17 @@ def generate_batch(
     noise: np.ndarray | None,
     progress: Progress | None = None,
     callback: StepCallback | None = None,
-    cancel: Callable[[], bool] | None = None,
-) -> list[Image]:
-    """The images `part` of a checked request; `noise` None: that of its seeds."""
-    from runtime.image import to_image
+    cancel: Cancel | None = None,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Pixels [n, 3, H, W] of the images `part` of a checked request, and how each was made.
+
+    noise: [n, ...], or None for that of the request's seeds.
+    """
+
+    cancelled: Any = getattr(cancel, "is_set", cancel)  # a function, or None
 
     def report(phase: str, done: int, total: int) -> None:
-        if cancel and cancel():
+        if cancelled is not None and cancelled():
             raise Cancelled("generating was cancelled.")
         if progress:
             progress(phase, done, total)
@@ -96,7 +107,7 @@ def generate_batch(
         # on it alone; without it, on the rows that were in its batch.
         "batch": model.min_batch or count,
     }
-    return [to_image(image, request.settings(start + i) | common) for i, image in enumerate(pixels)]
+    return pixels, [request.settings(index) | common for index in range(start, end)]
 
 
 def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -104,7 +115,10 @@ def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
 
     def run(component: str, tokenizer: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
         ids, mask = model.tokenizers[tokenizer].tokens(list(map(model.family.with_template, texts)))
-        outputs = model.execute(component, ids)
+        given: Any = ids  # of a component with one input, whatever its name
+        if "attention_mask" in model.bundle.component(component)["inputs"]:
+            given = {"input_ids": ids, "attention_mask": mask}
+        outputs = model.execute(component, given)
         return outputs | {"mask": mask} if model.family.masked else outputs
 
     return model.family.encode(run, prompts)

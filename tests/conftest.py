@@ -1,11 +1,9 @@
 """Marks that need hardware or an extra are skipped, with the reason, where it is missing."""
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +23,31 @@ def _cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
+# Files that take longest, in this order: they start first, so that no process is left alone with
+# one at the end (loadfile gives a file to one process; ./scripts/test keeps this order).
+SLOWEST = (
+    "tests/d2m/distill/test_many_processes.py",
+    "tests/d2m/cli/test_commands.py",
+    "tests/d2m/model/test_components.py",
+    "tests/scripts/teacher/test_train.py",
+    "tests/scripts/gpu/test_gpu.py",
+    "tests/export/checkpoint/test_shared_shards.py",
+    "tests/d2m/convert/test_first_student.py",
+    "tests/test_pages.py",
+    "tests/test_readme.py",
+    "tests/scripts/test_faults.py",
+    "tests/families/test_families.py",
+    "tests/d2m/distill/test_checkpoint.py",
+    "tests/export/graph/test_shares.py",
+    "tests/d2m/convert/test_in_memory.py",
+    "tests/export/families/test_modulation.py",
+    "tests/export/plans/test_build.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(SLOWEST)))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _cuda():
         for item in gpu:
@@ -149,25 +171,40 @@ def tiny_forecast_bundle(tiny_forecast_dir: Path, pytestconfig: pytest.Config) -
 def exported(config: pytest.Config, pipeline: Path, **options: object) -> Path:
     """Export a pipeline directory, or take the bundle that the same sources made before.
 
-    An export takes half a minute of one core; the cache lies in .pytest_cache and is keyed by
-    everything that a tiny model and its bundle are made from.
+    The cache lies in .pytest_cache and is keyed by everything that a tiny model and its bundle are
+    made from.
     """
     pytest.importorskip("onnx")
     from export.bundle import export_bundle
+    from tests.tiny.traces import sources
 
-    key = hashlib.sha256(repr((sys.version_info, pipeline.name, options)).encode())
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir"):
-        key.update(importlib.metadata.version(name).encode())
-    root = Path(__file__).resolve().parent.parent
-    for path in sorted(
-        [*root.glob("d2m/*.py"), *root.glob("export/*.py"), *root.glob("tests/*.py")]
-    ):
-        key.update(path.read_bytes())
+    key = hashlib.sha256(repr((pipeline.name, options)).encode())
+    key.update(sources("d2m", "export", "runtime", "tests/tiny") + Path(__file__).read_bytes())
     bundles = config.cache.mkdir("tiny-bundles")
     out = bundles / key.hexdigest()[:16] / f"{pipeline.name}-bundle"
     if not (out / "manifest.json").is_file():
-        for old in bundles.iterdir():
-            if time.time() - old.stat().st_mtime > 86_400:
-                shutil.rmtree(old, ignore_errors=True)
+        remove_old(bundles)
         export_bundle(pipeline, out, **options)
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(pytestconfig: pytest.Config) -> Iterator[None]:
+    """An export traces what was traced before in no time (see tests/tiny/traces.py)."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "onnx", "onnxscript")):
+        yield
+        return
+    from tests.tiny.traces import kept
+
+    traces = pytestconfig.cache.mkdir("traces")
+    remove_old(traces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.graph.blocks.trace", kept(traces))
+        yield
+
+
+def remove_old(folder: Path) -> None:
+    """Remove what a day has passed over."""
+    for old in folder.iterdir():
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)

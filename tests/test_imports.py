@@ -47,6 +47,7 @@ LAYERS = {
         components
         generate distill
         plan
+        unpack
         report lora
         convert
         cli
@@ -54,6 +55,7 @@ LAYERS = {
     "export": """
         op
         graph
+        text
         families
         checkpoint
         plans

@@ -36,7 +36,8 @@ def test_the_base_install_is_the_runtime_alone() -> None:
 
 
 def test_all_extras_are_there() -> None:
-    wanted = {"convert", "export", "trt-rtx", "trt", "gpu", "serve", "sign", "data", "dev", "all"}
+    wanted = {"convert", "export", "trt-rtx", "trt", "gpu", "serve", "sign", "gguf"}
+    wanted |= {"data", "dev", "all"}
     assert set(PROJECT["optional-dependencies"]) == wanted
 
 

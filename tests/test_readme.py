@@ -108,7 +108,7 @@ def test_the_demo_leaves_a_picture_and_a_report(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "scripts.demo", *options]
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
-    for name in ("image.png", "report.html", "grid.png", "score.json"):
+    for name in ("image.png", "report.html", "pairs.png", "score.json"):
         assert (tmp_path / name).is_file()
     assert (tmp_path / "sparse/model_index.json").is_file()
     assert (tmp_path / "bundle/manifest.json").is_file()

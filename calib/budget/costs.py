@@ -13,7 +13,7 @@ from d2m.families.family import check_adaln
 from d2m.families.weights import Stack, Structure
 from d2m.plan.count import structure_of
 from d2m.plan.model_config import Subject
-from d2m.recipe.recipe import Recipe
+from d2m.recipe.recipe import WHOLE, Recipe
 from d2m.recipe.structure import KINDS, Blocks
 
 SIZES = (2, 3, 4)  # blocks of a group; the paper's presets have groups of two to four
@@ -34,8 +34,8 @@ class Costs:
     router: dict[int, float]
 
 
-def shares_of(base: Recipe, dim: int, steps: Sequence[float] = STEPS) -> list[float]:
-    """Shared experts to choose from, as multiples of the width, largest first.
+def shares_of(base: Recipe, neurons: int, steps: Sequence[float] = STEPS) -> list[float]:
+    """Shared experts to choose from, in quarters of an FFN of so many neurons, largest first.
 
     steps: the sizes of a block's experts, times the recipe's, rising.
     ValueError if the recipe's own does not make whole sizes.
@@ -44,13 +44,14 @@ def shares_of(base: Recipe, dim: int, steps: Sequence[float] = STEPS) -> list[fl
     found = []
     for step in steps:
         share = whole - base.num_experts * base.expert_ratio * step
-        hidden = dim * base.expert_ratio * step
-        if share > 0 and hidden == int(hidden) and dim * share == int(dim * share):
+        hidden, first = (neurons * ratio / WHOLE for ratio in (base.expert_ratio * step, share))
+        if share > 0 and hidden == int(hidden) and first == int(first):
             found.append(share)
     if not found:
         raise ValueError(
-            f"recipe {base.name}: experts of {base.expert_ratio:g} x the width {dim} have no whole "
-            "size; expected a recipe whose experts fit the model."
+            f"recipe {base.name}: experts of expert_ratio {base.expert_ratio:g} quarters of the "
+            f"FFN's {neurons} neurons have no whole size; expected a recipe whose experts fit the "
+            "model."
         )
     return found
 

@@ -22,7 +22,6 @@ from d2m.convert.dense import dense_family
 from d2m.convert.in_memory import CALIBRATION
 from d2m.convert.workdir import RECORD, check_free, work_of
 from d2m.families import FLUX
-from d2m.families.weights import dim_of
 from d2m.plan.hub import locate
 from d2m.plan.model_config import Subject, subject_of
 from d2m.plan.presets import presets_for, recipe_named
@@ -69,7 +68,7 @@ def recipe_for(
 
     check_budget(budget)
     subject = subject_of(dense)
-    options = shares_of(base, dim_of(subject.config), steps)
+    options = shares_of(base, subject.family.blocks.hidden(subject.config), steps)
     plain = without_groups(base)
     costs = costs_of(subject, plain, options)
     depth = subject.depth
@@ -139,7 +138,7 @@ def recipe_for_pipeline(
     path = locate(dense)
     dense_family(path, base)
     subject = subject_of(path)
-    options = shares_of(base, dim_of(subject.config), steps)
+    options = shares_of(base, subject.family.blocks.hidden(subject.config), steps)
     check_reach(subject, costs_of(subject, without_groups(base), options), budget)
 
     from d2m.generate import load_pipeline

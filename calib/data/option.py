@@ -273,7 +273,7 @@ def caption_dropper(pipe: DiffusionPipeline, seed: int) -> Callable[[int, str], 
 
     A share of `Data.unconditional` is: classifier-free guidance asks a model for both.
     """
-    share = family_of_pipeline(pipe).data.unconditional
+    share = family_of_pipeline(pipe).data.unconditional_of(pipe)
 
     def dropped(epoch: int, caption: str) -> bool:
         return random.Random(f"{seed}/empty/{epoch}/{caption}").random() < share

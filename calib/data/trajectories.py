@@ -47,7 +47,7 @@ def trajectory(
         return {}
 
     data, negative = family_of_pipeline(pipe).data, None
-    if data.unconditional:
+    if data.unconditional_of(pipe):
         negative = data.encode_text(pipe, [""], settings["max_sequence_length"])
     names = ("height", "width", "num_inference_steps", "guidance_scale")
     keywords = {name: settings[name] for name in names} | {"callback_on_step_end": keep}
@@ -103,8 +103,9 @@ def trajectory_decoder(
         chosen = picks.sample(range(steps), min(POINTS, steps))
         chosen += [picks.randrange(steps) for _ in range(POINTS - len(chosen))]
         guidance = torch.tensor(float(settings["guidance_scale"]))
-        none = encode("") if family.data.unconditional else text
-        texts = [none if picks.random() < family.data.unconditional else text for _ in chosen]
+        share = family.data.unconditional_of(pipe)
+        none = encode("") if share else text
+        texts = [none if picks.random() < share else text for _ in chosen]
         return [
             words
             | {"latents": states[-1], "noisy": states[i], "time": times[i], "guidance": guidance}

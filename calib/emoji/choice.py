@@ -92,9 +92,7 @@ def catalogue(folder: Path, count: int = COUNT) -> Catalogue:
             if (away >= APART**2).all():
                 taken.append(i)
     if len(taken) < 2:
-        raise ValueError(
-            f"{folder} has {len(taken)} emoji that the rule takes, expected two"
-        )
+        raise ValueError(f"{folder} has {len(taken)} emoji that the rule takes, expected two")
     emoji = tuple(Emoji(named[i][0], named[i][1].category) for i in taken)
     return Catalogue(emoji, large[taken], small[taken])
 

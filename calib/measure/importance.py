@@ -3,7 +3,7 @@
 Read: importance of a weight = |dL/dw * w| (first-order Taylor), summed over a neuron's weights.
 Ours: L is the flow-matching loss on calibration batches (the distillation loss has no gradient
 while student and teacher are equal), |.| is taken per batch, and the weights of a neuron are its
-fc1 row, fc1 bias and fc2 column.
+fc1 row, fc1 bias and fc2 column, of a gated one the rows (and biases) of its gate and of its value.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from d2m.families import Site, family_of_model
 from d2m.families.ffn_sites import read_ffn, sites_of
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
+from d2m.families.site import up_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from d2m.families.ffn_sites import DenseFFN
     from d2m.recipe.recipe import Batches, Progress, Recipe
 
-Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
+Scores = Callable[[str, "DenseFFN"], "Tensor"]
 
 WIDE = torch.float32  # thousands of bfloat16 values are summed in it
 
@@ -101,14 +103,16 @@ def taylor(
 def _scoring(model: nn.Module, scores: dict[str, Tensor]) -> Iterator[None]:
     """Within: backward adds every FFN weight's score to `scores` instead of keeping gradients."""
 
-    def score(site: str, width: int, axis: int | None) -> Callable[[Tensor], None]:
+    def score(site: str, width: int, axis: int | None, rows: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
             values = (parameter.grad * parameter.detach()).abs()
             parameter.grad = None
             if axis is not None:
                 values = values.sum(axis, dtype=torch.float64)
-            scores[site] += values[-width:]  # of proj_out's columns, the FFN's are the last
+            # Of proj_out's columns, and of to_qkv_mlp_proj's rows, the FFN's are the last.
+            for half in values[-rows * width :].split(width):
+                scores[site] += half
 
         return hook
 
@@ -117,14 +121,18 @@ def _scoring(model: nn.Module, scores: dict[str, Tensor]) -> Iterator[None]:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
         for name, block, site in _sites(model):
-            fc1, fc2 = (f"{block}.{linear}" for linear in (site.fc1, site.fc2))
-            bias = model.get_parameter(f"{fc1}.bias")
-            width = bias.numel()
-            scores[name] = torch.zeros(width, dtype=torch.float64, device=bias.device)
-            for key, axis in ((f"{fc1}.weight", 1), (f"{fc1}.bias", None), (f"{fc2}.weight", 0)):
-                weight = model.get_parameter(key).requires_grad_(True)
-                hook = weight.register_post_accumulate_grad_hook(score(name, width, axis))
-                stack.enter_context(hook)
+            ffn = read_ffn(model.get_parameter, block, site)
+            width = ffn.neurons
+            scores[name] = torch.zeros(width, dtype=torch.float64, device=ffn.fc2_w.device)
+            for linear in site.linears:
+                for parameter, axis in (("weight", 0 if linear == site.fc2 else 1), ("bias", None)):
+                    if parameter == "bias" and (linear == site.fc2 or ffn.fc1_b is None):
+                        continue
+                    weight = model.get_parameter(f"{block}.{linear}.{parameter}")
+                    rows = 1 if linear == site.fc2 or site.gate else up_rows(site.activation)
+                    weight.requires_grad_(True)
+                    hook = score(name, width, axis, rows)
+                    stack.enter_context(weight.register_post_accumulate_grad_hook(hook))
         with torch.enable_grad():
             yield
 
@@ -133,25 +141,23 @@ def scores_of(model: nn.Module, scores: Scores) -> dict[str, Tensor]:
     """Scores that need the weights alone, FFN by FFN: site -> [N]. Runs nothing."""
     with torch.no_grad():
         return {
-            name: scores(name, *read_ffn(model.get_parameter, block, site)[:3]).cpu()
+            name: scores(name, read_ffn(model.get_parameter, block, site)).cpu()
             for name, block, site in _sites(model)
         }
 
 
-def magnitudes(name: str, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor) -> Tensor:
-    """Sum of the absolute values of every neuron's weights (ours), float32 [N].
-
-    fc1 weight [N, D], bias [N], fc2 columns [D, N].
-    """
-    sums = (fc1_w.abs().sum(1, dtype=WIDE), fc2_w.abs().sum(0, dtype=WIDE))
-    return sums[0] + fc1_b.abs().to(WIDE) + sums[1]
+def magnitudes(name: str, ffn: DenseFFN) -> Tensor:
+    """Sum of the absolute values of every neuron's weights (ours), float32 [N]."""
+    rows = ffn.fc1_w.abs().sum(1, dtype=WIDE)
+    if ffn.fc1_b is not None:
+        rows = rows + ffn.fc1_b.abs().to(WIDE)
+    first, *others = rows.split(ffn.neurons)
+    return sum(others, first) + ffn.fc2_w.abs().sum(0, dtype=WIDE)
 
 
 def uniform(seed: int) -> Scores:
     """Uniform scores by seed and site name: the baseline that Taylor must beat."""
-    return lambda name, fc1_w, fc1_b, fc2_w: torch.rand(
-        fc1_b.numel(), generator=generator_at(seed, "random", name)
-    )
+    return lambda name, ffn: torch.rand(ffn.neurons, generator=generator_at(seed, "random", name))
 
 
 def from_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -191,7 +197,7 @@ def importance_from_option(how: str) -> tuple[Callable[..., dict[str, Tensor]], 
         return lambda model, *args, **options: scores_of(model, magnitudes), magnitudes, how
     known = from_file(how)
 
-    def scores(name: str, *weights: Tensor) -> Tensor:
+    def scores(name: str, ffn: DenseFFN) -> Tensor:
         if name not in known:
             raise ValueError(
                 f"{how} has no scores of {name}; expected one for every FFN of the model."

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from d2m.families import Site, family_of_model
-from d2m.families.ffn_sites import sites_of
+from d2m.families.ffn_sites import neurons_at, sites_of
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
 from d2m.model.block_group import SkippedBlock
 from d2m.model.routing import route, routing_dtype
-from d2m.model.surgery import gate_weight, split_neurons
+from d2m.model.surgery import gate_weight, linear_at, split_neurons
 from d2m.recipe.recipe import Batches, Progress, SparseSpec, hidden_sizes
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def _hooks(
     block: nn.Module, name: str, site: Site, scores: Tensor, spec: SparseSpec, seed: int
 ) -> list[Any]:
     """The hooks of one FFN: its input tells the gates, the input of its second Linear is scaled."""
-    fc1 = block.get_submodule(site.fc1)
-    dim, neurons = int(fc1.in_features), int(fc1.out_features)  # type: ignore[arg-type]
-    count, (shared, width) = spec.num_experts, hidden_sizes(dim, neurons, spec)
+    fc1, fc2 = linear_at(block, site.fc1), linear_at(block, site.fc2)
+    dim, neurons = fc1.in_features, neurons_at(site, fc1.out_features, fc2.in_features)
+    count, (shared, width) = spec.num_experts, hidden_sizes(neurons, spec)
     device = fc1.weight.device
     gate = gate_weight(name, count, dim, seed).to(device)
     expert = torch.full((neurons,), count, device=device)  # the last column: always on
@@ -175,10 +175,7 @@ def _hooks(
         hidden[..., -neurons:] *= scales.pop()[..., expert]
         return (hidden, *args[1:])
 
-    return [
-        fc1.register_forward_pre_hook(record_gates),
-        block.get_submodule(site.fc2).register_forward_pre_hook(scale),
-    ]
+    return [fc1.register_forward_pre_hook(record_gates), fc2.register_forward_pre_hook(scale)]
 
 
 def _inputs(

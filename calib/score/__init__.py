@@ -3,4 +3,5 @@
 rates   Proportions with Wilson intervals
 loop    Generate from a world's captions, batch by batch, and judge every image
 grid    Samples as a labelled image grid
+pairs   Two models on the same captions and noise
 """

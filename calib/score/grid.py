@@ -59,7 +59,7 @@ def save_grid(
         pen.text((PAD, y + 4), f"{category.replace('_', ' ')}: {score}", INK, text)
         for column, (sample, lines) in enumerate(zip(shown, cells)):
             left, top = PAD + column * cell, y + line + PAD
-            _paste(sheet, sample, left, top, side * zoom)
+            paste(sheet, sample, left, top, side * zoom)
             for i, (words, colour) in enumerate(lines):
                 pen.text((left, top + side * zoom + 8 + i * line), words, colour, text)
         y += height
@@ -68,7 +68,7 @@ def save_grid(
     write_bytes(Path(path), png.getvalue())
 
 
-def _paste(sheet: Image.Image, sample: Sample[Any, Any], x: int, y: int, side: int) -> None:
+def paste(sheet: Image.Image, sample: Sample[Any, Any], x: int, y: int, side: int) -> None:
     """The image, `side` pixels wide, with its border; top left at x, y."""
     border = (x, y, x + side + 5, y + side + 5)
     ImageDraw.Draw(sheet).rectangle(border, GOOD if sample.verdict.ok else BAD)
@@ -81,11 +81,11 @@ def _label(
 ) -> list[tuple[str, tuple[int, int, int]]]:
     """Lines and their colours: the caption and, if the image failed, the reason."""
     reason = "" if sample.verdict.ok else sample.verdict.reason
-    lines = [(words, INK) for words in _wrapped(sample.scene.caption, width, font)]
-    return lines + [(words, BAD) for words in _wrapped(reason, width, font)]
+    lines = [(words, INK) for words in wrapped(sample.scene.caption, width, font)]
+    return lines + [(words, BAD) for words in wrapped(reason, width, font)]
 
 
-def _wrapped(words: str, width: int, font: Font) -> list[str]:
+def wrapped(words: str, width: int, font: Font) -> list[str]:
     """The words in lines of at most `width` pixels."""
     lines: list[str] = []
     for word in words.split():

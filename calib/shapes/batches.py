@@ -74,6 +74,8 @@ def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: in
     names = list(SHARES)
     assert names == list(CATEGORIES)
 
+    share = family.data.unconditional_of(pipe)
+
     def batch(step: int, batch_size: int) -> dict[str, Tensor]:
         return batch_rows(step, batch_size, 0, batch_size)
 
@@ -85,9 +87,9 @@ def shapes_batches(pipe: DiffusionPipeline, world: World | None = None, seed: in
         images = torch.from_numpy(render_batch(scenes, world, rng, "train"))[first:end]
         whole, scenes, kinds = scenes, scenes[first:end], kinds[first:end]
         captions = [scene.caption for scene in scenes]
-        if family.data.unconditional:
+        if share:
             emptied = np.random.default_rng([seed, step, 1]).random(len(whole))
-            empty = emptied[first:end] < family.data.unconditional
+            empty = emptied[first:end] < share
             captions = ["" if none else text for none, text in zip(empty, captions)]
         found = family.data.encode_text(pipe, captions, length)
         found["latents"] = family.data.encode_images(pipe, images)

@@ -2,8 +2,8 @@
 
 A file a group of commands: convert (convert, lora), plan (plan, doctor), export, run (run,
 measure), serve, judge (eval, bench, parity), inspect, sign (keygen, sign, verify). options holds
-what several commands share, terminal what a person reads, progress the bars and lines of long
-phases.
+what several commands share, prompts the files that run reads and writes, terminal what a person
+reads, progress the bars and lines of long phases.
 
 Only these files import calib, export and runtime sideways, inside the command bodies, so that
 `d2m run` and `d2m inspect` work on the base install and `d2m --help` answers at once.

@@ -18,11 +18,19 @@ from d2m.plan.machine import free_cores
 
 def convert(
     dense: Annotated[
-        str, typer.Argument(metavar="DENSE", help="Pipeline directory or Hugging Face id.")
+        str,
+        typer.Argument(
+            metavar="DENSE",
+            help="Pipeline directory, Hugging Face id, or a transformer's .safetensors or .gguf.",
+        ),
     ],
     out: Annotated[Path, option("Directory of the sparse pipeline to write.", "-o", "--out")],
     preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
+    base: Annotated[
+        str | None, option("Of a single file: the pipeline of its other parts, directory or id.")
+    ] = None,
+    variant: Annotated[str | None, option("Files to take of a pipeline: fp16, bf16.")] = None,
     budget: Annotated[
         float | None, option("Choose groups and shared experts for this share of the dense FLOPs.")
     ] = None,
@@ -113,7 +121,15 @@ def convert(
     from d2m.plan.hub import locate
     from d2m.plan.presets import recipe_named
     from d2m.recipe.recipe import changed
+    from d2m.unpack.dense import is_single_file, remove_unpacked, unpack
 
+    if from_environment().size > 1 and (is_single_file(dense) or variant):
+        raise ValueError(
+            "a single file or a variant is unpacked by one process; convert it there with "
+            "--init-only, and give its result to several with --start"
+        )
+    with progress_bars() as progress:
+        dense = unpack(dense, base, variant, out, progress=progress, log=say)
     taught = open_data(
         data,
         lambda: generation_defaults(locate(dense)),
@@ -166,6 +182,7 @@ def convert(
             answer = convert_stream(
                 dense, out, made, scores, label, resume=resume, progress=progress, log=say
             )
+        remove_unpacked(out)
         print_answer(answer if json_ else brief(answer), json_)
         return
     made = changed(
@@ -205,6 +222,7 @@ def convert(
         )
     if not crew.leads:
         return
+    remove_unpacked(out)
     answer |= {"budget": facts} if facts else {}
     answer |= {"data": found} if (found := taught.facts()) else {}
     print_answer(answer if json_ else brief(answer), json_)

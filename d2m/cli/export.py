@@ -22,7 +22,7 @@ def capabilities(text: str) -> tuple[tuple[int, ...], bool]:
 
 def export(
     sparse: Annotated[
-        Path, typer.Argument(metavar="SPARSE", help="Sparse or dense pipeline directory.")
+        Path, typer.Argument(metavar="PIPELINE", help="Sparse or dense pipeline directory.")
     ],
     out: Annotated[Path | None, option("Bundle directory to write.", "-o", "--out")] = None,
     force: Annotated[bool, option("Replace an existing bundle.", "--force")] = False,
@@ -67,10 +67,10 @@ def export(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compile the pipeline SPARSE into a bundle that needs no torch.
+    """Compile PIPELINE into a bundle that needs no torch.
 
     A bundle holds ONNX graphs, TensorRT plans, weights, tokenizers and a manifest.
-    With --triton-repo DIR, SPARSE may be a bundle that is already exported.
+    With --triton-repo DIR, PIPELINE may be a bundle that is already exported.
     """
     ready = (sparse / "manifest.json").is_file()
     if out is None and not (ready and triton_repo is not None):

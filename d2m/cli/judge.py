@@ -12,6 +12,7 @@ from d2m.cli import options
 from d2m.cli.options import numbers_option, option
 from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_json, print_rich, print_table
+from runtime.files.checked_json import read_json
 
 Generate = Callable[[Sequence[str], Sequence[int]], Any]
 
@@ -39,7 +40,13 @@ def evaluate(
     n: options.Images = 600,
     seed: options.Seed = 0,
     out: Annotated[Path | None, option("JSON file to write.", "-o", "--out")] = None,
-    grid: Annotated[Path | None, option("PNG file to write: a labelled grid of samples.")] = None,
+    grid: Annotated[
+        Path | None, option("PNG file to write: a labelled grid of samples, with --vs of pairs.")
+    ] = None,
+    vs: Annotated[
+        Path | None,
+        option("Another pipeline or bundle, on the same captions and from the same noise."),
+    ] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     top_k: options.TopKSteps = None,
@@ -68,26 +75,69 @@ def evaluate(
             f"--world names {', '.join(unknown)}, which the suite {suite} does not have; expected "
             f"{', '.join(judge.settings)}"
         )
-    from runtime.files.atomic import write_json
+    from calib.score.pairs import paired, save_pairs
+    from calib.score.rates import percent
+    from runtime.files.atomic import check_writable, write_json
 
     knobs: dict[str, Any] = {"top_k": top_k, "kappa": kappa}
-    generate, size = generator(path, world.get("size"), steps, guidance, knobs, batch, backend)
-    with progress_bars() as progress:
-        answer, samples = judge.evaluate(
-            generate,
-            n,
-            seed,
-            judge.world(size, world),
-            batch=batch,
-            progress=lambda done, total: progress("generate and judge", done, total),
+    for file in (grid, out):
+        if file is not None:
+            check_writable(file)
+    paths = [path] if vs is None else [path, vs]
+    bundle = next((each for each in paths if (each / "manifest.json").is_file()), None)
+    answers: list[dict[str, Any]] = []
+    samples: list[list[Any]] = []
+    for each in paths:
+        # torch makes other noise of a seed than the runtime does; with a bundle it is the bundle's.
+        noise = bundle if len(paths) > 1 and each != bundle else None
+        own = knobs if is_sparse(each) or len(paths) == 1 else {}
+        generate, size = generator(
+            each, world.get("size"), steps, guidance, own, batch, backend, noise
         )
-    if grid is not None:
-        judge.save_grid(samples, grid)
+        with progress_bars() as progress:
+            answer, found = judge.evaluate(
+                generate,
+                n,
+                seed,
+                judge.world(size, world),
+                batch=batch,
+                progress=lambda done, total: progress("generate and judge", done, total),
+            )
+        answers.append(answer)
+        samples.append(found)
+        del generate
+    answer = answers[0]
+    if vs is not None:
+        names = [f"{each}: {percent(row['overall'])}" for each, row in zip(paths, answers)]
+        answer |= {"vs": answers[1], "pairs": paired(samples[0], samples[1])}
+        if grid is not None:
+            save_pairs(samples[0], samples[1], (names[0], names[1]), grid)
+    elif grid is not None:
+        judge.save_grid(samples[0], grid)
     if out is not None:
         write_json(out, answer)
     if json_:
         print_json(answer)
         return
+    for each, row in zip(paths, answers):
+        print_scores(each, suite, n, row)
+    if vs is not None:
+        print(
+            "of {n} captions both show {both}, {first} alone {first_only}, {second} alone "
+            "{second_only}, neither {neither}".format(n=n, first=path, second=vs, **answer["pairs"])
+        )
+
+
+def is_sparse(path: Path) -> bool:
+    """Whether a pipeline or bundle has experts, and so knobs."""
+    manifest, index = path / "manifest.json", path / "model_index.json"
+    if manifest.is_file():
+        return read_json(manifest).get("num_experts") is not None
+    return index.is_file() and "Sparse" in str(read_json(index).get("transformer"))
+
+
+def print_scores(path: Path, suite: str, n: int, answer: dict[str, Any]) -> None:
+    """A table of a suite's result."""
     rows = [*answer["categories"].items(), ("overall", answer["overall"])]
     for each, found in answer.get("recall", {}).items():
         rows += [(f"recall {each} {name}", rate) for name, rate in found.items()]
@@ -107,11 +157,13 @@ def generator(
     knobs: dict[str, Any],
     batch: int,
     backend: str,
+    noise_of: Path | None = None,
 ) -> tuple[Generate, int]:
     """(prompts, seeds) -> images for a bundle (no torch) or a pipeline directory, and the size.
 
     What is None comes from the directory; `knobs`: top_k and kappa, a number or a list of one a
-    step. Raises FileNotFoundError where it is neither.
+    step; noise_of: a bundle whose noise a pipeline starts from. Raises FileNotFoundError where it
+    is neither.
     """
     if (path / "manifest.json").is_file():
         from runtime.pipeline import Pipeline
@@ -135,7 +187,20 @@ def generator(
         path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
     )
     pipe = load_pipeline(path)
-    return generate_with(pipe, batch_size=batch, **knobs, **values), values["height"]
+    noise = None if noise_of is None else bundle_noise(noise_of, values["height"], values["width"])
+    made = generate_with(pipe, batch_size=batch, noise=noise, **knobs, **values)
+    return made, values["height"]
+
+
+def bundle_noise(path: Path, height: int, width: int) -> Callable[[Sequence[int]], Any]:
+    """seeds -> the noise that a bundle starts images of that size from."""
+    from runtime.bundle import open_bundle
+    from runtime.families import family_of
+
+    manifest = open_bundle(path, "sizes").manifest
+    settings, family = manifest["latents"], family_of(manifest)
+    scale = settings["vae_scale_factor"]
+    return lambda seeds: family.noise(seeds, settings["channels"], height // scale, width // scale)
 
 
 def bench(
@@ -178,8 +243,12 @@ def bench(
 
 
 def parity(
-    sparse: Annotated[Path, typer.Argument(metavar="SPARSE", help="Pipeline directory.")],
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle exported from SPARSE.")],
+    sparse: Annotated[
+        Path, typer.Argument(metavar="PIPELINE", help="Sparse or dense pipeline directory.")
+    ],
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Bundle exported from PIPELINE.")
+    ],
     backend: options.Backend = "ort",
     seed: options.Seed = 0,
     steps: options.Steps = None,

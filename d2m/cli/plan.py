@@ -17,7 +17,7 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Dense or sparse pipeline directory, or a shipped config: flux-dev, flux-schnell.",
+            help="Dense or sparse pipeline directory, or a config of d2m's: flux-dev, qwen-image.",
         ),
     ],
     preset: Annotated[str | None, option("Recipe that ships with d2m: L, M, S or XS.")] = None,
@@ -88,8 +88,8 @@ def doctor(
     debug: options.Debug = False,
 ) -> None:
     """Check the installation, the hardware, and which models fit this machine."""
+    from d2m.plan.doctor import MODEL, PRESET, lines
     from d2m.plan.doctor import doctor as function
-    from d2m.plan.doctor import lines
     from d2m.plan.fits_here import needs_table
     from runtime.program.backends import MODULES
 
@@ -98,5 +98,6 @@ def doctor(
         print_json(answer)
         return
     print("\n".join(lines(answer)))
+    print(f"{MODEL} with preset {PRESET} (another: d2m plan MODEL --preset S):")
     print_table(*needs_table(answer["stages"]))
     print("\n".join(f"advice: {sentence}" for sentence in answer["advice"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,8 @@ import typer
 from d2m.cli import options
 from d2m.cli.options import numbers_option, option
 from d2m.cli.progress import progress_bars
-from d2m.cli.terminal import print_answer, print_json, print_table
+from d2m.cli.prompts import image_files, read_prompts
+from d2m.cli.terminal import print_answer, print_json, print_table, say
 
 
 def levels(text: str) -> list[float]:
@@ -28,9 +30,23 @@ def run(
     ] = None,
     second: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Text prompt.")] = None,
     bundle: Annotated[Path | None, option("Bundle directory, in place of the argument.")] = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "File of prompts, or - for standard input: a line each, a text or a JSON object of "
+            "prompt, seed and negative."
+        ),
+    ] = None,
     out: Annotated[
-        Path, option("PNG file to write; with -n: out-0.png, out-1.png, ...", "-o", "--out")
+        Path,
+        option(
+            "Image to write (.png, .jpg, .webp; - for a PNG on standard output). {index}, {seed} "
+            "and {prompt} in its name are filled in; of many without them: out-0.png, out-1.png.",
+            "-o",
+            "--out",
+        ),
     ] = Path("out.png"),
+    scale: Annotated[int, option("Write every pixel as a square of this side.", min=1, max=64)] = 1,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -73,11 +89,13 @@ def run(
     """Generate images of PROMPT from a bundle, without torch.
 
     Without BUNDLE, the bundle that ships with d2m: a small model of coloured shapes.
+    With --prompts, one image (or -n) for every line of the file.
     With --regenerate IMAGE.png, the bundle, settings and seed are those recorded in that image.
     """
     began = time.perf_counter()
     import runtime
-    from runtime.image import save, settings_of
+    from runtime.files.atomic import check_writable
+    from runtime.image import check_name, enlarge, save, settings_of, to_png
 
     how: dict[str, Any] = {"experts": experts, "offload": offload}
     if (png := regenerate or again) is not None:
@@ -89,35 +107,72 @@ def run(
             image, comparison = function(png, first or bundle, backend, **how, progress=progress)
         print_answer(comparison | {"file": str(save(image, out))}, json_)
         return
+    if prompts is not None:
+        if second is not None or (first is not None and bundle is not None):
+            raise ValueError("--prompts takes the prompts from a file; name the bundle alone")
+        path = bundle if first is None else Path(first)
+        asked = read_prompts(prompts, seed, negative)
+    else:
+        prompt, path = prompt_and_bundle(first, second, bundle)
+        asked = {"prompt": prompt, "seed": seed, "negative": negative}
+    # What can be refused is refused before the bundle opens.
+    to_stdout = str(out) == "-"
+    if to_stdout and (n > 1 or prompts is not None):
+        raise ValueError("-o - writes one image; name a file for many")
+    if to_stdout and sys.stdout.isatty():
+        raise ValueError("-o - writes a PNG's bytes, expected standard output in a pipe or a file")
+    if not to_stdout:
+        check_name(out)
+        check_writable(out)
+    pipeline = runtime.load(path, backend, verify=verify, key=key, **how)
+    settings: dict[str, Any] = {"guidance": guidance, "n": n, "top_k": top_k, "kappa": kappa}
+    settings |= {"steps": steps, "height": height, "width": width, "budget": budget}
+    given = asked["prompt"]
+    for clause in pipeline.warnings([given] if isinstance(given, str) else given, height, width):
+        say(f"warning: {clause}")
+    with progress_bars() as progress:
+        answer = pipeline(**asked, **settings, sigmas=sigmas, progress=progress)
+    images: list[Any] = answer if isinstance(answer, list) else [answer]
+    if scale > 1:
+        images = [enlarge(image, scale) for image in images]
+    used = [settings_of(image) for image in images]
+    if to_stdout:
+        sys.stdout.buffer.write(to_png(images[0]))
+        return
+    names = [row["prompt"] for row in used], [row["seed"] for row in used]
+    files = image_files(out, *names, many=isinstance(answer, list))
+    for image, name in zip(images, files, strict=True):
+        save(image, name)
+    seconds = round(time.perf_counter() - began, 2)
+    if json_:
+        common = {"files": list(map(str, files)), "backend": pipeline.backend, "seconds": seconds}
+        print_json({**common, "seeds": names[1], "settings": used})
+    else:
+        shown = ", ".join(map(str, files[:8])) + (f" and {len(files) - 8} more" * (len(files) > 8))
+        print(f"{shown} ({pipeline.backend}, {seconds} s)")
+
+
+def prompt_and_bundle(
+    first: str | None, second: str | None, bundle: Path | None
+) -> tuple[str, Path | None]:
+    """PROMPT, BUNDLE PROMPT, or --bundle BUNDLE PROMPT; ValueError where it is none of them."""
     if first is None:
-        raise ValueError("no prompt is given; add one, or --regenerate IMAGE.png")
-    prompt, path = (first, bundle) if second is None else (second, Path(first))
-    if second is not None and bundle is not None:
+        raise ValueError(
+            "no prompt is given; add one, or --prompts FILE, or --regenerate IMAGE.png"
+        )
+    if second is None:
+        if (Path(first) / "manifest.json").is_file():
+            raise ValueError(f"{first!r} is a bundle and no prompt follows it; add the prompt")
+        if Path(first).suffix.lower() in (".txt", ".jsonl") and Path(first).is_file():
+            raise ValueError(f"{first!r} is a file; read its prompts with --prompts {first}")
+        return first, bundle
+    if bundle is not None:
         raise ValueError(f"two bundles are given, {first!r} and {str(bundle)!r}; leave one out")
-    if second is not None and not Path(first).exists():
+    if not Path(first).exists():
         raise ValueError(
             f"{first!r} is no bundle directory; put a prompt of several words in one pair of quotes"
         )
-    if second is None and (Path(first) / "manifest.json").is_file():
-        raise ValueError(f"{first!r} is a bundle and no prompt follows it; add the prompt")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"the image's file is {str(out)!r}, expected a name ending in .png")
-    pipeline = runtime.load(path, backend, verify=verify, key=key, **how)
-    settings: dict[str, Any] = {"negative": negative, "seed": seed, "guidance": guidance, "n": n}
-    settings |= {"steps": steps, "height": height, "width": width, "budget": budget}
-    settings |= {"top_k": top_k, "kappa": kappa, "sigmas": sigmas}
-    with progress_bars() as progress:
-        answer = pipeline(prompt, **settings, progress=progress)
-    images = answer if isinstance(answer, list) else [answer]
-    names = [out] if n == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(n)]
-    files = [str(save(image, name)) for image, name in zip(images, names, strict=True)]
-    seconds = round(time.perf_counter() - began, 2)
-    if json_:
-        used = [settings_of(image) for image in images]
-        common = {"files": files, "backend": pipeline.backend, "seconds": seconds}
-        print_json({**common, "seeds": [row["seed"] for row in used], "settings": used})
-    else:
-        print(f"{', '.join(files)} ({pipeline.backend}, {seconds} s)")
+    return second, Path(first)
 
 
 def measure(

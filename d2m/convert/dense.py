@@ -44,7 +44,6 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
             f"{file} is not a {family.names.dense_class}'s config ({error}); copy the pipeline "
             "again."
         ) from error
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     depth = dict.fromkeys(KINDS, 0) | {kind: config[key] for kind, key in family.blocks.depths}
     check_adaln(family, recipe.adaln.mode)
     check_depth(recipe.blocks, depth)
@@ -52,7 +51,7 @@ def dense_family(path: Path, recipe: Recipe) -> Family:
     family.blocks.check_blocks(recipe.blocks, depth)
     places = [(kind, i) for kind in KINDS for i in range(max(1, len(recipe.shares.of(kind))))]
     for spec in dict.fromkeys(recipe.spec.at(*place) for place in places):
-        hidden_sizes(width, family.blocks.ratio * width, spec)
+        hidden_sizes(family.blocks.hidden(config), spec)
     return family
 
 

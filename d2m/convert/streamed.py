@@ -29,7 +29,9 @@ from runtime.files.atomic import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-Scores = Callable[[str, "Tensor", "Tensor", "Tensor"], "Tensor"]
+    from d2m.families.ffn_sites import DenseFFN
+
+Scores = Callable[[str, "DenseFFN"], "Tensor"]
 PHASE = "convert block by block"
 EXPERTS = "experts"  # module of the matrices and biases of an FFN's experts
 SCORES = "importance"  # in the work directory: a file for every block that is done
@@ -51,7 +53,7 @@ def convert_stream(
     Args:
         dense_dir: a diffusers pipeline directory of a known family, or a hub id.
         recipe: a Recipe, the name of a preset for such a model, or the path of a recipe file.
-        scores: (site name, fc1 weight [N, D], fc1 bias [N], fc2 columns [D, N]) -> importance [N].
+        scores: (site name, dense FFN) -> importance [N].
         importance: what `scores` are: a split that recipes know, such as magnitude, or any words;
             a resume must have the same.
 
@@ -200,14 +202,14 @@ def _convert_block(
     dense = source.read(key for key in source.where if key.startswith(f"{block}."))
     found, permutations = {}, {}
     for name, _, site in sites_of(dense, family):
-        fc1_w, fc1_b, fc2_w, _ = read_ffn(dense.__getitem__, block, site)
-        found[name] = scores(name, fc1_w, fc1_b, fc2_w).float().cpu()
-        if found[name].shape != fc1_b.shape:
+        ffn = read_ffn(dense.__getitem__, block, site)
+        found[name] = scores(name, ffn).float().cpu()
+        if found[name].shape != (ffn.neurons,):
             raise ValueError(
                 f"the importance of {name} has shape {list(found[name].shape)}; expected "
-                f"{list(fc1_b.shape)}, a number for every hidden neuron of this model."
+                f"[{ffn.neurons}], a number for every hidden neuron of this model."
             )
-        width, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], spec_at(recipe.spec, name, family))
+        width, _ = hidden_sizes(ffn.neurons, spec_at(recipe.spec, name, family))
         permutations[name] = split_neurons(found[name], width, recipe.num_experts)
     tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
     shared_here = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
@@ -308,16 +310,25 @@ def _site_error(
     import torch
     import torch.nn.functional as F
 
-    from d2m.families.ffn_sites import read_ffn, read_rest
+    from d2m.families.ffn_sites import DenseFFN, read_ffn, read_rest
+    from d2m.model.routing import activate
     from d2m.model.sparse_ffn import SparseFFN
     from d2m.recipe.recipe import hidden_sizes
 
     wide = torch.float64 if next(iter(dense.values())).dtype == torch.float64 else torch.float32
-    fc1_w, fc1_b, fc2_w, fc2_b = (t.to(wide) for t in read_ffn(dense.__getitem__, block, site))
-    neurons, dim = fc1_w.shape
-    shared, hidden = hidden_sizes(dim, neurons, spec)
+    given = read_ffn(dense.__getitem__, block, site)
+    fc1_w, fc1_b, fc2_w, fc2_b = DenseFFN(*(None if t is None else t.to(wide) for t in given))
+    dim, (shared, hidden) = given.width, hidden_sizes(given.neurons, spec)
     with torch.device("meta"):
-        ffn = SparseFFN(dim, shared, spec.num_experts, hidden, spec.num_experts)
+        ffn = SparseFFN(
+            dim,
+            shared,
+            spec.num_experts,
+            hidden,
+            spec.num_experts,
+            activation=site.activation,
+            bias=fc1_b is not None,
+        )
     state = written.read(key for key in written.where if key.startswith(f"{place}."))
     values = {k.removeprefix(f"{place}."): v for k, v in state.items()}
     values = {k: v.to(wide) if v.is_floating_point() else v for k, v in values.items()}
@@ -325,11 +336,12 @@ def _site_error(
     ffn.load_state_dict(values, assign=True)
     x = torch.randn(8, dim, generator=torch.Generator().manual_seed(0)).to(wide)
     with torch.no_grad():
-        expected = F.linear(F.gelu(F.linear(x, fc1_w, fc1_b), approximate="tanh"), fc2_w, fc2_b)
+        between = activate(F.linear(x, fc1_w, fc1_b), site.activation)
+        expected = F.linear(between, fc2_w, fc2_b)
         error = float((ffn(x) - expected).norm() / expected.norm())
-        if site.rest:
-            key = f"{place.rpartition('.')[0]}.{site.rest}.weight"
-            rest = written.read([key])[key]
-            if not torch.equal(rest, read_rest(dense.__getitem__, block, site)):
+        within = place.removesuffix(f".{site.module}")
+        for local, rest in read_rest(dense.__getitem__, block, site).items():
+            key = f"{within}.{local}"
+            if not torch.equal(written.read([key])[key], rest):
                 return float("inf")
     return error

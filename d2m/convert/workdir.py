@@ -17,7 +17,7 @@ from typing import Any
 from d2m.convert.dense import dense_family, fingerprint
 from d2m.families import Family
 from d2m.generate import need_libraries
-from d2m.plan.hub import locate
+from d2m.plan.hub import base_model, locate
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Recipe
 from runtime.files.checked_json import read_json
@@ -78,7 +78,7 @@ def begin(
     family = dense_family(found, recipe)
     need_libraries("converting")
     identity = identity_of(work, found, recipe, **facts)
-    return Conversion(str(dense), found, family, recipe, path, work, identity)
+    return Conversion(base_model(dense, found), found, family, recipe, path, work, identity)
 
 
 def work_of(out: Path) -> Path:

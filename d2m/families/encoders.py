@@ -31,7 +31,12 @@ CLIP_L_PROJECTED = EncoderSize(123_650_304, 123_650_304, 37_945_344)
 CLIP_G = EncoderSize(694_659_840, 694_659_840, 63_242_240)  # OpenCLIP's bigG, with its projection
 T5_XXL = EncoderSize(4_762_310_656, 4_762_310_656, 131_596_288, whole=False)  # the encoder
 QWEN_VL = EncoderSize(8_292_166_656, 7_070_619_136, 544_997_376, whole=False)  # Qwen2.5-VL 7B
+# Language models, of which the states after 27 layers (Qwen3) and 30 (Mistral 3) are read
+QWEN3_4B = EncoderSize(4_022_468_096, 3_114_088_192, 388_956_160, whole=False)
+QWEN3_8B = EncoderSize(8_190_735_360, 5_831_883_520, 622_329_856, whole=False)
+MISTRAL_3 = EncoderSize(24_011_361_280, 17_343_754_240, 671_088_640, whole=False)
 # AutoencoderKL of 16 channels: FLUX.1, SD3; of 4: SDXL's, which PixArt-Sigma has
 VAE_16 = EncoderSize(83_819_683, 49_545_475, 2_359_296, widest=256)
 VAE_4 = EncoderSize(83_653_863, 49_490_199, 2_359_296, widest=256)
 VAE_QWEN = EncoderSize(126_892_531, 71_524_595, 3_981_312, widest=192)
+VAE_FLUX2 = EncoderSize(84_046_115, 49_620_259, 2_359_296, widest=256)  # of 32 channels

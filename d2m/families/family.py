@@ -14,38 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import EncoderSize
 from d2m.families.flow import Batch, Config, flow_matching
-from d2m.families.weights import Stack, Structure
+from d2m.families.site import Site
+from d2m.families.weights import Stack, Structure, dim_of
 from d2m.recipe.structure import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SOURCES = ("shapes", "emoji", "pictures", "prompts")
-
-
-@dataclass(frozen=True)
-class Site:
-    """One FFN of a block type. Paths are relative to the block.
-
-    blocks: the model's list of such blocks; module: where the SparseFFN goes; fc1, fc2: the dense
-    Linears; stream: whose tokens pass, "image", "text" or "both".
-    rest: set where fc2 also maps something else: its columns before the FFN's go to this Linear
-    (without bias) and fc2 is replaced by AttentionPlusFFN; identity: an activation that SparseFFN
-    contains already.
-    """
-
-    blocks: str
-    module: str
-    fc1: str
-    fc2: str
-    stream: str
-    rest: str | None = None
-    identity: str | None = None
-
-
-def feed_forward(blocks: str, module: str, stream: str) -> Site:
-    """The site of diffusers' FeedForward, which all families have in their double blocks."""
-    return Site(blocks, module, f"{module}.net.0.proj", f"{module}.net.2", stream)
 
 
 @dataclass(frozen=True)
@@ -73,10 +49,10 @@ class BlockLayout:
     """Where its transformer keeps blocks and FFNs, for whoever changes them.
 
     sites: its FFNs; kinds: (kind as recipes name it, the model's list of such blocks), in the order
-    they run; depths: (kind, the config's field with the number of them); ratio: hidden neurons of a
-    dense FFN over its width; streams: what a block returns, in its order, the image's being
-    "image"; modulated: whether blocks have modulation of their own, which recipes may let them
-    share.
+    they run; depths: (kind, the config's field with the number of them); hidden(config): neurons of
+    a dense FFN, four times the width by default; streams: what a block returns, in its order, the
+    image's being "image"; modulated: whether blocks have modulation of their own, which recipes may
+    let them share.
     check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
     restore(model): what is no part of a state dict, made again after the meta device.
     """
@@ -84,7 +60,7 @@ class BlockLayout:
     sites: tuple[Site, ...]
     kinds: tuple[tuple[str, str], ...]
     depths: tuple[tuple[str, str], ...]
-    ratio: int
+    hidden: Callable[[Config], int] = lambda config: 4 * dim_of(config)
     streams: tuple[str, ...] = ("text", "image")
     modulated: bool = True
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
@@ -112,6 +88,8 @@ class Data:
         times(scheduler): [steps + 1], the times t of the last generation's points, from about 1
             to 0.
         generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+        guided(pipe): whether it generates with classifier-free guidance, where `unconditional` is
+            not 0 but not all of the family's models do.
     prompt_embeds: the pipeline's keyword for an encoded prompt -> its name among the conditions.
     sources: which of SOURCES it can learn from. unconditional: the share of captions that are left
     empty, for models that generate with classifier-free guidance.
@@ -132,6 +110,11 @@ class Data:
     generate: Callable[[Any, dict[str, Any]], Any] = lambda pipe, keywords: pipe(**keywords)
     sources: tuple[str, ...] = SOURCES
     unconditional: float = 0.0
+    guided: Callable[[Any], bool] = lambda pipe: True
+
+    def unconditional_of(self, pipe: Any) -> float:
+        """`unconditional` for one pipeline: 0 where that is not guided by a negative prompt."""
+        return self.unconditional if self.guided(pipe) else 0.0
 
 
 def vae_halvings(vae: Config) -> int:
@@ -170,7 +153,8 @@ class Plan:
 
     sizes: the transformer config's fields that decide sizes, with diffusers' defaults; others:
     fields of other types that `weights` and `title_of` read; encoders: folder of a component beside
-    the transformer -> its size in published models; text_before: tokens of the transformer's text
+    the transformer -> its size in published models, or a function of the transformer's config that
+    gives these; text_before: tokens of the transformer's text
     that `max_sequence_length` does not count.
     weights(config, structure, image tokens, text tokens): all weights of the transformer.
     generation_defaults(directory's config reader): what `d2m.families.generation_defaults` falls
@@ -178,7 +162,7 @@ class Plan:
     """
 
     sizes: Mapping[str, int]
-    encoders: Mapping[str, EncoderSize]
+    encoders: Mapping[str, EncoderSize] | Callable[[Config], Mapping[str, EncoderSize]]
     weights: Callable[[Config, Structure, int, int], list[Stack]]
     generation_defaults: Callable[[Callable[[str], Config]], dict[str, Any]]
     others: tuple[str, ...] = ()

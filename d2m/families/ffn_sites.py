@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from d2m.families.family import Family, Site
+from d2m.families.family import Family
+from d2m.families.site import Site, up_rows
 from d2m.recipe.recipe import SparseSpec
 
 if TYPE_CHECKING:
@@ -31,8 +32,11 @@ def sites_of(names: Iterable[str], family: Family) -> list[tuple[str, str, Site]
         for index in sorted({int(parts[depth]) for parts in inside}):
             block = f"{blocks}.{index}"
             own = (site for site in family.blocks.sites if site.blocks == blocks)
-            named = ((f"{block}.{site.module}", block, site) for site in own)
-            found += [each for each in named if each[0] in modules]
+            found += [
+                (f"{block}.{site.module}", block, site)
+                for site in own
+                if modules & {f"{block}.{site.module}", f"{block}.{site.fc1}"}
+            ]
     return found
 
 
@@ -43,21 +47,81 @@ def spec_at(spec: SparseSpec, name: str, family: Family) -> SparseSpec:
     return spec.at(kinds[blocks], int(index))
 
 
-def read_ffn(
-    get: Callable[[str], Tensor], block: str, site: Site
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The dense FFN at a site: fc1 weight [N, D], bias [N], fc2 weight [D, N], bias [D].
+class DenseFFN(NamedTuple):
+    """A dense FFN's tensors: fc1_w [N, D], fc1_b [N], fc2_w [D, N], fc2_b [D].
 
-    `get` maps a name to a tensor (`state.__getitem__`, `model.get_parameter`). The fc2 weight is a
-    view of the dense one where that has more columns than the FFN's N.
+    A gated one's fc1 has 2 N rows, those of the gates first. Biases are None where it has none.
+    """
+
+    fc1_w: Tensor
+    fc1_b: Tensor | None
+    fc2_w: Tensor
+    fc2_b: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.fc1_w.shape[1])
+
+    @property
+    def neurons(self) -> int:
+        """N."""
+        return int(self.fc2_w.shape[1])
+
+
+def neurons_at(site: Site, rows: int, columns: int) -> int:
+    """N of a site whose fc1 has so many rows and whose fc2 so many columns.
+
+    Where both map attention too, its A columns in fc2 and its 3 A rows in fc1 fall away.
+    """
+    if site.before:
+        return (3 * columns - rows) // (3 - up_rows(site.activation))
+    return rows if site.gate else rows // up_rows(site.activation)
+
+
+def read_ffn(get: Callable[[str], Tensor], block: str, site: Site) -> DenseFFN:
+    """The dense FFN at a site.
+
+    `get` maps a name to a tensor (`state.__getitem__`, `model.get_parameter`), KeyError or
+    AttributeError where there is none. What is a part of a larger weight is a view of it.
     """
     fc1, fc2 = f"{block}.{site.fc1}", f"{block}.{site.fc2}"
-    weight = get(f"{fc1}.weight")
-    columns = get(f"{fc2}.weight")[:, -weight.shape[0] :]
-    return weight, get(f"{fc1}.bias"), columns, get(f"{fc2}.bias")
+    weight, bias, columns = get(f"{fc1}.weight"), _bias(get, fc1), get(f"{fc2}.weight")
+    neurons = neurons_at(site, weight.shape[0], columns.shape[1])
+    if site.gate:
+        import torch
+
+        gate = f"{block}.{site.gate}"
+        weight = torch.cat([get(f"{gate}.weight"), weight])
+        bias = None if bias is None else torch.cat([get(f"{gate}.bias"), bias])
+    own = slice(-neurons * up_rows(site.activation), None)
+    return DenseFFN(
+        weight[own], None if bias is None else bias[own], columns[:, -neurons:], _bias(get, fc2)
+    )
 
 
-def read_rest(get: Callable[[str], Tensor], block: str, site: Site) -> Tensor:
-    """The columns of fc2's weight that are not the FFN's (the attention's), a view."""
-    hidden = get(f"{block}.{site.fc1}.weight").shape[0]
-    return get(f"{block}.{site.fc2}.weight")[:, :-hidden]
+def _bias(get: Callable[[str], Tensor], linear: str) -> Tensor | None:
+    try:
+        return get(f"{linear}.bias")
+    except (KeyError, AttributeError):
+        return None
+
+
+def read_rest(get: Callable[[str], Tensor], block: str, site: Site) -> dict[str, Tensor]:
+    """What the site's dense Linears hold beside the FFN, by the sparse model's local name; views.
+
+    The columns of fc2's weight and the rows of fc1's that are the attention's, where there are any.
+    """
+    fc1, fc2 = f"{block}.{site.fc1}", f"{block}.{site.fc2}"
+    found: dict[str, Tensor] = {}
+    if site.rest or site.before:
+        weight, columns = get(f"{fc1}.weight"), get(f"{fc2}.weight")
+        neurons = neurons_at(site, weight.shape[0], columns.shape[1])
+        if site.rest:
+            found[f"{site.rest}.weight"] = columns[:, :-neurons]
+        if site.before:
+            own = neurons * up_rows(site.activation)
+            found[f"{site.before}.weight"] = weight[:-own]
+            if (bias := _bias(get, fc1)) is not None:
+                found[f"{site.before}.bias"] = bias[:-own]
+    return found

@@ -45,7 +45,8 @@ def global_embedding(model: nn.Module, batch: Mapping[str, Tensor], t: Tensor) -
 
     batch: what `Data.embedding` reads; t [B]: times in [0, 1].
     """
-    device = next(model.time_text_embed.parameters()).device  # type: ignore[union-attr]
+    embedder = getattr(model, "time_text_embed", None) or model.time_guidance_embed
+    device = next(embedder.parameters()).device  # type: ignore[union-attr]
     there = {name: each.to(device) for name, each in batch.items()}
     return family_of_model(model).data.embedding(model, there, t.to(device))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2m.families.family import Family
 from d2m.families.flux import FLUX
+from d2m.families.flux2 import FLUX2
 from d2m.families.pixart import PIXART
 from d2m.families.qwen import QWEN
 from d2m.families.sd3 import SD3
@@ -22,7 +23,7 @@ from runtime.files.kinds import not_a
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES = (FLUX, SD3, PIXART, QWEN)
+FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN)
 
 
 def _known() -> str:

@@ -2,8 +2,8 @@
 
 Torch-free: a config's numbers are enough, no weight is read. Names are diffusers' and d2m's own, so
 that the list can be held against a real model weight by weight. Shape letters: D width, N image and
-text tokens together, E experts, H expert hidden (D/4), S shared hidden (D), K chosen, m blocks of a
-group. Each family has a file like d2m/families/sd3/weights.py, with a function
+text tokens together, E experts, H expert hidden, S shared hidden, K chosen, m blocks of a group.
+Each family has a file like d2m/families/sd3/weights.py, with a function
 
     weights(config, structure, image, text): all weights of the transformer of `config` (diffusers'
     fields) under `structure`, for so many image and text tokens. ValueError where the experts'
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from d2m.families.site import up_rows
 from d2m.recipe.recipe import SparseSpec, hidden_sizes
 from d2m.recipe.structure import AdaLN, Blocks
 
@@ -125,6 +126,27 @@ def ffn(name: str, dim: int, neurons: int, spec: SparseSpec | None, rows: int) -
         yield from sparse_ffn("double_ffn", name, dim, neurons, spec, rows)
 
 
+def gated_ffn(
+    part: str,
+    name: str,
+    linears: tuple[str, ...],
+    dim: int,
+    neurons: int,
+    spec: SparseSpec | None,
+    rows: int,
+    activation: str = "swiglu",
+    bias: bool = False,
+) -> Iterator[Weight]:
+    """A gated FFN, or its SparseFFN. linears: (gate, value, down), or (gate and value, down)."""
+    if spec is not None:
+        yield from sparse_ffn(part, name, dim, neurons, spec, rows, activation, bias)
+        return
+    *ups, down = linears
+    for each in ups:
+        yield from linear(part, f"{name}.{each}", dim, 2 * neurons // len(ups), rows, bias)
+    yield from linear(part, f"{name}.{down}", neurons, dim, rows, bias)
+
+
 def joint_block(
     config: Mapping[str, Any],
     spec: SparseSpec | None,
@@ -150,23 +172,31 @@ def joint_block(
 
 
 def sparse_ffn(
-    part: str, name: str, dim: int, neurons: int, spec: SparseSpec, rows: int
+    part: str,
+    name: str,
+    dim: int,
+    neurons: int,
+    spec: SparseSpec,
+    rows: int,
+    activation: str = "gelu_tanh",
+    bias: bool = True,
 ) -> Iterator[Weight]:
     """A SparseFFN made of a dense FFN's `neurons`: of the experts' weights K of E work.
 
-    With K = 0 the gate is not evaluated.
+    With K = 0 the gate is not evaluated. A gated FFN has two rows of the first matrix a neuron.
     """
-    shared, hidden = hidden_sizes(dim, neurons, spec)
-    experts, k = spec.num_experts, spec.top_k
-    yield from linear(part, f"{name}.shared.fc1", dim, shared, rows)
-    yield from linear(part, f"{name}.shared.fc2", shared, dim, rows)
+    shared, hidden = hidden_sizes(neurons, spec)
+    experts, k, up = spec.num_experts, spec.top_k, up_rows(activation)
+    yield from linear(part, f"{name}.shared.fc1", dim, shared * up, rows, bias)
+    yield from linear(part, f"{name}.shared.fc2", shared, dim, rows, bias)
     gate = experts * dim
     yield Weight(part, f"{name}.gate.weight", gate, gate, 2 * rows * gate if k else 0, float32=True)
-    for weight in ("w1", "w2"):
-        used = k * dim * hidden
-        size = experts * dim * hidden
+    for weight, wide in (("w1", hidden * up), ("w2", hidden)):
+        used = k * dim * wide
+        size = experts * dim * wide
         yield Weight(part, f"{name}.experts.{weight}", size, used, 2 * rows * used)
-    yield Weight(part, f"{name}.experts.b1", experts * hidden, k * hidden)
+    if bias:
+        yield Weight(part, f"{name}.experts.b1", experts * hidden * up, k * hidden * up)
     yield Weight(part, f"{name}.neurons", 0, 0, buffer=8 * (shared + experts * hidden))
 
 

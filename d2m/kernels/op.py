@@ -92,6 +92,7 @@ def forward_triton(
     w2: Tensor,
     top_k: int,
     tiles: Tiles | None = None,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`. `tiles` only to try
     others."""
@@ -140,6 +141,7 @@ def backward_triton(
     need_x: bool,
     need_weights: bool,
     tiles: Tiles | None = None,
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed."""
     sizes, known = call_sizes(x, w1, top_k)

@@ -128,7 +128,8 @@ def with_changes(
             weight = result[part.tensor]
             dtype = torch.promote_types(weight.dtype, torch.float32)
             added = part.arrange(change.part(part.rows, part.columns, dtype))
-            made = (weight.to(dtype) + scale * added).to(weight.dtype)
+            made = weight.clone()
+            made[part.region] = (weight[part.region].to(dtype) + scale * added).to(weight.dtype)
             if not torch.isfinite(made.float()).all():
                 raise ValueError(
                     f"{part.tensor} is NaN or infinite with the LoRA at scale {scale:g}; expected "

@@ -33,7 +33,7 @@ _forced: list[str] = []
 
 @dataclass(frozen=True)
 class Case:
-    """What a choice depends on. `sm`: 90 for compute capability 9.0, 0 off CUDA."""
+    """What a choice depends on. `sm`: 90 for compute capability 9.0, 0 off CUDA; `hidden`: H."""
 
     device: str
     sm: int
@@ -42,10 +42,12 @@ class Case:
     hidden: int
     has_triton: bool
     interpreted: bool
+    activation: str = "gelu_tanh"
+    bias: bool = True
 
 
-def case_of(x: Tensor, w1: Tensor) -> Case:
-    """The case of a call with x [T, D] and w1 [E, D, H]."""
+def case_of(x: Tensor, w2: Tensor, activation: str = "gelu_tanh", b1: Tensor | None = None) -> Case:
+    """The case of a call with x [T, D] and w2 [E, H, D]."""
     sm = 0
     if x.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(x.device)
@@ -55,9 +57,11 @@ def case_of(x: Tensor, w1: Tensor) -> Case:
         sm,
         x.dtype,
         x.shape[1],
-        w1.shape[2],
+        w2.shape[1],
         _has_triton(),
         os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
+        activation,
+        b1 is not None,
     )
 
 
@@ -77,6 +81,8 @@ def impossible(name: str, case: Case) -> str | None:
             return f"the GPU is sm_{case.sm}, older than sm_80"
         if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"{case.dtype} is not float32, float16 or bfloat16"
+        if (case.activation, case.bias) != ("gelu_tanh", True):
+            return "its kernels know gelu_tanh with biases alone"
     if name == "grouped_mm":
         if not hasattr(torch.nn.functional, "grouped_mm"):
             return f"torch {torch.__version__} has no grouped_mm"
@@ -122,6 +128,7 @@ def choose(case: Case, forced: str | None, source: str) -> str:
     """The realisation for a case. Logs the choice and its reasons the first time."""
     kind = f"sm_{case.sm}" if case.device == "cuda" else case.device
     what = f"routed experts on {kind}, {case.dtype}, D={case.width}, H={case.hidden}"
+    what += "" if case.activation == "gelu_tanh" else f", {case.activation}"
     if forced:
         _known(forced, source)
         reason = impossible(forced, case)
@@ -152,10 +159,12 @@ def functions(name: str) -> tuple[Callable, Callable]:
     return getattr(loaded, forward), getattr(loaded, backward)
 
 
-def realisation(x: Tensor, w1: Tensor) -> tuple[Callable, Callable]:
-    """Forward and backward for a call with x [T, D] and w1 [E, D, H]."""
+def realisation(
+    x: Tensor, b1: Tensor | None, w2: Tensor, activation: str
+) -> tuple[Callable, Callable]:
+    """Forward and backward for a call with x [T, D], b1 and w2 [E, H, D]."""
     if _forced:
         forced, source = _forced[-1], "use()"
     else:
         forced, source = os.environ.get(VARIABLE, ""), VARIABLE
-    return functions(choose(case_of(x, w1), forced, source))
+    return functions(choose(case_of(x, w2, activation, b1), forced, source))

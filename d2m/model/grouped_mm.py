@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2m.model.routing import route, route_backward, routing_dtype
+from d2m.model.routing import activate, activate_backward, route, route_backward, routing_dtype
 from d2m.model.sorted_loop import sum_pairs
 
 
@@ -31,16 +31,29 @@ def laid_out(weights: Tensor) -> Tensor:
     return weights if 1 in weights.stride()[1:] else weights.contiguous()
 
 
+def before_activation(
+    rows: Tensor, w1: Tensor, b1: Tensor | None, owner: Tensor, ends: Tensor
+) -> Tensor:
+    """rows [n, D], sorted by their owners, through the up-projections: [n, H], or [n, 2 H]."""
+    before = F.grouped_mm(rows, laid_out(w1), offs=ends)
+    return before if b1 is None else before + b1.index_select(0, owner)
+
+
 def forward_grouped(
-    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    top_k: int,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`."""
     _, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     rows = x.index_select(0, order // top_k)
     scale = gates.reshape(-1)[order].to(x.dtype)[:, None]
-    before = F.grouped_mm(rows, laid_out(w1), offs=ends) + b1.index_select(0, owner)
-    hidden = F.gelu(before, approximate="tanh") * scale
+    hidden = activate(before_activation(rows, w1, b1, owner, ends), activation) * scale
     return sum_pairs(F.grouped_mm(hidden, laid_out(w2), offs=ends), inverse, x.shape[0], top_k)
 
 
@@ -49,30 +62,33 @@ def backward_grouped(
     x: Tensor,
     logits: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     top_k: int,
     need_x: bool,
     need_weights: bool,
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed. Recomputes hidden."""
+    """Gradients of (x, logits, w1, b1, w2); empty where not needed or not there. Recomputes
+    hidden."""
     probabilities, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
     order, inverse, owner, ends = group_by_expert(chosen, w1.shape[0])
     tokens = order // top_k
     rows, drows = x.index_select(0, tokens), dy.to(x.dtype).index_select(0, tokens)
     scale = gates.reshape(-1)[order].to(x.dtype)[:, None]
-    before = F.grouped_mm(rows, laid_out(w1), offs=ends) + b1.index_select(0, owner)
-    hidden = F.gelu(before, approximate="tanh")
+    before = before_activation(rows, w1, b1, owner, ends)
+    hidden = activate(before, activation)
     dhidden = F.grouped_mm(drows, laid_out(w2).transpose(1, 2), offs=ends)
     dgates = (dhidden * hidden).sum(1, dtype=probabilities.dtype)
-    dbefore = torch.ops.aten.gelu_backward(dhidden * scale, before, approximate="tanh")
-    dw1, db1, dw2 = (w.new_empty(0) for w in (w1, b1, w2))
+    dbefore = activate_backward(dhidden * scale, before, activation)
+    dw1, db1, dw2 = (w1.new_empty(0) for _ in range(3))
     if need_weights:
         dw1 = F.grouped_mm(rows.T, dbefore, offs=ends)
         dw2 = F.grouped_mm((hidden * scale).T, drows, offs=ends)
-        # A matmul with the experts' indicator rows: index_add would need atomics on CUDA.
-        experts = torch.arange(w1.shape[0], device=owner.device)[:, None]
-        db1 = (experts == owner[None, :]).to(dbefore.dtype) @ dbefore
+        if b1 is not None:
+            # A matmul with the experts' indicator rows: index_add would need atomics on CUDA.
+            experts = torch.arange(w1.shape[0], device=owner.device)[:, None]
+            db1 = (experts == owner[None, :]).to(dbefore.dtype) @ dbefore
     dx = x.new_empty(0)
     if need_x:
         dpairs = F.grouped_mm(dbefore, laid_out(w1).transpose(1, 2), offs=ends)

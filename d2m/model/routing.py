@@ -1,4 +1,4 @@
-"""What routing means: the gate, the choice of experts, and the reference of the routed op.
+"""What routing means: the gate, the choice of experts, activations, and the op's reference.
 
 Shape letters: B batch, T tokens, D width, E experts, H expert hidden, K chosen.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from d2m.families.site import GATED
 
 
 def routing_dtype(x: Tensor) -> torch.dtype:
@@ -58,10 +60,46 @@ def route_backward(dgates: Tensor, probabilities: Tensor, chosen: Tensor) -> Ten
     return probabilities * (dprobabilities - dot)
 
 
+def activate(rows: Tensor, activation: str) -> Tensor:
+    """What an FFN does between its matrices (one of d2m.families.site.ACTIVATIONS).
+
+    [.., H] -> [.., H]; of the gated ones [.., 2 H] -> [.., H], the first half being the gates:
+    swiglu silu(gate) * value, geglu gelu(gate) * value with the exact GELU.
+    """
+    if activation in GATED:
+        gates, values = rows.chunk(2, dim=-1)
+        return activate(gates, GATE_OF[activation]) * values
+    if activation == "silu":
+        return F.silu(rows)
+    return F.gelu(rows, approximate=GELU[activation])
+
+
+def activate_backward(dhidden: Tensor, rows: Tensor, activation: str) -> Tensor:
+    """Gradient of `activate`'s rows from that of its result."""
+    if activation in GATED:
+        gates, values = rows.chunk(2, dim=-1)
+        own = GATE_OF[activation]
+        dgates = activate_backward(dhidden * values, gates, own)
+        return torch.cat([dgates, dhidden * activate(gates, own)], dim=-1)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dhidden, rows)
+    return torch.ops.aten.gelu_backward(dhidden, rows, approximate=GELU[activation])
+
+
+GELU = {"gelu_tanh": "tanh", "gelu": "none"}
+GATE_OF = {"swiglu": "silu", "geglu": "gelu"}
+
+
 def routed_experts_reference(
-    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    top_k: int,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
-    """What the op means, in the plainest form: y = sum of gate_i * (gelu(x W1_i + b1_i) W2_i).
+    """What the op means, in the plainest form: y = sum of gate_i * (act(x W1_i + b1_i) W2_i).
 
     Args and result as `experts_op`. An expert sees the tokens that chose it and no others, so what
     it would make of them, NaN even, has no say. Computed in float32, or float64 if x is float64.
@@ -72,7 +110,9 @@ def routed_experts_reference(
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for i in range(w1.shape[0]):
         token, rank = torch.nonzero(experts == i, as_tuple=True)
-        rows = x[token].to(dtype) @ w1[i].to(dtype) + b1[i].to(dtype)
-        hidden = F.gelu(rows, approximate="tanh")
+        rows = x[token].to(dtype) @ w1[i].to(dtype)
+        if b1 is not None:
+            rows = rows + b1[i].to(dtype)
+        hidden = activate(rows, activation)
         y = y.index_add(0, token, gates[token, rank, None] * (hidden @ w2[i].to(dtype)))
     return y.to(x.dtype)

@@ -8,10 +8,9 @@ batched matmul over padded experts .9, 2.6, 7.5; the dense FFN it stands in for 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from d2m.model.routing import route, route_backward, routing_dtype
+from d2m.model.routing import activate, activate_backward, route, route_backward, routing_dtype
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -35,8 +34,31 @@ def sum_pairs(pairs: Tensor, inverse: Tensor, tokens: int, top_k: int) -> Tensor
     return rows.sum(1, dtype=routing_dtype(pairs)).to(pairs.dtype)
 
 
+def zero_gradients(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros of the weights' shapes; empty where they are not needed or there is no bias."""
+    dw1, db1, dw2 = (
+        w1.new_empty(0) if w is None or not needed else torch.zeros_like(w) for w in (w1, b1, w2)
+    )
+    return dw1, db1, dw2
+
+
+def before_activation(rows: Tensor, w1: Tensor, b1: Tensor | None, expert: int) -> Tensor:
+    """rows [n, D] through one expert's up-projection: [n, H], of a gated FFN [n, 2 H]."""
+    if b1 is None:
+        return torch.mm(rows, w1[expert])
+    return torch.addmm(b1[expert], rows, w1[expert])
+
+
 def forward_sorted(
-    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, top_k: int
+    x: Tensor,
+    logits: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    top_k: int,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """The op's value: pairs sorted by expert, one pair of matmuls per expert that has tokens."""
     _, gates, chosen = route(logits.to(routing_dtype(x)), top_k)
@@ -48,7 +70,7 @@ def forward_sorted(
     for i, count in enumerate(counts):
         if count:
             at = slice(start, start + count)
-            hidden = F.gelu(torch.addmm(b1[i], rows[at], w1[i]), approximate="tanh")
+            hidden = activate(before_activation(rows[at], w1, b1, i), activation)
             # The gate weighs the hidden row, H numbers instead of D: the same product.
             torch.mm(hidden * scale[at], w2[i], out=pairs[at])
             start += count
@@ -60,13 +82,14 @@ def backward_sorted(
     x: Tensor,
     logits: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     top_k: int,
     need_x: bool,
     need_weights: bool,
+    activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed.
+    """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed or not there.
 
     Nothing of size T*K*H was kept by the forward: the hidden rows are computed again here.
     """
@@ -77,22 +100,23 @@ def backward_sorted(
     scale = gates.reshape(-1)[order].to(x.dtype)[:, None]
     dgates = torch.zeros(order.shape, dtype=probabilities.dtype, device=x.device)
     dpairs = torch.empty_like(rows) if need_x else rows
-    dw1, db1, dw2 = (torch.zeros_like(w) if need_weights else w.new_empty(0) for w in (w1, b1, w2))
+    dw1, db1, dw2 = zero_gradients(w1, b1, w2, need_weights)
     start = 0
     for i, count in enumerate(counts):
         if not count:
             continue
         at = slice(start, start + count)
         start += count
-        before = torch.addmm(b1[i], rows[at], w1[i])
-        hidden = F.gelu(before, approximate="tanh")
+        before = before_activation(rows[at], w1, b1, i)
+        hidden = activate(before, activation)
         dhidden = drows[at] @ w2[i].T
         dgates[at] = (dhidden * hidden).sum(1, dtype=dgates.dtype)
-        dbefore = torch.ops.aten.gelu_backward(dhidden * scale[at], before, approximate="tanh")
+        dbefore = activate_backward(dhidden * scale[at], before, activation)
         if need_weights:
             dw2[i] = (hidden * scale[at]).T @ drows[at]
             dw1[i] = rows[at].T @ dbefore
-            db1[i] = dbefore.sum(0)
+            if b1 is not None:
+                db1[i] = dbefore.sum(0)
         if need_x:
             torch.mm(dbefore, w1[i].T, out=dpairs[at])
     dx = sum_pairs(dpairs, inverse, x.shape[0], top_k) if need_x else x.new_empty(0)

@@ -153,7 +153,7 @@ def sparse_model_of(
     permutations = {}
     for name, score in scores.items():
         own = spec_at(spec, name, family)
-        shared, _ = hidden_sizes(score.numel() // family.blocks.ratio, score.numel(), own)
+        shared, _ = hidden_sizes(score.numel(), own)
         permutations[name] = split_neurons(score, shared, spec.num_experts)
     values = convert_state_dict(dense.state_dict(), permutations, spec, family, recipe.seed)
     values = grouped_state_dict(values, recipe.blocks, family, recipe.seed)

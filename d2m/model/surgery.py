@@ -2,7 +2,7 @@
 
 Structure runs on the meta device as well; values are pure functions of one FFN's tensors, so that
 a model larger than memory can be converted block by block.
-Shape letters: D width, N = 4 D dense hidden neurons, S shared hidden, E experts, H expert hidden.
+Shape letters: D width, N dense hidden neurons, S shared hidden, E experts, H expert hidden.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from d2m.families import Family, Site, family_of_model
-from d2m.families.ffn_sites import read_ffn, read_rest, sites_of, spec_at
+from d2m.families.ffn_sites import DenseFFN, neurons_at, read_ffn, read_rest, sites_of, spec_at
+from d2m.families.site import up_rows
 from d2m.model.block_group import block_groups, set_kappa
-from d2m.model.sparse_ffn import AttentionPlusFFN, SparseFFN
+from d2m.model.sparse_ffn import AttentionPlusFFN, ProjectionBesideFFN, SparseFFN
 from d2m.recipe.recipe import SparseSpec, hidden_sizes
 
 GATE_STD = 0.1  # ours: times D^-1/2, so that logits of normalised tokens start at about N(0, .1)
@@ -33,18 +34,69 @@ def sparsify(model: nn.Module, spec: SparseSpec, family: Family | None = None) -
     family = family or family_of_model(model)
     for _, block_name, site in sites_of((n for n, _ in model.named_parameters()), family):
         block = model.get_submodule(block_name)
-        fc1 = block.get_submodule(site.fc1)
-        dim, neurons = int(fc1.in_features), int(fc1.out_features)  # type: ignore[arg-type]
-        shared, expert = hidden_sizes(dim, neurons, spec_at(spec, block_name, family))
-        kind: dict[str, Any] = {"dtype": fc1.weight.dtype, "device": fc1.weight.device}
-        ffn = SparseFFN(dim, shared, spec.num_experts, expert, spec.top_k, **kind)
-        ffn.renormalise = spec.renormalise
-        setattr(block, site.module, ffn)
-        if site.identity:
-            setattr(block, site.identity, nn.Identity())
-        if site.rest:
-            setattr(block, site.fc2, AttentionPlusFFN(dim, **kind))
+        ffn = sparse_ffn_for(block, site, spec_at(spec, block_name, family))
+        replace_site(block, site, ffn)
     return model
+
+
+def sparse_ffn_for(block: nn.Module, site: Site, spec: SparseSpec) -> SparseFFN:
+    """A SparseFFN of a dense site's sizes, activation and kind, its weights random."""
+    fc1, fc2 = linear_at(block, site.fc1), linear_at(block, site.fc2)
+    neurons = neurons_at(site, fc1.out_features, fc2.in_features)
+    shared, expert = hidden_sizes(neurons, spec)
+    ffn = SparseFFN(
+        fc1.in_features,
+        shared,
+        spec.num_experts,
+        expert,
+        spec.top_k,
+        dtype=fc1.weight.dtype,
+        device=fc1.weight.device,
+        activation=site.activation,
+        bias=fc1.bias is not None,
+    )
+    ffn.renormalise = spec.renormalise
+    return ffn
+
+
+def replace_site(block: nn.Module, site: Site, ffn: SparseFFN) -> None:
+    """Put a SparseFFN where a dense FFN is, and around it what keeps the block's forward as it is.
+
+    ValueError for an FFN of which one Linear alone has a bias.
+    """
+    fc1, fc2 = linear_at(block, site.fc1), linear_at(block, site.fc2)
+    if (fc1.bias is None) != (fc2.bias is None):
+        raise ValueError(
+            f"{site.fc1} and {site.fc2} have {'no' if fc1.bias is None else 'a'} and "
+            f"{'no' if fc2.bias is None else 'a'} bias; expected both or neither: an FFN like this "
+            "is not known."
+        )
+    dim, kind = fc1.in_features, {"dtype": fc1.weight.dtype, "device": fc1.weight.device}
+    neurons = neurons_at(site, fc1.out_features, fc2.in_features)
+    if site.before:
+        rows = fc1.out_features - neurons * up_rows(site.activation)
+        linear = nn.Linear(dim, rows, fc1.bias is not None, **kind)
+        place(block, site.fc1, ProjectionBesideFFN(linear, ffn))
+    else:
+        place(block, site.module, ffn)
+    if site.identity:
+        place(block, site.identity, nn.Identity())
+    if site.rest:
+        place(block, site.fc2, AttentionPlusFFN(fc2.in_features - neurons, out_dim=dim, **kind))
+    site.answers_width(block, dim)
+
+
+def linear_at(block: nn.Module, name: str) -> nn.Linear:
+    """A Linear of a block by its name, which may have dots."""
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear), (name, type(module))
+    return module
+
+
+def place(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a module of a block by its name, which may have dots."""
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, module)
 
 
 def sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
@@ -101,34 +153,35 @@ def split_neurons(importance: Tensor, shared: int, experts: int) -> Tensor:
     return torch.cat([order[:shared], dealt])
 
 
-def convert_ffn(
-    fc1_w: Tensor,
-    fc1_b: Tensor,
-    fc2_w: Tensor,
-    fc2_b: Tensor,
-    permutation: Tensor,
-    shared: int,
-    experts: int,
-) -> dict[str, Tensor]:
+def convert_ffn(ffn: DenseFFN, permutation: Tensor, shared: int, experts: int) -> dict[str, Tensor]:
     """One dense FFN -> a SparseFFN's tensors, all but the gate.
 
-    fc1_w [N, D], fc1_b [N], fc2_w [D, N], fc2_b [D], permutation [N] from `split_neurons`. The
-    experts' down-projection is scaled by E (ours): with k = E and a uniform gate of 1/E the sum is
-    the dense FFN. The output bias is the shared expert's alone.
+    permutation [N] from `split_neurons`. A gated neuron takes its gate's row and its value's with
+    it. The experts' down-projection is scaled by E (ours): with k = E and a uniform gate of 1/E the
+    sum is the dense FFN. The output bias is the shared expert's alone.
     """
+    fc1_w, fc1_b, fc2_w, fc2_b = ffn
     head, tail = permutation[:shared], permutation[shared:]
-    w1 = fc1_w[tail].view(experts, -1, fc1_w.shape[1]).transpose(1, 2)
+    halves = fc1_w.split(ffn.neurons)
+    w1 = [half[tail].view(experts, -1, ffn.width).transpose(1, 2) for half in halves]
     w2 = fc2_w[:, tail].T.reshape(experts, -1, fc2_w.shape[0])
-    return {
+    biases = () if fc1_b is None else fc1_b.split(ffn.neurons)
+    tensors = {
         "neurons": permutation.clone(),
-        "shared.fc1.weight": fc1_w[head],
-        "shared.fc1.bias": fc1_b[head],
+        "shared.fc1.weight": _joined([half[head] for half in halves], 0),
+        "shared.fc1.bias": _joined([half[head] for half in biases], 0),
         "shared.fc2.weight": fc2_w[:, head].contiguous(),
-        "shared.fc2.bias": fc2_b.clone(),
-        "experts.w1": w1.contiguous(),
-        "experts.b1": fc1_b[tail].view(experts, -1),
+        "shared.fc2.bias": None if fc2_b is None else fc2_b.clone(),
+        "experts.w1": _joined(w1, 2),
+        "experts.b1": _joined([half[tail].view(experts, -1) for half in biases], 1),
         "experts.w2": w2.contiguous() * experts,
     }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor | None:
+    """Gates and values side by side, the one part of an FFN without gates, or None."""
+    return torch.cat(parts, axis) if len(parts) > 1 else parts[0].contiguous() if parts else None
 
 
 def gate_weight(name: str, experts: int, dim: int, seed: int) -> Tensor:
@@ -147,17 +200,15 @@ def convert_site(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """All tensors of the sparse model that come from one FFN site, under their full names."""
-    fc1_w, fc1_b, fc2_w, fc2_b = read_ffn(dense.__getitem__, block, site)
-    shared, _ = hidden_sizes(fc1_w.shape[1], fc1_w.shape[0], spec)
+    ffn = read_ffn(dense.__getitem__, block, site)
+    shared, _ = hidden_sizes(ffn.neurons, spec)
     name = f"{block}.{site.module}"
-    tensors = convert_ffn(fc1_w, fc1_b, fc2_w, fc2_b, permutation, shared, spec.num_experts)
-    gate = gate_weight(name, spec.num_experts, fc1_w.shape[1], seed)
-    tensors["gate.weight"] = gate.double() if fc1_w.dtype == torch.float64 else gate
+    tensors = convert_ffn(ffn, permutation, shared, spec.num_experts)
+    gate = gate_weight(name, spec.num_experts, ffn.width, seed)
+    tensors["gate.weight"] = gate.double() if ffn.fc1_w.dtype == torch.float64 else gate
     result = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    if site.rest:
-        rest = read_rest(dense.__getitem__, block, site)
-        result[f"{block}.{site.rest}.weight"] = rest.contiguous()
-    return result
+    rest = read_rest(dense.__getitem__, block, site)
+    return result | {f"{block}.{key}": tensor.contiguous() for key, tensor in rest.items()}
 
 
 def convert_state_dict(
@@ -178,7 +229,7 @@ def convert_state_dict(
             raise ValueError(f"no permutation is given for {name}; expected one for every FFN.")
         own = spec_at(spec, block, family)
         result |= convert_site(dense, block, site, permutations[name], own, seed)
-        for linear in (site.fc1, site.fc2):
+        for linear in site.linears:
             replaced |= {f"{block}.{linear}.weight", f"{block}.{linear}.bias"}
     return {key: t for key, t in dense.items() if key not in replaced} | result
 

@@ -84,7 +84,7 @@ def plan(
         "activated_params": total["activated"],
         "flops": total["flops"],
         "flops_vs_dense": total["flops"] / total["dense_flops"],
-        "ffn_activated_share": used_share(dim_of(config), spec, family),
+        "ffn_activated_share": used_share(family.blocks.hidden(config), spec, family),
         "dense": {"params": total["dense_params"], "flops": total["dense_flops"]},
         "components": components,
         "memory": {dtype: _memory(stacks, bytes_) for dtype, bytes_ in BYTES.items()},
@@ -192,19 +192,20 @@ def _components(stacks: Sequence[Stack], whole: Sequence[Stack]) -> dict[str, di
     return {part: row for part, row in rows.items() if any(row.values())}
 
 
-def used_share(dim: int, spec: SparseSpec | None, family: Family) -> float:
+def used_share(hidden: int, spec: SparseSpec | None, family: Family) -> float:
     """The share of an FFN's matrices that a token uses: (r_s + K r_n) / r, .375 for 1S12E2A.
+
+    hidden: neurons of the dense FFN.
 
     The mean over all FFNs where they differ: two in a double block, one in a single.
     """
     if spec is None:
         return 1.0
-    hidden = family.blocks.ratio * dim
     used = []
     for kind, name in family.blocks.kinds:
         sites = sum(site.blocks == name for site in family.blocks.sites)
         for i in range(len(spec.shares.of(kind)) or 1):
-            shared, expert = hidden_sizes(dim, hidden, spec.at(kind, i))
+            shared, expert = hidden_sizes(hidden, spec.at(kind, i))
             used += [(shared + spec.top_k * expert) / hidden] * sites
     return sum(used) / len(used)
 

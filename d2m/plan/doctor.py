@@ -121,7 +121,8 @@ def advice(answer: Mapping[str, Any]) -> list[str]:
     for row in answer["stages"]:
         if not row["fits"]:
             sentences.append(
-                f"{MODEL}, {row['stage']} does not fit: {row['obstacle']}; {row['cure']}."
+                f"{MODEL} with preset {PRESET}, {row['stage']} does not fit: {row['obstacle']}; "
+                f"{row['cure']}."
             )
     return sentences
 

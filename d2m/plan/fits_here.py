@@ -13,10 +13,12 @@ from d2m.plan.needs import Needs, convert_needs, export_needs, folder_bytes, run
 from d2m.units import bytes_text, clock
 
 SURE = 0.75  # memory is refused when short by more than the formulas may be wrong
+OFFLOAD = "run --offload block"
+PRESETS = ("L", "M", "S", "XS")  # from the most parameters to the fewest
 CURES = {
     "convert": "--init-only --importance magnitude converts block by block",
     "export": "export on a machine with more memory",
-    "run": "a preset with fewer parameters (S, XS), a smaller image, or another machine",
+    "run": "a smaller image, or another machine",
 }
 
 
@@ -41,7 +43,17 @@ def needs(
         rows.append(("convert", "convert", convert_needs(model, streamed=False, **made)))
     rows.append(("export", "export --trt-rtx", export_needs(model, plans=1, **made)))
     rows.append(("run", "run", run_needs(model, **made, **size)))
-    return [row(stage, title, found, machine) for stage, title, found in rows]
+    offloaded = run_needs(model, **made, **size, offload=True)
+    rows.append(("run", OFFLOAD, offloaded))
+    answer = [row(stage, title, found, machine) for stage, title, found in rows]
+    *_, whole, streamed = answer
+    if not whole["fits"]:
+        cures = ["run with --offload block"] if streamed["fits"] else []
+        smaller = PRESETS[PRESETS.index(preset.upper()) + 1 :] if preset else PRESETS[1:]
+        if preset or recipe is None:
+            cures += [f"a preset with fewer parameters ({', '.join(smaller)})"] if smaller else []
+        whole["cure"] = ", ".join([*cures, "a smaller image, or another machine"])
+    return answer
 
 
 def row(stage: str, title: str, found: Needs, machine: Mapping[str, Any]) -> dict[str, Any]:

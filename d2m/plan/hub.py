@@ -6,6 +6,16 @@ import os
 from pathlib import Path
 
 from d2m.plan.model_config import shipped_configs
+from runtime.files.checked_json import read_json
+
+UNPACKED = "unpacked.json"  # in a directory of d2m.unpack: what it was made from
+
+
+def base_model(dense: str | os.PathLike[str], found: Path) -> str:
+    """What a model was made from, as the user named it; `found` is its directory."""
+    if (found / UNPACKED).is_file():
+        return str(read_json(found / UNPACKED).get("base_model"))
+    return str(dense)
 
 
 def locate(dense: str | os.PathLike[str]) -> Path:

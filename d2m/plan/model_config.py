@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m.families import FLUX, Family, family_of
+from d2m.families.encoders import EncoderSize
 from d2m.families.generation_defaults import generation_defaults
 from d2m.recipe.structure import KINDS
 from runtime.files.checked_json import read_json
@@ -45,6 +46,12 @@ class Subject:
         """Blocks by kind."""
         found = {kind: self.config[field] for kind, field in self.family.blocks.depths}
         return {kind: found.get(kind, 0) for kind in KINDS}
+
+    @property
+    def encoders(self) -> Mapping[str, EncoderSize]:
+        """Folder of a component beside the transformer -> its size in the published model."""
+        found = self.family.plan.encoders
+        return found(self.config) if callable(found) else found
 
 
 def shipped_configs() -> dict[str, Path]:

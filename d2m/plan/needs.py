@@ -80,22 +80,29 @@ def component_bytes(
 
     A shipped config has no files: the family's published components count, in 16 bits.
     """
-    root, family = Path(model), subject_of(model).family
+    root, encoders = Path(model), subject_of(model).encoders
     if not root.is_dir():
-        rows = [each for each in family.plan.encoders.values() if each.whole or not held]
+        rows = [each for each in encoders.values() if each.whole or not held]
         return sum(2 * (each.bundled if bundled else each.params) for each in rows)
     if not (root / "model_index.json").is_file():
         return 0
-    sizes = {name: folder_bytes(root / name) for name in family.plan.encoders}
+    sizes = {name: folder_bytes(root / name) for name in encoders}
     if held:
-        return sum(sizes[name] for name, each in family.plan.encoders.items() if each.whole)
+        return sum(sizes[name] for name, each in encoders.items() if each.whole)
     if not bundled:
         return folder_bytes(root, without="transformer")
     left = (
-        sizes[name] * (each.params - each.bundled) // each.params
-        for name, each in family.plan.encoders.items()
+        sizes[name] * (each.params - each.bundled) // each.params for name, each in encoders.items()
     )
     return folder_bytes(root, without="transformer") - sum(left)
+
+
+def largest_component(model: str | os.PathLike[str]) -> int:
+    """Bytes of the largest component beside the transformer that a bundle has, in 16 bits."""
+    root, encoders = Path(model), subject_of(model).encoders
+    if not root.is_dir():
+        return max(2 * each.bundled for each in encoders.values())
+    return max(folder_bytes(root / name) for name in encoders)
 
 
 def largest_component_tensor(model: str | os.PathLike[str]) -> int:
@@ -105,11 +112,11 @@ def largest_component_tensor(model: str | os.PathLike[str]) -> int:
     """
     from runtime.files.tensors import read_header
 
-    root, family = Path(model), subject_of(model).family
+    root, encoders = Path(model), subject_of(model).encoders
     if not root.is_dir():
-        return max(2 * each.largest for each in family.plan.encoders.values())
+        return max(2 * each.largest for each in encoders.values())
     found = [0]
-    for name in family.plan.encoders:
+    for name in encoders:
         for file in (root / name).glob("*.safetensors"):
             found += [tensor.end - tensor.start for tensor in read_header(file).values()]
     return max(found)
@@ -198,7 +205,7 @@ def export_needs(
     sparse = answer["num_experts"] is not None
     experts = expert_bytes(root) if link and sparse and size == own else 0
     weights = answer["memory"][{2: "bf16", 4: "fp32"}[size]] - neuron_bytes(subject, sparse)
-    encoders, around = component_bytes(model, bundled=True), subject.family.plan.encoders
+    encoders, around = component_bytes(model, bundled=True), subject.encoders
     graphs = 2 + len(around) + len(block_stacks(subject)) * (top_k if sparse else 1)
     disk = weights + encoders - experts + int(graphs * (GRAPH + plans * PLAN))
     held = component_bytes(model, held=True)
@@ -242,16 +249,20 @@ def decoding(model: str | os.PathLike[str], height: int, width: int, tensors: fl
     levels = raw.get("block_out_channels")
     if "base_dim" in raw:  # Qwen-Image's
         levels = [raw["base_dim"] * times for times in raw["dim_mult"]]
-    widest = levels[:2][-1] if levels else subject.family.plan.encoders["vae"].widest
+    widest = levels[:2][-1] if levels else subject.encoders["vae"].widest
     latents = height * width // 4 ** subject.family.plan.halvings(raw)
     attention = 2 * latents**2 if raw.get("mid_block_add_attention", True) else 0
     return max(int(tensors * widest * height * width), attention)
 
 
-def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) -> Needs:
+def run_needs(
+    model: str | os.PathLike[str], *, steps: int = 28, offload: bool = False, **size: Any
+) -> Needs:
     """Of generating one image from the bundle: on a GPU in 16 bits, on a CPU in float32.
 
-    size: height, width, text_tokens, top_k, preset, recipe of `d2m.plan.count.plan`.
+    offload: `--offload block` on a CPU, two blocks of weights in memory and one component at a time
+    (results/big/offload.json was measured so). size: height, width, text_tokens, top_k, preset,
+    recipe of `d2m.plan.count.plan`.
     """
     answer = plan(model, **size)
     encoders = component_bytes(model, bundled=True)
@@ -269,6 +280,20 @@ def run_needs(model: str | os.PathLike[str], *, steps: int = 28, **size: Any) ->
         "libraries + weights and encoders in float32 + the larger of 20 D numbers a token and the "
         "decoder's widest tensors"
     )
+    if offload:
+        subject = subject_of(model)
+        blocks = max(sum(w.size for w in stack.weights) for stack in block_stacks(subject))
+        outside = sum(
+            stack.count * sum(w.size for w in stack.weights)
+            for stack in subject.family.plan.weights(subject.config, Structure(), 1, 1)
+            if not stack.prefix
+        )
+        ram = RUNNING + max(4 * (2 * blocks + outside + held), 2 * largest_component(model))
+        vram = 0
+        formula = (
+            "libraries + the larger of the largest component in float32, and two blocks and what "
+            "lies outside blocks in float32 with the same numbers"
+        )
     work = float(steps) * answer["flops"]
     disk = answer["memory"]["bf16"] + encoders
-    return Needs("run", int(ram), disk, 2.0, formula, vram=vram, flops=work)
+    return Needs("run", int(ram), disk, 2.0, formula, vram=vram or None, flops=work)

@@ -33,13 +33,18 @@ PARTS = ("shared", "experts", "gate", "adaln", "groups", "router", "blocks")
 LOSSES = ("output", "feature", "balance", "group", "group_balance")
 SPLITS = ("taylor", "magnitude", "random")
 PRECISIONS = ("float32", "bfloat16")
+# What ratios count in: quarters of a dense FFN's hidden neurons. In the paper's models, whose FFNs
+# are four times as wide as the model, that is the width.
+WHOLE = 4
 
 
 @dataclass(frozen=True)
 class SparseSpec:
     """The structure of every sparse FFN: 1S12E2A by default (read: shared 1, 12 x .25, top 2).
 
-    shares: see `Shares`; `at` gives the structure of one block.
+    Ratios are quarters of the dense FFN's hidden neurons, so that 1S12E2A is a quarter shared and
+    twelve sixteenths routed however wide the FFN is. shares: see `Shares`; `at` gives the structure
+    of one block.
     """
 
     num_experts: int = 12
@@ -63,19 +68,19 @@ class SparseSpec:
         )
 
 
-def hidden_sizes(dim: int, neurons: int, spec: SparseSpec) -> tuple[int, int]:
-    """(S, H) for an FFN of width D with N hidden neurons.
+def hidden_sizes(neurons: int, spec: SparseSpec) -> tuple[int, int]:
+    """(S, H) for an FFN with N hidden neurons.
 
     ValueError unless both are whole and S + E * H = N: no neuron may be lost.
     """
-    shared, expert = dim * spec.shared_ratio, dim * spec.expert_ratio
+    shared, expert = (neurons * ratio / WHOLE for ratio in (spec.shared_ratio, spec.expert_ratio))
     whole = shared == int(shared) and expert == int(expert)
     if not whole or int(shared) + spec.num_experts * int(expert) != neurons:
         raise ValueError(
             f"shared_ratio {spec.shared_ratio:g} and {spec.num_experts} experts of expert_ratio "
-            f"{spec.expert_ratio:g} do not make up the FFN's {neurons} neurons at width {dim}; "
-            f"expected shared_ratio + num_experts * expert_ratio = {neurons / dim:g}, with whole "
-            "hidden sizes."
+            f"{spec.expert_ratio:g} do not make up the FFN's {neurons} neurons; expected "
+            f"shared_ratio + num_experts * expert_ratio = {WHOLE}, with whole hidden sizes: ratios "
+            f"are quarters of the FFN."
         )
     return int(shared), int(expert)
 

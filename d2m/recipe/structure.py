@@ -73,7 +73,7 @@ class AdaLN:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shared experts of unequal size, block by block, as multiples of the width (ours).
+    """Shared experts of unequal size, block by block, in quarters of an FFN (ours).
 
     Empty: every block has the recipe's `shared_ratio`. What a block's shared expert has less, its
     experts have more, so no neuron is lost. The blocks of a group are alike.

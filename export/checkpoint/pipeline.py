@@ -56,7 +56,9 @@ def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
     row = FAMILIES[family.names.name]
     classes_of = (family.names.dense_class, family.names.sparse_class, *family.names.aliases)
     known: dict[str, tuple[str, ...]] = {"transformer": classes_of}
-    known |= {model.folder: (model.cls,) for model in row.components if model is not None}
+    known |= {
+        model.folder: (model.cls, *model.others) for model in row.components if model is not None
+    }
     known["scheduler"] = (row.scheduler,)
     for name, classes in known.items():
         found = (index.get(name) or [None, None])[1]
@@ -120,13 +122,18 @@ def open_components(
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_pretrained(directory / folder))
         model.tie_weights()
-        if {stored_name(key) for key, _ in model.named_parameters()} - set(checkpoint.names()):
+        names = set(checkpoint.names())
+
+        def stored(key: str) -> str:
+            return key if key in names else stored_name(key)
+
+        if {stored(key) for key, _ in model.named_parameters()} - names:
             return loaded(name, folder, cls, "dtype", trace)  # named as an older release did
         keep_float32(model)
         kind = checkpoint.main_dtype()
 
         def get(key: str) -> torch.Tensor:
-            return checkpoint.get(stored_name(key))
+            return checkpoint.get(stored(key))
 
         return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
 
@@ -169,7 +176,8 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """name -> (the manifest's record, tokenizer.json's text); the file goes to record["file"]."""
     from transformers import AutoTokenizer
 
-    lengths = FAMILIES[family_of(directory).names.name].lengths(directory)
+    row = FAMILIES[family_of(directory).names.name]
+    lengths, index = row.lengths(directory), read_json(directory / "model_index.json")
     result = {}
     for name, length in lengths.items():
         tokenizer = AutoTokenizer.from_pretrained(directory / name, local_files_only=True)
@@ -187,6 +195,7 @@ def tokenizers(directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
             "pad_token": tokenizer.pad_token,
             "eos_id": tokenizer.eos_token_id,
         }
+        record |= row.tokens_record(tokenizer, record["max_length"], index)
         result[name] = (record, backend.to_str(pretty=False))
     return result
 
@@ -203,6 +212,7 @@ def manifest_entries(directory: Path, checkpoint: Checkpoint, sparse: bool) -> d
     defaults = generation_defaults(directory)
     latents = FAMILIES[family_of(directory).names.name].latents(transformer, vae, directory)
     top_k = transformer.get("top_k") if sparse else None
+    guided = FAMILIES[family_of(directory).names.name].guided
     grouped = any((transformer.get("groups") or {}).values())
     kappa = transformer.get("kappa", 1) if grouped else None
     parameters = count(checkpoint.shapes(), top_k, kappa)
@@ -220,6 +230,7 @@ def manifest_entries(directory: Path, checkpoint: Checkpoint, sparse: bool) -> d
         "num_experts": transformer.get("num_experts") if sparse else None,
         "top_k": top_k,
         **({"kappa": kappa} if grouped else {}),
+        **({"guided": guided(read_json(directory / "model_index.json"))} if guided else {}),
     }
 
 

@@ -5,12 +5,12 @@ One file a family; what families share stands beside them.
     family      What a family of models is to export: how its transformer is cut into blocks
     known       The families that export knows, by the name of their row in d2m/families/known.py
     flux        FLUX.1 for export: its transformer's ends and blocks, its text encoders and VAE
+    flux2       FLUX.2 for export: the transformer's ends and blocks, its text encoder
     sd3         Stable Diffusion 3 and 3.5 for export: the transformer's ends and blocks
     pixart      PixArt-Sigma for export: the transformer's ends and blocks
     qwen        Qwen-Image for export: the transformer's ends and blocks, its text encoder, its VAE
     qwen_vae    Qwen-Image's VAE for export: a video's decoder on one frame
     encoders    Text encoders and VAE decoder as programs of one call
-    attention   FLUX attention written for export: the same arithmetic as diffusers'
     modulation  Shared modulation in a program: the embed call writes it
     ends        What transformers and VAEs of several families have in common at their ends
     configs     The configs of a pipeline directory's components

@@ -136,17 +136,17 @@ def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     return torch.where(above, least, zero)[None, None]
 
 
-def pooled(output: Any) -> tuple[Tensor, ...]:
+def pooled(model: Any, output: Any) -> tuple[Tensor, ...]:
     """Of CLIPTextModel."""
     return (output.pooler_output,)
 
 
-def pooled_and_states(output: Any) -> tuple[Tensor, ...]:
+def pooled_and_states(model: Any, output: Any) -> tuple[Tensor, ...]:
     """Of CLIPTextModelWithProjection."""
     return output.text_embeds, output.hidden_states[-2]
 
 
-def first(output: Any) -> tuple[Tensor, ...]:
+def first(model: Any, output: Any) -> tuple[Tensor, ...]:
     """Of T5EncoderModel, or of a decoder without a dictionary."""
     return (output[0],)
 

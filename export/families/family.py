@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class Encoder:
     """A component other than the transformer: a text encoder, or the VAE, which decodes.
 
-    name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; program:
-    (model, dtype) -> its Program; whole: loaded at once, else its weights are read one by one;
-    stored_name: a parameter's name in the model -> in its files.
-    outputs_of: what the model returns -> the tensors that are the Program's outputs, in their
-    order; passed_inputs: keywords of the model's call which are outputs too, ahead of those.
+    name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; others:
+    classes that it may be of too; program: (model, dtype) -> its Program; whole: loaded at once,
+    else its weights are read one by one; stored_name: a parameter's name in the model -> in its
+    files, where those do not have the model's own.
+    outputs_of: (the model, what it returns) -> the tensors that are the Program's outputs, in their
+    order; passed_inputs: keywords of the model's call which are outputs too, ahead of those;
+    read: keywords of its call that are the Program's inputs, under these names.
     """
 
     name: str
@@ -35,10 +37,12 @@ class Encoder:
     library: str
     cls: str
     program: Callable[[Any, torch.dtype], Program]
-    outputs_of: Callable[[Any], tuple[Tensor, ...]]
+    outputs_of: Callable[[Any, Any], tuple[Tensor, ...]]
     whole: bool = True
     passed_inputs: tuple[str, ...] = ()
     stored_name: Callable[[str], str] = lambda name: name
+    others: tuple[str, ...] = ()
+    read: tuple[str, ...] = ("input_ids",)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Family:
     latents(configs of transformer and vae, directory): the manifest's `latents`; ValueError where
         the components are of different models.
     text_tokens(lengths): component -> tokens that it reads, for the plans' profiles.
+    tokens_record(tokenizer, its length, its pipeline's index): what a tokenizer's record in the
+        manifest has beside its file and length, such as a chat template around every prompt.
+    guided(model_index.json): whether the pipeline generates with classifier-free guidance; None
+        where all of the family's do or none does.
 
     For torch's side of `d2m parity` (export/parity/torch_recording.py):
     block_inputs(keywords of a block): the tensors of the environment that it reads.
@@ -74,4 +82,8 @@ class Family:
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
     unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
+    tokens_record: Callable[[Any, int, Mapping[str, Any]], dict[str, Any]] = (
+        lambda tokenizer, length, index: {}
+    )
+    guided: Callable[[Mapping[str, Any]], bool] | None = None
     scheduler: str = "FlowMatchEulerDiscreteScheduler"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from d2m.families.generation_defaults import generation_defaults
 from export.families import modulation
-from export.families.attention import ExportAttention
 from export.families.configs import config
 from export.families.encoders import T5, TRANSFORMERS, VAE, clip_program, pooled
 from export.families.ends import Final, check_packed, kl_latents, unscaled
 from export.families.family import Encoder, Family
+from export.graph.attention import ExportAttention
 from export.graph.program import Environment, Row, Tracing
 from export.graph.trace import Spec
 

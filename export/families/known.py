@@ -7,11 +7,12 @@ from typing import Any
 from d2m.families import family_of_model
 from export.families.family import Family
 from export.families.flux import FLUX
+from export.families.flux2 import FLUX2
 from export.families.pixart import PIXART
 from export.families.qwen import QWEN
 from export.families.sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART, QWEN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, FLUX2, SD3, PIXART, QWEN)}
 
 
 def export_family(model: Any) -> Family:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.pixart.weights import check_conditions
-from export.families.attention import attended, heads
 from export.families.encoders import IDS, TRANSFORMERS, VAE, first, one_call, use_eager_attention
 from export.families.ends import kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
+from export.graph.attention import attended, heads
 from export.graph.program import MODULATION, Environment, Program, Row, Tracing
 from export.graph.trace import Spec
 
@@ -78,7 +78,7 @@ class Final(nn.Module):
 class Attention:
     """Processor for Attention with fused projections: of tokens to themselves, or to the text.
 
-    The same arithmetic as diffusers' AttnProcessor2_0, in the form of export/families/attention.py.
+    The same arithmetic as diffusers' AttnProcessor2_0, in the form of export/graph/attention.py.
     """
 
     def __call__(

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.qwen import MASK, STATES, TEMPLATE_TOKENS
 from export.families import modulation
-from export.families.attention import attended, heads, rms_norm, rotate
 from export.families.encoders import IDS, TRANSFORMERS, causal_mask, first, use_eager_attention
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
 from export.families.qwen_vae import vae_program
+from export.graph.attention import attended, heads, rms_norm, rotate
 from export.graph.blocks import block_type
 from export.graph.program import Environment, Program, Row, Tracing
 from export.graph.trace import Spec
@@ -57,7 +57,7 @@ class MaskedAttention:
     """Processor for Qwen-Image's Attention with fused projections: text before the image.
 
     The same arithmetic as diffusers' QwenDoubleStreamAttnProcessor2_0, in the form of
-    export/families/attention.py; rotary tables are cosines and sines in place of complex numbers.
+    export/graph/attention.py; rotary tables are cosines and sines in place of complex numbers.
     """
 
     def __call__(
@@ -159,7 +159,7 @@ def stored_name(name: str) -> str:
     return name
 
 
-def last_states(output: Any) -> tuple[Tensor, ...]:
+def last_states(model: Any, output: Any) -> tuple[Tensor, ...]:
     """Of Qwen2_5_VLForConditionalGeneration, asked for its hidden states."""
     return (output.hidden_states[-1],)
 
@@ -235,7 +235,7 @@ def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
 
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """[n, C, h, w] -> [n, 3, H, W]: the only frame."""
-    return first(pipe.vae.decode(latents[:, :, None]))[0][:, :, 0]
+    return first(pipe.vae, pipe.vae.decode(latents[:, :, None]))[0][:, :, 0]
 
 
 TEXT = (TRANSFORMERS, "Qwen2_5_VLForConditionalGeneration", text_program, last_states)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.families.attention import attended, heads
 from export.families.encoders import decoder_program
+from export.graph.attention import attended, heads
 from export.graph.program import Program
 
 
@@ -28,7 +28,7 @@ class FrameConv(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """QwenImageAttentionBlock on one frame, in the form of export/families/attention.py, which is
+    """QwenImageAttentionBlock on one frame, in the form of export/graph/attention.py, which is
     fused."""
 
     def __init__(self, block: Any) -> None:

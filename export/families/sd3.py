@@ -19,7 +19,6 @@ from d2m.families.generation_defaults import generation_defaults
 from d2m.model.block_group import SkippedBlock
 from d2m.model.modulation import SharedAdaLN
 from export.families import modulation
-from export.families.attention import attended, heads, rms_norm
 from export.families.configs import config
 from export.families.encoders import (
     T5,
@@ -30,6 +29,7 @@ from export.families.encoders import (
 )
 from export.families.ends import Final, kl_latents, patches, sample_patches, unscaled
 from export.families.family import Encoder, Family
+from export.graph.attention import attended, heads, rms_norm
 from export.graph.program import MODULATION, Environment, Row, Tracing
 from export.graph.trace import Spec
 
@@ -72,7 +72,7 @@ class JointAttention:
     """Processor for SD3's Attention with fused projections: the image's tokens before the text's.
 
     The same arithmetic as diffusers' JointAttnProcessor2_0, in the form of
-    export/families/attention.py.
+    export/graph/attention.py.
     """
 
     def __call__(

@@ -6,6 +6,7 @@ A torch model and its family's row enter; block types, traced once, and the call
     blocks        A transformer as a program: its block types, each traced once
     prepare       A transformer made ready for tracing: its blocks in export's form
     trace         One torch module traced once to an ONNX graph whose weights are inputs
+    attention     FLUX attention written for export: the same arithmetic as diffusers'
     rules         Rewriting rules for traced graphs (onnx_ir)
     clean         A traced graph made fit to ship: constants folded, rules applied
     routers       Groups of blocks in a program: which calls belong to one

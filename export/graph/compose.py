@@ -8,14 +8,14 @@ computes in, a Cast follows it; ONNX Runtime folds these when a session opens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.graph.block_choice import CHOOSE, KAPPA, choice, choose_function, conditional
 from export.graph.routers import LOGITS
 from export.graph.trace import OUT, Spec
-from export.op.schema import DOMAIN, OPSET, VERSION
+from export.op.schema import DOMAIN, OPSET
 
 if TYPE_CHECKING:
     import onnx
@@ -133,9 +133,13 @@ def compose(
     return model
 
 
-def domains(functions: Iterable[onnx.FunctionProto]) -> list[tuple[str, int]]:
+def domains(functions: Collection[onnx.FunctionProto]) -> list[tuple[str, int]]:
     """Opset imports of the composed model."""
-    versions = {DOMAIN: VERSION, BLOCKS: 1}
+    versions = {DOMAIN: 1, BLOCKS: 1}
+    for each in functions:  # the newest version of the op that a block has
+        for entry in each.opset_import:
+            if entry.domain == DOMAIN:
+                versions[DOMAIN] = max(versions[DOMAIN], entry.version)
     return [
         ("", OPSET),
         *((name, versions[name]) for name in sorted({f.domain for f in functions})),

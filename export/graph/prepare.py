@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.model.experts_op import experts_op
 from d2m.model.modulation import SharedAdaLN
+from d2m.model.routing import activate
 from d2m.model.sparse_ffn import SparseFFN
 from export.graph.program import Tracing
 
@@ -55,16 +55,18 @@ class FlatFFN(SparseFFN):
     def forward(self, x: Tensor) -> Tensor:
         """As SparseFFN.forward, for top_k from 1."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = F.gelu(linear(rows, self.shared.fc1), approximate="tanh")
+        hidden = activate(linear(rows, self.shared.fc1), self.shared.activation)
         logits = torch.matmul(rows.float(), self.gate.weight.t())
         weights = self.experts
-        routed = experts_op(rows, logits, weights.w1, weights.b1, weights.w2, self.top_k)
+        given = (weights.w1, weights.b1, weights.w2, self.top_k, weights.activation)
+        routed = experts_op(rows, logits, *given)
         return (linear(hidden, self.shared.fc2) + routed).reshape(x.shape)
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """A Linear as matmul and add, which TensorRT fuses better than Gemm."""
-    return torch.matmul(x, layer.weight.t()) + layer.bias
+    product = torch.matmul(x, layer.weight.t())
+    return product if layer.bias is None else product + layer.bias
 
 
 def prepare(model: nn.Module, tracing: Tracing) -> nn.Module:

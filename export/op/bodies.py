@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from export.op.body_lines import Routing, either_lines, every_lines, portable_lines, sorted_lines
-from export.op.schema import DOMAIN, OP, OPSET, VERSION, register
+from export.op.schema import DOMAIN, INPUTS, OP, OPSET, inputs_of, register, version_of
 
 if TYPE_CHECKING:
     import onnx
@@ -50,7 +50,10 @@ def body(kind: str, routing: Routing, *, tile: int = 64) -> onnx.FunctionProto:
         raise ValueError(f"the body is {kind!r}, expected one of {', '.join(BODIES)}.")
     lines = portable_lines(routing, tile) if kind == "portable" else SPELLED[kind](routing)
     head = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>'
-    text = f"{head}\n{OP} <top_k> (x, logits, w1, b1, w2) => (y)\n{{\n" + "\n".join(lines) + "\n}"
+    kind_of = (routing.activation, routing.bias)
+    own = "top_k" if version_of(*kind_of) == 1 else "top_k, activation"
+    given = ", ".join(inputs_of(*kind_of))
+    text = f"{head}\n{OP} <{own}> ({given}) => (y)\n{{\n" + "\n".join(lines) + "\n}"
     function = parser.parse_function(text)
     for node in function.node:
         node.name = node.output[0]
@@ -89,13 +92,15 @@ def with_body(
     if len(found) > 1:
         raise ValueError(
             f"a model holds routed experts of {len(found)} kinds ({found[0]}, {found[1]}); expected"
-            " one number of experts, one top_k and one type: export such blocks apart."
+            " one number of experts, one top_k, one activation and one type: export such blocks"
+            " apart."
         )
     if found and kind is not None:
         rows = tile or tile_rows(tokens, found[0])
         copy.functions.append(body(kind, found[0], tile=rows))
     if found and not any(entry.domain == DOMAIN for entry in copy.opset_import):
-        copy.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+        version = version_of(found[0].activation, found[0].bias)
+        copy.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))
     return copy
 
 
@@ -111,4 +116,7 @@ def routings(model: onnx.ModelProto) -> Iterator[Routing]:
             w1: Any = node.inputs[2]
             experts, width, _ = w1.shape
             known = width if isinstance(width, int) else 0
-            yield Routing(experts, node.attributes["top_k"].as_int(), int(w1.dtype), known)
+            own = node.attributes.get("activation")
+            activation = "gelu_tanh" if own is None else own.as_string()
+            top_k, bias = node.attributes["top_k"].as_int(), len(node.inputs) == len(INPUTS)
+            yield Routing(experts, top_k, int(w1.dtype), known, activation, bias)

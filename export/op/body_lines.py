@@ -13,12 +13,15 @@ FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class Routing:
-    """What a body is specialised on: E, K, x's ONNX element type and D (0: not known)."""
+    """What a body is specialised on: E, K, x's ONNX element type, D (0: not known), what experts
+    do between their matrices, and whether there is b1."""
 
     experts: int
     top_k: int
     dtype: int = FLOAT32
     width: int = 0
+    activation: str = "gelu_tanh"
+    bias: bool = True
 
 
 def numbers(name: str, *values: int, dtype: str = "int64") -> str:
@@ -30,6 +33,27 @@ def numbers(name: str, *values: int, dtype: str = "int64") -> str:
 def each(stem: str, count: int) -> str:
     """`stem0, stem1, ...`"""
     return ", ".join(f"{stem}{i}" for i in range(count))
+
+
+# Activation, or that of a gated one's gates -> its lines, from {x} to {y}.
+CURVES = {
+    "gelu_tanh": ('{y} = Gelu <approximate = "tanh"> ({x})',),
+    "gelu": ("{y} = Gelu ({x})",),
+    "silu": ("{x}_sigmoid = Sigmoid ({x})", "{y} = Mul ({x}, {x}_sigmoid)"),
+}
+GATES = {"swiglu": "silu", "geglu": "gelu"}
+
+
+def activated(routing: Routing, source: str, result: str) -> list[str]:
+    """source [.., H], or [.., 2 H] with the gates first, -> result [.., H]."""
+    if routing.activation not in GATES:
+        return [line.format(x=source, y=result) for line in CURVES[routing.activation]]
+    gate, value, curved = (f"{source}_{part}" for part in ("gate", "value", "curved"))
+    return [
+        f"{gate}, {value} = Split <axis = -1, num_outputs = 2> ({source})",
+        *(line.format(x=gate, y=curved) for line in CURVES[GATES[routing.activation]]),
+        f"{result} = Mul ({curved}, {value})",
+    ]
 
 
 def sorted_lines(routing: Routing) -> list[str]:
@@ -66,14 +90,16 @@ def sorted_lines(routing: Routing) -> list[str]:
     lines += [  # folded with initializers
         "w1_rows = Flatten <axis = 2> (w1)",  # [E * D, H]
         f"{each('u', experts)} = {pieces} (w1_rows)",
-        f"{each('c', experts)} = {pieces} (b1)",
+        *([f"{each('c', experts)} = {pieces} (b1)"] if routing.bias else []),
         "w2_rows = Flatten <axis = 2> (w2)",  # [E * H, D]
         f"{each('d', experts)} = {pieces} (w2_rows)",
     ]
-    lines += [f"m{e} = Gemm (x{e}, u{e}, c{e})" for e in range(experts)]
+    for e in range(experts):
+        product = f"Gemm (x{e}, u{e}, c{e})" if routing.bias else f"MatMul (x{e}, u{e})"
+        lines += [f"m{e} = {product}"]
     lines += [
         f"m = Concat <axis = 0> ({each('m', experts)})",
-        'g = Gelu <approximate = "tanh"> (m)',
+        *activated(routing, "m", "g"),
         "flat_gate = Reshape (gate, flat)",
         "sorted_gate = Gather (flat_gate, order)",
         "weight = Unsqueeze (sorted_gate, one)",
@@ -112,7 +138,7 @@ def every_lines(routing: Routing) -> list[str]:
         "nil = Constant <value = float {0}> ()",
         "w1_by_row = Transpose <perm = [1, 0, 2]> (w1)",  # folded with initializers
         "w1_all = Flatten <axis = 1> (w1_by_row)",  # [D, E * H]
-        "b1_all = Reshape (b1, flat)",
+        *(["b1_all = Reshape (b1, flat)"] if routing.bias else []),
         "w2_all = Flatten <axis = 2> (w2)",  # [E * H, D]
         "probabilities = Softmax <axis = -1> (logits)",
         "gate, chosen = TopK <axis = -1> (probabilities, k)",
@@ -120,14 +146,8 @@ def every_lines(routing: Routing) -> list[str]:
         "gates = ScatterElements <axis = 1> (nobody, chosen, gate)",  # [T, E]
         "weight = Unsqueeze (gates, two)",
         *(["weight_x = CastLike (weight, x)"] if half else []),
-        "m = Gemm (x, w1_all, b1_all)",
-        'g = Gelu <approximate = "tanh"> (m)',
-        # Sizes are read from tensors: where T = 0 none can be told from the others, and blocks of
-        # several sizes of experts share this function.
-        "tokens = Shape <start = 0, end = 1> (x)",
-        "expert_sizes = Shape (b1)",
-        "by_expert = Concat <axis = 0> (tokens, expert_sizes)",
-        "g_expert = Reshape (g, by_expert)",  # [T, E, H]
+        "m = Gemm (x, w1_all, b1_all)" if routing.bias else "m = MatMul (x, w1_all)",
+        *by_expert(routing),
         f"weighed = Mul (g_expert, weight{'_x' if half else ''})",
         *([f"weighed_float = Cast <to = {FLOAT32}> (weighed)"] if half else []),
         "unchosen = Equal (weight, nil)",
@@ -141,6 +161,33 @@ def every_lines(routing: Routing) -> list[str]:
         f"w2_float = Cast <to = {FLOAT32}> (w2_all)",
         "sum = MatMul (h, w2_float)",
         "y = CastLike (sum, x)",
+    ]
+
+
+def by_expert(routing: Routing) -> list[str]:
+    """m [T, E * H], or [T, E * 2 H], -> g_expert [T, E, H].
+
+    Sizes are read from tensors: where T = 0 none can be told from the others, and blocks of several
+    sizes of experts share this function. Gates and values are each expert's own halves, so that a
+    gated m is cut by expert first.
+    """
+    tokens = "tokens = Shape <start = 0, end = 1> (x)"
+    if routing.activation in GATES:
+        return [
+            tokens,
+            "experts_of = Shape <start = 0, end = 1> (w1)",
+            "columns_of = Shape <start = 2, end = 3> (w1)",
+            "by_expert = Concat <axis = 0> (tokens, experts_of, columns_of)",
+            "m_expert = Reshape (m, by_expert)",
+            *activated(routing, "m_expert", "g_expert"),
+        ]
+    sizes = "Shape (b1)" if routing.bias else "Shape <start = 0, end = 2> (w2)"
+    return [
+        *activated(routing, "m", "g"),
+        tokens,
+        f"expert_sizes = {sizes}",
+        "by_expert = Concat <axis = 0> (tokens, expert_sizes)",
+        "g_expert = Reshape (g, by_expert)",
     ]
 
 
@@ -261,12 +308,12 @@ def portable_lines(routing: Routing, tile: int) -> list[str]:
         "tile_shape = Concat <axis = 0> (n, tile, width)",
         "tile_x = Reshape (gathered, tile_shape)",  # [N, B, D]
         "tile_w1 = Gather (w1, owner)",
-        "tile_b1 = Gather (b1, owner)",
+        *(["tile_b1 = Gather (b1, owner)"] if routing.bias else []),
         "tile_w2 = Gather (w2, owner)",
-        "tile_bias = Unsqueeze (tile_b1, one)",
+        *(["tile_bias = Unsqueeze (tile_b1, one)"] if routing.bias else []),
         "m = MatMul (tile_x, tile_w1)",
-        "a = Add (m, tile_bias)",
-        'g = Gelu <approximate = "tanh"> (a)',
+        *(["a = Add (m, tile_bias)"] if routing.bias else []),
+        *activated(routing, "a" if routing.bias else "m", "g"),
         "z_tiles = MatMul (g, tile_w2)",
         # back to tokens
         "z_shape = Concat <axis = 0> (flat, width)",

@@ -79,7 +79,7 @@ def compare_ids(pipeline: Pipeline, reference: Recording, prompts: Sequence[str]
     rows = []
     encoders = [name for name in pipeline.family.components if name.startswith("text_encoder")]
     for name, tokenizer in zip(encoders, pipeline.family.tokenizers, strict=True):
-        (expected,) = reference.components[name][0].values()
+        expected = reference.components[name][0]["input_ids"]
         spec = pipeline.manifest["tokenizers"][tokenizer]
         found = TextTokenizer(tokenizer, pipeline.bundle.file(spec["file"]), spec)(texts)
         if len(expected) < len(found):

@@ -16,6 +16,7 @@ from export.graph.trace import OUT
 from export.op.schema import DOMAIN, OP
 from runtime.bundle.directory import Bundle
 from runtime.files.atomic import write_bytes
+from runtime.files.tensors import SafeTensors
 from runtime.trt.launch_schedule import plan_key
 
 # Rows of a site's logits, by the tokens that pass it.
@@ -70,7 +71,7 @@ def tapped_bundle(bundle: Bundle, folder: Path, top_k: int) -> Bundle:
         model, names = tap(graph, family_of(bundle))
         write_bytes(folder / kinds[kind]["graphs"][key], model.SerializeToString())
         kinds[kind]["outputs"] = [*kinds[kind]["outputs"], *names]
-    return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
+    return Bundle(folder, manifest, bundle.digest, _weights=weights_of(bundle))
 
 
 def tapped_plans(
@@ -101,7 +102,12 @@ def tapped_plans(
     )
     manifest["plans"] = plans
     manifest["files"] |= {path: {} for entry in plans.values() for path in entry["files"].values()}
-    return Bundle(folder, manifest, bundle.digest, {"transformer": bundle.weights("transformer")})
+    return Bundle(folder, manifest, bundle.digest, _weights=weights_of(bundle))
+
+
+def weights_of(bundle: Bundle) -> dict[str, SafeTensors]:
+    """The transformer's weights, shared with another bundle."""
+    return {"transformer": bundle.weights("transformer")}
 
 
 def family_of(bundle: Bundle) -> Family:

@@ -137,7 +137,7 @@ def record(
             conditions = family.data.encode_text(pipe, list(prompts), text_tokens)
         result.conditions = {name: array(tensor) for name, tensor in conditions.items()}
         negative = None
-        if family.data.unconditional and guidance > 1:
+        if family.data.unconditional_of(pipe) and guidance > 1:
             negative = family.data.encode_text(pipe, [""] * len(prompts), text_tokens)
             result.negative = {name: array(tensor) for name, tensor in negative.items()}
         latents = torch.from_numpy(noise)
@@ -173,13 +173,14 @@ def watch_encoders(pipe: Any, row: Family, result: Recording) -> Iterator[None]:
 
     def keep(part: Encoder) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            ids = args[0] if args else kwargs["input_ids"]
+            given = dict(zip(part.read, args)) | kwargs
             outputs = (
                 *(kwargs[name].float() for name in part.passed_inputs),
-                *part.outputs_of(output),
+                *part.outputs_of(module, output),
             )
             taken = {str(i): array(tensor) for i, tensor in enumerate(outputs)}
-            result.components[part.name] = ({"input_ids": ids.numpy()}, taken)
+            inputs = {name: given[name].numpy() for name in part.read}
+            result.components[part.name] = (inputs, taken)
 
         return hook
 
@@ -214,13 +215,14 @@ def watch_transformer(
     }
     sites = sparse_ffns(model)
     shared = getattr(model, MODULATION, None)
-    step = -1
+    step, text_tokens = -1, 0
     passed: list[tuple[Arrays, Arrays]] = []  # what every block or group of the step has passed on
     handles = []
 
     def begin(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal step
+        nonlocal step, text_tokens
         step += 1
+        text_tokens = kwargs["encoder_hidden_states"].shape[1]
         passed.clear()
         for site in sites.values():
             site.record = step in recorded
@@ -240,7 +242,7 @@ def watch_transformer(
     def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
-        kwargs = named(args, kwargs)
+        kwargs, output = apart(named(args, kwargs), output, text_tokens)
         passed.append(pair(kwargs, output))
         blocks, prefix = result.blocks[step], names[module]
         if not isinstance(module, BlockGroup):
@@ -270,8 +272,8 @@ def watch_transformer(
         # What is before the first block is known by what that block read, what is after the last by
         # what it wrote; a family adds what no block reads.
         unread = {name: array(each) for name, each in row.unread(model, kwargs).items()}
-        written = ("hidden_states", "encoder_hidden_states", "temb", MODULATION)
-        embedded = {name: each for name, each in (first | unread).items() if name in written}
+        own = set(STREAMS.values())  # written anew under the inputs' names
+        embedded = {n: each for n, each in (first | unread).items() if n in own or n not in inputs}
         result.blocks[step]["embed"] = (inputs, embedded)
         ends = last[0] | last[1] | unread
         final = {name: ends[name] for name in row.tracing.final_inputs}
@@ -299,6 +301,19 @@ def watch_transformer(
 def named(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's keywords, with what is given by place: `hidden_states`, first in every class."""
     return dict(zip(("hidden_states",), args)) | kwargs
+
+
+def apart(kwargs: dict[str, Any], output: Any, text_tokens: int) -> tuple[dict[str, Any], Any]:
+    """A block's keywords and what it returns with both streams apart, the text's tokens first.
+
+    FLUX.2's single blocks get and return them in one tensor.
+    """
+    if kwargs.get("encoder_hidden_states", output) is not None:
+        return kwargs, output
+    names = ("encoder_hidden_states", "hidden_states")
+    split = [text_tokens, kwargs["hidden_states"].shape[1] - text_tokens]
+    given = kwargs | dict(zip(names, kwargs["hidden_states"].split(split, dim=1)))
+    return given, output.split(split, dim=1)
 
 
 def to_unit(image: np.ndarray) -> np.ndarray:

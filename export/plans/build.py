@@ -21,7 +21,7 @@ from export.op.bodies import with_body
 from export.plans.compiler import build, check_sm, load_api, target_name
 from export.plans.fuse import attentions, fuse
 from export.plans.layers import check_plan, host_tensors, layers
-from runtime.families import family_of as runtime_family
+from runtime.families import is_guided
 from runtime.files.atomic import write_bytes
 from runtime.files.checked_json import read_json
 from runtime.trt.launch_schedule import dimension_size, dimension_terms, profile_of
@@ -215,10 +215,9 @@ def default_profiles(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     side = manifest["latents"]["vae_scale_factor"]
     rows, columns = (manifest["defaults"][name] // side for name in ("height", "width"))
     image = rows * columns // manifest["latents"]["patch"] ** 2
-    family = runtime_family(manifest)
     lengths = {name: row["max_length"] for name, row in manifest["tokenizers"].items()}
     found = FAMILIES[manifest["family"]].text_tokens(lengths)
-    text, an_image = found.pop(""), 1 + family.guided  # rows an image
+    text, an_image = found.pop(""), 1 + is_guided(manifest)  # rows an image
     return {
         "batch": [1, an_image, 8 * an_image],
         "image_tokens": [max(1, image // 16), image, image * 9 // 4],

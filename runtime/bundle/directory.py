@@ -17,7 +17,7 @@ from typing import Any
 from runtime.bundle import manifest as manifests
 from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
 from runtime.files.checked_json import parse_json
-from runtime.files.hashes import first_mismatch
+from runtime.files.hashes import Stamp, first_mismatch
 from runtime.files.kinds import not_a
 from runtime.files.tensors import SafeTensors
 
@@ -27,11 +27,16 @@ CHECKS = ("cached", "full", "sizes")
 
 @dataclass
 class Bundle:
-    """An opened bundle. `digest` is the SHA-256 of manifest.json, and so of every file in it."""
+    """An opened bundle. `digest` is the SHA-256 of manifest.json, and so of every file in it.
+
+    What was hashed is what is used, even where files are replaced meanwhile: `read` hashes what it
+    gives, and `weights` opens the files of `stamps`, those of the hashes (empty: unchecked).
+    """
 
     path: Path
     manifest: dict[str, Any]
     digest: str
+    stamps: dict[str, Stamp] = field(default_factory=dict, repr=False)
     _weights: dict[str, SafeTensors] = field(default_factory=dict, repr=False)
 
     @property
@@ -45,6 +50,17 @@ class Bundle:
             raise ValueError(f"the manifest.json of bundle {self.path} lists no file {relative!r}.")
         return self.path / relative
 
+    def read(self, relative: str, most: int = 1 << 32) -> bytes:
+        """The bytes of a listed file; ValueError where it has over `most`, or another hash."""
+        self.file(relative)
+        data = read_small(self.path, relative, most)
+        if self.stamps:
+            row = self.manifest["files"][relative]
+            found = hashlib.sha256(data).hexdigest()
+            if found != row["sha256"]:
+                raise wrong_hash(self.path, relative, found)
+        return data
+
     def component(self, name: str) -> dict[str, Any]:
         """The manifest's record of a component: onnx, weights, inputs, types, program."""
         if name not in self.manifest["components"]:
@@ -57,7 +73,8 @@ class Bundle:
         if component not in self._weights:
             row = self.component(component)
             files = (row["weights"], *row.get("shards", ()))
-            self._weights[component] = SafeTensors(*map(self.file, files))
+            stamps = {self.path / name: stamp for name, stamp in self.stamps.items()}
+            self._weights[component] = SafeTensors(*map(self.file, files), stamps=stamps or None)
         return self._weights[component]
 
 
@@ -76,7 +93,7 @@ def open_bundle(
     root = Path(path)
     source = root / "manifest.json"
     if not root.is_dir() or not source.is_file():
-        cure = "make one with: d2m export SPARSE -o NEW"
+        cure = "make one with: d2m export PIPELINE -o NEW"
         raise FileNotFoundError(not_a("a bundle", root, cure))
     data = read_small(root, "manifest.json")
     digest = hashlib.sha256(data).hexdigest()
@@ -95,11 +112,11 @@ def open_bundle(
     files = manifest["files"]
     for name, row in files.items():
         check_file(root, name, row, full=False)  # sizes first: they are known at once
+    bundle = Bundle(root, manifest, digest)
     if check != "sizes":
         wanted = {name: row["sha256"] for name, row in files.items()}
-        if wrong := first_mismatch(root, wanted, anew=check == "full"):
+        if wrong := first_mismatch(root, wanted, anew=check == "full", stamps=bundle.stamps):
             raise wrong_hash(root, *wrong)
-    bundle = Bundle(root, manifest, digest)
     for component in manifest["components"]:
         check_weights(bundle, component)
     return bundle

@@ -10,6 +10,7 @@ Shape letters: T tokens, D width, E experts, H expert hidden, K chosen.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle.manifest import check_files
-from runtime.bundle.reading import check_file, read_small
+from runtime.bundle.reading import check_file, read_small, wrong_hash
 from runtime.files.checked_json import (
     array,
     integer,
@@ -50,12 +51,20 @@ class Kernels:
     manifest: dict[str, Any]
 
     def cubin(self, name: str) -> bytes:
-        """The machine code of one kernel."""
-        return (self.path / self.manifest["kernels"][name]["cubin"]).read_bytes()
+        """The machine code of one kernel; ValueError where it was replaced."""
+        file = self.manifest["kernels"][name]["cubin"]
+        data = read_small(self.path, file, MAX_CUBIN)
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.manifest["files"][file]["sha256"]:
+            raise wrong_hash(self.path, file, found)
+        return data
 
 
-def open_kernels(path: str | os.PathLike[str]) -> Kernels:
-    """Open and check a directory of kernels; FileNotFoundError or ValueError in one sentence."""
+def open_kernels(path: str | os.PathLike[str], data: bytes | None = None) -> Kernels:
+    """Open and check a directory of kernels; FileNotFoundError or ValueError in one sentence.
+
+    `data` are the bytes of its kernels.json where they were read before.
+    """
     root = Path(path)
     source = root / MANIFEST
     if not source.is_file():
@@ -67,7 +76,7 @@ def open_kernels(path: str | os.PathLike[str]) -> Kernels:
         size = source.stat().st_size
         if size > MAX_MANIFEST:
             raise ValueError(f"its {MANIFEST} has {size} bytes, expected at most {MAX_MANIFEST}")
-        manifest = parse_json(read_small(root, MANIFEST, MAX_MANIFEST))
+        manifest = parse_json(read_small(root, MANIFEST, MAX_MANIFEST) if data is None else data)
         check(manifest)
     except ValueError as error:
         what = " ".join(printable(str(error)).replace("manifest.json", MANIFEST).split())[:300]

@@ -34,6 +34,7 @@ MAX_FILES = 10_000
 MAX_CALLS = 4096  # blocks of a component
 MAX_TENSORS = 256  # that go into a block or come out of it, weights not counted
 MAX_TOKENS = 4096  # of a prompt
+MAX_TEMPLATE = 10_000  # characters of what stands before or after a prompt
 MAX_DIM = 1 << 40
 MAX_PIXELS = 16384  # a side of an image
 
@@ -64,21 +65,41 @@ def check(manifest: Any) -> None:
         check_component(mapping(components, name, "components"), f"components.{name}", files)
     for name, count in family.components.items():
         for side, wanted in (("inputs", 1), ("outputs", count)) if count else ():
-            if len(components[name][side]) != wanted:
+            found = set(components[name][side]) - {"attention_mask"}  # which goes with input_ids
+            if len(found) != wanted:
                 words = "one tensor" if wanted == 1 else f"{wanted} tensors"
                 raise wrong(f"components.{name}.{side}", components[name][side], words)
     check_top_k(manifest)
     check_kappa(manifest)
     check_settings(manifest)
+    if type(manifest.get("guided", False)) is not bool:
+        raise wrong("guided", manifest["guided"], "true or false")
     for name in family.tokenizers:
         where = f"tokenizers.{name}"
         row = mapping(mapping(manifest, "tokenizers"), name, "tokenizers")
         listed(row, "file", files, where)
         integer(row, "max_length", 1, MAX_TOKENS, where)
         integer(row, "pad_id", 0, 1 << 31, where)
+        check_template(row, where)
     plans = mapping(manifest, "plans") if "plans" in manifest else {}
     for target in plans:
         check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)
+
+
+def check_template(row: dict[str, Any], where: str) -> None:
+    """A tokenizer's template, where it has one: texts around every prompt, and how it is padded."""
+    for name in ("before", "after"):
+        found = row.get(name, "")
+        if not isinstance(found, str) or len(found) > MAX_TEMPLATE:
+            raise wrong(f"{where}.{name}", found, f"a text of at most {MAX_TEMPLATE} characters")
+    removed = array(row, "removed", 0, 16, "texts", where) if "removed" in row else []
+    if not all(isinstance(each, str) and each for each in removed):
+        raise wrong(f"{where}.removed", removed, "texts that are not empty")
+    if "padding_side" in row:
+        one_of(row, "padding_side", ("left", "right"), where)
+    for name in ("stripped", "special_tokens"):
+        if type(row.get(name, True)) is not bool:
+            raise wrong(f"{where}.{name}", row[name], "true or false")
 
 
 def check_files(files: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,8 @@ call each other without a circle, and their calls spelled out stay within bounds
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from runtime.bundle.onnx_constants import Body, Key, Step, folding_limit
 from runtime.files.checked_json import printable
@@ -66,20 +64,13 @@ class Totals:
     limit: int = 0  # bytes of a constant that may be computed
 
 
-def check_onnx(path: str | os.PathLike[str], files: Mapping[str, int]) -> Totals:
-    """Check an ONNX file; `files` are those its tensors may lie in: name beside it -> bytes.
+def check_onnx(data: bytes, files: Mapping[str, int]) -> Totals:
+    """Check an ONNX file's bytes; `files` are those its tensors may lie in: name -> bytes.
 
     Raises ValueError, a clause without a full stop, where ONNX Runtime should not open it.
     """
-    size = os.path.getsize(path)
-    if Path(path).suffix != ".onnx" or size > MAX_BYTES:  # by another suffix it is another format
-        raise ValueError(f"it has {size} bytes, expected .onnx of at most {MAX_BYTES}")
-    with open(path, "rb") as file:
-        return check_model(file.read(MAX_BYTES + 1), files)
-
-
-def check_model(data: bytes, files: Mapping[str, int]) -> Totals:
-    """`check_onnx` for the bytes of a ModelProto."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, expected at most {MAX_BYTES}")
     walk = Walk(data, files)
     main, functions, seen = Cost(), dict[Key, Cost](), False
     for number, value in parts(data, 0, len(data)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,26 @@ MAX_MANIFEST = 8 << 20  # bytes; that of FLUX.1 has some 200,000
 def read_small(root: Path, name: str, most: int = MAX_MANIFEST) -> bytes:
     """A file of the bundle, of at most `most` bytes, that is no link out of it."""
     path = root / name
-    if not path.is_file() or not path.resolve().is_relative_to(root.resolve()):
+    if not path.is_file():
         raise broken(root, f"its {name} is no file of it")
+    check_inside(root, name)
     with open(path, "rb") as file:
-        data = file.read(most + 1)  # its stated size may be 0, in /proc
+        # Its stated size may be 0, in /proc; a read of `most` would take that memory at once.
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size or MAX_MANIFEST, most) + 1)
     if len(data) > most:
         raise broken(root, f"its {name} has more than {most} bytes")
     return data
+
+
+def check_inside(root: Path, name: str) -> None:
+    """ValueError where a name of the bundle is a link that leaves it, as in a hub's cache."""
+    if not (root / name).resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"bundle {printable(str(root))} cannot be used: its file {printable(name)} is a link "
+            "that leaves the directory; if this is a download in a hub's cache, copy it with: "
+            f"cp -rL {shlex.quote(printable(str(root)))} NEW (or download it with --local-dir)."
+        )
 
 
 def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> None:
@@ -28,8 +43,7 @@ def check_file(root: Path, name: str, row: dict[str, Any], *, full: bool) -> Non
     path = root / name
     if not path.is_file():
         raise broken(root, f"its file {name} is missing")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise broken(root, f"its file {name} is a link that leaves the directory")
+    check_inside(root, name)
     size = path.stat().st_size
     if size != row["size"]:
         raise broken(root, f"its file {name} has {size} bytes, expected {row['size']}")

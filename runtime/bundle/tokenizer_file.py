@@ -8,7 +8,6 @@ handful of steps with known expressions; nothing else is let through.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from runtime.files.checked_json import parse_json, show
@@ -31,7 +30,16 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2} | {
+# Mistral's from 2024 on, which it calls Tekken: runs of one kind of letters, of which no two
+# neighbouring parts can share more than the letters that are neither large nor small.
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What transformers' conversion of tiktoken's files writes, Mistral's among them (read).
+TIKTOKEN = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2, TEKKEN, TIKTOKEN} | {
     f"{start}|{end}|{CLIP}"
     for start, end in [
         (r"<\|startoftext\|>", r"<\|endoftext\|>"),
@@ -41,13 +49,11 @@ EXPRESSIONS = {r"\s+", r" {2,}", r"\s", CLIP, QWEN2} | {
 }
 
 
-def read_tokenizer(path: Path) -> str:
+def check_tokenizer(data: bytes) -> str:
     """The text of a tokenizer.json that may be handed to the library.
 
     Raises ValueError, a clause, where it asks for what FLUX's tokenizers do not.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     check(parse_json(data))
@@ -55,7 +61,7 @@ def read_tokenizer(path: Path) -> str:
 
 
 def check(value: Any) -> None:
-    """`read_tokenizer` for the parsed JSON."""
+    """`check_tokenizer` for the parsed JSON."""
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
         raise ValueError("it is no object with a model")
     one(value["model"], MODELS, "a model")

@@ -5,6 +5,7 @@ One file a family; schedulers and latents, which families share, stand beside th
     family         What a family of models is to the runtime: its components
     known          The families of models that bundles may hold, by the name in their manifest
     flux           FLUX.1 [dev] and [schnell] in the runtime
+    flux2          FLUX.2 [klein] and [dev] in the runtime
     sd3            Stable Diffusion 3 and 3.5 in the runtime
     pixart         PixArt-Sigma in the runtime: what PixArtSigmaPipeline does around its models
     qwen           Qwen-Image in the runtime: what QwenImagePipeline does around its models
@@ -19,9 +20,12 @@ from runtime.files.lazy import lazy
 
 if TYPE_CHECKING:
     from runtime.families.family import Family
-    from runtime.families.known import FAMILIES, family_of, title_of
+    from runtime.families.known import FAMILIES, family_of, is_guided, title_of
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
-    {"runtime.families.family": "Family", "runtime.families.known": "FAMILIES family_of title_of"},
+    {
+        "runtime.families.family": "Family",
+        "runtime.families.known": "FAMILIES family_of is_guided title_of",
+    },
 )

@@ -40,7 +40,7 @@ class Family:
     name: as manifests have it; components: of a bundle, in the order in which an image needs them,
     each with the number of its outputs (0: any); tokenizers: their names; guided: generates with
     classifier-free guidance, so that a negative prompt has a meaning and guidance over 1 runs the
-    transformer on two rows an image.
+    transformer on two rows an image (a manifest's `guided` goes before: see `is_guided`).
 
     title: for people; classes: of its transformer, by which a pipeline directory is known.
     title_of(config): the title of one model, by its transformer's config.

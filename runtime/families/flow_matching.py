@@ -6,7 +6,7 @@ Read: diffusers 0.42; the tests hold every function here to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def check_scheduler(config: dict[str, Any]) -> None:
         )
 
 
-def shift_mu(config: dict[str, Any], image_tokens: int) -> float:
+def shift_mu(config: dict[str, Any], image_tokens: int, steps: int = 0) -> float:
     """The shift for an image of `image_tokens`, on the line through the two lengths named."""
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -60,14 +60,18 @@ def shift_mu(config: dict[str, Any], image_tokens: int) -> float:
 
 
 def sigmas(
-    config: dict[str, Any], steps: int, image_tokens: int, given: Sequence[float] | None = None
+    config: dict[str, Any],
+    steps: int,
+    image_tokens: int,
+    given: Sequence[float] | None = None,
+    shift_of: Callable[[dict[str, Any], int, int], float] = shift_mu,
 ) -> np.ndarray:
     """The noise levels [steps + 1], float32, falling from (about) 1 to 0.
 
     `config` is FlowMatchEulerDiscreteScheduler's; fields left out have its defaults. `given` are
     `steps` levels before the scheduler's shift, in place of even ones from 1 to 1 / steps (as
-    diffusers' argument of this name). Rounded where diffusers rounds, so that values agree to the
-    last bit but for exp and pow.
+    diffusers' argument of this name). `shift_of` (config, tokens, steps) is the dynamic shift.
+    Rounded where diffusers rounds, so that values agree to the last bit but for exp and pow.
     """
     shift = config.get("shift", 1.0)
     dynamic = config.get("use_dynamic_shifting", False)
@@ -82,7 +86,7 @@ def sigmas(
     else:
         values = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if dynamic:
-        mu = shift_mu(config, image_tokens)
+        mu = shift_of(config, image_tokens, steps)
         factor = math.exp(mu) if config.get("time_shift_type") != "linear" else mu
         values = factor / (factor + (1 / values - 1))
     else:

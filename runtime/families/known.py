@@ -7,11 +7,12 @@ from typing import Any
 
 from runtime.families.family import Family
 from runtime.families.flux import FLUX
+from runtime.families.flux2 import FLUX2
 from runtime.families.pixart import PIXART
 from runtime.families.qwen import QWEN
 from runtime.families.sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART, QWEN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, FLUX2, SD3, PIXART, QWEN)}
 
 
 def title_of(config: Mapping[str, Any]) -> str | None:
@@ -24,3 +25,8 @@ def title_of(config: Mapping[str, Any]) -> str | None:
 def family_of(manifest: Mapping[str, Any]) -> Family:
     """The row of a checked manifest's family."""
     return FAMILIES[manifest["family"]]
+
+
+def is_guided(manifest: Mapping[str, Any]) -> bool:
+    """Whether a bundle generates with classifier-free guidance: its own word, or its family's."""
+    return bool(manifest.get("guided", family_of(manifest).guided))

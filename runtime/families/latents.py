@@ -94,16 +94,28 @@ def rope(
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def check_packed(manifest: Mapping[str, Any]) -> None:
-    """ValueError (a clause) unless tokens are 2 x 2 patches and the rotary axes are three."""
+def check_packed(manifest: Mapping[str, Any], count: int = 3) -> None:
+    """ValueError (a clause) unless tokens are 2 x 2 patches and there are `count` rotary axes."""
     latents = mapping(dict(manifest), "latents")
     one_of(latents, "patch", (2,), "latents")
     number(latents, "rope_theta", 1, 1e9, "latents")
     axes = latents.get("rope_axes")
-    if not isinstance(axes, list) or len(axes) != 3:
-        raise wrong("latents.rope_axes", axes, "three even numbers")
+    wanted = f"{['three', 'four'][count - 3]} even numbers"
+    if not isinstance(axes, list) or len(axes) != count:
+        raise wrong("latents.rope_axes", axes, wanted)
     if any(type(dim) is not int or dim % 2 or not 0 < dim <= 4096 for dim in axes):
-        raise wrong("latents.rope_axes", axes, "three even numbers")
+        raise wrong("latents.rope_axes", axes, wanted)
+
+
+def check_statistics(manifest: Mapping[str, Any], count: int) -> None:
+    """ValueError (a clause) unless there are `count` means and deviations of latents."""
+    latents = mapping(dict(manifest), "latents")
+    for name, low in (("mean", -1e6), ("std", 1e-6)):
+        values = latents.get(name)
+        if not isinstance(values, list) or len(values) != count:
+            raise wrong(f"latents.{name}", values, f"a list of {count} numbers")
+        if any(type(each) not in (int, float) or not low <= each <= 1e6 for each in values):
+            raise wrong(f"latents.{name}", values, f"numbers from {low:g} to 1e+06")
 
 
 def packed_layouts(

@@ -33,13 +33,7 @@ def check(manifest: Mapping[str, Any]) -> None:
     And unless a text is longer than the template's beginning.
     """
     shared.check_packed(manifest)
-    latents = mapping(dict(manifest), "latents")
-    for name, low in (("mean", -1e6), ("std", 1e-6)):
-        values, count = latents.get(name), latents["channels"]
-        if not isinstance(values, list) or len(values) != count:
-            raise wrong(f"latents.{name}", values, f"a list of {count} numbers")
-        if any(type(each) not in (int, float) or not low <= each <= 1e6 for each in values):
-            raise wrong(f"latents.{name}", values, f"numbers from {low:g} to 1e+06")
+    shared.check_statistics(manifest, manifest["latents"]["channels"])
     length = mapping(mapping(dict(manifest), "tokenizers"), "tokenizer").get("max_length")
     if isinstance(length, int) and length <= DROPPED:
         raise wrong("tokenizers.tokenizer.max_length", length, f"more than {DROPPED}")

@@ -62,6 +62,17 @@ def write_chunks(
     return path
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """OSError now rather than after the work whose result `path` will hold.
+
+    Its parents are made, and a file is written beside it and removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_file(path):
+        pass
+
+
 def write_text(path: str | os.PathLike[str], text: str, *, lasting: bool = True) -> Path:
     """Write `text` as UTF-8 with the newlines it has."""
     return write_bytes(path, text.encode("utf-8"), lasting=lasting)

@@ -33,6 +33,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "datasets": "data",
     "cryptography": "sign",
+    "gguf": "gguf",
 }
 
 

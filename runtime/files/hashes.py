@@ -37,8 +37,8 @@ def cache_dir() -> Path | None:
     return Path(base, "d2m") if os.path.isabs(base) else None
 
 
-def stamp(path: str | os.PathLike[str]) -> Stamp:
-    """What must stay the same for a file to be the same."""
+def stamp(path: str | os.PathLike[str] | int) -> Stamp:
+    """What must stay the same for a file (a path, or a descriptor) to be the same."""
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
@@ -54,12 +54,17 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def first_mismatch(
-    root: Path, wanted: Mapping[str, str], *, anew: bool = False
+    root: Path,
+    wanted: Mapping[str, str],
+    *,
+    anew: bool = False,
+    stamps: dict[str, Stamp] | None = None,
 ) -> tuple[str, str] | None:
     """(name, its hash) of the first file of a directory that has not the hash wanted; None: none.
 
     Hashes come from memory where files are the same, unless `anew`. What was computed is
-    remembered, even where a later file is wrong.
+    remembered, even where a later file is wrong. `stamps` is filled with those of the files whose
+    hashes are right: a file of another stamp is another file.
     """
     before = recall(root)
     seen = {name: before[name] for name in wanted if name in before}
@@ -73,6 +78,8 @@ def first_mismatch(
                 seen[name] = [*now, found]
             if found != expected:
                 return name, found
+            if stamps is not None:
+                stamps[name] = now
     finally:
         if seen != before:
             remember(root, seen)

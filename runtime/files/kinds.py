@@ -44,14 +44,16 @@ def kind(path: Path) -> tuple[str, str]:
         begin = file.read(8)
         size = int.from_bytes(begin, "little")
         header = file.read(size) if size <= MAX_HEADER else b""
-    whole = "d2m converts pipeline directories, which diffusers' from_single_file and then "
-    whole += "save_pretrained make of a single file"
+    whole = f"convert it with: d2m convert {given} --base PIPELINE -o NEW"
     if begin[:4] == b"GGUF":
-        return "is a GGUF file (quantized weights)", f"take the original weights; {whole}"
+        return "is a GGUF file (quantized weights)", whole
     if begin == b"\x89PNG\r\n\x1a\n":
         return "is a PNG image", f"generate it again with: d2m run --regenerate {given} -o NEW.png"
     if path.suffix == ".safetensors" and (b".lora_" in header or b"lora_A" in header):
         return "is a LoRA", f"fuse it with: d2m lora {given} --onto PIPELINE -o NEW"
-    if path.suffix in (".safetensors", *PICKLED):
+    if path.suffix == ".safetensors":
         return "is a single-file checkpoint", whole
+    if path.suffix in PICKLED:
+        cure = "nothing is unpickled: take the model's .safetensors, or save them from it"
+        return "is a pickled checkpoint", cure
     return "is a file", ""

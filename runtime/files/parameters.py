@@ -1,6 +1,6 @@
 """Counting parameters, total and activated, from names and shapes alone.
 
-Shape letters: D width, E experts, H expert hidden (D/4), S shared hidden (D), K chosen.
+Shape letters: D width, E experts, H expert hidden, S shared hidden, K chosen.
 
 What is counted: every parameter of the transformer; buffers (the neuron permutation) are not. A
 token activates everything but the E - K experts of each sparse FFN it was not sent to, so per FFN
@@ -9,10 +9,11 @@ token activates everything but the E - K experts of each sparse FFN it was not s
     activated = (2 D^2 + 2 D) + K (D^2 / 2 + D / 4) + 12 D
                 shared expert   K experts             gate
 
-with S = D, H = D/4, E = 12. The shared expert's 2 D are its hidden and its output bias, an expert's
-D / 4 its hidden biases: the FFN's only output bias is the shared expert's. The share of the dense
-FFN that works is stated for the matrices alone, (2 D^2 + K D^2 / 2) / 8 D^2 = 37.5 % at K = 2,
-exactly; with biases and gates counted it is a little more.
+with S = D, H = D/4, E = 12, for an FFN of 4 D without gates but with biases. The shared expert's
+2 D are its hidden and its output bias, an expert's D / 4 its hidden biases: the FFN's only output
+bias is the shared expert's. The share of the dense FFN that works is stated for the matrices alone,
+(2 D^2 + K D^2 / 2) / 8 D^2 = 37.5 % at K = 2, exactly; with biases and gates counted it is a little
+more. A gated FFN has the same share: its first matrices have two rows a neuron, all of them.
 """
 
 from __future__ import annotations

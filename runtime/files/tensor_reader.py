@@ -11,26 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files.tensors import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow, read_header
+from runtime.files.tensors import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow
 
 PIECE = 1 << 20  # elements that are converted at a time
 
 
 class TensorFiles:
-    """The files of a SafeTensors, opened to be read; `tensors` is its checked header.
-
-    Raises ValueError where a file is no longer the one whose header was read.
-    """
+    """The files of a SafeTensors, as it opened them; `tensors` is its checked header."""
 
     def __init__(self, opened: SafeTensors) -> None:
         self.tensors, self.path = opened.tensors, opened.path
-        self._files: dict[str, Any] = {}  # tensor -> its file, unbuffered
-        for path in opened.files:
-            header = read_header(path)
-            if any(self.tensors.get(name) != tensor for name, tensor in header.items()):
-                raise broken(path, "it was replaced since it was opened")
-            # Closed with the last reference.
-            self._files |= dict.fromkeys(header, open(path, "rb", buffering=0))  # noqa: SIM115
+        self._files = {name: file for file, header in opened.opened for name in header}
 
     def read(self, name: str, dtype: str, out: np.ndarray) -> None:
         """Fill `out`, uint8 of the tensor's bytes as `dtype`, with the tensor's values.

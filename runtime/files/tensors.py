@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from runtime.files.checked_json import parse_json, printable, read_json, show
+from runtime.files.hashes import Stamp, stamp
 
 # Name in the file -> numpy type of the raw bytes.
 RAW_DTYPES = {
@@ -59,12 +60,16 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path} is missing, expected weights in .safetensors format; copy it there again."
         )
     with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little") if total >= 8 else -1
-        if not 2 <= length <= min(MAX_HEADER, total - 8):
-            raise broken(path, f"its header length is {length} bytes in a file of {total}")
-        text = file.read(length)
-    return parse_header(path, text, total)
+        return read_open_header(path, file)
+
+
+def read_open_header(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
+    """`read_header` of a file that is open, at its beginning; `path` is for messages."""
+    total = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little") if total >= 8 else -1
+    if not 2 <= length <= min(MAX_HEADER, total - 8):
+        raise broken(path, f"its header length is {length} bytes in a file of {total}")
+    return parse_header(path, file.read(length), total)
 
 
 def parse_header(path: Path, text: bytes, total: int) -> dict[str, Tensor]:
@@ -169,22 +174,37 @@ class SafeTensors:
     """Safetensors files mapped read-only; arrays are views of the mapping where that is possible.
 
     `tensors` is the checked header, of all files together if there are `more` than one. A mapping
-    lives as long as an array made from it.
+    lives as long as an array made from it. Each file is opened once, here: `stamps` (of
+    runtime.files.hashes, by path) say which one it must be, ValueError where it was replaced.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *more: str | os.PathLike[str],
+        stamps: Mapping[Path, Stamp] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.files = (self.path, *map(Path, more))
         self.tensors: dict[str, Tensor] = {}
+        self.opened: list[tuple[IO[bytes], dict[str, Tensor]]] = []  # files and their headers
+        self.mapped: list[np.ndarray] = []  # their bytes
         self._bytes: dict[str, np.ndarray] = {}  # tensor -> its file
-        for file in self.files:
-            header = read_header(file)
+        for path in self.files:
+            if not path.is_file():
+                read_header(path)  # says what is missing
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the last reference
+            if stamps is not None and stamp(file.fileno()) != stamps[path]:
+                raise broken(path, "it was replaced after its hash was checked")
+            header = read_open_header(path, file)
             if twice := header.keys() & self.tensors.keys():
-                raise broken(file, f"tensor {min(twice)[:80]!r} is in two files of the model")
+                raise broken(path, f"tensor {min(twice)[:80]!r} is in two files of the model")
             end = max((tensor.end for tensor in header.values()), default=0)
             mapped = np.memmap(file, np.uint8, "r") if end else np.empty(0, np.uint8)
             if len(mapped) < end:
-                raise broken(file, "it shrank while it was being read")
+                raise broken(path, "it shrank while it was being read")
+            self.opened.append((file, header))
+            self.mapped.append(mapped)
             self.tensors |= header
             self._bytes |= dict.fromkeys(header, mapped)
 

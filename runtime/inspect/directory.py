@@ -237,8 +237,9 @@ def experts(
 ) -> dict[str, Any]:
     """The sparse FFNs of a checkpoint; of sizes that differ [smallest, largest]."""
     count, width, _ = shapes[f"{sites[0]}.experts.w1"]
-    hidden = {shapes[f"{site}.experts.w1"][2] for site in sites}
-    shared = {shapes.get(f"{site}.shared.fc1.weight", (0,))[0] for site in sites}
+    # Of w2 and fc2: where FFNs are gated the first matrices have two rows a neuron.
+    hidden = {shapes.get(f"{site}.experts.w2", (0, 0))[1] for site in sites}
+    shared = {shapes.get(f"{site}.shared.fc2.weight", (0, 0))[1] for site in sites}
     return {
         "num_experts": count,
         "top_k": top_k,

@@ -61,7 +61,7 @@ class CountingBlocks(Blocks):
     def routers(self, graph: str) -> list[Router]:
         """A graph's routers."""
         if graph not in self._routers:
-            self._routers[graph] = find_routers(self.bundle.file(graph).read_bytes())
+            self._routers[graph] = find_routers(self.bundle.read(graph))
         return self._routers[graph]
 
     def extra_outputs(self, graph: str) -> bytes:

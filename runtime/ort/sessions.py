@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle.onnx_file import check_onnx
+from runtime.bundle.onnx_file import MAX_BYTES, check_onnx
 from runtime.bundle.reading import broken
 from runtime.files.checked_json import printable
 from runtime.files.extras import command, need
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
 
 FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+FOLDER = "session.model_external_initializers_file_folder_path"
 FOLDING_SINCE = (1, 32)  # the oldest release on which the limit was seen to work
+IN_PLACE_SINCE = (1, 32)  # ours: the oldest on which weights were seen to stay where they are
 CPU = "CPUExecutionProvider"
 
 
@@ -51,23 +53,55 @@ def open_session(
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_BASIC
     options.enable_cpu_mem_arena = arena
-    path = bundle.file(graph)
-    disabled = guard(bundle, graph, options, onnxruntime.__version__)
+    data, weights = read_graph(bundle, graph)
+    disabled = guard(bundle, graph, data, weights, options, onnxruntime.__version__)
+    mapped = bind_weights(bundle, graph, options, onnxruntime.__version__)
     try:
         session = onnxruntime.InferenceSession(
-            path.read_bytes() + extra if extra else str(path),
-            options,
-            providers=list(providers),
-            disabled_optimizers=disabled,
+            data + extra, options, providers=list(providers), disabled_optimizers=disabled
         )
     except Exception as error:  # its exceptions share no base class but Exception
         text = printable(" ".join(str(error).split()))[:300]
         raise ValueError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot open {path} ({text});"
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {bundle.file(graph)} ({text});"
             " export the bundle again or install the version named in its constraints."
         ) from None
     check_provider(session, providers)
+    session.mapped_weights = mapped  # it reads from this memory as long as it lives
     return session
+
+
+def read_graph(bundle: Bundle, graph: str) -> tuple[bytes, dict[str, str]]:
+    """A graph's bytes, and the files its tensors may lie in: name beside it -> listed name."""
+    if not graph.endswith(".onnx"):  # by another suffix it is another format
+        raise broken(bundle.path, f"its {graph} is not safe to open: it is no .onnx file")
+    folder = PurePosixPath(graph).parent
+    weights = {
+        PurePosixPath(name).name: name
+        for name in bundle.manifest["files"]
+        if PurePosixPath(name).parent == folder and name.endswith(".safetensors")
+    }
+    return bundle.read(graph, MAX_BYTES), weights
+
+
+def bind_weights(
+    bundle: Bundle, graph: str, options: onnxruntime.SessionOptions, version: str
+) -> list[Any]:
+    """Let a whole graph's tensors be read from the mapped files whose hashes were checked.
+
+    Returns the mappings. Releases that would copy all of it open the files by name.
+    """
+    if release_of(version) < IN_PLACE_SINCE:
+        folder = str(bundle.file(graph).parent)
+        options.add_session_config_entry(FOLDER, folder)
+        return []
+    components = bundle.manifest["components"].items()
+    opened = [bundle.weights(name) for name, row in components if row["onnx"] == graph]
+    names = [path.name for each in opened for path in each.files]
+    buffers = [mapped for each in opened for mapped in each.mapped]
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+    options.add_external_initializers_from_files_in_memory(names, buffers, list(map(len, buffers)))
+    return buffers
 
 
 def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any]) -> None:
@@ -82,7 +116,12 @@ def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any])
 
 
 def guard(
-    bundle: Bundle, graph: str, options: onnxruntime.SessionOptions, version: str
+    bundle: Bundle,
+    graph: str,
+    data: bytes,
+    weights: Mapping[str, str],
+    options: onnxruntime.SessionOptions,
+    version: str,
 ) -> list[str]:
     """Check a graph as data, and bound what ONNX Runtime may make of it while it opens.
 
@@ -90,20 +129,19 @@ def guard(
     runtime.bundle.onnx_constants), others compute none. Returns the optimisers to leave out;
     ValueError for a graph that should not be opened.
     """
-    folder = PurePosixPath(graph).parent
-    weights = {
-        PurePosixPath(name).name: row["size"]
-        for name, row in bundle.manifest["files"].items()
-        if PurePosixPath(name).parent == folder and name.endswith(".safetensors")
-    }
+    sizes = {name: bundle.manifest["files"][listed]["size"] for name, listed in weights.items()}
     try:
-        totals = check_onnx(bundle.file(graph), weights)
+        totals = check_onnx(data, sizes)
     except ValueError as error:
         raise broken(bundle.path, f"its {graph} is not safe to open: {error}") from None
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry(FOLDING_LIMIT, str(totals.limit))
-    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    return [] if release >= FOLDING_SINCE else ["ConstantFolding"]
+    return [] if release_of(version) >= FOLDING_SINCE else ["ConstantFolding"]
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """ "1.32.0" -> (1, 32)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def check_session(

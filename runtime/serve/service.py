@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.bundle.directory import open_bundle, required_key
+from runtime.families import is_guided
 from runtime.measure.expert_load import Meter
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
@@ -194,7 +195,7 @@ class Service:
             "bundle": self.pipeline.bundle.digest,
             "backend": self.pipeline.backend,
             "defaults": manifest["defaults"],
-            "negative_prompt": self.pipeline.family.guided,  # whether it takes one
+            "negative_prompt": is_guided(self.pipeline.manifest),  # whether it takes one
             "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),
             "top_k_choices": manifest.get("top_k_choices") or [],

@@ -90,7 +90,7 @@ MAX_READY = 256  # launch schedules; every choice of blocks is one, a hundred ki
 class Plans:
     """A component of a bundle on a device; see runtime.program.executor.Executor.
 
-    `device` is runtime.cuda.device.Device or an object with its methods, `load(path)` gives a
+    `device` is runtime.cuda.device.Device or an object with its methods, `load(data, path)` gives a
     plan's execution context (see Loader): both are arguments, so that all else runs without a GPU.
     With `cubins` (by their directory in the bundle), sparse blocks run as segments with these
     kernels between them, else as whole plans.
@@ -103,7 +103,7 @@ class Plans:
         component: str,
         target: str,
         device: Any,
-        load: Callable[[str], Any],
+        load: Callable[[bytes, str], Any],
         *,
         cubins: Mapping[str, Cubins] | None = None,
         graphs: bool = False,
@@ -216,7 +216,8 @@ class Plans:
     def open(self, plan: str) -> Any:
         """What launches a plan, or the experts' kernels."""
         if plan in self.plans["files"]:
-            return self.load(str(self.bundle.file(self.plans["files"][plan])))
+            file = self.plans["files"][plan]
+            return self.load(self.bundle.read(file), str(self.bundle.file(file)))
         assert self.cubins is not None, plan  # only segments name such launches
         row, tensors = self.plans["experts"][plan], self.plans["tensors"][plan]
         return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle.kernel_package import DTYPES, Kernels, open_kernels
+from runtime.bundle.kernel_package import DTYPES, MANIFEST, Kernels, open_kernels
 from runtime.program.backends import check_experts
 from runtime.trt.expert_kernels import Call, Cubins, choose_plan
 
@@ -66,7 +66,10 @@ def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
             " kernels between them; export it again with --cubins."
         )
     folders = sorted({entry["kernels"] for entry in row["experts"].values()})
-    opened = {folder: open_kernels(bundle.path / folder) for folder in folders}
+    opened = {
+        folder: open_kernels(bundle.path / folder, bundle.read(f"{folder}/{MANIFEST}"))
+        for folder in folders
+    }
     for name, entry in row["experts"].items():
         kernels = opened[entry["kernels"]]
         given = kernels.manifest

@@ -38,8 +38,8 @@ def choose_target(bundle: Bundle, api: str, version: str, sm: int | None = None)
     wanted = f"{api} {version}" + (f" and compute capability {dotted(sm)}" if sm else "")
     flag = FLAGS[api] + (f" --sm {sm}" if sm and api == "tensorrt_rtx" else "")
     raise ValueError(
-        f"bundle {bundle.path} {what}, expected plans for {wanted}; build them with:"
-        f" d2m export SPARSE -o {bundle.path} {flag}"
+        f"bundle {bundle.path} {what}, expected plans for {wanted}; export the pipeline"
+        f" that it was made from again, with them: d2m export PIPELINE -o NEW {flag}"
     )
 
 

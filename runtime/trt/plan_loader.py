@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Loader:
-    """Loads plans: path -> execution context. One runtime; engines live as long as it does."""
+    """Loads plans: bytes and path -> execution context. Engines live as long as its runtime."""
 
     def __init__(self, trt: Any) -> None:
         self.trt = trt
@@ -14,11 +14,9 @@ class Loader:
         self.runtime = trt.Runtime(self.logger)
         self.engines: list[Any] = []
 
-    def __call__(self, path: str) -> Any:
+    def __call__(self, data: bytes, path: str) -> Any:
         """Deserialise a plan and make its context; ValueError names the plan and the cure."""
         trt = self.trt
-        with open(path, "rb") as file:
-            data = file.read()
         if hasattr(self.runtime, "get_engine_validity"):
             validity, reasons = self.runtime.get_engine_validity(data)
             if validity == trt.EngineValidity.INVALID:

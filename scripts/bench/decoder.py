@@ -79,9 +79,9 @@ def main() -> None:
         return
     import onnxruntime
 
-    from d2m.families import FAMILIES
+    from d2m.families.encoders import VAE_16, VAE_QWEN
 
-    vaes = {family.names.name: family.plan.encoders["vae"] for family in FAMILIES}
+    vaes = {"flux": VAE_16, "qwen": VAE_QWEN}
     rows = []
     for name in arguments.decoders.split(","):
         with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from calib.measure.importance import neuron_importance
 from calib.shapes.batches import shapes_batches
 from d2m.distill.losses import balance_loss, choices
 from d2m.families import family_of_model
-from d2m.families.ffn_sites import read_ffn, sites_of
+from d2m.families.ffn_sites import DenseFFN, read_ffn, sites_of
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
 from d2m.generate import load_pipeline
@@ -96,20 +96,15 @@ def inputs_of(
 
 
 def distilled(
-    ffn: tuple[Tensor, ...],
-    scores: Tensor,
-    way: tuple[float, float, int, int],
-    x: Tensor,
-    steps: int,
+    ffn: DenseFFN, scores: Tensor, way: tuple[float, float, int, int], x: Tensor, steps: int
 ) -> float:
     """The held-out error of one replacement after `steps`."""
     shared, size, experts, top_k = way
-    dim = ffn[0].shape[1]
+    dim = ffn.width
     first, own = round(shared * dim), round(size * dim)
     student = SparseFFN(dim, first, experts, own, top_k)
     order = split_neurons(scores, first, experts)
-    fc1_w, fc1_b, fc2_w, fc2_b = ffn
-    tensors = convert_ffn(fc1_w, fc1_b, fc2_w, fc2_b, order, first, experts)
+    tensors = convert_ffn(ffn, order, first, experts)
     student.load_state_dict({**tensors, "gate.weight": gate_weight("layer", experts, dim, 0)})
     student.record = top_k > 0
     used = student if top_k else student.shared
@@ -132,7 +127,7 @@ def distilled(
         return float((student(held_out) - target).norm() / (target - target.mean(0)).norm())
 
 
-def dense(ffn: tuple[Tensor, ...], x: Tensor) -> Tensor:
+def dense(ffn: DenseFFN, x: Tensor) -> Tensor:
     """The teacher's FFN: [T, D] -> [T, D]."""
     fc1_w, fc1_b, fc2_w, fc2_b = ffn
     return F.linear(F.gelu(F.linear(x, fc1_w, fc1_b), approximate="tanh"), fc2_w, fc2_b)

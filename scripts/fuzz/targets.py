@@ -143,7 +143,7 @@ def run_header(data: bytes) -> None:
 
 
 def run_onnx(data: bytes) -> None:
-    onnxfile.check_model(data, FILES)
+    onnxfile.check_onnx(data, FILES)
 
 
 def run_tokenizer(data: bytes) -> None:

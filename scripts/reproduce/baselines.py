@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from d2m.recipe.recipe import Recipe, Stage, with_steps
+from d2m.recipe.recipe import WHOLE, Recipe, Stage, with_steps
 from d2m.recipe.structure import KINDS, Blocks, Shares
-
-FFN_RATIO = 4  # hidden neurons of a dense FFN over its width
 
 
 def random_split(recipe: Recipe) -> Recipe:
@@ -59,18 +57,18 @@ def frozen(recipe: Recipe) -> Recipe:
 
 
 def width_pruned(recipe: Recipe, ratio: float) -> Recipe:
-    """FFNs of `ratio` x the width: the most important neurons stay, by the same scores.
+    """FFNs of `ratio` quarters of the dense ones: the most important neurons stay, by the scores.
 
     A shared expert of that size whose experts, holding the rest, are never used: top_k 0. At 1.5 it
     works as much as 1S12E2A, at 2.0 as much as with four experts. Without groups of blocks: it is
     what the MoE is compared with. ValueError unless the rest can be dealt to experts of the
     recipe's size.
     """
-    experts = (FFN_RATIO - ratio) / recipe.expert_ratio
+    experts = (WHOLE - ratio) / recipe.expert_ratio
     if experts != int(experts) or experts < 1:
         raise ValueError(
             f"ratio is {ratio:g}; expected one that leaves a whole number of experts of "
-            f"{recipe.expert_ratio:g} x the width, such as 1.5."
+            f"{recipe.expert_ratio:g} quarters of the FFN, such as 1.5."
         )
     stage = _alone(recipe, "pruned", recipe.stages[0], ("shared",))
     return replace(
@@ -91,11 +89,11 @@ def leaner(recipe: Recipe, by: int) -> Recipe:
     Our own addition: it asks what the experts are worth where the activated FFN is too small to do
     the work alone. ValueError where neurons cannot be dealt so.
     """
-    experts = (FFN_RATIO * by - recipe.shared_ratio) / recipe.expert_ratio
+    experts = (WHOLE * by - recipe.shared_ratio) / recipe.expert_ratio
     if by < 1 or experts != int(experts):
         raise ValueError(
             f"by is {by}; expected a whole number from 1 that leaves a whole number of experts of "
-            f"{recipe.expert_ratio:g} / by x the width, such as 4."
+            f"{recipe.expert_ratio:g} / by quarters of the FFN, such as 4."
         )
     return replace(
         recipe,

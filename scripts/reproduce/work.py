@@ -96,7 +96,8 @@ def work(row: Row, seed: int, settings: Settings) -> dict[str, Any]:
         made = _converted(row, seed, settings, folder)
     trained = time.monotonic() - began
     values = generation_settings(folder)
-    draw = generate_with(load_pipeline(folder), batch_size=16, **row.knobs, **values)
+    options: dict[str, Any] = {**row.knobs, **values}
+    draw = generate_with(load_pipeline(folder), batch_size=16, **options)
     with progress_bars() as progress:
         suite = suite_named(settings.world)
         score, _ = suite.evaluate(

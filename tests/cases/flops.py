@@ -17,9 +17,9 @@ import d2m.model.experts_op  # noqa: F401 (defines the op)
 def routed_experts_flop(  # type: ignore[no-untyped-def]
     x_shape, logits_shape, w1_shape, b1_shape, w2_shape, top_k: int, *args, out_shape=None, **kwargs
 ) -> int:
-    """What FlopCounterMode counts for the op: 2 products of T K rows."""
-    (tokens, dim), (_, _, hidden) = x_shape, w1_shape
-    return 2 * 2 * tokens * top_k * dim * hidden
+    """What FlopCounterMode counts: 2 products of T K rows (a gated w1 is twice as wide)."""
+    tokens, dim = x_shape
+    return 2 * tokens * top_k * dim * (w1_shape[2] + w2_shape[1])
 
 
 @cache

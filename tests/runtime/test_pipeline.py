@@ -1,6 +1,9 @@
 """Images: graph and blocks, torch and runtime, now and again."""
 
+import inspect
 import logging
+import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import runtime
 from runtime.families.latents import packed_noise, unpack
 from runtime.image import save, settings_of
 from runtime.pipeline import Pipeline
+from runtime.sampling import Cancelled
 
 PROMPTS = ["a red circle", "two blue squares above a green cross"]
 
@@ -189,3 +193,57 @@ def test_auto_falls_back_with_the_reason(
     assert "backend ort in place of trt-rtx: the plans need another GPU." in caplog.text
     with pytest.raises(OSError, match="another GPU"):
         Pipeline(tiny_bundle, "trt-rtx")("a", steps=1)
+
+
+def test_run_names_what_a_pipeline_takes() -> None:
+    def named(function: Any) -> dict[str, Any]:
+        rows = inspect.signature(function).parameters.values()
+        return {
+            row.name: (row.default, row.annotation) for row in rows if row.kind != row.VAR_KEYWORD
+        }
+
+    taken = named(Pipeline.__call__)
+    assert list(named(runtime.run).items())[3:] == list(taken.items())[2:]
+
+
+@pytest.mark.parametrize(
+    "name, ours",
+    [
+        ("num_inference_steps", "steps="),
+        ("guidance_scale", "guidance="),
+        ("negative_prompt", "negative="),
+        ("num_images_per_prompt", "n="),
+        ("generator", "seed="),
+    ],
+)
+def test_names_of_diffusers_are_translated(name: str, ours: str, tiny_bundle: Path) -> None:
+    arguments: dict[str, Any] = {name: 1}
+    with pytest.raises(TypeError, match=f"^{name} is diffusers' name, expected {ours}"):
+        runtime.run("a", tiny_bundle, backend="ort", **arguments)
+
+
+def test_arrays(pipeline: Pipeline) -> None:
+    array = pipeline("a", n=2, steps=1, output_type="np")
+    images = pipeline("a", n=2, steps=1)
+    assert isinstance(array, np.ndarray) and array.shape == (2, 16, 16, 3)
+    assert array.dtype == np.float32 and array.min() >= 0 and array.max() <= 1
+    assert (array * 255).round().tolist() == pixels(images).tolist()
+    assert (array * 255 % 1).any()  # not the image's bytes
+    with pytest.raises(ValueError, match="output_type is 'latent', expected one of pil, np"):
+        pipeline("a", steps=1, output_type="latent")
+
+
+def test_an_event_cancels(pipeline: Pipeline) -> None:
+    event = threading.Event()
+    with pytest.raises(Cancelled):
+        pipeline("a", steps=3, cancel=event, callback=lambda *_: event.set())
+
+
+def test_closed_and_not_pickled(tiny_bundle: Path) -> None:
+    with Pipeline(tiny_bundle, "ort", threads=1) as pipe:
+        first = pipe("a", steps=1)
+        assert pipe._executors
+        with pytest.raises(TypeError, match="cannot be pickled.*runtime.load"):
+            pickle.dumps(pipe)
+    assert not pipe._executors
+    assert pixels([pipe("a", steps=1)]).tolist() == pixels([first]).tolist()

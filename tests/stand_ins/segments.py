@@ -55,7 +55,7 @@ def plans_with_cubins(bundle: Bundle, **options: Any) -> Plans:
     device = HostDevice()
     opened = open_experts(bundle, TARGET, device.capability)
     cubins = {folder: Cubins(kernels, device) for folder, kernels in opened.items()}
-    load = lambda path: HostContext(path, device)  # noqa: E731
+    load = lambda _, path: HostContext(path, device)  # noqa: E731
     return Plans(bundle, "transformer", TARGET, device, load, cubins=cubins, **options)
 
 

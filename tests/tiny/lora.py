@@ -6,14 +6,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2m.lora.names import _DOUBLE, _ENDS, _SINGLE
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 RANK = 3
 Factors = dict[str, tuple["Tensor", "Tensor"]]
+
+# read: BFL's names of FLUX.1's layers, dots as underscores, and what they are in diffusers.
+_DOUBLE = {
+    "attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn_proj": ("attn.to_out.0",),
+    "mlp_0": ("ff.net.0.proj",),
+    "mlp_2": ("ff.net.2",),
+    "mod_lin": ("norm1.linear",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
+_ENDS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer_linear": "proj_out",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+}
 
 
 def factors(model: torch.nn.Module, seed: int = 0, rank: int = RANK) -> Factors:

@@ -13,19 +13,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import CLIP_L, T5_XXL, VAE_16
-from d2m.families.family import (
-    BlockLayout,
-    Data,
-    Family,
-    Names,
-    Plan,
-    Site,
-    feed_forward,
-    longest_text,
-)
+from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_text
 from d2m.families.flow import Batch, Config
-from d2m.families.flux.weights import RATIO, weights
+from d2m.families.flux.weights import weights
 from d2m.families.latents import packed_noise, random_pooled_text, spatial_latents
+from d2m.families.site import Site, feed_forward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -145,7 +137,6 @@ FLUX = Family(
         ),
         kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
         depths=(("double", "num_layers"), ("single", "num_single_layers")),
-        ratio=RATIO,
     ),
     data=Data(
         inputs=inputs,

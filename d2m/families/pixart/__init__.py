@@ -14,18 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import T5_XXL, VAE_4
-from d2m.families.family import (
-    BlockLayout,
-    Data,
-    Family,
-    Names,
-    Plan,
-    feed_forward,
-    square_defaults,
-)
+from d2m.families.family import BlockLayout, Data, Family, Names, Plan, square_defaults
 from d2m.families.flow import Batch, Config, noisy
 from d2m.families.latents import grid, pixels_of, spatial_noise
-from d2m.families.pixart.weights import RATIO, weights
+from d2m.families.pixart.weights import weights
+from d2m.families.site import feed_forward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -177,7 +170,6 @@ PIXART = Family(
         sites=(feed_forward("transformer_blocks", "ff", "image"),),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),
-        ratio=RATIO,
         streams=("image",),
         modulated=False,
         check_blocks=check_blocks,

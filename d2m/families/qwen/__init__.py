@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import QWEN_VL, VAE_QWEN
-from d2m.families.family import BlockLayout, Data, Family, Names, Plan, feed_forward
+from d2m.families.family import BlockLayout, Data, Family, Names, Plan
 from d2m.families.flow import Batch, Config
 from d2m.families.latents import grid, packed_noise, pixels_of
-from d2m.families.qwen.weights import RATIO, weights
+from d2m.families.qwen.weights import weights
+from d2m.families.site import feed_forward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,7 +149,6 @@ QWEN = Family(
         ),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),
-        ratio=RATIO,
         restore=restore,
     ),
     data=Data(

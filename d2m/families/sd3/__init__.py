@@ -14,18 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import CLIP_G, CLIP_L_PROJECTED, T5_XXL, VAE_16
-from d2m.families.family import (
-    BlockLayout,
-    Data,
-    Family,
-    Names,
-    Plan,
-    feed_forward,
-    square_defaults,
-)
+from d2m.families.family import BlockLayout, Data, Family, Names, Plan, square_defaults
 from d2m.families.flow import Batch, Config
 from d2m.families.latents import grid, random_pooled_text, spatial_latents, spatial_noise
-from d2m.families.sd3.weights import RATIO, weights
+from d2m.families.sd3.weights import weights
+from d2m.families.site import feed_forward
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -117,7 +110,6 @@ SD3 = Family(
         ),
         kinds=(("double", "transformer_blocks"),),
         depths=(("double", "num_layers"),),
-        ratio=RATIO,
         check_blocks=check_blocks,
     ),
     data=Data(

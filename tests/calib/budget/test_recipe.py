@@ -76,7 +76,7 @@ def test_out_of_reach_names_the_smallest_before_anything_is_measured(dense):
 def test_costs_are_the_plans(tiny_dense_dir):
     """Fixed parts, blocks and routers add up to what plan counts of the whole recipe."""
     subject = subject_of(tiny_dense_dir)
-    options = shares_of(L, 32)
+    options = shares_of(L, 128)
     assert options == [2.5, 1.75, 1.0, 0.25]
     costs = costs_of(subject, L, options)
     assert list(costs.router) == [2]  # two blocks of a kind make no longer groups
@@ -122,5 +122,5 @@ def test_a_resume_takes_the_recipe_that_was_chosen(tmp_path):
 
 
 def test_sizes_of_experts_that_do_not_fit():
-    with pytest.raises(ValueError, match="experts of 0.25 x the width 7 have no whole size"):
-        budgets.shares_of(L, 7)
+    with pytest.raises(ValueError, match="expert_ratio 0.25 quarters of the FFN's 28 neurons have"):
+        budgets.shares_of(L, 28)

@@ -236,6 +236,32 @@ def test_eval_of_a_bundle_and_of_pipelines(
     assert json.loads(printed)["overall"]["n"] == 6
 
 
+def test_eval_of_two_starts_from_the_same_noise(
+    tiny_bundle: Path,
+    tiny_sparse_dir: Path,
+    dense: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The pipeline that a bundle was made of gives its images; a dense one gives its own."""
+    from calib.score import pairs
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "paired", lambda one, two: seen.append((one, two)) or {"both": 0})
+        grid = tmp_path / "grid.png"
+        arguments = ("eval", tiny_sparse_dir, "--vs", tiny_bundle, *EVAL, "--grid", grid, "--json")
+        answer = json.loads(answer_of(capsys, *arguments))
+    assert answer["pairs"] == {"both": 0} and answer["vs"]["n"] == answer["n"] == 6
+    for one, two in zip(*seen[0], strict=True):
+        assert one.scene == two.scene
+        difference = one.image.astype(int) - two.image.astype(int)
+        assert abs(difference).max() <= 1 and one.image.std() > 5
+    assert Image.open(grid).width > 700
+    text = answer_of(capsys, "eval", dense, "--vs", tiny_bundle, *EVAL, "--top-k", 0)
+    assert "of 6 captions both show" in text and text.count("overall") == 2
+
+
 def test_eval_refuses_experts_of_a_dense_model(
     dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,7 +52,8 @@ def test_sites_are_what_the_blocks_compute():
             y, output = hidden @ fc2_w.T + fc2_b, seen[name][1]
             if site.rest:
                 attention, output = seen[f"{block}.{site.fc2}"]
-                y = y + attention[..., :32] @ read_rest(state.__getitem__, block, site).T
+                rest = read_rest(state.__getitem__, block, site)["proj_out.linear.weight"]
+                y = y + attention[..., :32] @ rest.T
             assert torch.allclose(y, output, rtol=1e-12, atol=1e-12), name
 
 

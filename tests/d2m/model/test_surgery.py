@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from d2m.families import FLUX
-from d2m.families.ffn_sites import read_ffn, read_rest, sites_of
+from d2m.families.ffn_sites import DenseFFN, read_ffn, read_rest, sites_of
 from d2m.model.sparse_ffn import AttentionPlusFFN, SparseFFN
 from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
 from d2m.model.surgery import (
@@ -105,9 +105,8 @@ def test_identity_of_one_ffn(dtype, limit):
     dense = randomize(FeedForward(D, activation_fn="gelu-approximate"), 3).to(dtype)
     permutation = split_neurons(torch.rand(4 * D), D, 12)
     linear1, linear2 = dense.net[0].proj, dense.net[2]
-    values = convert_ffn(
-        linear1.weight, linear1.bias, linear2.weight, linear2.bias, permutation, D, 12
-    )
+    ffn = DenseFFN(linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+    values = convert_ffn(ffn, permutation, D, 12)
     sparse = SparseFFN(D, D, 12, D // 4, top_k=12, dtype=dtype)
     sparse.load_state_dict({**values, "gate.weight": torch.zeros(12, D)})
     x = torch.randn(2, 7, D, dtype=dtype)
@@ -135,9 +134,8 @@ def test_every_row_traces_home():
         assert torch.equal(ffn["shared.fc2.bias"], fc2_b)
         for actual, expected in zip(unconvert_ffn(ffn), (fc1_w, fc1_b, fc2_w, fc2_b)):
             assert relative(actual, expected) < 1e-15
-        if site.rest:
-            rest = state[f"{block}.{site.rest}.weight"]
-            assert torch.equal(rest, read_rest(dense.__getitem__, block, site))
+        for local, rest in read_rest(dense.__getitem__, block, site).items():
+            assert torch.equal(state[f"{block}.{local}"], rest)
 
 
 # ---------------------------------------------------------------- blocks and the whole model

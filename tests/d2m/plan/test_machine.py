@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from d2m.cli import main
+from d2m.families.encoders import T5_XXL
 from d2m.plan import fits_here as early
 from d2m.plan import machine
 from d2m.plan.fits_here import needs, needs_table
-from d2m.plan.needs import Needs, convert_needs, run_needs
+from d2m.plan.model_config import subject_of
+from d2m.plan.needs import Needs, block_stacks, convert_needs, run_needs
 from d2m.units import GB, bytes_text
 from runtime.files.extras import command
 
+ROOT = Path(__file__).resolve().parents[3]
 LARGE = {
     "cores": 8,
     "ram": 256 * GB,
@@ -85,9 +88,9 @@ def test_flux_by_the_numbers() -> None:
 def test_what_fits(tiny_dense_dir: Path, tiny_sparse_dir: Path) -> None:
     rows = needs("flux-dev", LARGE, preset="L")
     assert [row["stage"] for row in rows] == [
-        "convert --init-only", "convert", "export --trt-rtx", "run"
+        "convert --init-only", "convert", "export --trt-rtx", "run", "run --offload block"
     ]  # fmt: skip
-    assert [row["fits"] for row in rows] == [True, False, True, True]
+    assert [row["fits"] for row in rows] == [True, False, True, True, True]
     assert "of memory, 150.0 GB available" in rows[1]["obstacle"]
     assert "block by block" in rows[1]["cure"] and rows[1]["seconds"] is None
     small = {**LARGE, "disk_free": GB, "share": 0.1}
@@ -95,12 +98,29 @@ def test_what_fits(tiny_dense_dir: Path, tiny_sparse_dir: Path) -> None:
     assert "of disk, 1.0 GB free" in slow[0]["obstacle"]
     assert slow[0]["seconds"] > 5 * rows[0]["seconds"]
     card = {"name": "c", "memory": 24 * GB, "free": 23 * GB, "driver": "1", "sm": 89}
-    drawn = needs("flux-dev", {**LARGE, "gpus": [card]}, preset="L")[-1]
-    assert not drawn["fits"] and "of GPU memory, 23.0 GB free" in drawn["obstacle"]
+    run = needs("flux-dev", {**LARGE, "gpus": [card]}, preset="L")[-2]
+    assert not run["fits"] and "of GPU memory, 23.0 GB free" in run["obstacle"]
+    assert run["cure"].startswith("run with --offload block, a preset with fewer parameters (M, S")
+    *_, run, _ = needs("flux-dev", {**LARGE, "ram_available": 16 * GB}, preset="XS")
+    assert run["cure"] == "a smaller image, or another machine"  # XS is the smallest
     _, header, cells = needs_table(rows)
     assert all(len(row) == len(header) for row in cells) and cells[0][-1] == "yes"
-    assert [row["stage"] for row in needs(tiny_sparse_dir, LARGE)] == ["export --trt-rtx", "run"]
+    assert [row["stage"] for row in needs(tiny_sparse_dir, LARGE)] == [
+        "export --trt-rtx", "run", "run --offload block"
+    ]  # fmt: skip
     assert all(row["fits"] for row in needs(tiny_dense_dir, LARGE, preset="L"))
+
+
+def test_offloading_as_it_was_measured() -> None:
+    """results/big/offload.json has FLUX.1's width; T5, which it has not, decides at full size."""
+    rows = json.loads((ROOT / "results/big/offload.json").read_text())["modes"]
+    rooms = next(row["rooms_bytes"] for row in rows if row["mode"] == "block")
+    stacks = block_stacks(subject_of("flux-dev"))
+    largest = max(sum(weight.size for weight in stack.weights) for stack in stacks)
+    assert 2 * 4 * largest == pytest.approx(rooms, rel=0.01)
+    found = run_needs("flux-dev", preset="L", offload=True)
+    whole = run_needs("flux-dev", preset="L")
+    assert 4 * T5_XXL.bundled < found.ram < 4 * T5_XXL.bundled + GB and found.ram < whole.ram / 2
 
 
 def test_refusals_name_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +166,7 @@ def test_commands_refuse_before_they_start(
 def test_plan_and_doctor_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "flux-dev", "--preset", "L", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["activated_params"] and len(answer["needs"]) == 4
+    assert answer["activated_params"] and len(answer["needs"]) == 5
     assert main(["plan", "flux-dev", "--preset", "L"]) == 0
     assert "convert --init-only" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 0

@@ -12,7 +12,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_flux_dev_is_shipped_and_is_diffusers_default():
-    names = ["flux-dev", "flux-schnell", "pixart-sigma", "qwen-image"]
+    names = [
+        "flux-dev",
+        "flux-schnell",
+        "flux2-dev",
+        "flux2-klein-4b",
+        "flux2-klein-9b",
+        "pixart-sigma",
+        "qwen-image",
+    ]
     assert [*shipped_configs()] == [*names, "sd3.5-large", "sd3.5-medium"]
     subject = subject_of("flux-dev")
     assert subject.title == "FLUX.1 [dev]" and subject.sparse is None

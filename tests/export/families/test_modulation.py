@@ -177,7 +177,9 @@ def test_plans_give_what_onnx_runtime_gives(
     """The executor of plans, on tests/stand_ins/device.py: the modulation is one buffer of the
     arena."""
     bundle, device = bundle_with_plans(bundles[mode], tmp_path / "bundle"), HostDevice()
-    executor = Plans(bundle, "transformer", TARGET, device, lambda path: HostContext(path, device))
+    executor = Plans(
+        bundle, "transformer", TARGET, device, lambda _, path: HostContext(path, device)
+    )
     given = inputs(bundle, "transformer")
     expected = open_component(bundle, "transformer", threads=1)(given)["sample"]
     np.testing.assert_allclose(executor(given)["sample"], expected, rtol=2e-4, atol=2e-5)

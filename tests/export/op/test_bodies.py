@@ -7,33 +7,46 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from d2m.families.site import ACTIVATIONS, up_rows
 from d2m.model.routing import routed_experts_reference
 from export.op.bodies import BODIES, Routing, body, tile_rows, with_body
 from export.op.body_lines import few
-from export.op.schema import DOMAIN, OP
+from export.op.schema import DOMAIN, OP, inputs_of, version_of
 
 E, D, H = 12, 16, 4
 
 
-def bare_model(top_k: int, dtype: int = TensorProto.FLOAT, experts: int = E) -> onnx.ModelProto:
+KINDS = [(name, bias) for name in ACTIVATIONS for bias in (True, False)]
+
+
+def bare_model(
+    top_k: int,
+    dtype: int = TensorProto.FLOAT,
+    experts: int = E,
+    activation: str = "gelu_tanh",
+    bias: bool = True,
+) -> onnx.ModelProto:
     """One RoutedExperts node with everything as graph inputs; T is dynamic."""
 
     def tensor(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, shape)
 
-    inputs = [
-        tensor("x", dtype, "T", D),
-        tensor("logits", TensorProto.FLOAT, "T", experts),
-        tensor("w1", dtype, experts, D, H),
-        tensor("b1", dtype, experts, H),
-        tensor("w2", dtype, experts, H, D),
-    ]
-    node = helper.make_node(OP, [i.name for i in inputs], ["y"], domain=DOMAIN, top_k=top_k)
+    wide = H * up_rows(activation)
+    known = {
+        "x": (dtype, "T", D),
+        "logits": (TensorProto.FLOAT, "T", experts),
+        "w1": (dtype, experts, D, wide),
+        "b1": (dtype, experts, wide),
+        "w2": (dtype, experts, H, D),
+    }
+    given = inputs_of(activation, bias)
+    inputs = [tensor(name, *known[name]) for name in given]
+    version = version_of(activation, bias)
+    own = {} if version == 1 else {"activation": activation}
+    node = helper.make_node(OP, given, ["y"], domain=DOMAIN, top_k=top_k, **own)
     graph = helper.make_graph([node], "g", inputs, [tensor("y", dtype, "T", D)])
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=10,
-    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, version)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:
@@ -46,13 +59,16 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
     )
 
 
-def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        "w1": rng.standard_normal((E, D, H)).astype("f4") / 4,
-        "b1": rng.standard_normal((E, H)).astype("f4") / 4,
+def weights(
+    seed: int = 0, activation: str = "gelu_tanh", bias: bool = True
+) -> dict[str, np.ndarray]:
+    rng, wide = np.random.default_rng(seed), H * up_rows(activation)
+    made = {
+        "w1": rng.standard_normal((E, D, wide)).astype("f4") / 4,
+        "b1": rng.standard_normal((E, wide)).astype("f4") / 4,
         "w2": rng.standard_normal((E, H, D)).astype("f4") / 2,
     }
+    return {name: value for name, value in made.items() if bias or name != "b1"}
 
 
 def routings(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -72,10 +88,13 @@ def routings(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def expected(x: np.ndarray, logits: np.ndarray, top_k: int) -> np.ndarray:
-    tensors = {"x": x, "logits": logits, **weights()}
-    doubles = [torch.from_numpy(tensors[n]).double() for n in ("x", "logits", "w1", "b1", "w2")]
-    return routed_experts_reference(*doubles, top_k).numpy()
+def expected(
+    x: np.ndarray, logits: np.ndarray, top_k: int, activation: str = "gelu_tanh", bias: bool = True
+) -> np.ndarray:
+    tensors = {"x": x, "logits": logits, **weights(0, activation, bias)}
+    doubles = {name: torch.from_numpy(value).double() for name, value in tensors.items()}
+    doubles.setdefault("b1", None)
+    return routed_experts_reference(**doubles, top_k=top_k, activation=activation).numpy()
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -91,6 +110,69 @@ def test_bodies_are_the_reference(kind: str, top_k: int) -> None:
             error = np.abs(y - reference).max() / np.abs(reference).max()
             assert y.shape == x.shape
             assert error < 2e-6, (name, tokens, error)
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+def test_bodies_of_every_activation(kind: str, activation: str, bias: bool) -> None:
+    """No token, one and many, float32 and float16, with K = 1, 2 and E."""
+    held = weights(0, activation, bias)
+    for top_k in (1, 2, E):
+        for dtype, numpy in ((TensorProto.FLOAT, "f4"), (TensorProto.FLOAT16, "f2")):
+            bare = bare_model(top_k, dtype, activation=activation, bias=bias)
+            run = session(with_body(bare, kind, tile=4))
+            given = {name: value.astype(numpy) for name, value in held.items()}
+            for tokens in (0, 1, 40):
+                rng = np.random.default_rng(tokens)
+                x = rng.standard_normal((tokens, D)).astype(numpy)
+                logits = rng.standard_normal((tokens, E)).astype("f4")
+                (y,) = run.run(None, {"x": x, "logits": logits, **given})
+                assert y.shape == (tokens, D) and y.dtype == x.dtype
+                if tokens:
+                    reference = expected(x.astype("f4"), logits, top_k, activation, bias)
+                    error = np.abs(y - reference).max() / np.abs(reference).max()
+                    assert error < (2e-6 if numpy == "f4" else 8e-3), (top_k, numpy, tokens)
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+def test_com_microsoft_moe_agrees_where_it_fits(activation: str, bias: bool) -> None:
+    """ONNX Runtime's own op: its gelu is the tanh form, and it has no gated gelu.
+
+    Its SwiGLU is (value + beta) * gate * sigmoid(alpha * gate), from interleaved columns.
+    """
+    names = {"gelu_tanh": "gelu", "silu": "silu", "swiglu": "swiglu"}
+    if activation not in names:
+        pytest.skip("com.microsoft.MoE has no such activation")
+    held = weights(0, activation, bias)
+    w1, b1 = held["w1"].transpose(0, 2, 1), held.get("b1")
+    fields = {"k": 2, "activation_type": names[activation], "normalize_routing_weights": 0}
+    if activation == "swiglu":
+        fields |= {"activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1}
+        w1 = w1.reshape(E, 2, H, D).transpose(0, 2, 1, 3).reshape(E, 2 * H, D)
+        b1 = None if b1 is None else b1.reshape(E, 2, H).transpose(0, 2, 1).reshape(E, 2 * H)
+    given = {"w1": np.ascontiguousarray(w1), "b1": b1, "w2": held["w2"].transpose(0, 2, 1)}
+    names_in = [name if value is not None else "" for name, value in given.items()]
+    node = helper.make_node(
+        "MoE", ["x", "logits", *names_in], ["y"], domain="com.microsoft", **fields
+    )
+    infos = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", size])
+        for name, size in (("x", D), ("logits", E), ("y", D))
+    }
+    arrays = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for name, value in given.items()
+        if value is not None
+    ]
+    graph = helper.make_graph([node], "g", [infos["x"], infos["logits"]], [infos["y"]], arrays)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(4)
+    x, logits = rng.standard_normal((20, D)).astype("f4"), rng.standard_normal((20, E)).astype("f4")
+    (y,) = run.run(None, {"x": x, "logits": logits})
+    reference = expected(x, logits, 2, activation, bias)
+    assert np.abs(y - reference).max() / np.abs(reference).max() < 2e-6
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -211,13 +293,18 @@ def test_tiles_follow_the_tokens() -> None:
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("top_k", [1, 2, 12])
-def test_tensorrt_builds_the_portable_body(top_k: int) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "activation", "bias"),
+    [(1, "gelu_tanh", True), (2, "gelu_tanh", True), (12, "gelu_tanh", True)]
+    + [(2, *kind) for kind in KINDS if kind != ("gelu_tanh", True)],
+)
+def test_tensorrt_builds_the_portable_body(top_k: int, activation: str, bias: bool) -> None:
     """No host copy and no conditional in the plan of the body alone."""
     from export.plans.compiler import build, load_api
     from export.plans.layers import check_plan, layers
 
-    model = with_body(bare_model(top_k, TensorProto.BFLOAT16), "portable", tile=16)
+    bare = bare_model(top_k, TensorProto.BFLOAT16, activation=activation, bias=bias)
+    model = with_body(bare, "portable", tile=16)
     sizes = {"x": ((1, D), (32, D), (64, D)), "logits": ((1, E), (32, E), (64, E))}
     _, dump = build(load_api(), model, sizes, sm=(), name="routed")
     check_plan("routed", layers(dump))

@@ -33,11 +33,9 @@ def test_each_kind(tmp_path: Path) -> None:
     kohya = safetensors(tmp_path / "k.safetensors", "lora_unet_x.lora_down.weight")
     assert kind(kohya)[0] == "is a LoRA"
     single = safetensors(tmp_path / "flux1.safetensors", "double_blocks.0.img_attn.qkv.weight")
-    assert (
-        kind(single)[0] == "is a single-file checkpoint" and "from_single_file" in kind(single)[1]
-    )
+    assert kind(single)[0] == "is a single-file checkpoint" and "--base PIPELINE" in kind(single)[1]
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
-    assert kind(tmp_path / "old.ckpt")[0] == "is a single-file checkpoint"
+    assert kind(tmp_path / "old.ckpt")[0] == "is a pickled checkpoint"
     (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0")
     assert kind(tmp_path / "m.gguf")[0] == "is a GGUF file (quantized weights)"
     (tmp_path / "out.png").write_bytes(b"\x89PNG\r\n\x1a\n....")

@@ -120,7 +120,7 @@ def test_plans_are_timed_too_and_their_memory_counted(tiny_bundle: Path, tmp_pat
     """The executor of plans on memory of this process: blocks, and bytes held on the device."""
     bundle = bundle_with_plans(tiny_bundle, tmp_path / "bundle")
     device = HostDevice()
-    plans = Plans(bundle, "transformer", TARGET, device, lambda path: HostContext(path, device))
+    plans = Plans(bundle, "transformer", TARGET, device, lambda _, path: HostContext(path, device))
     pipeline = Pipeline(bundle, "ort")
     feed = bench.first_inputs(pipeline, KNOBS)
     pipeline._executors["transformer"] = plans

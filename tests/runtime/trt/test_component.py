@@ -25,7 +25,7 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 def plans_of(bundle: Bundle, component: str = "transformer", **options: Any) -> Plans:
     device = HostDevice()
-    load = lambda path: HostContext(path, device)  # noqa: E731
+    load = lambda _, path: HostContext(path, device)  # noqa: E731
     return Plans(bundle, component, TARGET, device, load, **options)
 
 
@@ -67,7 +67,7 @@ def test_weights_are_uploaded_once_and_shared_by_all_top_k(bundle: Bundle) -> No
 def test_a_plan_is_loaded_once_for_all_its_blocks(bundle: Bundle) -> None:
     executor, loaded = plans_of(bundle), []
     load = executor.load
-    executor.load = lambda path: (loaded.append(Path(path).name), load(path))[1]
+    executor.load = lambda data, path: (loaded.append(Path(path).name), load(data, path))[1]
     executor(inputs(bundle, "transformer"), 2)
     executor(inputs(bundle, "transformer", batch=1), 2)
     assert sorted(loaded) == ["double.k2.plan", "embed.plan", "final.plan", "single.k2.plan"]
@@ -165,7 +165,7 @@ def test_a_plan_that_does_not_fit_is_named_with_its_cure(
     with pytest.raises(ValueError) as caught:
         choose_target(targets(bundle, p=row), "tensorrt_rtx", "1.7.1.116", 89)
     text = str(caught.value)
-    assert reason in text and "d2m export SPARSE -o" in text and "--trt-rtx --sm 89" in text
+    assert reason in text and "d2m export PIPELINE -o NEW" in text and "--trt-rtx --sm 89" in text
 
 
 def test_an_old_gpu_and_a_bundle_without_plans(bundle: Bundle) -> None:

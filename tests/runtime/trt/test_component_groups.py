@@ -54,7 +54,7 @@ class Counting(HostDevice):
 def plans_of(bundle: Bundle, **options: Any) -> Plans:
     device = Counting()
     return Plans(
-        bundle, "transformer", TARGET, device, lambda path: HostContext(path, device), **options
+        bundle, "transformer", TARGET, device, lambda _, path: HostContext(path, device), **options
     )
 
 
