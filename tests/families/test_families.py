@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from d2m.convert.streamed import block_names
+from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton
 from d2m.families import family_of_pipeline
 from d2m.families.ffn_sites import sites_of
 from d2m.families.flow import generator_at
@@ -23,6 +25,7 @@ from d2m.model.sparse_transformer import sparse_model_of
 from d2m.model.surgery import identity_error, set_top_k, sparse_ffns
 from d2m.recipe.recipe import from_dict
 from d2m.recipe.structure import Blocks
+from d2m.shards import open_shards
 from runtime.families import is_guided
 from tests.conftest import exported
 from tests.tiny.families import FAMILIES, SIZE, Tiny
@@ -123,6 +126,49 @@ def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any
     if tiny.refused:
         with pytest.raises(ValueError, match=r"the recipe's group .* expected groups of blocks"):
             sparse_of(pipe, recipe(groups=tiny.refused, kappa=1))
+
+
+def test_what_enters_ffns_block_by_block_is_what_enters_them(pipe: Any, dense_dir: Path) -> None:
+    """Every token of every FFN, of two batches at the same time, one block's weights in memory."""
+    family, model = family_of_pipeline(pipe), pipe.transformer.eval()
+    calls = []
+    for step in (0, 1):
+        batch = batches(pipe)(step, 1 + step)
+        x, t, _ = noised(model, batch, generator_at(step, "test"))
+        calls.append(transformer_inputs(model, batch, x, t))
+    expected: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for site, block, where in sites_of(model.state_dict(), family):
+
+        def keep(module: Any, given: Any, site: str = site) -> None:
+            expected.setdefault(site, []).append(given[0].flatten(0, -2))
+
+        linear = model.get_submodule(f"{block}.{where.fc1}")
+        hooks.append(linear.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for call in calls:
+            model(**call)
+    for hook in hooks:
+        hook.remove()
+    folder = dense_dir / "transformer"
+    source, skeleton = open_shards(folder), dense_skeleton(folder, family)
+    blocks = block_names(source, family)
+    seen = {}
+    for block, kept in TeacherInputs(skeleton, source, family, blocks, calls, rows=1_000_000):
+        assert all(site.startswith(f"{block}.") for site in kept)
+        inside = tuple(f"{name}." for name in blocks)
+        parameters = skeleton.named_parameters()
+        assert all(value.is_meta for key, value in parameters if key.startswith(inside))
+        seen |= kept
+    assert seen.keys() == expected.keys() and seen
+
+    def by_rows(x: torch.Tensor) -> torch.Tensor:
+        return x[x[:, :3].double().sum(1).argsort()]
+
+    for site, parts in expected.items():
+        whole = torch.cat(parts)
+        assert seen[site].shape == whole.shape
+        assert torch.allclose(by_rows(seen[site]), by_rows(whole), atol=1e-4), site
 
 
 def mode_of(tiny: Tiny) -> str:
