@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,11 +53,11 @@ def dense_images(pipeline: Pipeline, seeds: list[int]) -> list[Image.Image]:
     return dense(PROMPTS, **options).images
 
 
-def sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """A row per model, its name on the left, the prompts below, on white."""
-    captions = [textwrap.wrap(scene, 16) for scene in SCENES]
+def sheet(rows: dict[str, list[Image.Image]], scenes: Sequence[str]) -> Image.Image:
+    """A row per model, its name on the left, the scenes' words below, on white."""
+    captions = [textwrap.wrap(scene, 16) for scene in scenes]
     step, head = SIDE + GAP, len(rows) * (SIDE + GAP) + GAP
-    size = LABEL + len(PROMPTS) * step, head + LINE * max(map(len, captions)) + GAP
+    size = LABEL + len(scenes) * step, head + LINE * max(map(len, captions)) + GAP
     paper = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(15)
     for row, (name, images) in enumerate(rows.items()):
@@ -78,7 +79,7 @@ def main() -> None:
     dense, sparse = dense_images(pipeline, seeds), pipeline(PROMPTS, seed=seeds)
     assert isinstance(sparse, list)
     path, png = ROOT / "results/shapes/gallery.png", io.BytesIO()
-    sheet({"dense\n100 % FLOPs": dense, "sparse\n41 % FLOPs": sparse}).save(png, "PNG")
+    sheet({"dense\n100 % FLOPs": dense, "sparse\n41 % FLOPs": sparse}, SCENES).save(png, "PNG")
     write_bytes(path, png.getvalue())
     made: dict[str, object] = {"command": "python -m scripts.gallery"}
     made |= {"prompts": PROMPTS, "seeds": seeds}

@@ -30,7 +30,7 @@ from tests.cases.documents import (
 REASONS = {
     "docker": r"\bdocker\b",
     "cluster": r"\b(kubectl|ray|serve run|torchrun|accelerate launch)\b",
-    "network": r"\b(pip install|hf download|curl|git clone)\b",
+    "network": r"\b(pip install|hf download|curl|git clone|calib\.emoji --get)",
     "gpu": r"--backend (trt|trt-rtx|ort-cuda)\b|nvidia-smi|gpu\.sh|tritonserver",
 }
 BASH = boxes(language="bash")

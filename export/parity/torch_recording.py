@@ -244,19 +244,24 @@ def watch_transformer(
     def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
-        kwargs, output = row.apart(named_inputs(module, args, kwargs), output, text_tokens)
-        passed.append(pair(kwargs, output))
+        given = named_inputs(module, args, kwargs)
+        passed.append(pair(*row.apart(given, output, text_tokens)))
         blocks, prefix = result.blocks[step], names[module]
         if not isinstance(module, BlockGroup):
             blocks[prefix] = passed[-1]
             return
         # Each block of a group, on what entered the group: skipped ones are compared too.
         for index, member in module.blocks.items():
-            blocks[f"{prefix}blocks.{index}."] = pair(kwargs, member(**kwargs))
-        read = ("hidden_states", "encoder_hidden_states", "temb")
-        mask = kwargs.get(TEXT_MASK)
-        logits = module.router(*(kwargs[name] for name in read), mask)
-        inputs = {name: passed[-1][0][name] for name in (*read, TEXT_MASK) if name in passed[-1][0]}
+            blocks[f"{prefix}blocks.{index}."] = pair(*apart(given, member(**given), text_tokens))
+        read = zip(
+            ("hidden_states", "encoder_hidden_states", "temb", TEXT_MASK), module.read(given)
+        )
+        inputs = {name: tensor for name, tensor in read if tensor is not None}
+        logits = module.router(*inputs.values())
+        inputs = {
+            name: passed[-1][0][name] if name in passed[-1][0] else array(tensor)
+            for name, tensor in inputs.items()
+        }
         blocks[prefix] = inputs, {LOGITS: array(logits)}
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:

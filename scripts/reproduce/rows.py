@@ -206,7 +206,7 @@ def rows_of(world: str) -> tuple[Row, ...]:
     if world not in WORLDS:
         raise ValueError(f"--world is {world!r}, expected {' or '.join(WORLDS)}")
     knobs = tuple(row for row in ROWS if row.of)
-    return ROWS if world == "shapes" else (*map(named, _EMOJI), *knobs[1:])
+    return ROWS if world == "shapes" else (*map(named, _EMOJI), *knobs)
 
 
 def named(name: str) -> Row:

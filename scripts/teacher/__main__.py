@@ -68,6 +68,9 @@ def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """What the model card says of a run; the logs of the run it goes on from, too."""
     log = args.init and args.init / "training.json"
     return {
+        "world": args.world,
+        "until": args.until,
+        "keep_text": args.keep_text,
         "scenes": args.scenes,
         "batch": args.batch,
         "workers": run.workers,

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from calib.shapes.world import World, heldout_pairs
+from d2m.plan.model_config import read_json
 from d2m.report.charts import Line, alone, line_chart
 from runtime.files.atomic import write_json, write_text
 from runtime.files.tensors import read_header, weight_files
@@ -36,8 +38,12 @@ def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
     """
     found = {}
     reused = {"vae"} if settings["init"] else set()
+    if settings.get("keep_text"):
+        reused.add("text")
     for stage in (stage for stage in STAGES if stage not in reused):
         log = work / f"{stage}.jsonl"
+        if stage == "guidance" and settings.get("until") == "flow":
+            continue
         if not log.is_file():
             raise FileNotFoundError(
                 f"{log} is missing; run python -m scripts.teacher --work {work} first"
@@ -78,14 +84,20 @@ def main() -> None:
         width=640,
     )
     write_text(args.model / "training.svg", alone(curve))
-    world = World()
-    facts = {
-        "scores": json.loads((args.model / "scores.json").read_text()),
-        "parameters": parameters(args.model),
-        "pairs": ", ".join(sorted(map(" ".join, heldout_pairs(world)))),
-    }
-    facts |= {"world": world, "run": run, "logs": logs, "earlier": earlier, "stages": STAGES}
-    text = fill(Path(__file__).with_name("card.md.j2"), **facts)
+    name = run.get("world", "shapes")
+    facts: dict[str, Any] = {"scores": read_json(args.model / "scores.json"), "world": name}
+    if name == "shapes":
+        shapes = World()
+        pairs = ", ".join(sorted(map(" ".join, heldout_pairs(shapes))))
+        more = {"shapes": shapes, "pairs": pairs}
+    else:
+        config = read_json(args.model / "transformer/config.json")
+        more = {"config": config, "defaults": read_json(args.model / "defaults.json")}
+    here = Path(__file__)
+    facts["intro"] = fill(here.with_name(f"card-{name}.md.j2"), **facts, **more).rstrip() + "\n"
+    facts |= {"parameters": parameters(args.model), "stages": STAGES}
+    facts |= {"run": run, "logs": logs, "earlier": earlier}
+    text = fill(here.with_name("card.md.j2"), **facts)
     write_text(args.model / "README.md", text)
 
 

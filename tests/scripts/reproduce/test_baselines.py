@@ -90,6 +90,12 @@ def test_depth_pruning_by_hand():
     assert (middle.blocks.drop_double, middle.blocks.drop_single) == ((1, 2), (1, 2, 3))
     assert [stage.train for stage in middle.stages][-1] == ("blocks",)
     assert middle.stages[:2] == THREE.stages[:2]
+    runs = {
+        "double": {"0-1": 0.3, "1-2": 0.4, "2-3": 0.1, "0-0": 0.0},
+        "single": {"0-2": 0.2, "1-3": 0.1, "2-4": 0.3},
+    }
+    linear = baselines.depth_pruned(THREE, DEPTH, "linear", runs).blocks
+    assert (linear.drop_double, linear.drop_single) == ((2, 3), (1, 2, 3))
 
 
 def test_joint_and_without_stage_one_by_hand():
@@ -105,7 +111,7 @@ def test_what_cannot_be():
         baselines.width_pruned(THREE, 1.6)
     with pytest.raises(ValueError, match="by is 2; expected a whole number from 1 that leaves"):
         baselines.leaner(replace(preset("L"), expert_ratio=0.75, num_experts=4), 2)
-    with pytest.raises(ValueError, match="expected way first or middle, and a recipe with groups"):
+    with pytest.raises(ValueError, match="expected way first, middle or linear, and a recipe"):
         baselines.depth_pruned(preset("L"), DEPTH, "first")
     with pytest.raises(ValueError, match="trains shared experts alone; nothing is left"):
         baselines.without_stage_one(replace(THREE, stages=THREE.stages[:1]))
