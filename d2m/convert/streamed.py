@@ -22,6 +22,7 @@ from d2m.convert.sparse_pipeline import parameters_of, publish, timed, write_aro
 from d2m.convert.workdir import RECORD, begin
 from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
+from d2m.families.weights import dim_of
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Progress, Recipe, SparseSpec
@@ -210,7 +211,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     config = read_config(folder, getattr(diffusers, family.names.dense_class))
     with torch.device("meta"):
         whole = sparse_class(family)(**config)
-        rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))
+        rank = rank_of(recipe.adaln, dim_of(whole.config), sum(norms(whole).values()))
         mode: dict[str, Any] = {"adaln": recipe.adaln.mode, "adaln_rank": rank}
         return sparse_class(family)(**{**config, **structure(recipe), **mode})
 

@@ -16,7 +16,7 @@ import torch
 
 from d2m.convert.streamed import block_names
 from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton
-from d2m.families import family_of_pipeline
+from d2m.families import family_of_model, family_of_pipeline
 from d2m.families.ffn_sites import sites_of
 from d2m.families.flow import generator_at
 from d2m.families.generation_defaults import write_defaults
@@ -97,6 +97,12 @@ def inputs_of(pipe: Any, dense: Any, dtype: torch.dtype = torch.float32) -> dict
     return transformer_inputs(dense, batch, x, t.to(dtype))
 
 
+def answer_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What a transformer predicts."""
+    predicted = family_of_model(model).data.predicted
+    return predicted(model(**inputs, return_dict=False)[0])
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_all_experts_on_is_the_dense_model(pipe: Any, dtype: torch.dtype, limit: float) -> None:
     dense, sparse = sparse_of(pipe, recipe(), dtype)
@@ -105,7 +111,7 @@ def test_all_experts_on_is_the_dense_model(pipe: Any, dtype: torch.dtype, limit:
     inputs = inputs_of(pipe, dense, dtype)
     assert identity_error(sparse, dense, inputs) < limit
     with torch.no_grad():
-        different = sparse(**inputs, return_dict=False)[0] - dense(**inputs, return_dict=False)[0]
+        different = answer_of(sparse, inputs) - answer_of(dense, inputs)
     assert float(different.norm()) > 1e-3  # two experts of twelve are another model
 
 
@@ -118,9 +124,9 @@ def test_groups_where_they_work_and_one_sentence_where_not(tiny: Tiny, pipe: Any
     assert identity_error(sparse, dense, inputs) < 1e-12
     with torch.no_grad():
         set_kappa(sparse, 1)
-        few = sparse(**inputs, return_dict=False)[0]
+        few = answer_of(sparse, inputs)
         alone = [
-            sparse(**one(inputs, i), return_dict=False)[0] for i in range(2)
+            answer_of(sparse, one(inputs, i)) for i in range(2)
         ]  # every sample chooses for itself
     assert torch.allclose(few, torch.cat(alone), rtol=1e-9, atol=1e-9)
     if tiny.refused:
@@ -237,10 +243,10 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
     )
     inputs = inputs_of(pipe, dense, torch.float64)
     with torch.no_grad():
-        before = dense(**inputs, return_dict=False)[0]
+        before = answer_of(dense, inputs)
         for name, (up, down) in changes.items():  # rank 3, alpha 3
             dense.get_submodule(name).weight += 0.5 * up @ down
-        assert float((dense(**inputs, return_dict=False)[0] - before).norm()) > 1e-3
+        assert float((answer_of(dense, inputs) - before).norm()) > 1e-3
     assert identity_error(made.eval(), dense, inputs) < 1e-12
 
 
@@ -290,7 +296,7 @@ def test_streamed_conversion_with_shared_modulation(
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     inputs = inputs_of(pipe, pipe.transformer)
     with torch.no_grad():
-        assert torch.isfinite(loaded.transformer(**inputs, return_dict=False)[0]).all()
+        assert torch.isfinite(answer_of(loaded.transformer, inputs)).all()
 
 
 def test_a_batch_teaches_what_its_samples_teach(tiny: Tiny, pipe: Any) -> None:
@@ -345,7 +351,7 @@ def test_diffusers_gradient_checkpointing_gives_the_same_gradients(tiny: Tiny, p
         if checkpointing:
             sparse.enable_gradient_checkpointing()
         inputs = inputs_of(pipe, dense, torch.float64)
-        sparse(**inputs, return_dict=False)[0].square().mean().backward()
+        answer_of(sparse, inputs).square().mean().backward()
         found.append({n: p.grad for n, p in sparse.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, gradient in found[0].items():
