@@ -58,10 +58,7 @@ def main() -> None:
     shown = {"truth": truth, "vae": decoded, "mismatched": truth[step:] + truth[:step]}
     answer: dict[str, Any] = {"n": args.n}
     for name, row in shown.items():
-        coming = iter(row)
-        found, _ = evaluate(
-            lambda prompts, seeds, coming=coming: [next(coming) for _ in prompts], args.n, 0, world
-        )
+        found, _ = evaluate(replay(row), args.n, 0, world)
         answer[name] = {key: found[key] for key in ("overall", "categories", "recall")}
         at = {key: found["recall"][key]["overall"]["score"] for key in ("at_1", "at_5")}
         say(f"{name}: exact {found['overall']['score']}, recall {at}")
