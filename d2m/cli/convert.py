@@ -121,6 +121,11 @@ def convert(
             "--local converts and trains in one pass; leave --init-only, --stages, --start and "
             "--budget out (train its result further with --start)"
         )
+    if local and data.endswith(".txt"):
+        raise ValueError(
+            f"--data is {data!r}: prompts alone need the whole teacher in memory; give --local "
+            "images and captions"
+        )
     if samples is not None and not local:
         raise ValueError("--samples is for --local; leave it out")
     if score is not None and score < 0:

@@ -22,6 +22,7 @@ from d2m.convert.sparse_pipeline import parameters_of, publish, timed, write_aro
 from d2m.convert.workdir import RECORD, begin
 from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
+from d2m.families.weights import dim_of
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Progress, Recipe, SparseSpec
@@ -85,7 +86,7 @@ def convert_stream(
     import torch
 
     from d2m.convert.local import LocalDistillation
-    from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton
+    from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton, load_outside
     from d2m.model.components import check_components
 
     path, family, work = conversion.dense, conversion.family, conversion.work
@@ -114,10 +115,12 @@ def convert_stream(
     if batches is not None:
         taught = LocalDistillation(recipe, family, "cuda" if torch.cuda.is_available() else "cpu")
         with timed(seconds, "inputs"):
-            calls = teacher_calls(path, family, recipe, batches, taught.device)
+            model = dense_skeleton(path / "transformer", family)
+            load_outside(model, source, blocks, torch.float32, taught.device)
+            calls = teacher_calls(path, model, family, recipe, batches, taught.device)
         inputs = iter(
             TeacherInputs(
-                dense_skeleton(path / "transformer", family),
+                model,
                 source,
                 family,
                 blocks,
@@ -208,7 +211,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     config = read_config(folder, getattr(diffusers, family.names.dense_class))
     with torch.device("meta"):
         whole = sparse_class(family)(**config)
-        rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))
+        rank = rank_of(recipe.adaln, dim_of(whole.config), sum(norms(whole).values()))
         mode: dict[str, Any] = {"adaln": recipe.adaln.mode, "adaln_rank": rank}
         return sparse_class(family)(**{**config, **structure(recipe), **mode})
 
@@ -286,20 +289,27 @@ def _modulation(
 
 
 def teacher_calls(
-    path: Path, family: Family, recipe: Recipe, batches: Callable[[Any, int], Any], device: str
+    path: Path,
+    model: Any,
+    family: Family,
+    recipe: Recipe,
+    batches: Callable[[Any, int], Any],
+    device: str,
 ) -> list[dict[str, Any]]:
-    """Keywords of the teacher's forward for the recipe's samples, float32, on the device."""
+    """Keywords of the teacher's forward for the recipe's samples, float32, on the device.
+
+    model: the teacher, of which nothing is needed but config and what lies outside its blocks.
+    """
     import torch
 
-    from d2m.convert.teacher_inputs import dense_skeleton
     from d2m.families.flow import generator_at, training_point
     from d2m.generate import load_pipeline
 
     local = recipe.local
     assert local is not None
     pipe = load_pipeline(path, transformer=False, dtype="fp32", device=device)
+    pipe.register_modules(transformer=model)
     batch_of = batches(pipe, recipe.seed)
-    model = dense_skeleton(path / "transformer", family)
     calls = []
     for step in range(math.ceil(local.samples / local.batch_size)):
         batch = batch_of(step, local.batch_size)

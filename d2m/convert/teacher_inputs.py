@@ -40,6 +40,26 @@ def dense_skeleton(folder: Path, family: Family) -> nn.Module:
     return model
 
 
+def load_outside(
+    model: nn.Module, source: Shards, blocks: Sequence[str], dtype: torch.dtype, device: str
+) -> None:
+    """Give a skeleton the weights that belong to no block."""
+    inside = tuple(f"{block}." for block in blocks)
+    keys = [key for key in source.where if not key.startswith(inside)]
+    load(model, source, keys, dtype, device)
+
+
+def load(
+    model: nn.Module, source: Shards, keys: Sequence[str], dtype: torch.dtype, device: str
+) -> None:
+    """Give a skeleton some of its weights."""
+    state = {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        for key, value in source.read(keys).items()
+    }
+    model.load_state_dict(state, strict=False, assign=True)
+
+
 class TeacherInputs:
     """Iterates over (block, {site name: x [rows, D]}): what enters the FFNs of each block.
 
@@ -72,8 +92,7 @@ class TeacherInputs:
         self._kept: dict[str, list[Tensor]] = {}
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        inside = tuple(f"{block}." for block in self.blocks)
-        self._load([key for key in self.source.where if not key.startswith(inside)])
+        load_outside(self.model, self.source, self.blocks, self.dtype, self.device)
         hooks = [
             self.model.get_submodule(block).register_forward_pre_hook(self._waits_at(block))
             for block in self.blocks
@@ -88,7 +107,7 @@ class TeacherInputs:
                 self._expect(index, self.blocks[0])
             for number, block in enumerate(self.blocks):
                 keys = [key for key in self.source.where if key.startswith(f"{block}.")]
-                self._load(keys)
+                load(self.model, self.source, keys, self.dtype, self.device)
                 capture = self._capture(block, keys)
                 following = self.blocks[number + 1] if number + 1 < len(self.blocks) else None
                 for index in range(len(threads)):
@@ -152,13 +171,6 @@ class TeacherInputs:
             linear = self.model.get_submodule(f"{block}.{site.fc1}")
             hooks.append(linear.register_forward_pre_hook(keep))
         return hooks
-
-    def _load(self, keys: Sequence[str]) -> None:
-        state = {
-            key: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for key, value in self.source.read(keys).items()
-        }
-        self.model.load_state_dict(state, strict=False, assign=True)
 
     def _unload(self, block: str) -> None:
         self.model.get_submodule(block).to("meta")

@@ -9,6 +9,7 @@ bodies       All ways to run d2m::RoutedExperts in ONNX Runtime on the CPU, side
 decoder      Memory of decoding an image: what ONNX Runtime on a CPU holds at once
 ffn          One FFN in ONNX Runtime on the CPU
 layer        What one FFN of the teacher can be distilled to alone
+local        FFNs of a real size that learn by themselves: time and peak memory
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes

@@ -20,6 +20,7 @@ from tests.tiny.pipeline import (
     t5_tokenizer,
     tiny_transformer,
 )
+from tests.tiny.zimage import zimage
 
 SD3_CONFIG = {
     "sample_size": 8,
@@ -285,6 +286,15 @@ FAMILIES = {
         "Qwen-Image",
         {"double": [[0, 1]]},
         ("embed", "joint", "joint", "joint", "final"),
+    ),
+    "zimage": Tiny(
+        zimage,
+        "zimage",
+        "Z-Image",
+        {},
+        ("embed", "layer", "layer", "layer", "final"),
+        refused={"double": [[0, 1]]},
+        modulated=False,
     ),
 }
 SIZE = IMAGE_SIZE
