@@ -252,7 +252,9 @@ def watch_transformer(
             return
         # Each block of a group, on what entered the group: skipped ones are compared too.
         for index, member in module.blocks.items():
-            blocks[f"{prefix}blocks.{index}."] = pair(*apart(given, member(**given), text_tokens))
+            blocks[f"{prefix}blocks.{index}."] = pair(
+                *row.apart(given, member(**given), text_tokens)
+            )
         read = zip(
             ("hidden_states", "encoder_hidden_states", "temb", TEXT_MASK), module.read(given)
         )
