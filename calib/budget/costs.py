@@ -75,7 +75,9 @@ def costs_of(subject: Subject, base: Recipe, options: Sequence[float]) -> Costs:
             for i, row in enumerate(block[kind]):
                 own = (stack for stack in inside if not stack.blocks or i in stack.blocks)
                 row.append(float(sum(w.flops for stack in own for w in stack.weights)))
-    fixed = sum(w.flops for stack in stacks if not stack.prefix for w in stack.weights)
+    own_lists = tuple(f"{name}." for _, name in subject.family.blocks.kinds)
+    others = [stack for stack in stacks if not stack.prefix.startswith(own_lists)]
+    fixed = sum(stack.active * w.flops for stack in others for w in stack.weights)
     router = {}
     for size in SIZES:
         group = tuple(range(size))

@@ -86,7 +86,8 @@ def text_encoder(
 
         def key() -> str:
             # The tokens stand for the tokenizers: another vocabulary is another key.
-            ids = [str(each(caption).input_ids) for each in parts_of(pipe, "tokenizer")]
+            parts = parts_of(pipe, "tokenizer")  # or a processor, whose first argument is none
+            ids = [str(each(text=caption).input_ids) for each in parts]
             return key_of("text", *encoders, *ids, caption, length)
 
         return cached(cache, "text", key, compute, log)

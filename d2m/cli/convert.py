@@ -40,6 +40,16 @@ def convert(
     ] = "",
     start: Annotated[Path | None, option("Sparse pipeline to start training from.")] = None,
     init_only: Annotated[bool, option("Convert without training.", "--init-only")] = False,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local",
+            help="Every FFN learns by itself, block by block: for models larger than memory.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None, option("With --local: samples that run through the teacher.")
+    ] = None,
     seed: Annotated[int | None, option("Random seed; by default the recipe's.")] = None,
     importance: Annotated[
         str, option("Neurons by: calibration, magnitude (the model is not run), or a file.")
@@ -106,6 +116,18 @@ def convert(
         raise ValueError(
             f"--init-only trains nothing but --steps is {steps}; give only one of them"
         )
+    if local and (init_only or stages or start is not None or budget is not None):
+        raise ValueError(
+            "--local converts and trains in one pass; leave --init-only, --stages, --start and "
+            "--budget out (train its result further with --start)"
+        )
+    if local and data.endswith(".txt"):
+        raise ValueError(
+            f"--data is {data!r}: prompts alone need the whole teacher in memory; give --local "
+            "images and captions"
+        )
+    if samples is not None and not local:
+        raise ValueError("--samples is for --local; leave it out")
     if score is not None and score < 0:
         raise ValueError(f"--score is {score}, expected a number of images, 0 for none")
     from d2m.report.pareto import known_rows
@@ -120,7 +142,7 @@ def convert(
     from d2m.families.generation_defaults import generation_defaults
     from d2m.plan.hub import locate
     from d2m.plan.presets import recipe_named
-    from d2m.recipe.recipe import changed
+    from d2m.recipe.recipe import changed, with_local
     from d2m.unpack.dense import is_single_file, remove_unpacked, unpack
 
     if from_environment().size > 1 and (is_single_file(dense) or variant):
@@ -169,10 +191,29 @@ def convert(
     elif from_environment().leads:
         from d2m.plan.fits_here import check_convert
 
-        streamed = init_only and scores is not None
+        streamed = local or (init_only and scores is not None)
         check_convert(dense, out, preset=preset, recipe=recipe, streamed=streamed, resume=resume)
     made = changed(recipe_named(made, dense), seed=seed)
-    # Nothing runs the model: it goes from file to file, whatever its size.
+    # Nothing holds the model: it goes from file to file, whatever its size.
+    if local:
+        from d2m.convert.streamed import convert_stream
+
+        made = with_local(made, steps=steps, samples=samples)
+        with progress_bars() as progress:
+            answer = convert_stream(
+                dense,
+                out,
+                made,
+                importance="activations",
+                batches=taught.batches,
+                data=taught.label,
+                resume=resume,
+                progress=progress,
+                log=say,
+            )
+        remove_unpacked(out)
+        print_answer(answer if json_ else brief(answer), json_)
+        return
     if init_only and scores is not None:
         from d2m.convert.streamed import convert_stream
 

@@ -28,6 +28,9 @@ def serve(
         Path | None, option("File with the API key of clients; or set D2M_API_KEY.")
     ] = None,
     log_prompts: Annotated[bool, option("Write prompts to the log.", "--log-prompts")] = False,
+    example: Annotated[
+        list[str] | None, option("Prompt that the page offers; may be repeated.")
+    ] = None,
     model_alias: Annotated[
         list[str] | None, option("Another model name for clients; may be repeated.")
     ] = None,
@@ -65,6 +68,7 @@ def serve(
         deadline=deadline,
         experts=experts,
         aliases=model_alias or (),
+        examples=example or (),
     )
     function(
         service,

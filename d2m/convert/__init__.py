@@ -4,6 +4,8 @@
 
     in_memory        A dense pipeline directory becomes a sparse one: importance, surgery
     streamed         A conversion without training of a model larger than memory: block by block
+    local            Every sparse FFN learns by itself, on the teacher's own inputs
+    teacher_inputs   What enters every FFN of a model larger than memory, block by block
     dense            The dense pipeline that a conversion starts from: finding it, checking it
     first_student    The student before its first training step
     router_fit       First weights of the groups' routers that choose

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
-from d2m.model.block_group import TEXT_MASK, BlockGroup, block_groups, pool
+from d2m.model.block_group import BlockGroup, block_groups, pool
 from d2m.model.surgery import unit_gates
 from d2m.recipe.recipe import Batches, Recipe
 
@@ -56,10 +56,9 @@ def spread_routers(
 def _record_inputs(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     """A hook that keeps what the group's router would look at: [B, 2 D] and [B, D], float64."""
 
-    def hook(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        streams = (inputs["hidden_states"], inputs["encoder_hidden_states"])
-        pooled = pool(*streams, inputs.get(TEXT_MASK), torch.float64)
-        rows.append((pooled.cpu(), inputs["temb"].double().cpu()))
+    def hook(module: BlockGroup, args: Any, inputs: dict[str, Any]) -> None:
+        image, text, temb, mask = module.read(inputs)
+        rows.append((pool(image, text, mask, torch.float64).cpu(), temb.double().cpu()))
 
     return hook
 

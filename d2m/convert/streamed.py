@@ -10,9 +10,11 @@ in shards of their own: a bundle takes them as they are, and may share the files
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +22,18 @@ from d2m.convert.sparse_pipeline import parameters_of, publish, timed, write_aro
 from d2m.convert.workdir import RECORD, begin
 from d2m.families import Family
 from d2m.families.ffn_sites import sites_of, spec_at
+from d2m.families.weights import dim_of
 from d2m.plan.presets import recipe_named
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Progress, Recipe, SparseSpec
 from d2m.shards import Shards, open_shards, shard_name, write_index, write_shard
 from runtime.files.atomic import write_json
+from runtime.files.checked_json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from d2m.convert.local import LocalDistillation
     from d2m.families.ffn_sites import DenseFFN
 
 Scores = Callable[[str, "DenseFFN"], "Tensor"]
@@ -41,9 +46,11 @@ def convert_stream(
     dense_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     recipe: Recipe | str | Path,
-    scores: Scores,
-    importance: str,
+    scores: Scores | None = None,
+    importance: str = "activations",
     *,
+    batches: Callable[[Any, int], Any] | None = None,
+    data: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
@@ -56,6 +63,9 @@ def convert_stream(
         scores: (site name, dense FFN) -> importance [N].
         importance: what `scores` are: a split that recipes know, such as magnitude, or any words;
             a resume must have the same.
+        batches: (pipeline without transformer, seed) -> batches, needed where the recipe has
+            `local`; then every FFN learns by itself (d2m.convert.local), by inputs of theirs and
+            not by `scores`. data: a label that tells them from other data on a resume.
 
     Tensors keep the dtype they have. Shared modulation is fitted to embeddings of times and
     guidance as in training and of random pooled text, since no text encoder runs (the log says so).
@@ -68,11 +78,15 @@ def convert_stream(
     recipe = dataclasses.replace(recipe_named(recipe, dense_dir), stages=())
     if importance in recipes.SPLITS:
         recipe = dataclasses.replace(recipe, split=importance)
-    conversion = begin(dense_dir, out_dir, recipe, resume, log, importance=importance)
+    assert (recipe.local is None) == (batches is None) and (scores is None) == (batches is not None)
+    facts = {"importance": importance, "data": data}
+    conversion = begin(dense_dir, out_dir, recipe, resume, log, **facts)
     if conversion is None:
         return {"out": str(Path(out_dir)), "already_converted": True}
     import torch
 
+    from d2m.convert.local import LocalDistillation
+    from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton, load_outside
     from d2m.model.components import check_components
 
     path, family, work = conversion.dense, conversion.family, conversion.work
@@ -96,15 +110,45 @@ def convert_stream(
         (folder / stale).unlink()  # of a version with other shards
     with timed(seconds, "modulation"):
         shared = _modulation(source, sparse, recipe, work, log)
-    with torch.no_grad(), timed(seconds, "blocks"):
+    taught: LocalDistillation | None = None
+    inputs: Iterator[tuple[str, dict[str, Tensor]]] = iter(())
+    if batches is not None:
+        taught = LocalDistillation(recipe, family, "cuda" if torch.cuda.is_available() else "cpu")
+        with timed(seconds, "inputs"):
+            model = dense_skeleton(path / "transformer", family)
+            load_outside(model, source, blocks, torch.float32, taught.device)
+            calls = teacher_calls(path, model, family, recipe, batches, taught.device)
+        inputs = iter(
+            TeacherInputs(
+                model,
+                source,
+                family,
+                blocks,
+                calls,
+                rows=taught.local.rows,
+                seed=recipe.seed,
+                device=taught.device,
+            )
+        )
+        scores = taught.scores
+    assert scores is not None
+    with timed(seconds, "blocks"), closing_of(inputs):
         first = folder / files[0]
         if not first.is_file():
             write_shard(first, _convert_outside(source, blocks, recipe, family, shared))
         for done, (block, file, experts) in enumerate(zip(blocks, files[1::2], files[2::2])):
             if progress:
                 progress(PHASE, done, len(blocks))
+            if taught is not None:
+                ran, taught.inputs = next(inputs)
+                assert ran == block
             if not ((folder / file).is_file() and (folder / experts).is_file()):
-                tensors, found = _convert_block(source, block, recipe, family, scores, shared)
+                tensors, found = _convert_block(
+                    source, block, recipe, family, scores, shared, taught
+                )
+                if taught is not None:
+                    write_json(work / SCORES / f"{block}.json", taught.errors)
+                    taught.errors = {}
                 write_shard(work / SCORES / f"{block}.safetensors", found)
                 apart = {key for key in tensors if key.split(".")[-2] == EXPERTS}
                 write_shard(folder / experts, {key: tensors[key] for key in sorted(apart)})
@@ -117,6 +161,9 @@ def convert_stream(
     sparse.save_config(folder)
     with timed(seconds, "check"):
         checked = check_blocks(source, written, sampled(blocks, recipe.seed), recipe, family)
+    learnt = _load_errors(work / SCORES)
+    if learnt:
+        write_json(result / "local.json", learnt)
     neurons = _load_scores(work / SCORES)
     for name in ("model_index.json", "recipe.json"):  # half of a result, of a kill
         (result / name).unlink(missing_ok=True)
@@ -125,7 +172,8 @@ def convert_stream(
             shutil.rmtree(part)
     write_around(result, family.names.sparse_class, path, recipe, neurons)
     answer = publish(conversion, parameters_of(source.shapes, written.shapes, recipe), {}, None)
-    return answer | {"importance": importance, "checked": checked, "seconds": seconds}
+    answer |= {"importance": importance, "checked": checked, "seconds": seconds}
+    return answer | ({"local": summary_of(learnt)} if learnt else {})
 
 
 def block_names(source: Shards, family: Family) -> list[str]:
@@ -163,7 +211,7 @@ def _structure(folder: Path, recipe: Recipe, family: Family) -> Any:
     config = read_config(folder, getattr(diffusers, family.names.dense_class))
     with torch.device("meta"):
         whole = sparse_class(family)(**config)
-        rank = rank_of(recipe.adaln, whole.inner_dim, sum(norms(whole).values()))
+        rank = rank_of(recipe.adaln, dim_of(whole.config), sum(norms(whole).values()))
         mode: dict[str, Any] = {"adaln": recipe.adaln.mode, "adaln_rank": rank}
         return sparse_class(family)(**{**config, **structure(recipe), **mode})
 
@@ -172,14 +220,15 @@ def _convert_outside(
     source: Shards, blocks: list[str], recipe: Recipe, family: Family, shared: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What belongs to no block: embedders, output, routers of groups, shared modulation."""
-    from d2m.model.grouping import group_router
+    from d2m.model.grouping import group_router, routers_like
 
     inside = tuple(f"{block}." for block in blocks)
     tensors = source.read(key for key in source.where if not key.startswith(inside))
     tensors |= {key: value for key, value in shared.items() if key.startswith("modulation.")}
     for kind, name in family.blocks.kinds:
         for group in recipe.blocks.groups(kind):
-            place, key = f"{name}.{group[0]}", f"{name}.{group[0]}.attn.to_q.weight"
+            place = f"{name}.{group[0]}"
+            key = routers_like(source.where, place)
             tensors |= group_router(place, len(group), source.read([key])[key], recipe.seed)
     return tensors
 
@@ -191,6 +240,7 @@ def _convert_block(
     family: Family,
     scores: Scores,
     shared: Mapping[str, Tensor],
+    taught: LocalDistillation | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A block's tensors in the sparse model, and the importance of its FFNs' neurons by site."""
     from d2m.families.ffn_sites import read_ffn
@@ -212,6 +262,8 @@ def _convert_block(
         width, _ = hidden_sizes(ffn.neurons, spec_at(recipe.spec, name, family))
         permutations[name] = split_neurons(found[name], width, recipe.num_experts)
     tensors = convert_state_dict(dense, permutations, recipe.spec, family, recipe.seed)
+    if taught is not None:
+        taught.learn(block, dense, tensors)
     shared_here = {key: value for key, value in shared.items() if key.startswith(f"{block}.")}
     norms = {key.rpartition(".")[0].removesuffix(".up") for key in shared_here}
     replaced = tuple(f"{own_linear(source.where, norm)}." for norm in norms)
@@ -234,6 +286,77 @@ def _modulation(
     )
     file = work / "modulation.safetensors"
     return compute_once(file, lambda: fit_from_shards(source, sparse, recipe))
+
+
+def teacher_calls(
+    path: Path,
+    model: Any,
+    family: Family,
+    recipe: Recipe,
+    batches: Callable[[Any, int], Any],
+    device: str,
+) -> list[dict[str, Any]]:
+    """Keywords of the teacher's forward for the recipe's samples, float32, on the device.
+
+    model: the teacher, of which nothing is needed but config and what lies outside its blocks.
+    """
+    import torch
+
+    from d2m.families.flow import generator_at, training_point
+    from d2m.generate import load_pipeline
+
+    local = recipe.local
+    assert local is not None
+    pipe = load_pipeline(path, transformer=False, dtype="fp32", device=device)
+    pipe.register_modules(transformer=model)
+    batch_of = batches(pipe, recipe.seed)
+    calls = []
+    for step in range(math.ceil(local.samples / local.batch_size)):
+        batch = batch_of(step, local.batch_size)
+        at = generator_at(recipe.seed, "local inputs", step)
+        point = batch, at, recipe.t_mean, recipe.t_std, family.data.noised
+        with torch.no_grad():
+            x, t = training_point(*point)
+            given = family.data.inputs(model, batch, x.float(), t)
+        calls.append(
+            {
+                name: each.to(device, torch.float32 if each.is_floating_point() else None)
+                if isinstance(each, torch.Tensor)
+                else each
+                for name, each in given.items()
+            }
+        )
+    return calls
+
+
+@contextmanager
+def closing_of(inputs: Iterator[Any]) -> Iterator[None]:
+    """Within no gradients are kept but where an FFN learns; after it the teacher is stopped."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if hasattr(inputs, "close"):
+            inputs.close()
+
+
+def _load_errors(folder: Path) -> dict[str, Any]:
+    """What the FFNs learnt, by site name, in the order of blocks."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.json")):
+        found |= read_json(file)
+    return found
+
+
+def summary_of(learnt: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean relative squared error of the FFNs before and after they learnt."""
+    count = max(1, len(learnt))
+    return {
+        when: round(sum(row[when] for row in learnt.values()) / count, 6)
+        for when in ("before", "after")
+    }
 
 
 def _load_scores(folder: Path) -> dict[str, Tensor]:
@@ -280,6 +403,8 @@ def check_blocks(
         wrong = [key for key in plain if not torch.equal(same[str(names[key])], dense[key])]
         error = 0.0
         for name, _, site in sites_of(dense, family):
+            if recipe.local is not None:
+                continue  # they have learnt; local.json holds their errors
             place = next(iter(renamed({f"{name}.x": dense[plain[0]]}, recipe.blocks, family)))[:-2]
             own = spec_at(recipe.spec, name, family)
             error = max(error, _site_error(dense, written, block, place, site, own))

@@ -68,16 +68,25 @@ def block_features(
     features: dict[str, Tensor] = {}
     wanted = set(feature_names(model) if names is None else names)
     streams = family_of_model(model).blocks.streams
+    length = 0
+
+    def begin(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        nonlocal length
+        length = given["encoder_hidden_states"].shape[1]
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...] | Tensor) -> None:
-            for stream, tensor in zip(streams, (output,) if isinstance(output, Tensor) else output):
+            if isinstance(output, Tensor):  # the only stream, or both joined, the text's first
+                both = output[:, :length], output[:, length:]
+                output = both if len(streams) > 1 else (output,)
+            for stream, tensor in zip(streams, output):
                 if f"{block_name}.{stream}" in wanted:
                     features[f"{block_name}.{stream}"] = tensor
 
         return hook
 
     with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(begin, with_kwargs=True))
         for block_name, block in feature_blocks(model).items():
             if any(f"{block_name}.{stream}" in wanted for stream in streams):
                 hooks.enter_context(block.register_forward_hook(keep(block_name)))

@@ -33,6 +33,7 @@ T5_XXL = EncoderSize(4_762_310_656, 4_762_310_656, 131_596_288, whole=False)  # 
 QWEN_VL = EncoderSize(8_292_166_656, 7_070_619_136, 544_997_376, whole=False)  # Qwen2.5-VL 7B
 # Language models, of which the states after 27 layers (Qwen3) and 30 (Mistral 3) are read
 QWEN3_4B = EncoderSize(4_022_468_096, 3_114_088_192, 388_956_160, whole=False)
+QWEN3_4B_35 = EncoderSize(4_022_468_096, 3_921_534_720, 388_956_160, whole=False)  # 35 layers
 QWEN3_8B = EncoderSize(8_190_735_360, 5_831_883_520, 622_329_856, whole=False)
 MISTRAL_3 = EncoderSize(24_011_361_280, 17_343_754_240, 671_088_640, whole=False)
 # AutoencoderKL of 16 channels: FLUX.1, SD3; of 4: SDXL's, which PixArt-Sigma has

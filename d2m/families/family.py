@@ -54,6 +54,7 @@ class BlockLayout:
     image's being "image"; modulated: whether blocks have modulation of their own, which recipes may
     let them share.
     check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
+    embedder: the model's submodule that makes temb, where blocks are not given it.
     restore(model): what is no part of a state dict, made again after the meta device.
     """
 
@@ -63,6 +64,7 @@ class BlockLayout:
     hidden: Callable[[Config], int] = lambda config: 4 * dim_of(config)
     streams: tuple[str, ...] = ("text", "image")
     modulated: bool = True
+    embedder: str | None = None
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
     restore: Callable[[nn.Module], None] = lambda model: None
 

@@ -17,13 +17,14 @@ from d2m.families.flux2 import FLUX2
 from d2m.families.pixart import PIXART
 from d2m.families.qwen import QWEN
 from d2m.families.sd3 import SD3
+from d2m.families.zimage import ZIMAGE
 from runtime.files.checked_json import read_json
 from runtime.files.kinds import not_a
 
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN)
+FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
 
 
 def _known() -> str:

@@ -78,6 +78,8 @@ class Stack:
 
 def dim_of(config: Mapping[str, Any]) -> int:
     """D, of a transformer's config."""
+    if "dim" in config:
+        return int(config["dim"])
     return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 

@@ -3,12 +3,14 @@
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen. Importing this package, and
 `configs`, `plan` and `op` of it, imports no triton; the files that hold kernels do.
 
-    y[t] = sum over the K largest gates of  gate * (gelu(x[t] W1[e] + b1[e]) W2[e])
+    y[t] = sum over the K largest gates of  gate * (act(x[t] W1[e] + b1[e]) W2[e])
 
-`gate` is softmax(logits) in float32, not renormalised; ties go to the lowest expert; GELU is the
-tanh form; there is no routed output bias (it lives in the shared expert), hence no db2. x [T, D],
-W1 [E, D, H], b1 [E, H], W2 [E, H, D] in bf16, fp16 or fp32 with float32 accumulation; logits [T, E]
-in fp32. All tensors are contiguous, T >= 1 (a caller returns at once for T = 0), 1 <= K <= E.
+`gate` is softmax(logits) in float32, not renormalised; ties go to the lowest expert; `act` is one
+of d2m.families.site.ACTIVATIONS (a gated one reads both halves of W1 in one loop, and its tiles are
+half as wide); b1 may be missing; there is no routed output bias (it lives in the shared expert),
+hence no db2. x [T, D], W1 [E, D, H] (gated [E, D, 2 H]), b1 [E, H], W2 [E, H, D] in bf16, fp16 or
+fp32 with float32 accumulation; logits [T, E] in fp32. All tensors are contiguous, T >= 1 (a caller
+returns at once for T = 0), 1 <= K <= E.
 
 Pairs (token, expert) are sorted by expert into *slots*, every expert's rows padded to whole tiles
 of BLOCK_M, so that a row tile has one expert. How many tiles that takes depends on the routing,
@@ -34,10 +36,10 @@ Scratch: gates [T, K] fp32; chosen, slots [T, K] i32; counts [blocks, pad] i32; 
 slot_gate fp32 [slots]; tile_expert, tile_rows [tiles] i32; expert_slot, expert_rows [pad] i32;
 hidden [slots, H] and rows [slots, D] in x's dtype.
 
-Backward: route and place again, then hidden_backward (u, GELU and the hidden rows computed again,
+Backward: route and place again, then hidden_backward (u, act and the hidden rows computed again,
 their gradients, the gates' gradients in parts), gate_backward (dlogits), down with W1 transposed
 and combine (dx), weight_backward twice (dW1 with db1, dW2). Scratch beyond the forward's: dbefore
-[slots, H], dgate_parts [H // BLOCK_N, slots] fp32.
+[slots, H] (gated [slots, 2 H]), dgate_parts [H // BLOCK_N, slots] fp32.
 
 `combine_residual` ends a block at once: y = residual + scale[sample] * (shared + routed).
 

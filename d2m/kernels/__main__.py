@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2m.families import family_of
+from d2m.families.site import ACTIVATIONS
 from d2m.kernels.plan import Sizes
 from runtime.files.checked_json import read_json
+from runtime.files.tensors import read_header, shapes_of, weight_files
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--width", type=int, default=3072, help="D, the model's width")
     build.add_argument("--experts", type=int, default=12, help="E")
     build.add_argument("--hidden", type=int, default=768, help="H, hidden neurons an expert")
+    build.add_argument("--activation", default="gelu_tanh", help=", ".join(ACTIVATIONS))
+    build.add_argument("--no-bias", action="store_true", help="experts without hidden biases")
     build.add_argument("--top-k", default="2", help="numbers of experts a token, such as 1,2,4")
     build.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32")
     build.add_argument("--streams", default="image,text", help="image (>= 2048 tokens), text")
@@ -30,10 +35,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sizes_of(sparse: Path, dtype: str) -> Sizes:
-    """D, E, H of a sparse pipeline (or of its transformer's directory)."""
+    """D, E, H and kind of a sparse pipeline (or of its transformer's directory)."""
     for path in (sparse / "transformer" / "config.json", sparse / "config.json"):
         if path.is_file():
             values = read_json(path)
+            shapes: dict[str, tuple[int, ...]] = {}
+            for file in weight_files(path.parent):
+                shapes |= shapes_of(read_header(file))
             break
     else:
         raise FileNotFoundError(
@@ -49,6 +57,12 @@ def sizes_of(sparse: Path, dtype: str) -> Sizes:
         )
     heads, dim, experts, ratio = (values[name] for name in names)
     width = heads * dim
+    for name in shapes:
+        if name.endswith(".experts.w2"):  # what there is says more than a config
+            experts, hidden, width = shapes[name]
+            activation = family_of(values).blocks.sites[0].activation
+            bias = name.replace(".w2", ".b1") in shapes
+            return Sizes(1, width, experts, hidden, 1, dtype, activation, bias)
     return Sizes(1, width, experts, round(ratio * width), 1, dtype)
 
 
@@ -64,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one sentence on stderr."""
     given = parser().parse_args(arguments)
     try:
-        sizes = Sizes(1, given.width, given.experts, given.hidden, 1, given.dtype)
+        own = (given.dtype, given.activation, not given.no_bias)
+        sizes = Sizes(1, given.width, given.experts, given.hidden, 1, *own)
         if given.sparse is not None:
             sizes = sizes_of(given.sparse, given.dtype)
         sm, top_k = numbers("--sm", given.sm), numbers("--top-k", given.top_k)

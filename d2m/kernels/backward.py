@@ -1,14 +1,14 @@
 """Kernels `hidden_backward`, `weight_backward`, `gate_backward`; `down` and `combine` serve again.
 
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen. The forward keeps nothing:
-u, the GELU and the hidden rows are computed again here.
+u, the activation and the hidden rows are computed again here.
 """
 
 import triton
 import triton.language as tl
 
 from d2m.kernels.routing import softmax_rows
-from d2m.kernels.up import gathered_matmul, gelu_parts
+from d2m.kernels.up import derivative_of, gathered_matmul, gathered_pair, share_of
 
 
 @triton.jit
@@ -28,6 +28,9 @@ def hidden_backward(
     slots_in_all,
     D: tl.constexpr,
     H: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -35,9 +38,10 @@ def hidden_backward(
 ):
     """Everything between dy and the matmuls that end the backward, for one tile of hidden rows.
 
-    hidden [slots, H] = gate * gelu(u); dbefore [slots, H] = gate * gelu'(u) * (dy W2^T); and
-    dgate_parts [ceil(H / BLOCK_N), slots_in_all] f32, the column tile's share of
-    sum_h gelu(u) * (dy W2^T). Padding rows become 0. Grid: tiles * ceil(H / BLOCK_N).
+    hidden [slots, H] = gate * act(u); dbefore [slots, H] = gate * act'(u) * (dy W2^T), of a gated
+    activation [slots, 2 H], the gates' columns first; and dgate_parts [ceil(H / BLOCK_N),
+    slots_in_all] f32, the column tile's share of sum_h act(u) * (dy W2^T). Padding rows become 0.
+    Grid: tiles * ceil(H / BLOCK_N).
     Two loops over D, one after the other: a pipeline stage then holds two tiles, not four.
     """
     n_tiles: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
@@ -55,31 +59,51 @@ def hidden_backward(
     dhidden = gathered_matmul(
         dy, w2 + expert * D * H, token, columns, 1, D, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
-    u = gathered_matmul(
-        x, w1 + expert * D * H, token, columns, H, 1, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-    )
     inside = columns < H
-    u += tl.load(b1 + expert * H + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    gate = tl.load(slot_gate + slot, mask=live, other=0.0)[:, None]
-    share, slope = gelu_parts(u)
-    gelu = u * share
     valid = live[:, None] & inside[None, :]
-    part = tl.sum(tl.where(valid, gelu * dhidden, 0.0), axis=1)
-    tl.store(dgate_parts + n.to(tl.int64) * slots_in_all + slot, part)
-    # s = sigmoid(2z): d/du u s = s + 2 u z' s (1 - s). Where s is 0 or 1 in float32 the last term
-    # is 0 whatever the slope, which may have overflowed.
-    bend = share * (1.0 - share)
-    derivative = share + tl.where(bend == 0.0, 0.0, 2.0 * u * slope * bend)
-    before = tl.where(valid, gate * derivative * dhidden, 0.0)
+    gate = tl.load(slot_gate + slot, mask=live, other=0.0)[:, None]
     kind = hidden.dtype.element_ty
-    offset = slot[:, None] * H + columns[None, :]
+    if GATED:
+        w = w1 + expert * D * 2 * H
+        u, v = gathered_pair(
+            x, w, token, columns, 2 * H, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        if BIAS:
+            at_bias = b1 + expert * 2 * H + columns
+            u += tl.load(at_bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(at_bias + H, mask=inside, other=0.0).to(tl.float32)[None, :]
+        share = share_of(u, ACTIVATION)
+        curved = u * share
+        result = curved * v
+        dvalues = tl.where(valid, gate * curved * dhidden, 0.0).to(kind)
+        derivative = derivative_of(u, share, ACTIVATION)
+        before = tl.where(valid, gate * derivative * v * dhidden, 0.0).to(kind)
+    else:
+        u = gathered_matmul(
+            x, w1 + expert * D * H, token, columns, H, 1, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        if BIAS:
+            u += tl.load(b1 + expert * H + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        share = share_of(u, ACTIVATION)
+        result = u * share
+        derivative = derivative_of(u, share, ACTIVATION)
+        before = tl.where(valid, gate * derivative * dhidden, 0.0).to(kind)
+        dvalues = before
+    part = tl.sum(tl.where(valid, result * dhidden, 0.0), axis=1)
+    tl.store(dgate_parts + n.to(tl.int64) * slots_in_all + slot, part)
+    at = hidden + slot[:, None] * H + columns[None, :]
+    at_before = dbefore + slot[:, None] * (2 * H if GATED else H) + columns[None, :]
     if H % BLOCK_N == 0:
-        tl.store(hidden + offset, tl.where(valid, gate * gelu, 0.0).to(kind))
-        tl.store(dbefore + offset, before.to(kind))
+        tl.store(at, tl.where(valid, gate * result, 0.0).to(kind))
+        tl.store(at_before, before)
+        if GATED:
+            tl.store(at_before + H, dvalues)
     else:
         mask = inside[None, :]
-        tl.store(hidden + offset, tl.where(valid, gate * gelu, 0.0).to(kind), mask=mask)
-        tl.store(dbefore + offset, before.to(kind), mask=mask)
+        tl.store(at, tl.where(valid, gate * result, 0.0).to(kind), mask=mask)
+        tl.store(at_before, before, mask=mask)
+        if GATED:
+            tl.store(at_before + H, dvalues, mask=mask)
 
 
 @triton.jit

@@ -69,11 +69,14 @@ def shared_limit(sm: int) -> int:
     return SHARED_LIMIT[max(known)]
 
 
-def tiles_for(sm: int, dtype: str, tokens: int, width: int, hidden: int) -> Tiles:
+def tiles_for(
+    sm: int, dtype: str, tokens: int, width: int, hidden: int, gated: bool = False
+) -> Tiles:
     """The tiles for one architecture (80, 90, ...), dtype ("bf16", "fp16", "fp32") and stream.
 
     fp32 multiplies in full float32 (no tf32): FFMA units, small tiles, registers are the limit.
-    Text: about 85 rows per expert at T = 512, K = 2, so 64-row tiles waste less.
+    Text: about 85 rows per expert at T = 512, K = 2, so 64-row tiles waste less. Gated experts have
+    two accumulators in `up` and three in its backward, so their tiles are half as wide.
     """
     stream, hopper = stream_of(tokens), sm // 10 == 9
     roomy = shared_limit(sm) > 150_000
@@ -97,6 +100,9 @@ def tiles_for(sm: int, dtype: str, tokens: int, width: int, hidden: int) -> Tile
         small = Tile(64, 128, 64, 4, 4 if roomy else 3)
         tiles = (Tile(64, 64, 128, 4, 3), small, Tile(64, 64, 64, 4, 4), small)
     up, down, hidden_backward, dx = tiles
+    if gated:
+        up = replace(up, n=up.n // 2, k=min(up.k, 64))
+        hidden_backward = replace(hidden_backward, n=min(hidden_backward.n // 2, 64))
     return Tiles(
         stream,
         128 if stream == "image" else 32,

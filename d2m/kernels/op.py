@@ -71,24 +71,30 @@ def execute(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return outputs
 
 
-def call_sizes(x: Tensor, w1: Tensor, top_k: int) -> tuple[Sizes, Tiles]:
+def call_sizes(
+    x: Tensor, b1: Tensor | None, w2: Tensor, top_k: int, activation: str
+) -> tuple[Sizes, Tiles]:
     """The sizes of a call, and the tiles that its plan takes on x's device."""
-    (tokens, width), (experts, _, hidden) = x.shape, w1.shape
-    sizes = Sizes(tokens, width, experts, hidden, top_k, NAMES[x.dtype])
-    return sizes, tiles_for(architecture(x.device), sizes.dtype, tokens, width, hidden)
+    (tokens, width), (experts, hidden, _) = x.shape, w2.shape
+    kind = (NAMES[x.dtype], activation, b1 is not None)
+    sizes = Sizes(tokens, width, experts, hidden, top_k, *kind)
+    sm = architecture(x.device)
+    return sizes, tiles_for(sm, sizes.dtype, tokens, width, hidden, sizes.gated)
 
 
-def contiguous(x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> dict[str, Tensor]:
+def contiguous(
+    x: Tensor, logits: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor
+) -> dict[str, Tensor]:
     """The inputs as the kernels read them: rows one after the other, logits in float32."""
     named = {"x": x, "logits": logits.float(), "w1": w1, "b1": b1, "w2": w2}
-    return {name: tensor.contiguous() for name, tensor in named.items()}
+    return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def forward_triton(
     x: Tensor,
     logits: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     top_k: int,
     tiles: Tiles | None = None,
@@ -96,7 +102,7 @@ def forward_triton(
 ) -> Tensor:
     """The op's value; arguments as `d2m.model.experts_op.experts_op`. `tiles` only to try
     others."""
-    sizes, known = call_sizes(x, w1, top_k)
+    sizes, known = call_sizes(x, b1, w2, top_k, activation)
     plan = forward_plan(sizes, tiles or known)
     return execute(plan, contiguous(x, logits, w1, b1, w2))["y"]
 
@@ -105,12 +111,13 @@ def forward_residual(
     x: Tensor,
     logits: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     top_k: int,
     shared: Tensor,
     residual: Tensor,
     scale: Tensor,
+    activation: str = "gelu_tanh",
 ) -> Tensor:
     """residual + scale * (shared + routed) in one pass at the end; for inference, no gradients.
 
@@ -124,7 +131,7 @@ def forward_residual(
             f"forward_residual got {tokens} tokens and gates of {samples} samples; expected a "
             "multiple: one row of scale for every sample."
         )
-    plan = residual_plan(*call_sizes(x, w1, top_k), tokens // samples)
+    plan = residual_plan(*call_sizes(x, b1, w2, top_k, activation), tokens // samples)
     more = {"shared": shared, "residual": residual, "scale": scale}
     inputs = {name: tensor.to(x.dtype).contiguous() for name, tensor in more.items()}
     return execute(plan, contiguous(x, logits, w1, b1, w2) | inputs)["y"]
@@ -135,7 +142,7 @@ def backward_triton(
     x: Tensor,
     logits: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     top_k: int,
     need_x: bool,
@@ -144,7 +151,7 @@ def backward_triton(
     activation: str = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, logits, w1, b1, w2); empty tensors where not needed."""
-    sizes, known = call_sizes(x, w1, top_k)
+    sizes, known = call_sizes(x, b1, w2, top_k, activation)
     plan = backward_plan(sizes, tiles or known, need_x, need_weights)
     inputs = {"dy": dy.to(x.dtype).contiguous(), **contiguous(x, logits, w1, b1, w2)}
     out = execute(plan, inputs)

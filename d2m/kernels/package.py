@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m import __version__
+from d2m.families.site import ACTIVATIONS
 from d2m.kernels.compile import Compiled, compile_launch
 from d2m.kernels.configs import BYTES, IMAGE_TOKENS, shared_limit, tiles_for
 from d2m.kernels.extents import Extent, counts, fit
@@ -27,7 +28,7 @@ from d2m.kernels.plan import Launch, Plan, Sizes, forward_plan
 from d2m.kernels.ptx import VERSION, reorder
 from runtime.files.atomic import replace_dir, temporary_dir, write_json
 
-FORMAT = 1
+FORMAT = 1  # 2 where experts are of another kind than tanh GELU with biases, which it says
 MANIFEST = "kernels.json"
 SM = (80, 86, 89, 90, 100, 120)
 # Numbers of tokens whose plans the texts are fitted to; the last is fewer than there are experts.
@@ -48,10 +49,10 @@ def build(
 ) -> dict[str, Any]:
     """Compile the forward for every `sm`, stream and `top_k`; write `out`; return the manifest.
 
-    sizes: width D, experts E, hidden H and dtype; its tokens and top_k are not read. Without `ptx`
-    there are cubins alone (a TensorRT plugin needs PTX, runtime.bundle.kernel_package does not).
-    The directory appears whole or not at all. Raises ValueError in one sentence for what cannot be
-    compiled.
+    sizes: width D, experts E, hidden H, dtype and kind; its tokens and top_k are not read. Without
+    `ptx` there are cubins alone (a TensorRT plugin needs PTX, runtime.bundle.kernel_package does
+    not). The directory appears whole or not at all. Raises ValueError in one sentence for what
+    cannot be compiled.
     """
     check(sizes, sm, top_k, streams)
     out = Path(out)
@@ -70,6 +71,7 @@ def build(
         "experts": sizes.experts,
         "hidden": sizes.hidden,
         "dtype": sizes.dtype,
+        **kind_of(sizes),
         "files": {},
         "kernels": {},
         "plans": [],
@@ -91,6 +93,13 @@ def build(
     return manifest
 
 
+def kind_of(sizes: Sizes) -> dict[str, Any]:
+    """What a manifest says of other experts than those with tanh GELU and biases."""
+    if (sizes.activation, sizes.bias) == ("gelu_tanh", True):
+        return {}
+    return {"format": FORMAT + 1, "activation": sizes.activation, "bias": sizes.bias}
+
+
 def check(sizes: Sizes, sm: Sequence[int], top_k: Sequence[int], streams: Sequence[str]) -> None:
     """Refuse what cannot be built before triton is imported."""
     unknown = [str(arch) for arch in sm if arch not in SM]
@@ -104,6 +113,10 @@ def check(sizes: Sizes, sm: Sequence[int], top_k: Sequence[int], streams: Sequen
         value = getattr(sizes, name)
         if not 1 <= value <= 1 << 20:
             raise ValueError(f"--{name} is {value}, expected 1 to {1 << 20}.")
+    if sizes.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"--activation is {sizes.activation!r}, expected one of {', '.join(ACTIVATIONS)}."
+        )
     if not top_k or any(not 1 <= k <= sizes.experts for k in top_k):
         raise ValueError(
             f"--top-k is {','.join(map(str, top_k)) or 'empty'}, expected numbers from 1 to"
@@ -146,7 +159,7 @@ def triton_version() -> str:
 def plan_record(sizes: Sizes, sm: int, stream: str, compile: Compile) -> dict[str, Any]:
     """One architecture, stream and top_k: what is launched, and under "compiled" its kernels."""
     samples = [replace(sizes, tokens=tokens) for tokens in SAMPLES[stream]]
-    tiles = tiles_for(sm, sizes.dtype, samples[0].tokens, sizes.width, sizes.hidden)
+    tiles = tiles_for(sm, sizes.dtype, samples[0].tokens, sizes.width, sizes.hidden, sizes.gated)
     plans = [forward_plan(sample, tiles) for sample in samples]
     known = [counts(sample, tiles) for sample in samples]
     first = plans[0]

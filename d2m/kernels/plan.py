@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from d2m.families.site import GATED, up_rows
 from d2m.kernels.configs import Tile, Tiles, next_power
 
 # Tensor name -> dtype and shape.
@@ -34,7 +35,8 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """T tokens, D width, E experts, H expert hidden, K chosen, and the dtype of x and weights."""
+    """T tokens, D width, E experts, H expert hidden, K chosen, the dtype of x and weights, what
+    experts do between their matrices, and whether there is b1."""
 
     tokens: int
     width: int
@@ -42,6 +44,17 @@ class Sizes:
     hidden: int
     top_k: int
     dtype: str
+    activation: str = "gelu_tanh"
+    bias: bool = True
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED
+
+    @property
+    def columns(self) -> int:
+        """Of an expert's W1: H, or 2 H of a gated one, the gates' first."""
+        return self.hidden * up_rows(self.activation)
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ def _arguments(same: str, **others: str | int) -> tuple[tuple[str, str | int], .
 
 
 def _matmul(
-    label: str, kernel: str, grid: tuple[int, ...], arguments: Any, tile: Tile, **constants: int
+    label: str, kernel: str, grid: tuple[int, ...], arguments: Any, tile: Tile, **constants: Any
 ) -> Launch:
     """A launch whose tile says how large its blocks are and how many warps and stages it takes."""
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
@@ -140,7 +153,9 @@ def _placement(sizes: Sizes, tiles: Tiles) -> tuple[Shapes, list[Launch]]:
 def _down(label: str, a: str, w: str, out: str, sizes: Sizes, tile: Tile, bound: int) -> Launch:
     grid = (bound * ceil_div(sizes.width, tile.n),)
     arguments = _arguments("tile_expert tile_rows", a=a, w=w, out=out)
-    constants = {"INNER": sizes.hidden, "OUTER": sizes.width, "TRANSPOSED": label == "dx"}
+    back = label == "dx"  # times W1 transposed
+    inner = sizes.columns if back else sizes.hidden
+    constants = {"INNER": inner, "OUTER": sizes.width, "TRANSPOSED": back}
     return _matmul(label, "down", grid, arguments, tile, **constants)
 
 
@@ -159,13 +174,25 @@ def _combine(label: str, rows: str, out: str, sizes: Sizes) -> Launch:
 
 def _inputs(sizes: Sizes) -> Shapes:
     T, D, E, H = sizes.tokens, sizes.width, sizes.experts, sizes.hidden
-    return {
+    inputs: Shapes = {
         "x": (sizes.dtype, (T, D)),
         "logits": ("fp32", (T, E)),
-        "w1": (sizes.dtype, (E, D, H)),
-        "b1": (sizes.dtype, (E, H)),
+        "w1": (sizes.dtype, (E, D, sizes.columns)),
+        "b1": (sizes.dtype, (E, sizes.columns)),
         "w2": (sizes.dtype, (E, H, D)),
     }
+    if not sizes.bias:
+        del inputs["b1"]
+    return inputs
+
+
+def _kind(sizes: Sizes) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The weights' arguments of `up` and `hidden_backward` by name, others, and constants.
+
+    Without biases another tensor stands in for b1: the kernel does not touch it.
+    """
+    own: dict[str, Any] = {"ACTIVATION": sizes.activation, "GATED": sizes.gated, "BIAS": sizes.bias}
+    return ("w1 b1", {}, own) if sizes.bias else ("w1", {"b1": "w1"}, own)
 
 
 @lru_cache(maxsize=256)
@@ -176,8 +203,10 @@ def forward_plan(sizes: Sizes, tiles: Tiles) -> Plan:
     work["hidden"] = (sizes.dtype, (bound * tiles.m, sizes.hidden))
     work["rows"] = (sizes.dtype, (bound * tiles.m, sizes.width))
     grid = (bound * ceil_div(sizes.hidden, tiles.up.n),)
-    arguments = _arguments(f"x w1 b1 {MAPS} hidden")
-    launches.append(_matmul("up", "up", grid, arguments, tiles.up, D=sizes.width, H=sizes.hidden))
+    weights, others, own = _kind(sizes)
+    arguments = _arguments(f"x {weights} {MAPS} hidden", **others)
+    constants = {"D": sizes.width, "H": sizes.hidden, **own}
+    launches.append(_matmul("up", "up", grid, arguments, tiles.up, **constants))
     launches.append(_down("down", "hidden", "w2", "rows", sizes, tiles.down, bound))
     launches.append(_combine("combine", "rows", "y", sizes))
     outputs: Shapes = {"y": (sizes.dtype, (sizes.tokens, sizes.width))}
@@ -208,18 +237,20 @@ def residual_plan(sizes: Sizes, tiles: Tiles, sample_tokens: int) -> Plan:
 def backward_plan(sizes: Sizes, tiles: Tiles, need_x: bool, need_weights: bool) -> Plan:
     """dx, dlogits, dw1, db1, dw2 from dy [T, D] and the forward's inputs; nothing else was kept.
 
-    Scratch is 2 T K H numbers, and T K D more for dx.
+    Scratch is 2 T K H numbers (3 T K H of gated experts), and T K D more for dx.
     """
     work, launches = _placement(sizes, tiles)
     T, D, E, H = sizes.tokens, sizes.width, sizes.experts, sizes.hidden
     bound, tile = tiles_bound(sizes, tiles.m), tiles.hidden_backward
     parts, slots = ceil_div(H, tile.n), bound * tiles.m
-    work["hidden"] = work["dbefore"] = (sizes.dtype, (slots, H))
+    work["hidden"] = (sizes.dtype, (slots, H))
+    work["dbefore"] = (sizes.dtype, (slots, sizes.columns))
     work["dgate_parts"] = ("fp32", (parts, slots))
-    arguments = _arguments(f"dy x w1 b1 w2 {MAPS} hidden dbefore dgate_parts", slots_in_all=slots)
-    launches.append(
-        _matmul("hidden_backward", "hidden_backward", (bound * parts,), arguments, tile, D=D, H=H)
-    )
+    held, others, own = _kind(sizes)
+    names = f"dy x {held} w2 {MAPS} hidden dbefore dgate_parts"
+    arguments = _arguments(names, **others, slots_in_all=slots)
+    name, wide = "hidden_backward", {"D": D, "H": H, **own}
+    launches.append(_matmul(name, name, (bound * parts,), arguments, tile, **wide))
     outputs: Shapes = {"dlogits": ("fp32", (T, E))}
     constants = {"E": E, "K": sizes.top_k, "E_PAD": next_power(E), "PARTS": parts}
     launches.append(
@@ -237,10 +268,13 @@ def backward_plan(sizes: Sizes, tiles: Tiles, need_x: bool, need_weights: bool) 
         launches.append(_down("dx", "dbefore", "w1", "rows", sizes, tiles.dx, bound))
         launches.append(_combine("combine_dx", "rows", "dx", sizes))
     if need_weights:
-        outputs |= {name: _inputs(sizes)[name[1:]] for name in ("dw1", "db1", "dw2")}
-        launches.append(_weights("dw1", "x", "dbefore", "db1", (D, H), sizes, tiles.weights))
-        # db1 is a stand-in there: without BIAS the kernel does not touch it.
-        launches.append(_weights("dw2", "hidden", "dy", "db1", (H, D), sizes, tiles.weights))
+        weights = ("dw1", "db1", "dw2") if sizes.bias else ("dw1", "dw2")
+        outputs |= {name: _inputs(sizes)[name[1:]] for name in weights}
+        # A stand-in of dw2, and where there are no biases: without BIAS the kernel leaves it alone.
+        db = weights[1]
+        first = (D, sizes.columns)
+        launches.append(_weights("dw1", "x", "dbefore", db, first, sizes, tiles.weights))
+        launches.append(_weights("dw2", "hidden", "dy", db, (H, D), sizes, tiles.weights))
     return Plan({"dy": (sizes.dtype, (T, D)), **_inputs(sizes)}, outputs, work, tuple(launches))
 
 
@@ -251,4 +285,5 @@ def _weights(
     grid = (ceil_div(shape[0], tile.m) * ceil_div(shape[1], tile.n), sizes.experts)
     arguments = _arguments("slot_token expert_slot expert_rows", a=a, b=b, dw=label, db=db)
     constants = {"M": shape[0], "N": shape[1], "GATHER_A": first, "GATHER_B": not first}
-    return _matmul(label, "weight_backward", grid, arguments, tile, **constants, BIAS=first)
+    constants["BIAS"] = first and sizes.bias
+    return _matmul(label, "weight_backward", grid, arguments, tile, **constants)

@@ -1,4 +1,4 @@
-"""Kernel `up`: gathered tokens times their expert's W1, bias, tanh GELU, gate.
+"""Kernel `up`: gathered tokens times their expert's W1, bias, activation, gate.
 
 Shape letters: T tokens, D width, E experts, H expert hidden. See placement.py for slots and tiles.
 """
@@ -17,6 +17,75 @@ def gelu_parts(u):
     double_z = 1.5957691216057308 * u * (1.0 + 0.044715 * square)
     slope = 0.7978845608028654 * (1.0 + 0.134145 * square)
     return 1.0 / (1.0 + tl.exp(-double_z)), slope
+
+
+@triton.jit
+def share_of(u, ACTIVATION: tl.constexpr):
+    """What u is multiplied with: act(u) = u * share. Of a gated activation u are the gates."""
+    if ACTIVATION == "gelu_tanh":
+        share, _ = gelu_parts(u)
+    elif ACTIVATION == "silu" or ACTIVATION == "swiglu":
+        share = 1.0 / (1.0 + tl.exp(-u))
+    else:
+        share = 0.5 * (1.0 + tl.erf(0.7071067811865476 * u))
+    return share
+
+
+@triton.jit
+def derivative_of(u, share, ACTIVATION: tl.constexpr):
+    """d act(u) / du, of the gates where it is gated."""
+    # Where s is 0 or 1 in float32 the last term is 0 whatever the slope, which may have overflowed.
+    bend = share * (1.0 - share)
+    if ACTIVATION == "gelu_tanh":
+        # s = sigmoid(2z): d/du u s = s + 2 u z' s (1 - s).
+        _, slope = gelu_parts(u)
+        derivative = share + tl.where(bend == 0.0, 0.0, 2.0 * u * slope * bend)
+    elif ACTIVATION == "silu" or ACTIVATION == "swiglu":
+        derivative = share + tl.where(bend == 0.0, 0.0, u * bend)
+    else:
+        derivative = share + u * (0.3989422804014327 * tl.exp(-0.5 * u * u))
+    return derivative
+
+
+@triton.jit
+def gathered_pair(
+    a,
+    w,
+    token,
+    columns,
+    stride_k: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a[token, :] times w[:, columns] and times w[:, N + columns]: gates and values, in one loop.
+
+    w [D, 2 N] of one expert, rows `stride_k` apart. The gathered rows are loaded once for both.
+    """
+    k = tl.arange(0, BLOCK_K)
+    at = a + token[:, None] * D + k[None, :]
+    gate_at = w + k[:, None] * stride_k + columns[None, :]
+    gates = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    values = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for first in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0 and N % BLOCK_N == 0:
+            left = tl.load(at)
+            right = tl.load(gate_at)
+            other = tl.load(gate_at + N)
+        else:
+            inside = first + k < D
+            mask = inside[:, None] & (columns[None, :] < N)
+            left = tl.load(at, mask=inside[None, :], other=0.0)
+            right = tl.load(gate_at, mask=mask, other=0.0)
+            other = tl.load(gate_at + N, mask=mask, other=0.0)
+        gates = tl.dot(left, right, gates, input_precision=PRECISION)
+        values = tl.dot(left, other, values, input_precision=PRECISION)
+        at += BLOCK_K
+        gate_at += BLOCK_K * stride_k
+    return gates, values
 
 
 @triton.jit
@@ -71,12 +140,17 @@ def up(
     hidden,
     D: tl.constexpr,
     H: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden [slots, H] = gate * gelu(x[token] W1[expert] + b1[expert]); padding rows become 0.
+    """hidden [slots, H] = gate * act(x[token] W1[expert] + b1[expert]); padding rows become 0.
+
+    A gated W1 [E, D, 2 H] has the gates' columns first. Without BIAS b1 is not touched.
 
     Grid: tiles * ceil(H / BLOCK_N), the column tiles of a row tile side by side: they share the
     gathered rows, and an expert's 4.7 MB of W1 stay in L2 for all its row tiles. The gate weighs
@@ -94,14 +168,26 @@ def up(
     # Padding rows read token 0: its numbers are thrown away, and the loop needs no row mask.
     token = tl.load(slot_token + slot, mask=live, other=0).to(tl.int64)
     columns = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    u = gathered_matmul(
-        x, w1 + expert * D * H, token, columns, H, 1, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-    )
     inside = columns < H
-    u += tl.load(b1 + expert * H + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        w = w1 + expert * D * 2 * H
+        u, v = gathered_pair(
+            x, w, token, columns, 2 * H, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        if BIAS:
+            at_bias = b1 + expert * 2 * H + columns
+            u += tl.load(at_bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            v += tl.load(at_bias + H, mask=inside, other=0.0).to(tl.float32)[None, :]
+        result = u * share_of(u, ACTIVATION) * v
+    else:
+        u = gathered_matmul(
+            x, w1 + expert * D * H, token, columns, H, 1, D, H, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        )
+        if BIAS:
+            u += tl.load(b1 + expert * H + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        result = u * share_of(u, ACTIVATION)
     gate = tl.load(slot_gate + slot, mask=live, other=0.0)
-    share, _ = gelu_parts(u)
-    value = tl.where(live[:, None], gate[:, None] * (u * share), 0.0)
+    value = tl.where(live[:, None], gate[:, None] * result, 0.0)
     at = hidden + slot[:, None] * H + columns[None, :]
     if H % BLOCK_N == 0:
         tl.store(at, value.to(hidden.dtype.element_ty))

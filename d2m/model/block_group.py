@@ -22,6 +22,9 @@ ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
 Streams = tuple[Tensor, Tensor]
 TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
+# What blocks get with a row a sample, beside their streams: temb, or what a model makes of it.
+PER_SAMPLE = ("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK)
+IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
 class Router(nn.Module):
@@ -58,6 +61,31 @@ class Router(nn.Module):
         return logits
 
 
+class Conditions:
+    """What a forward of the model tells its groups that their blocks are not given.
+
+    temb [B, D], where blocks get modulation in its place; text_tokens: L, where streams come joined
+    with the text first. Two hooks, which a copy of the model takes along, keep them up to date.
+    """
+
+    def __init__(self) -> None:
+        self.temb: Tensor | None = None
+        self.text_tokens = 0
+
+    def attach(self, model: nn.Module, embedder: str) -> None:
+        """Watch a model and its submodule that makes temb."""
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.get_submodule(embedder).register_forward_hook(self.embedded)
+
+    def begin(self, module: nn.Module, args: Any, given: Mapping[str, Any]) -> None:
+        """Before the model's forward, whose inputs diffusers' pipelines and d2m give by name."""
+        self.text_tokens = given[TEXT].shape[1]
+
+    def embedded(self, module: nn.Module, args: Any, temb: Tensor) -> None:
+        """After its embedder's."""
+        self.temb = temb
+
+
 class Members(nn.ModuleDict):
     """Blocks by dense index: a number finds one too, as in the model's own lists of blocks."""
 
@@ -72,6 +100,7 @@ class BlockGroup(nn.Module):
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
     of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
     `any_process`: set where processes share the blocks' weights; which flags any of them raises.
+    `conditions`: set where blocks are not given all that the router reads.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
@@ -84,6 +113,7 @@ class BlockGroup(nn.Module):
         self.record = False
         self.last_logits: Tensor | None = None
         self.any_process: Callable[[list[bool]], list[bool]] | None = None
+        self.conditions: Conditions | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -101,31 +131,48 @@ class BlockGroup(nn.Module):
         logits = self.router(hidden_states, encoder_hidden_states, temb, mask)
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
+    def read(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the router reads of a block's keywords: image, text, temb, mask of the text."""
+        image, text, temb = given[IMAGE], given.get(TEXT), given.get("temb")
+        if text is None:
+            assert self.conditions is not None, "joined streams without their text's length"
+            length = self.conditions.text_tokens
+            text, image = image[:, :length], image[:, length:]
+        if temb is None:
+            assert self.conditions is not None and self.conditions.temb is not None
+            temb = self.conditions.temb
+        return image, text, temb, given.get(TEXT_MASK)
+
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **others: Any
-    ) -> Streams:
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **others: Any,
+    ) -> Streams | Tensor:
         """As a block: [B, T, D], [B, L, D], temb [B, D] -> (text [B, L, D], image [B, T, D]).
 
-        Each block is called at most once, with the samples that chose it. What else a block takes
-        it gets as it came, given by name, or by place in the block's own order: rotary tables are
-        of all samples, of tensors in a dict (`joint_attention_kwargs`) those with first dimension B
-        hold a row per sample, as does the mask of the text, which the router heeds.
+        Streams that come joined, [B, L + T, D] and None, are returned so. Each block is called at
+        most once, with the samples that chose it. What else a block takes it gets as it came, given
+        by name, or by place in the block's own order: rotary tables are of all samples, of tensors
+        in a dict (`joint_attention_kwargs`) those with first dimension B hold a row per sample, as
+        do temb or the modulation made of it, and the mask of the text, which the router heeds.
         A block that only another process has samples for runs here with one sample and no effect:
         gathering its weights and reducing their gradients takes all processes.
         """
         given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
         others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
-        temb: Tensor = others["temb"]
-        streams = (encoder_hidden_states, hidden_states)
-        mask = others.get(TEXT_MASK)
+        joined = encoder_hidden_states is None
+        names = (IMAGE,) if joined else (TEXT, IMAGE)
+        streams = tuple(others[name] for name in names)
         self.last_logits = None
         batch, offsets = hidden_states.shape[0], range(len(self.blocks))
         chosen, shares = [list(range(batch)) for _ in offsets], None
         if self.kappa < len(self.blocks):
-            logits = self.window_logits(hidden_states, encoder_hidden_states, temb, mask)
+            logits = self.window_logits(*self.read(others))
             self.last_logits = logits if self.record else None
             if torch.compiler.is_compiling() and not logits.requires_grad:
-                return self._compiled(logits, streams, others)
+                return self._compiled(logits, names, streams, others)
             starts = logits.detach().argmax(-1).tolist()  # the one wait for the device
             chosen = [[b for b in range(batch) if 0 <= i - starts[b] < self.kappa] for i in offsets]
             shares = torch.softmax(logits, dim=-1) if logits.requires_grad else None
@@ -139,33 +186,37 @@ class BlockGroup(nn.Module):
             # No sample here chose it: one runs without effect, since gathering is for all.
             idle, rows = not rows, rows or [0]
             part = len(rows) < batch
-            index = torch.tensor(rows, device=temb.device) if part else slice(None)
-            text, image = (stream[index] for stream in streams)
-            given = {
-                "hidden_states": image,
-                "encoder_hidden_states": text,
-                "temb": temb[index] if part else temb,  # itself: shared modulation knows it again
-            }
+            index = torch.tensor(rows, device=hidden_states.device) if part else slice(None)
+            before = [stream[index] for stream in streams]
+            given = dict(zip(names, before))
+            # All rows are the tensor itself: shared modulation knows temb again.
+            rowed = [name for name in PER_SAMPLE if others.get(name) is not None and part]
+            given |= {name: others[name][index] for name in rowed}
             named = {name: _dict_rows(each, index, batch) for name, each in others.items()}
-            if mask is not None:
-                named[TEXT_MASK] = mask[index]
             after = block(**named | given)
+            after = [after] if joined else after
             if idle:
-                after = [old + 0 * new for old, new in zip((text, image), after)]
+                after = [old + 0 * new for old, new in zip(before, after)]
                 for module in block.modules():
                     if hasattr(module, "last_logits"):
                         module.last_logits = None  # nobody chose these experts
             elif shares is not None:
                 windows = slice(max(0, offset - self.kappa + 1), offset + 1)  # those with the block
                 share = shares[index, windows].sum(-1)
-                after = [straight_through(*pair, share) for pair in zip((text, image), after)]
+                after = [straight_through(*pair, share) for pair in zip(before, after)]
             if part:
                 pairs = zip(streams, after)
                 after = [old.to(new.dtype).index_copy(0, index, new) for old, new in pairs]
-            streams = (after[0], after[1])
-        return streams
+            streams = tuple(after)
+        return streams[0] if joined else streams  # type: ignore[return-value]
 
-    def _compiled(self, logits: Tensor, streams: Streams, others: Mapping[str, Any]) -> Streams:
+    def _compiled(
+        self,
+        logits: Tensor,
+        names: tuple[str, ...],
+        streams: tuple[Tensor, ...],
+        others: Mapping[str, Any],
+    ) -> Streams | Tensor:
         """As the rest of `forward`, without a wait for the device, which would break the graph.
 
         A block that anybody chose runs with all samples, and only those that chose it keep what it
@@ -175,28 +226,33 @@ class BlockGroup(nn.Module):
         for offset, block in enumerate(self.blocks.values()):
             mine = ((starts <= offset) & (offset < starts + self.kappa))[:, None, None]
 
-            def run(text: Tensor, image: Tensor, block: Any = block, mine: Any = mine) -> Streams:
-                given = {"hidden_states": image, "encoder_hidden_states": text}
-                after = block(**{**others, **given})
-                kept = [torch.where(mine, *pair) for pair in zip(after, (text, image))]
-                return kept[0].contiguous(), kept[1].contiguous()
+            def run(*old: Tensor, block: Any = block, mine: Any = mine) -> tuple[Tensor, ...]:
+                after = block(**{**others, **dict(zip(names, old))})
+                after = after if len(names) > 1 else (after,)
+                return tuple(torch.where(mine, *pair).contiguous() for pair in zip(after, old))
 
-            def passed(text: Tensor, image: Tensor) -> Streams:
-                return text.contiguous().clone(), image.contiguous().clone()
+            def passed(*old: Tensor) -> tuple[Tensor, ...]:
+                return tuple(stream.contiguous().clone() for stream in old)
 
             streams = torch.cond(mine.any(), run, passed, streams)
-        return streams
+        return streams if len(names) > 1 else streams[0]  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"kappa={self.kappa}"
 
 
 class SkippedBlock(nn.Module):
-    """Where a block was that a group holds, or that is left out: hands both streams on."""
+    """Where a block was that a group holds, or that is left out: hands the streams on."""
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Streams:
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Streams | Tensor:
+        if encoder_hidden_states is None:  # joined
+            return hidden_states
         return encoder_hidden_states, hidden_states
 
 

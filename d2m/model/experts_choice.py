@@ -43,10 +43,9 @@ class Case:
     has_triton: bool
     interpreted: bool
     activation: str = "gelu_tanh"
-    bias: bool = True
 
 
-def case_of(x: Tensor, w2: Tensor, activation: str = "gelu_tanh", b1: Tensor | None = None) -> Case:
+def case_of(x: Tensor, w2: Tensor, activation: str = "gelu_tanh") -> Case:
     """The case of a call with x [T, D] and w2 [E, H, D]."""
     sm = 0
     if x.device.type == "cuda":
@@ -61,7 +60,6 @@ def case_of(x: Tensor, w2: Tensor, activation: str = "gelu_tanh", b1: Tensor | N
         _has_triton(),
         os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
         activation,
-        b1 is not None,
     )
 
 
@@ -81,8 +79,6 @@ def impossible(name: str, case: Case) -> str | None:
             return f"the GPU is sm_{case.sm}, older than sm_80"
         if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"{case.dtype} is not float32, float16 or bfloat16"
-        if (case.activation, case.bias) != ("gelu_tanh", True):
-            return "its kernels know gelu_tanh with biases alone"
     if name == "grouped_mm":
         if not hasattr(torch.nn.functional, "grouped_mm"):
             return f"torch {torch.__version__} has no grouped_mm"
@@ -159,12 +155,10 @@ def functions(name: str) -> tuple[Callable, Callable]:
     return getattr(loaded, forward), getattr(loaded, backward)
 
 
-def realisation(
-    x: Tensor, b1: Tensor | None, w2: Tensor, activation: str
-) -> tuple[Callable, Callable]:
-    """Forward and backward for a call with x [T, D], b1 and w2 [E, H, D]."""
+def realisation(x: Tensor, w2: Tensor, activation: str) -> tuple[Callable, Callable]:
+    """Forward and backward for a call with x [T, D] and w2 [E, H, D]."""
     if _forced:
         forced, source = _forced[-1], "use()"
     else:
         forced, source = os.environ.get(VARIABLE, ""), VARIABLE
-    return functions(choose(case_of(x, w2, activation, b1), forced, source))
+    return functions(choose(case_of(x, w2, activation), forced, source))

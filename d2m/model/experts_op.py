@@ -30,7 +30,7 @@ def routed_experts(
     check_arguments(x, logits, w1, b1, w2, top_k, activation)
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    forward, _ = realisation(x, b1, w2, activation)
+    forward, _ = realisation(x, w2, activation)
     return forward(x, logits, w1, b1, w2, top_k, activation=activation)
 
 
@@ -51,7 +51,7 @@ def routed_experts_backward(
     if x.shape[0] == 0:
         zeros = zero_gradients(w1, b1, w2, need_weights)
         return x.new_empty(x.shape if need_x else 0), torch.empty_like(logits), *zeros
-    _, backward = realisation(x, b1, w2, activation)
+    _, backward = realisation(x, w2, activation)
     return backward(dy, x, logits, w1, b1, w2, top_k, need_x, need_weights, activation=activation)
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from d2m.families import Family, family_of_model
-from d2m.model.block_group import ROUTER_STD, BlockGroup, SkippedBlock
+from d2m.model.block_group import ROUTER_STD, BlockGroup, Conditions, SkippedBlock, block_groups
 from d2m.model.routing import routing_dtype
 from d2m.recipe.structure import KINDS, Blocks, check_depth
 
@@ -36,6 +36,11 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
                 each[index] = SkippedBlock()
         for index in blocks.dropped(kind):
             each[index] = SkippedBlock()
+    if blocks.grouped and family.blocks.embedder:
+        conditions = Conditions()
+        conditions.attach(model, family.blocks.embedder)
+        for group in block_groups(model).values():
+            group.conditions = conditions
     return model
 
 
@@ -50,9 +55,16 @@ def grouped_state_dict(
     result: dict[str, Tensor] = {}
     for kind, name in family.blocks.kinds:
         for group in blocks.groups(kind):
-            like = state[f"{name}.{group[0]}.attn.to_q.weight"]
+            like = state[routers_like(state, f"{name}.{group[0]}")]
             result |= group_router(f"{name}.{group[0]}", len(group), like, seed)
     return result | renamed(state, blocks, family)
+
+
+def routers_like(names: Iterable[str], block: str) -> str:
+    """The name of a weight of a block, dense or not, with D rows: a router is made after it."""
+    known = set(names)
+    found = (f"{block}.attn.{each}.weight" for each in ("to_q", "to_out.linear", "to_out"))
+    return next(name for name in found if name in known)
 
 
 def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict[str, Tensor]:
@@ -76,7 +88,7 @@ def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict
 
 
 def group_router(place: str, blocks: int, like: Tensor, seed: int) -> dict[str, Tensor]:
-    """A group's router under its full names; `like`: a [D, D] weight of the model."""
+    """A group's router under its full names; `like`: a weight of the model with D rows."""
     weights = router_weights(place, blocks, like.shape[0], seed)
     return {f"{place}.router.{part}": w.to(routing_dtype(like)) for part, w in weights.items()}
 

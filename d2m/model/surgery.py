@@ -262,6 +262,8 @@ def identity_error(sparse: nn.Module, dense: nn.Module, inputs: Mapping[str, Any
 
     Rounding alone right after conversion; run it before training changes the weights.
     """
+    predicted = family_of_model(dense).data.predicted
     with torch.no_grad(), unit_gates(sparse):
-        actual, expected = (m(**inputs, return_dict=False)[0].double() for m in (sparse, dense))
+        answers = (m(**inputs, return_dict=False)[0] for m in (sparse, dense))
+        actual, expected = (predicted(answer).double() for answer in answers)
     return float((actual - expected).norm() / expected.norm())

@@ -94,6 +94,24 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Local:
+    """How every sparse FFN learns by itself from the dense one's inputs (ours).
+
+    steps: of AdamW for each FFN, of `tokens` tokens each, at the rate `lr`; samples: how many run
+    through the teacher, `batch_size` at a time; rows: inputs of an FFN that are kept, of all
+    samples together; balance: weight of the load balance loss.
+    """
+
+    steps: int = 300
+    tokens: int = 2048
+    samples: int = 64
+    batch_size: int = 4
+    rows: int = 65536
+    lr: float = 1e-3
+    balance: float = 0.01
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of distillation.
 
@@ -133,7 +151,7 @@ class Recipe:
     t_mean, t_std: noise levels of training and calibration, t = sigmoid(N(mean, std)), t = 1 is
     pure noise. precision: what the forward passes run in; weights are float32 throughout.
     renormalise: gates of the chosen experts sum to the same for every token (a baseline; the
-    paper's are not renormalised).
+    paper's are not renormalised). local: see `Local`; None: FFNs learn together, in stages.
     """
 
     name: str
@@ -152,6 +170,7 @@ class Recipe:
     adaln: AdaLN = field(default_factory=AdaLN)
     renormalise: bool = False
     shares: Shares = field(default_factory=Shares)
+    local: Local | None = None
 
     @property
     def spec(self) -> SparseSpec:
@@ -172,6 +191,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     plain |= {"blocks": recipe.blocks.to_dict(), "adaln": dataclasses.asdict(recipe.adaln)}
     if plain.pop("shares"):
         plain["shares"] = recipe.shares.to_dict()
+    del plain["local"]
+    if recipe.local is not None:
+        plain["local"] = dataclasses.asdict(recipe.local)
     plain["stages"] = [
         {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
         | {"train": list(stage.train), "losses": dict(stage.losses)}
@@ -189,6 +211,8 @@ def from_dict(obj: Any, source: str = "recipe") -> Recipe:
     values["blocks"] = blocks_from(values.get("blocks", {}), f"{source}: blocks")
     shares = values.get("shares", {})
     values["shares"] = shares_from(shares, values["blocks"], f"{source}: shares")
+    if (local := values.get("local")) is not None:
+        values["local"] = Local(**_record(Local, local, f"{source}: local"))
     values["adaln"] = adaln_from(values.get("adaln", {}), f"{source}: adaln")
     stages = []
     for index, entry in enumerate(values.get("stages", ())):
@@ -272,6 +296,20 @@ def with_stages(recipe: Recipe, chosen: Sequence[int | str]) -> Recipe:
     return dataclasses.replace(recipe, stages=tuple(stages))
 
 
+def with_local(recipe: Recipe, *, steps: int | None, samples: int | None) -> Recipe:
+    """The recipe for FFNs that learn by themselves: its own `local`, or the defaults; no stages.
+
+    steps: of each FFN; samples: that run through the teacher; None leaves them as they are.
+    """
+    given = {"steps": steps, "samples": samples}
+    local = dataclasses.replace(
+        recipe.local or Local(), **{name: each for name, each in given.items() if each is not None}
+    )
+    found = dataclasses.replace(recipe, local=local, stages=())
+    _check_ranges(found, "recipe")
+    return found
+
+
 def changed(
     recipe: Recipe,
     *,
@@ -326,6 +364,12 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
     check(recipe.calibration.batches >= 1, "calibration.batches", recipe.calibration.batches, "1+")
     size = recipe.calibration.batch_size
     check(size >= 1, "calibration.batch_size", size, "at least 1")
+    if recipe.local is not None:
+        for key in ("steps", "tokens", "samples", "batch_size", "rows"):
+            value = getattr(recipe.local, key)
+            check(value >= (0 if key == "steps" else 1), f"local.{key}", value, "at least 1")
+        check(recipe.local.lr > 0, "local.lr", recipe.local.lr, "a number over 0")
+        check(recipe.local.balance >= 0, "local.balance", recipe.local.balance, "at least 0")
     for index, stage in enumerate(recipe.stages):
         place = f"stages[{index}]."
         check(bool(stage.train), place + "train", list(stage.train), "one of " + ", ".join(PARTS))

@@ -34,6 +34,7 @@ _KINDS = {
     "Blocks": (lambda v: isinstance(v, dict), "an object"),
     "AdaLN": (lambda v: isinstance(v, dict), "an object"),
     "Shares": (lambda v: isinstance(v, dict), "an object"),
+    "Local | None": (lambda v: v is None or isinstance(v, dict), "an object or null"),
     "bool": (lambda v: isinstance(v, bool), "true or false"),
     "int | None": (lambda v: v is None or whole(v), "a whole number or null"),
 }

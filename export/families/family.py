@@ -45,6 +45,19 @@ class Encoder:
     read: tuple[str, ...] = ("input_ids",)
 
 
+def apart(kwargs: dict[str, Any], output: Any, text_tokens: int) -> tuple[dict[str, Any], Any]:
+    """A block's keywords and what it returns with both streams apart, the text's tokens first.
+
+    FLUX.2's single blocks get and return them in one tensor.
+    """
+    if kwargs.get("encoder_hidden_states", output) is not None:
+        return kwargs, output
+    names = ("encoder_hidden_states", "hidden_states")
+    split = [text_tokens, kwargs["hidden_states"].shape[1] - text_tokens]
+    given = kwargs | dict(zip(names, kwargs["hidden_states"].split(split, dim=1)))
+    return given, output.split(split, dim=1)
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of export/families/known.py.
@@ -66,6 +79,9 @@ class Family:
     model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
     sample(model, its output): the component's output.
     unread(model, keywords of its forward): tensors of the environment that no block reads.
+    through: inputs that `embed` reads and hands on under their names.
+    text_tokens_of(keywords of its forward): tokens of the text that its blocks get; apart(keywords
+        of a block, what it returns, text tokens): both with image and text apart.
     spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
     decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1.
     """
@@ -82,6 +98,11 @@ class Family:
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
     unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
+    through: tuple[str, ...] = ()
+    text_tokens_of: Callable[[Mapping[str, Any]], int] = lambda keywords: keywords[
+        "encoder_hidden_states"
+    ].shape[1]
+    apart: Callable[[dict[str, Any], Any, int], tuple[dict[str, Any], Any]] = apart
     tokens_record: Callable[[Any, int, Mapping[str, Any]], dict[str, Any]] = (
         lambda tokenizer, length, index: {}
     )

@@ -11,8 +11,10 @@ from export.families.flux2 import FLUX2
 from export.families.pixart import PIXART
 from export.families.qwen import QWEN
 from export.families.sd3 import SD3
+from export.families.zimage import ZIMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, FLUX2, SD3, PIXART, QWEN)}
+ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
+FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 
 def export_family(model: Any) -> Family:

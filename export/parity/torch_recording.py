@@ -179,7 +179,7 @@ def watch_encoders(pipe: Any, row: Family, result: Recording) -> Iterator[None]:
                 *part.outputs_of(module, output),
             )
             taken = {str(i): array(tensor) for i, tensor in enumerate(outputs)}
-            inputs = {name: given[name].numpy() for name in part.read}
+            inputs = {name: given[name].long().numpy() for name in part.read}
             result.components[part.name] = (inputs, taken)
 
         return hook
@@ -202,7 +202,7 @@ def watch_transformer(
 ) -> Iterator[None]:
     """Keep every block's inputs and outputs, and the routers' logits, at the recorded steps."""
     from d2m.families import family_of_model
-    from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock
+    from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock, named_inputs
     from d2m.model.surgery import sparse_ffns
     from export.graph.routers import LOGITS
 
@@ -222,7 +222,7 @@ def watch_transformer(
     def begin(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal step, text_tokens
         step += 1
-        text_tokens = kwargs["encoder_hidden_states"].shape[1]
+        text_tokens = row.text_tokens_of(named_inputs(module, args, kwargs))
         passed.clear()
         for site in sites.values():
             site.record = step in recorded
@@ -233,6 +233,8 @@ def watch_transformer(
         inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()}
         if shared is not None:
             inputs[MODULATION] = array(shared(kwargs["temb"]))
+        if isinstance(output, dict):  # taken apart
+            return inputs, {name: array(tensor) for name, tensor in output.items()}
         # A block that writes one stream returns the tensor itself.
         streams = zip(family.blocks.streams, output if isinstance(output, tuple) else (output,))
         return inputs, {
@@ -242,25 +244,32 @@ def watch_transformer(
     def block(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
-        kwargs, output = apart(named(args, kwargs), output, text_tokens)
-        passed.append(pair(kwargs, output))
+        given = named_inputs(module, args, kwargs)
+        passed.append(pair(*row.apart(given, output, text_tokens)))
         blocks, prefix = result.blocks[step], names[module]
         if not isinstance(module, BlockGroup):
             blocks[prefix] = passed[-1]
             return
         # Each block of a group, on what entered the group: skipped ones are compared too.
         for index, member in module.blocks.items():
-            blocks[f"{prefix}blocks.{index}."] = pair(kwargs, member(**kwargs))
-        read = ("hidden_states", "encoder_hidden_states", "temb")
-        mask = kwargs.get(TEXT_MASK)
-        logits = module.router(*(kwargs[name] for name in read), mask)
-        inputs = {name: passed[-1][0][name] for name in (*read, TEXT_MASK) if name in passed[-1][0]}
+            blocks[f"{prefix}blocks.{index}."] = pair(
+                *row.apart(given, member(**given), text_tokens)
+            )
+        read = zip(
+            ("hidden_states", "encoder_hidden_states", "temb", TEXT_MASK), module.read(given)
+        )
+        inputs = {name: tensor for name, tensor in read if tensor is not None}
+        logits = module.router(*inputs.values())
+        inputs = {
+            name: passed[-1][0][name] if name in passed[-1][0] else array(tensor)
+            for name, tensor in inputs.items()
+        }
         blocks[prefix] = inputs, {LOGITS: array(logits)}
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:
             return
-        kwargs = named(args, kwargs)
+        kwargs = named_inputs(module, args, kwargs)
         first, last = passed[0][0], passed[-1]
         found = row.model_inputs(model, kwargs, first)
         inputs = {
@@ -272,7 +281,7 @@ def watch_transformer(
         # What is before the first block is known by what that block read, what is after the last by
         # what it wrote; a family adds what no block reads.
         unread = {name: array(each) for name, each in row.unread(model, kwargs).items()}
-        own = set(STREAMS.values())  # written anew under the inputs' names
+        own = {*STREAMS.values(), *row.through}  # written anew under the inputs' names
         embedded = {n: each for n, each in (first | unread).items() if n in own or n not in inputs}
         result.blocks[step]["embed"] = (inputs, embedded)
         ends = last[0] | last[1] | unread
@@ -296,24 +305,6 @@ def watch_transformer(
             handle.remove()
         for name, site in sites.items():
             site.record = before[name]
-
-
-def named(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's keywords, with what is given by place: `hidden_states`, first in every class."""
-    return dict(zip(("hidden_states",), args)) | kwargs
-
-
-def apart(kwargs: dict[str, Any], output: Any, text_tokens: int) -> tuple[dict[str, Any], Any]:
-    """A block's keywords and what it returns with both streams apart, the text's tokens first.
-
-    FLUX.2's single blocks get and return them in one tensor.
-    """
-    if kwargs.get("encoder_hidden_states", output) is not None:
-        return kwargs, output
-    names = ("encoder_hidden_states", "hidden_states")
-    split = [text_tokens, kwargs["hidden_states"].shape[1] - text_tokens]
-    given = kwargs | dict(zip(names, kwargs["hidden_states"].split(split, dim=1)))
-    return given, output.split(split, dim=1)
 
 
 def to_unit(image: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 A target then offers both: `transformer/double.k2` with the portable body, and the steps that
 `segments` lists in its place, `transformer/double.0`, `transformer/double.k2.experts.0` and so on,
 where what is no plan is a launch of a package of kernels, `kernels/bf16-12x3072x768`: one for each
-size of experts. Which of them runs is decided on the machine that generates (runtime.trt.experts).
-Segments are the same for every number of experts.
+size and kind of experts. Which of them runs is decided on the machine that generates
+(runtime.trt.experts). Segments are the same for every number of experts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.plans.segments import Experts, cut
 from runtime.files.atomic import write_bytes
 
+if TYPE_CHECKING:
+    from d2m.kernels.plan import Sizes
+
 Progress = Callable[[str, int, int], None]
 PORTABLE = (80, 89, 120)  # kernels for portable plans: one for each of CUDA's families there
 FOLDER = "kernels"
+PLAIN = "gelu_tanh"  # what experts do where a manifest says nothing
 
 
 @dataclass
@@ -33,16 +37,23 @@ class CutBlocks:
     segments: dict[str, list[str]] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
 
-    def size(self, step: str) -> tuple[int, ...]:
-        """(E, D, H) of a launch's experts."""
-        return tuple(self.tensors[step]["inputs"][2]["shape"])
+    def sizes(self, step: str, dtype: str) -> Sizes:
+        """Those of a launch's experts, for one token and one expert chosen."""
+        from d2m.kernels.plan import Sizes
+
+        inputs = self.tensors[step]["inputs"]
+        experts, hidden, width = inputs[-1]["shape"]  # w2
+        kind = (dtype, self.activations[step], len(inputs) == 5)
+        return Sizes(1, width, experts, hidden, 1, *kind)
 
     def add_to(self, row: dict[str, Any], dtype: str) -> None:
         """Add the pieces to a target whose segments have been compiled, its kernels in `dtype`."""
         row["segments"] = self.segments
         row["experts"] = {
-            step: {"top_k": top_k, "kernels": package_name(dtype, self.size(step))}
+            step: {"top_k": top_k, "kernels": package_name(self.sizes(step, dtype))}
+            | ({} if self.activations[step] == PLAIN else {"activation": self.activations[step]})
             for step, top_k in self.experts.items()
         }
         row["tensors"] |= self.tensors
@@ -85,6 +96,7 @@ def cut_blocks(graphs: Mapping[str, Path], folder: Path) -> CutBlocks:
             if isinstance(step, Experts):
                 name = f"{key}.experts.{sum(n in pieces.experts for n in names)}"
                 pieces.experts[name] = int(top_k)
+                pieces.activations[name] = step.activation
                 pieces.tensors[name] = {"inputs": list(step.inputs), "outputs": [step.output]}
             else:
                 name = f"{block}.{sum(n in pieces.graphs for n in names)}"
@@ -110,9 +122,8 @@ def build_kernels(
     `ptx`: with what TensorRT plugins are made from, and in `out` itself, for one size of experts.
     """
     from d2m.kernels.package import build, plain_code
-    from d2m.kernels.plan import Sizes
 
-    found = sorted({pieces.size(step) for step in pieces.experts})
+    found = sorted({pieces.sizes(step, dtype) for step in pieces.experts}, key=package_name)
     if not found or not sm or (ptx and len(found) > 1):
         what = f"experts of {len(found)} sizes" if sm else "no GPU"
         raise ValueError(
@@ -122,16 +133,20 @@ def build_kernels(
         )
     with plain_code():
         for size in found:
-            experts, width, hidden = size
-            ks = sorted({k for step, k in pieces.experts.items() if pieces.size(step) == size})
-            folder = out if ptx else out / package_name(dtype, size)
-            sizes = Sizes(1, width, experts, hidden, 1, dtype)
-            build(folder, sizes, sm, ks, ptx=ptx, progress=progress)
+            chosen = pieces.experts.items()
+            ks = sorted({k for step, k in chosen if pieces.sizes(step, dtype) == size})
+            folder = out if ptx else out / package_name(size)
+            build(folder, size, sm, ks, ptx=ptx, progress=progress)
 
 
-def package_name(dtype: str, size: Sequence[int]) -> str:
-    """Where a bundle keeps the kernels for experts of size (E, D, H): kernels/bf16-12x3072x768."""
-    return f"{FOLDER}/{dtype}-{'x'.join(map(str, size))}"
+def package_name(sizes: Sizes) -> str:
+    """Where a bundle keeps the kernels for experts of such sizes: kernels/bf16-12x3072x768.
+
+    Others than those with tanh GELU and biases say so: kernels/bf16-12x3072x576-swiglu-no-bias.
+    """
+    kind = "" if sizes.activation == PLAIN else f"-{sizes.activation}"
+    kind += "" if sizes.bias else "-no-bias"
+    return f"{FOLDER}/{sizes.dtype}-{sizes.experts}x{sizes.width}x{sizes.hidden}{kind}"
 
 
 def kernel_sm(apis: Sequence[str], sm: Sequence[int]) -> list[int]:

@@ -21,13 +21,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Union
 
-from export.op.schema import DOMAIN, OP, OPSET
+from export.op.schema import DOMAIN, OP, OPSET, inputs_of, version_of
 from runtime.files.extras import need
 
 if TYPE_CHECKING:
     import onnx
 
-INPUTS = ("x", "logits", "w1", "b1", "w2")
 DTYPES = {"fp32": "float32", "i32": "int32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -92,8 +91,11 @@ def plugin_body(kernels: Mapping[str, Any], plan: Mapping[str, Any]) -> onnx.Fun
                 plugin_version="1",
             )
         )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_function(DOMAIN, OP, list(INPUTS), ["y"], nodes, opsets, ["top_k"])
+    kind = (kernels.get("activation", "gelu_tanh"), kernels.get("bias", True))
+    version = version_of(*kind)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, version)]
+    own = ["top_k"] if version == 1 else ["top_k", "activation"]
+    return helper.make_function(DOMAIN, OP, list(inputs_of(*kind)), ["y"], nodes, opsets, own)
 
 
 # ---------------------------------------------------------------- symbolic sizes

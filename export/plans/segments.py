@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from export.op.bodies import with_body
-from export.op.schema import DOMAIN, OP
+from export.op.schema import DOMAIN, INPUTS, OP, ORDERS, inputs_of
 from export.plans.build import tensor_row
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ TOKENS = "image_tokens + text_tokens"  # "tokens" in the rotary tables' shapes: 
 class Experts:
     """One launch between segments: tensors' names in the graph, and their rows for a manifest.
 
-    inputs: x [B, T, D], logits [B*T, E], w1 [E, D, H], b1 [E, H], w2 [E, H, D], in this order;
-    output: y, with the shape of x. Rows are {"name", "dtype", "shape"}.
+    inputs: x [B, T, D], logits [B*T, E], w1 [E, D, H], b1 [E, H] (if any), w2 [E, H, D], in this
+    order whatever the op's version; activation: the op's; output: y, with the shape of x. Rows are
+    {"name", "dtype", "shape"}.
     """
 
     inputs: tuple[dict[str, Any], ...]
     output: dict[str, Any]
+    activation: str = "gelu_tanh"
 
 
 def cut(model: onnx.ModelProto) -> list[Any]:
@@ -133,9 +135,12 @@ class _Graph:
 
     def experts(self, node: Any) -> Experts:
         """The launch that a node becomes."""
-        names = (self.source(node.input[0]), *node.input[1:])
-        inputs = tuple(self.row(name) for name in names)
-        return Experts(inputs, {**inputs[0], "name": node.output[0]})
+        kinds = [each.s.decode() for each in node.attribute if each.name == "activation"]
+        activation, bias = kinds[0] if kinds else "gelu_tanh", len(node.input) == len(INPUTS)
+        names = dict(zip(inputs_of(activation, bias), node.input, strict=True))
+        names["x"] = self.source(names["x"])
+        inputs = tuple(self.row(names[role]) for role in ORDERS[1] if role in names)
+        return Experts(inputs, {**inputs[0], "name": node.output[0]}, activation)
 
     def row(self, name: str) -> dict[str, Any]:
         """{"name", "dtype", "shape"} of a tensor."""

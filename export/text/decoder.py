@@ -116,9 +116,9 @@ def decoder_program(
 ) -> Program:
     """The program of `model`'s submodule `language` that gives the states after `layers` layers.
 
-    layers: rising; 1 is what the first layer writes. The last may not be the model's last, whose
-    states its norm changes. ValueError for what it does not compile: too few layers, or a sliding
-    window that is shorter than texts may be.
+    language: "" for the model itself. layers: rising; 1 is what the first layer writes. The last
+    may not be the model's last, whose states its norm changes. ValueError for what it does not
+    compile: too few layers, or a sliding window that is shorter than texts may be.
     """
     from transformers import AttentionInterface
 
@@ -148,10 +148,11 @@ def decoder_program(
         "embed": block_type("embed", Embed(decoder), call_by_name, inputs, inner, dtype),
         "layer": block_type("layer", first, call_layer, inner, {"hidden_states": states}, dtype),
     }
-    calls = [("embed", f"{language}.")]
+    place = f"{language}." if language else ""
+    calls = [("embed", place)]
     hidden = {"hidden_states": states}
     for index in range(last):
-        calls.append(("layer", f"{language}.layers.{index}."))
+        calls.append(("layer", f"{place}layers.{index}."))
         if index + 1 in layers:
             name = f"hidden_states_{layers.index(index + 1)}"
             kind = f"keep_{layers.index(index + 1)}"

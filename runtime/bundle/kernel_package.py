@@ -32,7 +32,9 @@ from runtime.files.checked_json import (
     wrong,
 )
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2 says what experts do between their matrices, and whether they have biases
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "swiglu", "geglu")
+GATED = ("swiglu", "geglu")  # of these an expert's first matrix has 2 H columns, the gates' first
 MANIFEST = "kernels.json"
 MAX_MANIFEST = 4 << 20  # bytes
 MAX_KERNELS = 1000
@@ -87,10 +89,13 @@ def open_kernels(path: str | os.PathLike[str], data: bytes | None = None) -> Ker
 
 
 def check(manifest: Any) -> None:
-    """Raise ValueError (a clause) where a manifest is not one of format 1."""
+    """Raise ValueError (a clause) where a manifest is not one of FORMATS."""
     if not isinstance(manifest, dict):
         raise ValueError(f"manifest.json holds {show(manifest)}, expected an object")
-    one_of(manifest, "format", (FORMAT,))
+    if one_of(manifest, "format", FORMATS) > 1:
+        one_of(manifest, "activation", ACTIVATIONS)
+        if not isinstance(manifest.get("bias"), bool):
+            raise wrong("bias", manifest.get("bias"), "true or false")
     text(manifest, "triton")
     one_of(manifest, "dtype", ("fp32", "fp16", "bf16"))
     for name in ("width", "experts", "hidden"):
@@ -173,6 +178,7 @@ def check_plan(plan: dict[str, Any], where: str, manifest: dict[str, Any]) -> No
 def op_shapes(manifest: dict[str, Any]) -> dict[str, Any]:
     """Inputs and outputs of `d2m::RoutedExperts` for the manifest's sizes."""
     D, E, H = manifest["width"], manifest["experts"], manifest["hidden"]
+    wide = H * (2 if manifest.get("activation") in GATED else 1)
 
     def tensor(*shape: int | str, dtype: str = manifest["dtype"]) -> dict[str, Any]:
         return {"dtype": dtype, "shape": list(shape)}
@@ -180,10 +186,12 @@ def op_shapes(manifest: dict[str, Any]) -> dict[str, Any]:
     inputs = {
         "x": tensor("T", D),
         "logits": tensor("T", E, dtype="fp32"),
-        "w1": tensor(E, D, H),
-        "b1": tensor(E, H),
+        "w1": tensor(E, D, wide),
+        "b1": tensor(E, wide),
         "w2": tensor(E, H, D),
     }
+    if not manifest.get("bias", True):
+        del inputs["b1"]
     return {"inputs": inputs, "outputs": {"y": tensor("T", D)}}
 
 

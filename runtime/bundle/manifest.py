@@ -275,5 +275,5 @@ def check_segments(row: dict[str, Any], where: str, files: dict[str, Any]) -> No
             raise wrong(here, steps[-1], "a plan at the end, which writes the block's outputs")
     for name in row["experts"]:
         entry = mapping(tensors, name, f"{where}.tensors")
-        what = "tensors: x, logits, w1, b1 and w2"
-        array(entry, "inputs", 5, 5, what, f"{where}.tensors.{name}")
+        what = "tensors: x, logits, w1, b1 (if any) and w2"
+        array(entry, "inputs", 4, 5, what, f"{where}.tensors.{name}")

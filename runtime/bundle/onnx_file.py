@@ -19,6 +19,7 @@ from runtime.files.checked_json import printable
 
 MAX_BYTES = 1 << 30  # of a graph; weights lie outside it
 MAX_NODES = 500_000  # with every function call spelled out
+MAX_CALLS = 4096  # of functions, those in functions spelled out: ONNX Runtime inlines one by one
 MAX_DEPTH = 16  # graphs in graphs; functions that call functions
 SPARE = 64 << 20  # bytes of constants that any file may come to, calls spelled out
 ENDLESS = {"Loop", "Scan", "SequenceMap"}
@@ -62,6 +63,7 @@ class Totals:
     nodes: int
     constants: int
     limit: int = 0  # bytes of a constant that may be computed
+    calls: int = 0  # of functions
 
 
 def check_onnx(data: bytes, files: Mapping[str, int]) -> Totals:
@@ -98,7 +100,7 @@ def check_onnx(data: bytes, files: Mapping[str, int]) -> Totals:
         raise ValueError(f"{what}, expected at most {SPARE + 4 * size}")
     bodies = {key: cost.body for key, cost in functions.items()}
     limit = folding_limit(main.body, bodies, size, total.nodes)
-    return Totals(total.nodes, total.constants, limit)
+    return Totals(total.nodes, total.constants, limit, total.calls)
 
 
 def check_operator(key: Key, functions: Mapping[Key, Cost]) -> None:
@@ -115,7 +117,7 @@ def spelled_out(main: Cost, functions: Mapping[Key, Cost]) -> Totals:
     known: dict[Key, Totals] = {}
 
     def total(cost: Cost, depth: int) -> Totals:
-        nodes, constants = cost.nodes, cost.constants
+        nodes, constants, calls = cost.nodes, cost.constants, 0
         for key, times in cost.calls.items():
             if key not in functions:
                 continue
@@ -125,9 +127,14 @@ def spelled_out(main: Cost, functions: Mapping[Key, Cost]) -> Totals:
                 known[key] = total(functions[key], depth + 1)
             nodes += times * known[key].nodes
             constants += times * known[key].constants
-        if nodes > MAX_NODES:
-            raise ValueError(f"it comes to {nodes} nodes, expected at most {MAX_NODES}")
-        return Totals(nodes, constants)
+            calls += times * (1 + known[key].calls)
+        for what, found, most in (
+            ("nodes", nodes, MAX_NODES),
+            ("function calls", calls, MAX_CALLS),
+        ):
+            if found > most:
+                raise ValueError(f"it comes to {found} {what}, expected at most {most}")
+        return Totals(nodes, constants, calls=calls)
 
     return total(main, 0)
 

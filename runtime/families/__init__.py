@@ -9,6 +9,7 @@ One file a family; schedulers and latents, which families share, stand beside th
     sd3            Stable Diffusion 3 and 3.5 in the runtime
     pixart         PixArt-Sigma in the runtime: what PixArtSigmaPipeline does around its models
     qwen           Qwen-Image in the runtime: what QwenImagePipeline does around its models
+    zimage         Z-Image in the runtime: what ZImagePipeline does around its models
     latents        Latents in numpy, as several families have them: noise, patches as tokens
     flow_matching  Flow matching in numpy
     dpm_solver     DPM-Solver++ of order 1 and 2 in numpy

@@ -11,8 +11,10 @@ from runtime.families.flux2 import FLUX2
 from runtime.families.pixart import PIXART
 from runtime.families.qwen import QWEN
 from runtime.families.sd3 import SD3
+from runtime.families.zimage import ZIMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, FLUX2, SD3, PIXART, QWEN)}
+ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
+FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 
 def title_of(config: Mapping[str, Any]) -> str | None:

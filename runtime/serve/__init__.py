@@ -6,6 +6,7 @@ server.py            the process: its socket, uvicorn, what SIGTERM means
 connections.py       how many connections are open, how long they may be silent
 guard.py             before every route: host, API key, one line of log
 app.py               the routes
+stream.py            an answer as events: how far it is, then the images
 image_request.py     a body, checked: what enters the queue
 service.py           the pipeline, the queue before it and the threads behind it
 jobs.py              the queue

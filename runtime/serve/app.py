@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -24,6 +24,7 @@ from runtime.serve.image_request import MAX_BODY, Refused, fields_of, read_reque
 from runtime.serve.jobs import Generated, Job
 from runtime.serve.page import read_page
 from runtime.serve.service import Service
+from runtime.serve.stream import Steps, Task, begun, events
 
 log = logging.getLogger("runtime.serve")
 BODY_SECONDS = 10.0  # within which a request's body must have arrived
@@ -69,14 +70,26 @@ def make_app(
             negative = f", negative {arguments.negative[0]!r}" if arguments.negative else ""
             log.info("prompt %r%s", arguments.prompts[0], negative)
         disconnect = asyncio.ensure_future(disconnected(request))
+        if image_request.stream:
+            loop, steps = asyncio.get_running_loop(), Steps()
+
+            def on_step(done: int, total: int) -> None:
+                loop.call_soon_threadsafe(steps.put_nowait, (done, total))
+
+            work = service.generate(image_request, disconnect, on_step)
+            task: Task = asyncio.ensure_future(work)
+            task.add_done_callback(lambda _: disconnect.cancel())
+            await begun(task, steps)
+            return StreamingResponse(
+                events(task, steps, partial(finished, service)),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-store"},
+            )
         try:
             job, generated = await service.generate(image_request, disconnect)
         finally:
             disconnect.cancel()
-        now = time.monotonic()
-        service.metrics.seconds.observe(now - job.entered)
-        service.metrics.queued.observe(generated.began - job.entered)
-        answer = answer_of(service, job, generated)
+        answer = finished(service, job, generated)
         notes = answer["d2m"]["notes"]
         return JSONResponse(answer, headers={NOTES: " | ".join(notes)} if notes else None)
 
@@ -169,6 +182,13 @@ async def disconnected(request: Request) -> None:
     """Returns when the client has left; its body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def finished(service: Service, job: Job, generated: Generated) -> dict[str, Any]:
+    """The answer of a job that is done, which the metrics then count."""
+    service.metrics.seconds.observe(time.monotonic() - job.entered)
+    service.metrics.queued.observe(generated.began - job.entered)
+    return answer_of(service, job, generated)
 
 
 def answer_of(service: Service, job: Job, generated: Generated) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class GenerateThreads:
         pipeline, sampler = self.meter.sampled_pipeline()
         pipeline.min_batch = min_batch
         began = last = time.monotonic()
-        before = ""
+        before, steps = "", len(request.top_k)
 
         def progress(phase: str, done: int, total: int) -> None:
             nonlocal last, before
@@ -128,6 +128,10 @@ class GenerateThreads:
                 self.metrics.steps.inc()
                 self.metrics.step_seconds.observe(now - last)
             last, before = now, phase
+            if phase == "denoise":
+                for job in batch:
+                    if job.on_step is not None:  # done and total count every image's steps
+                        job.on_step(done * steps // total, steps)
 
         images = pipeline(
             **batch_call([job.request.arguments for job in batch]),

@@ -46,12 +46,15 @@ class Refused(Exception):
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
         """The error object of OpenAI's API."""
+        wait = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return JSONResponse({"error": self.row()}, self.status, {**(headers or {}), **wait})
+
+    def row(self) -> dict[str, Any]:
+        """What the error object holds."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        row = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        wait = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return JSONResponse({"error": row}, self.status, {**(headers or {}), **wait})
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class ImageRequest:
     format: str = "png"
     compression: int = 100  # OpenAI's word for the quality of jpeg and webp
     notes: tuple[str, ...] = ()
+    stream: bool = False
 
 
 @cache
@@ -126,7 +130,7 @@ def fields_of(limits: Limits) -> type[BaseModel]:
         moderation: Literal["auto", "low"] | None = None
         partial_images: Literal[0] | None = None
         quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
-        stream: Literal[False] | None = None
+        stream: bool | None = None
         style: Literal["natural", "vivid"] | None = None
         user: Any = None
 
@@ -185,6 +189,7 @@ def read_request(
         given.get("output_format", "png"),
         given.get("output_compression", 100),
         tuple(notes),
+        bool(given.get("stream", False)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class Job:
     entered: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     answer: Future[Generated] = field(default_factory=Future)
+    # Called by the thread that generates, (steps done, steps), where a client wants to know.
+    on_step: Callable[[int, int], None] | None = None
 
     @property
     def images(self) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtime.bundle.directory import open_bundle, required_key
@@ -25,6 +25,12 @@ from runtime.serve.jobs import Full, Generated, Job, Jobs
 from runtime.serve.metrics import Metrics
 
 log = logging.getLogger("runtime.serve")
+EXAMPLES = (  # of the shapes world
+    "a photo of a red circle",
+    "a green square and a white cross",
+    "three circles",
+    "a blue triangle above a yellow square",
+)
 MAX_PIXELS = 4  # times the bundle's own size, where no other limit is given
 
 
@@ -46,8 +52,10 @@ class Service:
         threads: int | None = None,
         experts: str = "auto",
         aliases: Sequence[str] = (),
+        examples: Sequence[str] = (),
     ) -> None:
-        """`aliases`: further names by which clients may request the model.
+        """`aliases`: further names by which clients may request the model; `examples`: prompts
+        that the page offers, by default those of the bundle that ships.
 
         Raises what runtime.load raises; ValueError for a number or a name out of range.
         """
@@ -73,6 +81,8 @@ class Service:
         for name in aliases:
             if not 0 < len(name) <= 200 or not name.isprintable():
                 raise ValueError(f"model-alias is {name[:60]!r}, expected 1 to 200 characters.")
+        shipped = opened.path.resolve() == default_bundle().resolve()
+        self.examples = [*(examples or (EXAMPLES if shipped else ()))]
         self.names = [*dict.fromkeys([self.pipeline.manifest["name"], *aliases])]
         defaults = self.pipeline.manifest["defaults"]
         pixels = MAX_PIXELS * int(defaults["height"]) * int(defaults["width"])
@@ -107,9 +117,14 @@ class Service:
         self.ready = True
 
     async def generate(
-        self, request: ImageRequest, disconnect: asyncio.Task[None]
+        self,
+        request: ImageRequest,
+        disconnect: asyncio.Task[None],
+        on_step: Callable[[int, int], None] | None = None,
     ) -> tuple[Job, Generated]:
         """Queue a request and wait: for its images, its deadline or its client's `disconnect`.
+
+        `on_step(done, steps)` is called by another thread while its images are generated.
 
         Raises Refused: 429 where the queue is full, 503 where the server stops, 504 at the
         deadline, 499 (which nobody reads) where the client left, 500 for a fault.
@@ -117,7 +132,7 @@ class Service:
         if self.draining or not self.ready:
             message = "the server is stopping; send the request to another."
             raise Refused(503, message, retry_after=self.retry_after())
-        job = Job(request)
+        job = Job(request, on_step=on_step)
         try:
             self.jobs.put(job)
         except Full:
@@ -199,4 +214,5 @@ class Service:
             "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),
             "top_k_choices": manifest.get("top_k_choices") or [],
+            "examples": self.examples,
         }

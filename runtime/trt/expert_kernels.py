@@ -1,6 +1,6 @@
 """The routed experts as launches of cubins: worked out as data, then run on a device's stream.
 
-    y[t] = sum over the K largest gates of  gate * (gelu(x[t] W1[e] + b1[e]) W2[e])
+    y[t] = sum over the K largest gates of  gate * (act(x[t] W1[e] + b1[e]) W2[e])
 
 Shape letters: T tokens, D width, E experts, H expert hidden, K chosen. `make_call` needs no device:
 grids, arguments and the offset of every scratch tensor for one T. `Cubins` loads the kernels once
@@ -130,7 +130,7 @@ class Cubins:
         return self._calls[key]
 
     def run(self, call: Call, tensors: Mapping[str, int], scratch: int) -> None:
-        """Queue a call. `tensors`: addresses of x, logits, w1, b1, w2 and y; `scratch`: of
+        """Queue a call. `tensors`: addresses of x, logits, w1, b1 (if any), w2, y; `scratch`: of
         call.scratch bytes; all multiples of 16, which the kernels were compiled for."""
         addresses = {**tensors, **{name: scratch + at for name, at in call.work.items()}}
         for launch in call.launches:

@@ -14,7 +14,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle.kernel_package import DTYPES, MANIFEST, Kernels, open_kernels
+from runtime.bundle.kernel_package import (
+    ACTIVATIONS,
+    DTYPES,
+    MANIFEST,
+    Kernels,
+    op_shapes,
+    open_kernels,
+)
 from runtime.program.backends import check_experts
 from runtime.trt.expert_kernels import Call, Cubins, choose_plan
 
@@ -22,7 +29,8 @@ if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
 
 log = logging.getLogger("runtime")
-ROLES = ("x", "logits", "w1", "b1", "w2", "y")  # the order of a launch's row in the manifest
+# The order of a launch's row in the manifest; experts without biases have no b1.
+ROLES = ("x", "logits", "w1", "b1", "w2", "y")
 MANY = 1 << 20  # tokens; stands for any large number of them
 
 
@@ -73,12 +81,16 @@ def open_experts(bundle: Bundle, target: str, sm: int) -> dict[str, Kernels]:
     for name, entry in row["experts"].items():
         kernels = opened[entry["kernels"]]
         given = kernels.manifest
-        sizes = [given["experts"], given["width"], given["hidden"]]
-        x, _, w1, *_ = row["tensors"][name]["inputs"]
-        if (x["dtype"], w1["shape"]) != (DTYPES[given["dtype"]], sizes):
+        inputs = op_shapes(given)["inputs"]
+        own = (given.get("activation", ACTIVATIONS[0]), inputs["w1"]["shape"], len(inputs))
+        read = row["tensors"][name]["inputs"]
+        x, w1 = read[0], read[2]
+        wanted = (entry.get("activation", ACTIVATIONS[0]), w1["shape"], len(read))
+        if (x["dtype"], *wanted) != (DTYPES[given["dtype"]], *own):
             raise ValueError(
-                f"kernels {kernels.path} are for experts {sizes} in {given['dtype']}, expected"
-                f" {w1['shape']} in {x['dtype']} as {name} has them; export the bundle again."
+                f"kernels {kernels.path} are for {own[0]} experts {own[1]} in {given['dtype']},"
+                f" expected {wanted[0]} experts {wanted[1]} in {x['dtype']} as {name} has them;"
+                " export the bundle again."
             )
         for tokens in (1, MANY):
             choose_plan(kernels, sm, tokens, entry["top_k"])
@@ -120,5 +132,6 @@ class ExpertsContext:
         """Queue the kernels on the device's stream, which must be `stream`."""
         assert self.call is not None and stream == self.cubins.device.stream
         addresses = (self.addresses[name] for name in self.names)
-        self.cubins.run(self.call, dict(zip(ROLES, addresses, strict=True)), self.scratch)
+        roles = ROLES if len(self.names) == len(ROLES) else [r for r in ROLES if r != "b1"]
+        self.cubins.run(self.call, dict(zip(roles, addresses, strict=True)), self.scratch)
         return True

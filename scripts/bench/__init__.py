@@ -8,9 +8,11 @@ bodies       All ways to run d2m::RoutedExperts in ONNX Runtime on the CPU, side
 decoder      Memory of decoding an image: what ONNX Runtime on a CPU holds at once
 ffn          One FFN in ONNX Runtime on the CPU
 layer        What one FFN of the teacher can be distilled to alone
+local        FFNs of a real size that learn by themselves: time and peak memory
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
+random_flux2 A synthetic FLUX.2 [klein] of a published size, text encoder and VAE too
 serve        Load on `d2m serve` from a second process: every request answered
 threads      Training threads beside other load: a step's time by threads
 """

@@ -2,6 +2,7 @@
 
     python -m scripts.bench.big --blocks 1D+1S [--work DIR] [--keep] [--json FILE]
                                 [--plans portable,86,89,120]
+    python -m scripts.bench.big --flux2 flux2-klein-4b ...    (its text encoder and VAE whole too)
 
 Every stage is a process of its own; its peak resident memory is the kernel's figure for it and for
 the processes it waited for, compilers of plans among them. Beside it stands what `d2m plan`
@@ -23,6 +24,7 @@ from typing import Any
 from scripts.figures import ROOT, options, write_figures
 
 RECIPE = ROOT / "d2m/families/flux/presets/19d-38s/L.json"
+ANY_DEPTH = ROOT / "d2m/recipe/presets/L.json"  # FLUX.2's blocks share their modulation already
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=Path, help="sizes, as scripts.bench.random_flux takes them"
     )
+    parser.add_argument("--flux2", help="flux2-klein-4b or -9b, in place of FLUX.1")
     parser.add_argument("--keep", action="store_true", help="leave the directories")
     arguments = parser.parse_args(argv)
     work = arguments.work
@@ -41,20 +44,24 @@ def main(argv: list[str] | None = None) -> int:
     dense, sparse, bundle = (work / name for name in ("dense", "sparse", "bundle"))
     d2m = [sys.executable, "-m", "d2m"]
     plans = ["--trt-rtx", "--sm", arguments.plans] if arguments.plans else []
-    magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(RECIPE)]
-    make = [sys.executable, "-m", "scripts.bench.random_flux", str(dense)]
+    recipe = ANY_DEPTH if arguments.flux2 else RECIPE
+    magnitude = ["--init-only", "--importance", "magnitude", "--recipe", str(recipe)]
     sizes = ["--config", str(arguments.config)] if arguments.config else []
+    make = ["scripts.bench.random_flux", str(dense), "--blocks", arguments.blocks, *sizes]
+    if arguments.flux2:
+        make = ["scripts.bench.random_flux2", str(dense), "--model", arguments.flux2]
     stages = {
-        "make": (dense, [*make, "--blocks", arguments.blocks, *sizes]),
+        "make": (dense, [sys.executable, "-m", *make]),
         "convert": (sparse, [*d2m, "convert", str(dense), "-o", str(sparse), *magnitude]),
         "export": (bundle, [*d2m, "export", str(sparse), "-o", str(bundle), "--link", *plans]),
     }
-    figures: dict[str, Any] = {"blocks": arguments.blocks, "stages": {}}
+    what = {"model": arguments.flux2} if arguments.flux2 else {"blocks": arguments.blocks}
+    figures: dict[str, Any] = {**what, "stages": {}}
     for name, (out, command) in stages.items():
         if out.exists():
             print(f"{name}: {out} is there")
             continue
-        estimated = estimate(name, dense, sparse, bool(plans))
+        estimated = estimate(name, dense, sparse, bool(plans), recipe)
         measured = run(command) | {"bytes": on_disk(out)}
         figures["stages"][name] = measured | ({"foretold": estimated} if estimated else {})
         print(f"{name}: {json.dumps(figures['stages'][name])}", flush=True)
@@ -85,12 +92,14 @@ def run(command: list[str]) -> dict[str, Any]:
     }
 
 
-def estimate(stage: str, dense: Path, sparse: Path, plans: bool) -> dict[str, Any] | None:
+def estimate(
+    stage: str, dense: Path, sparse: Path, plans: bool, recipe: Path
+) -> dict[str, Any] | None:
     """What `d2m plan` says of a stage, before it runs."""
     from d2m.plan import needs as resources
 
     if stage == "convert":
-        found = resources.convert_needs(dense, RECIPE)
+        found = resources.convert_needs(dense, recipe)
     elif stage == "export":
         found = resources.export_needs(sparse, link=True, plans=2 if plans else 0)
     else:

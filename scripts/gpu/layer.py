@@ -77,9 +77,7 @@ def obstacle(name: str, x: Tensor, ffn: nn.Module) -> str | None:
     """Why a contender cannot run on these tensors, or None."""
     if name.startswith("dense"):
         return None
-    return impossible(
-        name.split()[0], case_of(x, ffn.experts.w2, ffn.experts.activation, ffn.experts.b1)
-    )
+    return impossible(name.split()[0], case_of(x, ffn.experts.w2, ffn.experts.activation))
 
 
 def forward(name: str, ffn: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -154,7 +152,7 @@ def verify_end(sizes: tuple[int, int, int, int], top_k: int, device: Any, dtype:
     noise, logits, exact = operands(sizes, T, device)
     x, w1, b1, w2 = (t.to(dtype) for t in exact)
     shared, residual, scale = (t.to(dtype) for t in (noise(T, D), noise(T, D), noise(1, D)))
-    if reason := impossible("triton", case_of(x, w2, b1=b1)):
+    if reason := impossible("triton", case_of(x, w2)):
         return {"skipped": reason}
     with poisoned("triton"):
         y, again = (
@@ -183,7 +181,7 @@ def verify(
     logits += lean(routing, E, torch.device(device))
     x, w1, b1, w2 = (t.to(dtype).requires_grad_() for t in exact)
     logits.requires_grad_()
-    if reason := impossible(name, case_of(x, w2, b1=b1)):
+    if reason := impossible(name, case_of(x, w2)):
         return {"skipped": reason}
     tensors = (x, logits, w1, b1, w2)
     dy = noise(T, D).to(dtype)

@@ -138,6 +138,7 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "Loop": (forever, "operator Loop, which may never end"),
     "circle": (circle, "call each other deeper than 16"),
     "laughs": (lambda: laughs(18), "deeper than 16"),
+    "many calls": (lambda: laughs(14), "comes to 8190 function calls, expected at most 4096"),
     "deep": (lambda: nested(17), "deeper in each other than 16"),
     "sparse": (sparse, "sparse tensor"),
     "lying raw": (lambda: lying([1 << 30], raw_data=b"abcd"), "1073741824 elements fills 4 bytes"),

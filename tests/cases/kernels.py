@@ -43,11 +43,21 @@ def start_compiler() -> None:
 # ---------------------------------------------------------------- arguments
 
 
-def make(sizes: tuple[int, int, int, int], dtype: str = "float32", routing: str = "random", seed=0):
-    """x, logits, w1, b1, w2, dy for sizes (T, D, E, H) and one of the routings below."""
+def make(
+    sizes: tuple[int, int, int, int],
+    dtype: str = "float32",
+    routing: str = "random",
+    seed=0,
+    kind: tuple[str, bool] = ("gelu_tanh", True),
+):
+    """x, logits, w1, b1, w2, dy for sizes (T, D, E, H), one of the routings below, and a kind of
+    experts: activation, and whether there is b1 (else None)."""
     import torch
 
+    from d2m.families.site import up_rows
+
     T, D, E, H = sizes
+    wide = H * up_rows(kind[0])
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Any:
@@ -71,10 +81,11 @@ def make(sizes: tuple[int, int, int, int], dtype: str = "float32", routing: str 
     elif routing == "alternating":
         logits[:] = 0.0
         logits[torch.arange(T), torch.arange(T) % E] = 4.0
-    tensors = [noise(T, D), logits, noise(E, D, H) / D**0.5, noise(E, H) / 2]
+    tensors = [noise(T, D), logits, noise(E, D, wide) / D**0.5, noise(E, wide) / 2]
     tensors += [noise(E, H, D) / H**0.5, noise(T, D)]
-    kind = getattr(torch, dtype)
-    return [t.to(torch.float32 if i == 1 else kind) for i, t in enumerate(tensors)]
+    own = getattr(torch, dtype)
+    made = [t.to(torch.float32 if i == 1 else own) for i, t in enumerate(tensors)]
+    return made if kind[1] else [*made[:3], None, *made[4:]]
 
 
 def relative(actual: Any, expected: Any) -> float:
@@ -135,29 +146,34 @@ def check_values(
     routing: str = "random",
     small: bool = True,
     twice: bool = False,
+    kind: tuple[str, bool] = ("gelu_tanh", True),
 ) -> dict[str, Any]:
     """Errors of y and of every gradient against the reference in float64, all poisoned."""
     from d2m.kernels.op import backward_triton, forward_triton
     from d2m.model.routing import route, routed_experts_reference
 
-    *arguments, dy = make(sizes, dtype, routing, seed=sum(sizes) + top_k)
-    tiles = small_tiles() if small else None
+    *arguments, dy = make(sizes, dtype, routing, seed=sum(sizes) + top_k, kind=kind)
+    tiles, activation = small_tiles() if small else None, kind[0]
     # The choice is the float32 gate's; the reference computes its values in float64 for it.
-    wide = [a.double().requires_grad_() for a in arguments]
-    expected = routed_experts_reference(*wide, top_k)
+    wide = [None if a is None else a.double().requires_grad_() for a in arguments]
+    expected = routed_experts_reference(*wide, top_k, activation)
     chosen = [route(logits, top_k)[2] for logits in (arguments[1], arguments[1].double())]
     expected.backward(dy.double())
     with poisoned() as made:
-        y = forward_triton(*arguments, top_k, tiles)
+        y = forward_triton(*arguments, top_k, tiles, activation)
         result: dict[str, Any] = {"y": relative(y, expected)}
-        found = backward_triton(dy, *arguments, top_k, True, True, tiles)
+        found = backward_triton(dy, *arguments, top_k, True, True, tiles, activation)
         for name, grad, leaf in zip("x logits w1 b1 w2".split(), found, wide):
+            if leaf is None:
+                assert grad.numel() == 0
+                continue
             assert leaf.grad is not None
             result[f"d{name}"] = relative(grad, leaf.grad)
         if twice:
-            again = backward_triton(dy, *arguments, top_k, True, True, tiles)
+            again = backward_triton(dy, *arguments, top_k, True, True, tiles, activation)
             assert all(a.equal(b) for a, b in zip(found, again)), "gradients differ between runs"
-            assert y.equal(forward_triton(*arguments, top_k, tiles)), "y differs between runs"
+            again_y = forward_triton(*arguments, top_k, tiles, activation)
+            assert y.equal(again_y), "y differs between runs"
         assert bands_hold(made), "a kernel wrote outside its tensors"
     assert y.dtype == arguments[0].dtype and y.shape == arguments[0].shape
     result["choice"] = bool(chosen[0].equal(chosen[1]))
@@ -299,6 +315,7 @@ def machine_code(
     dtype: str = "bf16",
     labels: tuple[str, ...] = (),
     sizes: tuple[int, int, int, int] = (3072, 12, 768, 2),
+    kind: tuple[str, bool] = ("gelu_tanh", True),
 ) -> dict[str, dict[str, Any]]:
     """What `d2m.kernels.compile.inspect` says of the kernels of one call, by label (all: ())."""
     from d2m.kernels.compile import compile_launch, inspect
@@ -306,8 +323,8 @@ def machine_code(
     from d2m.kernels.plan import Sizes, backward_plan, forward_plan, residual_plan
 
     width, experts, hidden, top_k = sizes
-    call = Sizes(tokens, width, experts, hidden, top_k, dtype)
-    tiles = tiles_for(sm, dtype, tokens, width, hidden)
+    call = Sizes(tokens, width, experts, hidden, top_k, dtype, *kind)
+    tiles = tiles_for(sm, dtype, tokens, width, hidden, call.gated)
     found = {}
     plans = (residual_plan(call, tiles, tokens), forward_plan(call, tiles))
     for plan in (*plans, backward_plan(call, tiles, True, True)):

@@ -6,6 +6,7 @@ is asked there.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,61 @@ def test_latents_of_pictures_and_back(pipe: Any) -> None:
         0,
         11,
     ]
+
+
+def test_a_text_encoder_by_blocks_and_by_plans(bundle: Path, tmp_path: Path) -> None:
+    """Weights streamed layer by layer, and plans on their stand-in, give the same states."""
+    from runtime.bundle.directory import open_bundle
+    from runtime.ort.component import open_component
+    from runtime.trt.component import Plans
+    from tests.stand_ins.device import TARGET, HostContext, HostDevice, bundle_with_plans
+
+    opened = open_bundle(bundle)
+    ids = np.random.default_rng(0).integers(0, 40, (2, 16))
+    mask = (np.arange(16) < [[9], [16]]).astype(np.int64)
+    given = {"input_ids": ids, "attention_mask": mask}
+    whole = open_component(opened, "text_encoder", threads=1)(given)["states"]
+    streamed = open_component(opened, "text_encoder", threads=1, offload="block")(given)["states"]
+    device = HostDevice()
+    copied = bundle_with_plans(bundle, tmp_path / "bundle")
+    plans = Plans(copied, "text_encoder", TARGET, device, lambda _, path: HostContext(path, device))
+    for found in (streamed, plans(given)["states"]):
+        np.testing.assert_allclose(found, whole, rtol=2e-4, atol=2e-5)
+    assert np.abs(whole[:, 1:] - whole[:, :-1]).max() > 0.1
+
+
+@pytest.mark.parametrize("top_k", [2, 12])
+def test_sparse_with_guidance_and_groups_of_both_kinds(pipe: Any, top_k: int) -> None:
+    """float64: [dev]'s guidance reaches the student; all experts and blocks on are the teacher."""
+    from calib.measure.importance import magnitudes, scores_of
+    from d2m.families.inputs import noised, transformer_inputs
+    from d2m.model.sparse_transformer import sparse_model_of
+    from d2m.model.surgery import identity_error
+    from d2m.recipe.recipe import from_dict
+
+    family, draw = family_of_pipeline(pipe), generator_at(0, "x")
+    dense = copy.deepcopy(pipe.transformer).double()
+    facts = {"name": "t", "stages": [], "split": "magnitude", "top_k": top_k}
+    facts["blocks"] = {"groups": {"double": [[0, 1]], "single": [[0, 1, 2]]}, "kappa": 1}
+    scores = scores_of(dense, magnitudes)
+    sparse = copy.deepcopy(sparse_model_of(dense, scores, from_dict(facts, "test"), family))
+    with torch.no_grad():
+        batch = family.data.encode_text(pipe, PROMPTS[:2], LENGTH)
+        batch["latents"] = torch.stack([family.data.noise(pipe, 12, 20, draw) for _ in range(2)])
+        batch = {name: each.double() for name, each in batch.items()}
+        batch |= family.data.position_ids(pipe, batch, 12, 20)
+        x, t, _ = noised(dense, batch, draw)
+        inputs = transformer_inputs(dense, batch, x, t.double())
+        assert identity_error(sparse, dense, inputs) < 1e-12
+        few = sparse(**inputs, return_dict=False)[0]
+        rows = ("img_ids", "txt_ids")
+        for i in range(2):  # every sample chooses for itself
+            own = {n: each if n in rows else each[i : i + 1] for n, each in inputs.items()}
+            alone = sparse(**own, return_dict=False)[0]
+            torch.testing.assert_close(few[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+        if "guidance" in inputs:
+            other = sparse(**inputs | {"guidance": inputs["guidance"] + 2}, return_dict=False)[0]
+            assert float((other - few).norm() / few.norm()) > 1e-3
 
 
 @pytest.mark.tensorrt

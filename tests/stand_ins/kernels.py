@@ -99,13 +99,19 @@ def up(c: dict[str, Any], grid: tuple[int, ...], given: dict[str, int], tensor: 
     hidden = tensor("hidden", tiles * m, H)
     live = [tile for tile in range(tiles) if tile_rows[tile]]
     E = 1 + max((int(tile_expert[tile]) for tile in live), default=0)
-    w1, b1 = tensor("w1", E, D, H), tensor("b1", E, H)
+    wide = H * (2 if c["GATED"] else 1)
+    w1 = tensor("w1", E, D, wide)
+    b1 = tensor("b1", E, wide) if c["BIAS"] else np.zeros((E, wide), "f4")
     for tile in live:
         rows = slice(tile * m, tile * m + tile_rows[tile])
         x = tensor("x", int(token[rows].max()) + 1, D)
         u = x[token[rows]] @ w1[tile_expert[tile]] + b1[tile_expert[tile]]
-        gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
-        hidden[rows] = gate[rows, None] * gelu
+        if c["ACTIVATION"] == "swiglu":
+            curved = u[:, :H] / (1 + np.exp(-u[:, :H])) * u[:, H:]
+        else:
+            assert c["ACTIVATION"] == "gelu_tanh"
+            curved = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+        hidden[rows] = gate[rows, None] * curved
 
 
 def down(c: dict[str, Any], grid: tuple[int, ...], given: dict[str, int], tensor: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.tiny.flux2 import klein_base
 from tests.tiny.pipeline import (
     IMAGE_SIZE,
     MAX_SEQUENCE_LENGTH,
@@ -19,6 +20,7 @@ from tests.tiny.pipeline import (
     t5_tokenizer,
     tiny_transformer,
 )
+from tests.tiny.zimage import zimage
 
 SD3_CONFIG = {
     "sample_size": 8,
@@ -252,6 +254,14 @@ FAMILIES = {
         {"double": [[0, 1]], "single": [[0, 1]]},
         ("embed", "double", "double", "single", "single", "final"),
     ),
+    "klein-base": Tiny(
+        klein_base,
+        "flux2",
+        "FLUX.2 [klein]",
+        {"double": [[0, 1]], "single": [[1, 2]]},
+        ("embed", "double", "double", "single", "single", "single", "final"),
+        modulated=False,
+    ),
     "sd3": Tiny(
         sd3,
         "sd3",
@@ -276,6 +286,15 @@ FAMILIES = {
         "Qwen-Image",
         {"double": [[0, 1]]},
         ("embed", "joint", "joint", "joint", "final"),
+    ),
+    "zimage": Tiny(
+        zimage,
+        "zimage",
+        "Z-Image",
+        {},
+        ("embed", "layer", "layer", "layer", "final"),
+        refused={"double": [[0, 1]]},
+        modulated=False,
     ),
 }
 SIZE = IMAGE_SIZE

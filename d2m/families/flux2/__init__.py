@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from d2m.families.encoders import MISTRAL_3, QWEN3_4B, QWEN3_8B, VAE_FLUX2, EncoderSize
 from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_text, vae_halvings
 from d2m.families.flow import Batch, Config
-from d2m.families.flux2.weights import hidden_of, weights
+from d2m.families.flux2.weights import FFN, hidden_of, weights
 from d2m.families.latents import pixels_of
+from d2m.families.site import beside_attention, fused_gated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,11 +191,16 @@ FLUX2 = Family(
         tags=("flux2",),
     ),
     blocks=BlockLayout(
-        sites=(),
+        sites=(
+            fused_gated("transformer_blocks", "ff", FFN, "image"),
+            fused_gated("transformer_blocks", "ff_context", FFN, "text"),
+            beside_attention("single_transformer_blocks", "attn", "both"),
+        ),
         kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
         depths=(("double", "num_layers"), ("single", "num_single_layers")),
         hidden=hidden_of,
         modulated=False,
+        embedder="time_guidance_embed",
     ),
     data=Data(
         inputs=inputs,

@@ -11,8 +11,10 @@ from typing import Any
 
 from d2m.families import weights as shared
 from d2m.families.weights import TIME_CHANNELS, Stack, Structure, Weight
+from d2m.recipe.recipe import SparseSpec
 
 LISTS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+FFN = ("linear_in", "linear_out")
 RATIO = 3.0  # read: hidden neurons of an FFN over its width, where a config does not say
 # Of the model: vectors of D that a block takes.
 MODULATIONS = {
@@ -31,16 +33,17 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     """See d2m.families.weights."""
     dim, hidden = shared.dim_of(config), hidden_of(config)
     depth = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    blocks, spec = structure.blocks, structure.spec
     first = (*_embedders(config, dim, image, text), *_modulations(dim))
     stacks = [Stack("", 1, 1, first)]
     for kind, name in LISTS.items():
-        for _, count, running in shared.alike(structure.blocks, structure.spec, kind, depth[kind]):
+        for own, count, running in shared.alike(blocks, spec, kind, depth[kind]):
             if kind == "double":
-                inside = tuple(_double(config, dim, hidden, image, text))
+                inside = tuple(_double(config, own, dim, hidden, image, text))
             else:
-                inside = tuple(_single(config, dim, hidden, image + text))
+                inside = tuple(_single(config, own, dim, hidden, image + text))
             stacks.append(Stack(f"{name}.*.", count, running, inside))
-        stacks += shared.routers(name, kind, dim, structure.blocks)
+        stacks += shared.routers(name, kind, dim, blocks)
     return [*stacks, Stack("", 1, 1, tuple(_output(config, dim, image)))]
 
 
@@ -66,7 +69,7 @@ def _modulations(dim: int) -> Iterator[Weight]:
 
 
 def _double(
-    config: Mapping[str, Any], dim: int, hidden: int, image: int, text: int
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, hidden: int, image: int, text: int
 ) -> Iterator[Weight]:
     part, head = "double_attention", config["attention_head_dim"]
     for rows, linears, norms, ffn in (
@@ -82,18 +85,26 @@ def _double(
             yield from plain(part, f"attn.{name}", dim, dim, rows)
         for name in norms:
             yield shared.vector(part, f"attn.{name}.weight", head)
-        yield from plain("double_ffn", f"{ffn}.linear_in", dim, 2 * hidden, rows)
-        yield from plain("double_ffn", f"{ffn}.linear_out", hidden, dim, rows)
+        yield from shared.gated_ffn("double_ffn", ffn, FFN, dim, hidden, spec, rows)
     yield Weight(part, "attn", 0, 0, 4 * (image + text) ** 2 * dim)
 
 
-def _single(config: Mapping[str, Any], dim: int, hidden: int, rows: int) -> Iterator[Weight]:
-    # Attention and FFN have their Linears in common: each weight is counted in two parts.
+def _single(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, hidden: int, rows: int
+) -> Iterator[Weight]:
     part, head = "single_attention", config["attention_head_dim"]
     for name in ("norm_q", "norm_k"):
         yield shared.vector(part, f"attn.{name}.weight", head)
     yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
     first, last = "attn.to_qkv_mlp_proj", "attn.to_out"
+    if spec is not None:
+        yield from plain(part, f"{first}.linear", dim, 3 * dim, rows)
+        yield from plain(part, f"{last}.linear", dim, dim, rows)
+        yield from shared.sparse_ffn(
+            "single_ffn", f"{first}.ffn", dim, hidden, spec, rows, "swiglu", bias=False
+        )
+        return
+    # Attention and FFN have their Linears in common: each weight is counted in two parts.
     yield from plain(part, first, dim, 3 * dim, rows)
     yield from plain(part, last, dim, dim, rows)
     yield from plain("single_ffn", first, dim, 2 * hidden, rows)

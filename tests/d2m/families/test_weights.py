@@ -14,9 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2m.families import FLUX
+from d2m.families import weights as shared
 from d2m.families.flux.weights import weights
 from d2m.families.weights import Structure
 from d2m.model.sorted_loop import forward_sorted
+from d2m.model.sparse_ffn import SparseFFN
 from d2m.model.sparse_transformer import SparseFluxTransformer2DModel
 from d2m.plan.count import structure_of, used_share
 from d2m.plan.model_config import sizes, subject_of
@@ -91,6 +93,32 @@ def test_flops_of_a_sparse_model(top_k):
     inputs = tiny_inputs(batch=1, image_tokens=16, text_tokens=8)
     structure = Structure(SparseSpec(top_k=top_k))
     assert flops(TINY, structure, 16, 8) == counted(model, inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("top_k", [0, 2, 12])
+@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+def test_a_gated_ffn_by_itself(activation, bias, top_k):
+    """Names, sizes and FLOPs of a SparseFFN of 96 neurons at width 32, seven tokens."""
+    spec = SparseSpec(top_k=top_k)
+    rows = list(shared.sparse_ffn("double_ffn", "ff", 32, 96, spec, 7, activation, bias))
+    ffn = SparseFFN(32, 24, 12, 6, top_k, activation=activation, bias=bias)
+    real = {f"ff.{name}": parameter.numel() for name, parameter in ffn.named_parameters()}
+    assert {w.name: w.size for w in rows if w.size} == real
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ffn(torch.randn(7, 32))
+    assert sum(w.flops for w in rows) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("linears", [("w1", "w3", "w2"), ("linear_in", "linear_out")])
+def test_a_dense_gated_ffn(linears):
+    rows = list(shared.gated_ffn("double_ffn", "ff", linears, 32, 96, None, 7))
+    assert sum(w.size for w in rows) == 3 * 32 * 96
+    assert sum(w.flops for w in rows) == 2 * 7 * 3 * 32 * 96
+    assert [w.name for w in rows] == [f"ff.{name}.weight" for name in linears]
+    sparse = shared.gated_ffn("double_ffn", "ff", linears, 32, 96, SPEC, 7)
+    held = sum(w.size for w in sparse if ".gate." not in w.name)
+    assert held == 3 * 32 * 96  # no weight is lost
 
 
 # ---------------------------------------------------------------- groups and modulation

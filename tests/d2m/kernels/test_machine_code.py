@@ -45,6 +45,29 @@ def test_image_stream_elsewhere(compiled, sm):
     assert_good(compiled(cases.machine_code, sm, 4096, "bf16", ("up", "hidden_backward")), sm)
 
 
+KLEIN = (3072, 12, 576, 2)  # FLUX.2 [klein] 4B: FFNs of 9216
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+def test_gated_experts(compiled, sm):
+    """SwiGLU without biases, of both streams: two accumulators forward, three backward."""
+    labels = ("up", "hidden_backward")
+    for tokens in (4096, 512):
+        found = compiled(cases.machine_code, sm, tokens, "bf16", labels, KLEIN, ("swiglu", False))
+        assert_good(found, sm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kind", [("swiglu", False), ("geglu", True), ("silu", False)])
+def test_other_activations_everywhere(compiled, sm, dtype, kind):
+    for tokens in (512, 4096):
+        for sizes in (KLEIN, (3840, 12, 640, 2)):  # Z-Image: FFNs of 10240
+            found = compiled(cases.machine_code, sm, tokens, dtype, (), sizes, kind)
+            assert_good(found, sm, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -5,6 +5,7 @@ Scratch and outputs are poisoned and fenced in every case.
 
 import pytest
 
+from d2m.families.site import ACTIVATIONS
 from tests.cases import kernels as cases
 
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
@@ -20,6 +21,25 @@ def assert_close(result: dict, limit: float) -> None:
 def test_random_routing(interpreted, top_k):
     # D and H that no tile divides: every mask is at work.
     result = interpreted(cases.check_values, (21, 40, 6, 24), top_k, twice=top_k == 2)
+    assert_close(result, LIMITS["float32"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(interpreted, activation, bias):
+    """D and H that no tile divides, and the text stream's own tiles."""
+    kind = (activation, bias)
+    result = interpreted(cases.check_values, (21, 40, 6, 24), 2, twice=True, kind=kind)
+    assert_close(result, LIMITS["float32"])
+    result = interpreted(cases.check_values, (40, 64, 6, 64), 2, "bfloat16", small=False, kind=kind)
+    assert_close(result, LIMITS["bfloat16"])
+
+
+@pytest.mark.parametrize("sizes", [(1, 32, 12, 16), (2, 16, 2, 16)])
+def test_few_tokens_of_gated_experts(interpreted, sizes):
+    result = interpreted(cases.check_values, sizes, 2, kind=("swiglu", False))
+    if sizes[2] == 2:
+        result.pop("dlogits")  # every expert is chosen
     assert_close(result, LIMITS["float32"])
 
 

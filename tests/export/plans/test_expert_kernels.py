@@ -85,7 +85,7 @@ def test_every_size_of_experts_has_its_package(
     pieces = cut_blocks(graphs, tmp_path / "cut")
     for name, row in pieces.tensors.items():
         if "single" in name:
-            row["inputs"][2]["shape"] = [12, 32, 16]
+            row["inputs"][2]["shape"], row["inputs"][4]["shape"] = [12, 32, 16], [12, 16, 32]
     monkeypatch.setattr(package, "triton_version", lambda: "3.7.1")
     monkeypatch.setattr(package, "build", functools.partial(package.build, compile=stand_in))
     build_kernels(tmp_path, pieces, "fp32", (90,))
@@ -106,7 +106,7 @@ def test_experts_of_one_size_and_a_gpu_are_needed(graphs: dict[str, Path], tmp_p
     pieces = cut_blocks(graphs, tmp_path)
     with pytest.raises(ValueError, match="there is no GPU, expected"):
         build_kernels(tmp_path / "k", pieces, "fp32", ())
-    next(iter(pieces.tensors.values()))["inputs"][2]["shape"] = [12, 32, 16]
+    next(iter(pieces.tensors.values()))["inputs"][4]["shape"] = [12, 16, 32]
     with pytest.raises(ValueError, match="there is experts of 2 sizes, expected one size"):
         build_kernels(tmp_path / "k", pieces, "fp32", (90,), ptx=True)
 

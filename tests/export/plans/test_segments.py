@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from d2m.model.routing import routed_experts_reference
+from d2m.model.sparse_ffn import SparseFFN
+from export.graph.trace import Spec, trace
 from export.op.top_k import with_top_k
 from export.plans.build import tensors
 from export.plans.fuse import fuse
@@ -29,7 +31,8 @@ def run_steps(steps: list[Any], values: dict[str, np.ndarray], top_k: int) -> di
         if isinstance(step, Experts):
             given = [torch.tensor(values[row["name"]]).double() for row in step.inputs]
             x, logits = given[0].flatten(0, -2), given[1]
-            y = routed_experts_reference(x, logits, *given[2:], top_k)
+            weights = given[2:] if len(given) == 5 else [given[2], None, given[3]]
+            y = routed_experts_reference(x, logits, *weights, top_k, step.activation)
             values[step.output["name"]] = y.reshape(given[0].shape).float().numpy()
             continue
         onnx.checker.check_model(step, full_check=True)
@@ -74,6 +77,28 @@ def test_segments_and_experts_are_the_block(
     found = run_steps(steps, dict(values), int(key))
     for name, array in zip(["encoder_hidden_states", "hidden_states"], wanted, strict=True):
         assert relative(found[f"out_{name}"], array) < 1e-5
+
+
+@pytest.mark.parametrize(("activation", "bias"), [("swiglu", False), ("geglu", True)])
+def test_gated_experts_are_cut_out(activation: str, bias: bool) -> None:
+    """Version 2 of the op, whose inputs stand in another order."""
+    ffn = SparseFFN(16, 8, 4, 6, top_k=2, activation=activation, bias=bias)
+    block = torch.nn.Sequential(torch.nn.LayerNorm(16), ffn).eval()
+    if bias:
+        torch.nn.init.normal_(ffn.experts.b1)
+    spec = Spec(torch.float32, ("batch", "image_tokens", 16))
+    graph = trace(block, lambda run, t: run(t["x"]), {"x": spec}, {"y": spec}, torch.float32)
+    first, experts, last = cut(graph)
+    assert (experts.activation, len(experts.inputs)) == (activation, 5 if bias else 4)
+    roles = ["w1", "b1", "w2"] if bias else ["w1", "w2"]
+    assert [row["name"] for row in experts.inputs[2:]] == [f"1.experts.{role}" for role in roles]
+    x = torch.randn(2, 7, 16)
+    values = {name: value.detach().numpy() for name, value in block.named_parameters()}
+    for name in ("1.shared.fc1.weight", "1.shared.fc2.weight", "1.gate.weight"):
+        values[name] = np.ascontiguousarray(values[name].T)
+    found = run_steps([first, experts, last], values | {"x": x.numpy()}, 2)
+    with torch.no_grad():
+        assert relative(found["out_y"], block(x).numpy()) < 1e-5
 
 
 def test_a_double_block_has_two_launches_between_two_segments(tiny_bundle: Path) -> None:

@@ -76,7 +76,7 @@ def test_wide_laughs() -> None:
         )
     call.op_type = "f4"
     model = hostile.model([call], (), functions)
-    assert "nodes, expected at most" in refused(model.SerializeToString())
+    assert "calls, expected at most" in refused(model.SerializeToString())
 
 
 def test_merged_messages_do_not_pass() -> None:

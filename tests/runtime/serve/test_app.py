@@ -44,6 +44,49 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
+def test_openais_client_streams(server: Server) -> None:
+    """Its images are those without streaming; comments between say how far it is."""
+    openai = pytest.importorskip("openai")
+    url, service = server
+    client = openai.OpenAI(base_url=url + "/v1", api_key="unused", max_retries=0)
+    fields = {"prompt": "a photo of a red circle", "n": 2, "extra_body": {"steps": 3, "seed": 7}}
+    whole = client.images.generate(**fields)
+    found = list(client.images.generate(**fields, stream=True))
+    assert [item.type for item in found] == ["image_generation.completed"] * 2
+    for item, other in zip(found, whole.data, strict=True):
+        first, second = (
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(each.b64_json))))
+            for each in (item, other)
+        )
+        assert np.array_equal(first, second)
+    body = {"prompt": "a", "steps": 3, "stream": True}
+    with httpx.stream("POST", url + PATH, json=body, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line.startswith(":")]
+    assert lines == [f": step {done} of 3" for done in range(4)]
+
+
+def test_errors_of_a_stream(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step an error has its own status; afterwards it is an event."""
+    url, service = server
+    refused = post(url, stream=True, steps=0)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "steps"
+    late = post(url, stream=True, steps=100, deadline=0.05)
+    assert late.status_code in (200, 504)
+    real = service.pipeline.__class__.__call__
+
+    def fail(self: Any, *arguments: Any, progress: Any = None, **options: Any) -> Any:
+        progress("denoise", 0, 4)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(service.pipeline.__class__, "__call__", fail)
+    answer = post(url, stream=True)
+    monkeypatch.setattr(service.pipeline.__class__, "__call__", real)
+    assert answer.status_code == 200 and "event: error" in answer.text
+    [data] = [line for line in answer.text.splitlines() if line.startswith("data:")]
+    assert json.loads(data[5:])["error"]["type"] == "server_error"
+
+
 def test_openais_client(server: Server) -> None:
     openai = pytest.importorskip("openai")
     url, service = server

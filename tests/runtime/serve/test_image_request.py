@@ -99,7 +99,7 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"quality": "best"}, "quality", "quality is 'best', expected 'auto', 'standard', 'hd'"),
         ({"background": "transparent"}, "background", "expected 'auto' or 'opaque'"),
         ({"response_format": "url"}, "response_format", "keeps no images"),
-        ({"stream": True}, "stream", "stream is True, expected False"),
+        ({"stream": "yes"}, "stream", "stream is 'yes', expected"),
         ({"negative": "x"}, "negative", "the field 'negative' is not known"),
         ({"negative_prompt": "x"}, "negative_prompt", "negative is 'x', expected none: this bun"),
         (

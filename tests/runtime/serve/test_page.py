@@ -13,6 +13,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+from runtime.image import settings_of
 from runtime.serve.page import read_page
 from tests.stand_ins.http import running, until
 
@@ -24,7 +25,7 @@ def test_it_loads_nothing_from_elsewhere() -> None:
     text = page.decode()
     assert not re.search(
         r"(src|href)\s*=|https?://|//\w+\.|@import|url\(|\son\w+=",
-        text.replace('image.src = "data:image/png;base64," + item.b64_json;', ""),
+        text.replace('image.src = "data:image/png;base64," + item.b64_json;', ""),  # nor links
     )
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     assert policy.count("sha256-") == 2
@@ -77,6 +78,9 @@ def test_a_person_generates_in_chromium(browser: Any, tmp_path: Path) -> None:
         page.fill("#key", "a-good-long-key")
         page.press("#key", "Tab")  # the model's own settings are asked for
         until(lambda: page.inner_text("#title") == "d2m: shapes-s")
+        page.click("#examples button:nth-child(3)")
+        assert page.input_value("#prompt") == "three circles"
+        assert page.get_attribute("#size", "placeholder") == "32x32"
         assert page.is_visible("#kappa") and not page.is_visible("#negative_prompt")
         page.fill("#prompt", "a photo of a red circle")
         page.fill("#steps", "4")
@@ -92,6 +96,13 @@ def test_a_person_generates_in_chromium(browser: Any, tmp_path: Path) -> None:
         assert facts["experts used"] == "2 of 12 per token, beside the shared one"
         assert facts["seed"] == "7, 8" and "32x32" in facts["model"]
         assert page.evaluate("document.images[0].naturalWidth") == 32
+        with page.expect_download() as download:
+            page.click("#images a")
+        assert download.value.suggested_filename == "seed-7.png"
+        saved = tmp_path / "seed-7.png"
+        download.value.save_as(saved)
+        assert settings_of(saved)["seed"] == 7
+        assert page.get_attribute("#progress", "max") == "4" and not page.is_visible("#progress")
         # Colours, so not an empty image: the red circle is there.
         assert page.evaluate(RED) > 20
         assert told == []
@@ -126,6 +137,7 @@ def test_a_negative_prompt_is_asked_for_where_the_family_takes_one(
         page.fill("#seed", "3")
         sources = []
         for negative in ("", "a black star", ""):
+            page.fill("#prompt", "a red circle")
             page.fill("#negative_prompt", negative)
             page.click("#generate")
             until(lambda: page.is_enabled("#generate") and page.query_selector("#images img"))

@@ -86,6 +86,44 @@ def test_op_equals_the_reference(kernels: Kernels, tokens: int, routing: str, k:
     )
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    """A package of format 2: what its manifest says, and the op from its launches."""
+    import torch
+
+    from d2m.model.routing import routed_experts_reference
+
+    monkeypatch.setattr(package, "triton_version", lambda: "3.7.1")
+    sizes = Sizes(1, D, E, H, 1, "fp32", "swiglu", bias)
+    package.build(tmp_path / "k", sizes, [90], [2], compile=stand_in)
+    opened = open_kernels(tmp_path / "k")
+    said = {name: opened.manifest[name] for name in ("format", "activation", "bias")}
+    assert said == {"format": 2, "activation": "swiglu", "bias": bias}
+    tensors = given(40, "random")
+    rng = np.random.default_rng(3)
+    tensors["w1"] = (rng.standard_normal((E, D, 2 * H)) / D**0.5).astype("f4")
+    tensors["b1"] = rng.standard_normal((E, 2 * H)).astype("f4")
+    if not bias:
+        del tensors["b1"]
+    found = launched(Cubins(opened, HostDevice()), tensors, 2)
+    doubles = {name: torch.from_numpy(array).double() for name, array in tensors.items()}
+    doubles.setdefault("b1", None)
+    wanted = routed_experts_reference(**doubles, top_k=2, activation="swiglu").numpy()
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
+    # A manifest that says another kind has other inputs, or is no manifest.
+    file = tmp_path / "k/kernels.json"
+    for change, words in (
+        ({"activation": "silu"}, "inputs"),
+        ({"activation": "relu"}, "activation"),
+        ({"bias": not bias}, "inputs"),
+        ({"bias": 1}, "bias"),
+        ({"format": 3}, "format"),
+    ):
+        file.write_text(json.dumps(opened.manifest | change))
+        with pytest.raises(ValueError, match=f"cannot be used: .*{words}"):
+            open_kernels(tmp_path / "k")
+
+
 def test_a_recorded_call_runs_again_on_new_numbers(kernels: Kernels) -> None:
     device = HostDevice()
     cubins, first, second = Cubins(kernels, device), given(40, "random"), given(40, "random", 9)
@@ -143,7 +181,7 @@ def first_kernel(manifest: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(format=2), "format in its kernels.json is 2"),
+        (lambda m: m.update(format=3), "format in its kernels.json is 3"),
         (lambda m: m.update(width=1 << 40), "width in its kernels.json"),
         (lambda m: m["files"].update({"../x": {}}), "relative path inside"),
         (lambda m: first_kernel(m).update(cubin="/etc/passwd"), "a path listed under files"),
