@@ -26,6 +26,10 @@ GRID = 4  # patches a side
 HALVES = HALF * GRID // 64  # patches a side of an emoji at half size
 PARTS = GRID * GRID + HALVES * HALVES + 1  # which part of an emoji a patch shows; the last: none
 
+# Where an emoji of a pair stands, by its relation to the other; 0: no pair.
+PLACES = {None: 0, "left of": 1, "right of": 2, "above": 3, "below": 4}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
 
 def emoji_subject(world: World) -> Subject:
     count = len(world.names)
@@ -46,6 +50,9 @@ def emoji_subject(world: World) -> Subject:
             len(BACKGROUNDS) + 1,
         ),
         attributes=lambda scene: attributes(world, scene),
+        # which emoji, where it stands, how many, on what
+        token_classes=(count + 1, len(PLACES) + 1, 4, len(BACKGROUNDS) + 1),
+        tokens=lambda scene: token_labels(world, scene),
         label_classes=(count + 1, PARTS),
         labels=lambda scenes, seed: patch_labels(world, scenes, seed),
         vae={"block_out_channels": (16, 32, 64, 64)},
@@ -99,6 +106,26 @@ def attributes(world: World, scene: Scene | None) -> list[int]:
         RELATIONS.index(scene.relation) if scene.relation else len(RELATIONS),
         list(BACKGROUNDS).index(scene.background),
     ]
+
+
+def token_labels(world: World, scene: Scene | None) -> list[list[int]]:
+    """What each T5 token must know, LENGTH rows: an emoji, its place, the number, the background.
+
+    The words up to the first emoji's last tell of that one, those from the relation on of the
+    other: an image token then finds the emoji of its place among the text tokens by attention, as
+    it would among real T5's words.
+    """
+    index, count = world.catalogue.index, len(world.names)
+    if scene is None:
+        return [[count, len(PLACES), 3, len(BACKGROUNDS)]] * LENGTH
+    background, number = list(BACKGROUNDS).index(scene.background), len(scene.things) - 1
+    first = PLACES[scene.relation] if scene.relation else 0
+    row = [index[scene.things[0]], first, number, background]
+    if scene.relation is None:
+        return [row] * LENGTH
+    other = [index[scene.things[1]], PLACES[OPPOSITE[scene.relation]], number, background]
+    begins = scene.caption.split().index(scene.relation.split()[0])
+    return [row] * begins + [other] * (LENGTH - begins)
 
 
 def patch_labels(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:

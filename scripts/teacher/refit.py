@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scripts.teacher.subject import Subject
 from scripts.teacher.text import TextStage, Tokenizers, load_text, tokenise
 
+CAPTIONS = 4000  # at most
 RIDGE = 1e-2  # of the new embeddings' unit variance: keeps directions without any from blowing up
 
 
@@ -36,7 +37,8 @@ def refitted(
         init, subfolder="transformer", torch_dtype=torch.float32
     )
     old, _ = load_text(init, subject, "cpu")
-    ids = tokenise(tokenizers, sorted({*captions, ""}))
+    distinct = sorted({*captions, ""})
+    ids = tokenise(tokenizers, [*distinct[:: -(-len(distinct) // CAPTIONS)], ""])
     olds = old.encode(*ids)
     news = [part.cpu() for part in stage.encode(*(part.to(device) for part in ids))]
     embedders = (model.time_text_embed.text_embedder.linear_1, model.context_embedder)

@@ -54,6 +54,10 @@ def shapes_subject(world: World) -> Subject:
         pictures=pictures,
         classes=ATTRIBUTES,
         attributes=attributes,
+        token_classes=ATTRIBUTES,
+        # Every token knows the whole scene: FLUX gives text tokens no position, so order must live
+        # in the tokens.
+        tokens=lambda scene: [attributes(scene)] * LENGTH,
         label_classes=LABELS,
         labels=lambda scenes, seed: patch_labels(world, scenes, seed),
         vae={

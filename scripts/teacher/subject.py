@@ -26,8 +26,9 @@ class Subject:
     that captions have. draw(n, seed): scenes of the training split. pictures(scenes, seed): the
     distinct images of the scenes, uint8 [M, 3, S, S], and every scene's among them, int64 [N].
     attributes(scene): what its caption says, one class each of as many as `classes` counts; None
-    stands for the empty caption. labels(scenes, seed): what each 2 x 2 patch of latents shows,
-    int64 [N, T, L], of `label_classes`, for the images that `pictures` makes.
+    stands for the empty caption. tokens(scene): what each text token must know of it, `length` rows
+    of one class each of as many as `token_classes` counts. labels(scenes, seed): what each 2 x 2
+    patch of latents shows, int64 [N, T, L], of `label_classes`, for the images of `pictures`.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Subject:
     pictures: Callable[[Sequence[Any], int], tuple[Tensor, Tensor]]
     classes: tuple[int, ...]
     attributes: Callable[[Any], list[int]]
+    token_classes: tuple[int, ...]
+    tokens: Callable[[Any], list[list[int]]]
     label_classes: tuple[int, ...]
     labels: Callable[[Sequence[Any], int], Tensor]
     vae: dict[str, Any] = field(default_factory=dict)  # of AutoencoderKL, over the defaults

@@ -101,7 +101,7 @@ class TextStage(nn.Module):
         self.clip = CLIPTextModel(clip)
         self.t5 = T5EncoderModel(t5)
         self.clip_heads = nn.Linear(64, sum(subject.classes))
-        self.t5_heads = nn.Linear(128, sum(subject.classes))
+        self.t5_heads = nn.Linear(128, sum(subject.token_classes))
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         """As FluxPipeline does, without a mask: CLIP's pooled [B, 64], T5's tokens [B, T, 128]."""
@@ -135,23 +135,20 @@ def text_loss(run: Run, stage: TextStage, tokenizers: Tokenizers, subject: Subje
     scenes: Sequence[Captioned] = subject.draw(subject.captions, run.seed + 5)
     clip_ids, t5_ids = tokenise(tokenizers, [*(s.caption for s in scenes), ""])
     labels = torch.tensor([subject.attributes(s) for s in [*scenes, None]])
+    tokens_say = torch.tensor([subject.tokens(s) for s in [*scenes, None]])
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = run.generator(7_000_003, step)
         rows = torch.randint(len(scenes), (BATCH,), generator=g)
         rows[:2] = len(scenes)  # the empty caption, which caption dropout uses later
         pooled, tokens = stage.encode(clip_ids[rows].to(run.device), t5_ids[rows].to(run.device))
-        target = labels[rows].to(run.device)
+        target, each = labels[rows].to(run.device), tokens_say[rows].to(run.device)
         loss, worst = torch.zeros((), device=run.device), 1.0
-        clip_parts = stage.clip_heads(pooled).split(subject.classes, -1)
-        # Every T5 token must know the whole scene: FLUX gives text tokens no position, so order
-        # must live in the tokens.
-        t5_parts = stage.t5_heads(tokens).split(subject.classes, -1)
-        for i, (clip, t5) in enumerate(zip(clip_parts, t5_parts, strict=True)):
+        for i, clip in enumerate(stage.clip_heads(pooled).split(subject.classes, -1)):
             loss = loss + F.cross_entropy(clip, target[:, i])
-            every = target[:, i, None].expand(-1, tokens.shape[1])
-            loss = loss + F.cross_entropy(t5.transpose(1, 2), every)
             worst = min(worst, (clip.argmax(-1) == target[:, i]).float().mean().item())
+        for i, t5 in enumerate(stage.t5_heads(tokens).split(subject.token_classes, -1)):
+            loss = loss + F.cross_entropy(t5.transpose(1, 2), each[..., i])
         return loss, {"worst_clip_accuracy": round(worst, 3)}
 
     return loss_of

@@ -73,6 +73,26 @@ def test_what_a_caption_says_is_within_its_classes(subject):
     assert not (rows[:-1] == rows[-1]).all(1).any()
 
 
+def test_a_pairs_words_tell_of_the_emoji_they_name_and_of_its_place(subject):
+    scenes = subject.draw(400, 2)
+    rows = torch.tensor([subject.tokens(s) for s in [*scenes, None]])
+    assert rows.shape == (401, subject.length, len(subject.token_classes))
+    assert (rows >= 0).all() and (rows < torch.tensor(subject.token_classes)).all()
+    places = {("left of", 0): 1, ("left of", 1): 2, ("right of", 0): 2, ("right of", 1): 1}
+    places |= {("above", 0): 3, ("above", 1): 4, ("below", 0): 4, ("below", 1): 3}
+    names = sorted({name for scene in scenes for name in scene.things})
+    number = {}  # of every emoji, the same whichever word says it
+    for scene, said in zip(scenes, rows):
+        words = scene.caption.split()
+        for order, name in enumerate(dict.fromkeys(scene.things)):
+            last = name.split()[-1]
+            at = words.index(last) if order == 0 else len(words) - 1
+            emoji, place = said[at, :2].tolist()
+            assert number.setdefault(name, emoji) == emoji
+            assert place == places.get((scene.relation, order), 0)
+    assert len(set(number.values())) == len(names)
+
+
 def test_a_teacher_in_a_few_steps_and_one_that_goes_on_from_it(art, tmp_path, monkeypatch):
     from diffusers import FluxPipeline
 
