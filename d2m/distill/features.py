@@ -72,7 +72,8 @@ def block_features(
 
     def begin(module: nn.Module, args: tuple, given: dict[str, Any]) -> None:
         nonlocal length
-        length = given["encoder_hidden_states"].shape[1]
+        states = given.get("encoder_hidden_states")  # none where both streams are always one
+        length = 0 if states is None else states.shape[1]
 
     def keep(block_name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...] | Tensor) -> None:

@@ -98,11 +98,16 @@ def component_bytes(
 
 
 def largest_component(model: str | os.PathLike[str]) -> int:
-    """Bytes of the largest component beside the transformer that a bundle has, in 16 bits."""
+    """Bytes of the largest component beside the transformer that is in memory, in 16 bits.
+
+    With streamed weights, which text encoders of many calls have too.
+    """
     root, encoders = Path(model), subject_of(model).encoders
-    if not root.is_dir():
-        return max(2 * each.bundled for each in encoders.values())
-    return max(folder_bytes(root / name) for name in encoders)
+    found = []
+    for name, each in encoders.items():
+        size = folder_bytes(root / name) if root.is_dir() else 2 * each.bundled
+        found.append(each.at_once(size))
+    return max(found)
 
 
 def largest_component_tensor(model: str | os.PathLike[str]) -> int:

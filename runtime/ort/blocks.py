@@ -18,7 +18,7 @@ from runtime.bundle.block_groups import first_calls, rows_by_call, sections
 from runtime.files.tensors import cast
 from runtime.ort.block_weights import HeldWeights, StreamedWeights, Weights
 from runtime.ort.memory_places import ELEMENTS, Host, Place
-from runtime.ort.sessions import check_session, open_session
+from runtime.ort.sessions import check_session, errors_of, open_session
 from runtime.program.backends import check_offload
 from runtime.program.executor import check_inputs, graph_key, run_program
 
@@ -149,7 +149,8 @@ class Blocks:
         # New outputs each time, or those of the call before would be overwritten.
         for name in block.outputs:
             block.binding.bind_output(name, self.place.kind)
-        block.session.run_with_iobinding(block.binding)
+        with errors_of(self.bundle, f"block {prefix or kind}"):
+            block.session.run_with_iobinding(block.binding)
         outputs: list[onnxruntime.OrtValue] = block.binding.get_outputs()
         if self.streamed:  # few rooms: a binding would hold its outputs until the next step
             block.binding.clear_binding_outputs()

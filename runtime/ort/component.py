@@ -30,7 +30,7 @@ import numpy as np
 
 from runtime.ort.blocks import Blocks
 from runtime.ort.memory_places import Cuda
-from runtime.ort.sessions import check_session, open_session
+from runtime.ort.sessions import check_session, errors_of, open_session
 from runtime.program.backends import check_offload
 from runtime.program.executor import check_inputs
 from runtime.program.threads import thread_count
@@ -143,7 +143,8 @@ class Graph:
         if kappa is not None and self.grouped:
             feed["kappa"] = np.array(kappa, np.int64)
         names = list(self.component["outputs"])
-        return dict(zip(names, self.session.run(names, feed), strict=True))
+        with errors_of(self.bundle, self.component["onnx"]):
+            return dict(zip(names, self.session.run(names, feed), strict=True))
 
     def blocks(self) -> Blocks:
         """The same component block by block, opened once."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,29 @@ def bind_weights(
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     options.add_external_initializers_from_files_in_memory(names, buffers, list(map(len, buffers)))
     return buffers
+
+
+@contextmanager
+def errors_of(bundle: Bundle, what: str) -> Iterator[None]:
+    """Within: what ONNX Runtime raises while it computes is one sentence, ValueError or OSError.
+
+    what: the graph or block that runs. Its exceptions share no base class but Exception; they come
+    from one module, and where inputs are bound they are RuntimeErrors.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = type(error).__module__.startswith("onnxruntime")
+        if not own and not str(error).startswith("Error in execution"):
+            raise
+        text = printable(" ".join(str(error).split()))
+        if re.search(r"allocat|bad_alloc|out of memory", text, re.IGNORECASE):
+            raise OSError(
+                f"there is not enough memory to run {what} of bundle {bundle.path} "
+                f"({text[:160]}); generate a smaller image or fewer at once, or use --offload "
+                "block."
+            ) from None
+        raise broken(bundle.path, f"ONNX Runtime fails to run its {what} ({text[:200]})") from None
 
 
 def check_provider(session: onnxruntime.InferenceSession, wanted: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 adaln        How close to its teacher a model with shared modulation starts
 big          From a synthetic FLUX to a bundle: peak memory, time and bytes of make
 big_blocks   FLUX-sized blocks in ONNX Runtime on the CPU against torch: one double, one single
+big_flux2_blocks Real-size blocks of FLUX.2 in ONNX Runtime on the CPU against torch
 blocks       What a skipped block costs in ONNX Runtime on the CPU
 bodies       All ways to run d2m::RoutedExperts in ONNX Runtime on the CPU, side by side
 decoder      Memory of decoding an image: what ONNX Runtime on a CPU holds at once

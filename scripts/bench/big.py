@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         "export": (bundle, [*d2m, "export", str(sparse), "-o", str(bundle), "--link", *plans]),
     }
     what = {"model": arguments.flux2} if arguments.flux2 else {"blocks": arguments.blocks}
-    figures: dict[str, Any] = {**what, "stages": {}}
+    notes = work / "stages.json"  # of stages that are not run again
+    stages_before = json.loads(notes.read_text()) if notes.is_file() else {}
+    figures: dict[str, Any] = {**what, "stages": stages_before}
     for name, (out, command) in stages.items():
         if out.exists():
             print(f"{name}: {out} is there")
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         estimated = estimate(name, dense, sparse, bool(plans), recipe)
         measured = run(command) | {"bytes": on_disk(out)}
         figures["stages"][name] = measured | ({"foretold": estimated} if estimated else {})
+        notes.write_text(json.dumps(figures["stages"]))
         print(f"{name}: {json.dumps(figures['stages'][name])}", flush=True)
     figures["bundle"] = contents(bundle)
     figures["together"] = on_disk(sparse, bundle)
@@ -73,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.keep:
         for out, _ in stages.values():
             shutil.rmtree(out, ignore_errors=True)
+        notes.unlink(missing_ok=True)
     return 0
 
 

@@ -237,7 +237,8 @@ def test_a_lora_of_the_dense_model_is_the_sparse_models(
         scale=0.5,
     )
     assert answer["layers"] == len(changes) and 0 < answer["routed_share"] < 1
-    assert set(answer["shares"]) == {"attention", "modulation", "shared", "routed", "other"}
+    kinds = set(answer["shares"]) - {"dense"}  # of refiners, which keep their FFNs
+    assert kinds == {"attention", "modulation", "shared", "routed", "other"}
     made = sparse_class(family).from_pretrained(
         tmp_path / "made" / "transformer", torch_dtype=torch.float64
     )

@@ -92,12 +92,12 @@ def read_layers(language: Any, count: int) -> Any:
     return torch.nn.ModuleList([language.embed_tokens, *language.layers[:count]])
 
 
-def qwen3(config: dict[str, Any]) -> tuple[Any, Any]:
+def qwen3(config: dict[str, Any], layers: int = 27) -> tuple[Any, Any]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(Qwen3Config(**QWEN3, **config))
     model.tie_weights()
-    return model, read_layers(model.model, 27)
+    return model, read_layers(model.model, layers)
 
 
 def mistral3() -> tuple[Any, Any]:
@@ -126,6 +126,7 @@ BUILT = {
     },
     "pixart": {"text_encoder": t5, "vae": lambda: vae(4, True)},
     "qwen": {"text_encoder": qwen, "vae": qwen_vae},
+    "zimage": {"text_encoder": lambda: qwen3(QWEN3_4B, 35), "vae": lambda: vae(16, False)},
 }
 for config, text in (
     ("flux2-klein-4b", lambda: qwen3(QWEN3_4B)),

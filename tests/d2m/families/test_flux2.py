@@ -131,3 +131,14 @@ def test_flops_of_a_sparse_model(top_k: int) -> None:
     stacks = weights(config, Structure(SparseSpec(top_k=top_k), blocks), 12, 5)
     total = sum(stack.active * weight.flops for stack in stacks for weight in stack.weights)
     assert total == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_streamed_a_text_encoder_is_two_layers_and_its_embedding(name: str) -> None:
+    from d2m.plan.needs import largest_component, run_needs
+
+    encoder = subject_of(name).encoders["text_encoder"]
+    layer = (encoder.bundled - encoder.largest) // encoder.layers
+    held = 2 * (encoder.largest + 2 * layer)
+    assert largest_component(name) == pytest.approx(held, rel=1e-6) and held < 4e9
+    assert run_needs(name, offload=True).ram < run_needs(name).ram / 3
