@@ -135,7 +135,7 @@ def test_on_disk_and_in_a_plan(tiny_dense_dir, tmp_path):
     assert (
         ours["ffn_activated_share"]
         == theirs["ffn_activated_share"]
-        == used_share(32, RECIPE.spec, FLUX)
+        == used_share(128, RECIPE.spec, FLUX)
     )
     assert plan(tiny_dense_dir, preset="L")["ffn_activated_share"] == 0.375
     (tmp_path / "model_index.json").write_text(
