@@ -42,7 +42,7 @@ def test_what_the_shared_expert_has_less_the_experts_have_more():
     assert shares_from(json.loads(json.dumps(SHARES.to_dict())), Blocks()) == SHARES
     assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(RECIPE)))) == RECIPE
     # two FFNs in a double block, one in a single
-    assert used_share(32, spec, FLUX) == pytest.approx(
+    assert used_share(128, spec, FLUX) == pytest.approx(
         (2 * 0.6875 + 2 * 0.375 + 0.21875 + 0.6875) / 6
     )
 
