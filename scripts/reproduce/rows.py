@@ -200,13 +200,22 @@ _EMOJI = (
     "depth-first-joint XS-first XS-linear M"
 ).split()
 
+_SAYS = {  # of 6 + 6 blocks
+    "M": "and MoB: 15 + 28 of FLUX's blocks, here 6 + 4",
+    "S": "and MoB: 11 + 24, here 4 + 4",
+    "XS": "and MoB: 11 + 16, here 4 + 2",
+}
+
 
 def rows_of(world: str) -> tuple[Row, ...]:
     """The rows of a world's table; ValueError for an unknown world."""
     if world not in WORLDS:
         raise ValueError(f"--world is {world!r}, expected {' or '.join(WORLDS)}")
     knobs = tuple(row for row in ROWS if row.of)
-    return ROWS if world == "shapes" else (*map(named, _EMOJI), *knobs)
+    if world == "shapes":
+        return ROWS
+    rows = (*map(named, _EMOJI), *knobs)
+    return tuple(replace(row, says=_SAYS.get(row.name, row.says)) for row in rows)
 
 
 def named(name: str) -> Row:

@@ -73,8 +73,8 @@ def test_each_world_has_its_rows_and_every_row_its_start():
         names = [row.name for row in rows]
         assert names[0] == "dense" and len(set(names)) == len(names)
         for row in rows:
-            assert named(row.name) == row
-            assert row.needs is None or named(row.needs) in rows
+            assert named(row.name).recipe is row.recipe
+            assert row.needs is None or row.needs in names
     assert {"depth-linear", "L-joint", "L k=0"} <= {row.name for row in rows_of("emoji")}
     with pytest.raises(ValueError, match="expected shapes or emoji"):
         rows_of("letters")
