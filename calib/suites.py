@@ -17,6 +17,7 @@ NAMES = ("shapes", "emoji")
 class Suite:
     """One world.
 
+    pixels: of the default world's images.
     world(pixels, settings): the world for images of that size, other numbers by name, ValueError
     where there is none; settings: those names. evaluate, save_grid: as `calib.shapes.suite` has
     them. batches(pipeline, seed): training batches. prompts(count): captions of evaluation.
@@ -24,6 +25,7 @@ class Suite:
     """
 
     name: str
+    pixels: int
     world: Callable[[int, Mapping[str, int]], Any]
     settings: tuple[str, ...]
     evaluate: Callable[..., tuple[dict[str, Any], list[Any]]]
@@ -45,6 +47,7 @@ def _shapes() -> Suite:
 
     return Suite(
         name="shapes",
+        pixels=world.World().size,
         world=lambda pixels, more: world.World(**{**more, "size": pixels}),
         settings=tuple(field.name for field in fields(world.World)),
         evaluate=suite.evaluate,
@@ -69,6 +72,7 @@ def _emoji() -> Suite:
 
     return Suite(
         name="emoji",
+        pixels=world.World().size,
         world=sized,
         settings=("count", "seed"),
         evaluate=suite.evaluate,

@@ -75,6 +75,7 @@ def evaluate(
             f"--world names {', '.join(unknown)}, which the suite {suite} does not have; expected "
             f"{', '.join(judge.settings)}"
         )
+    judge.world(world.get("size", judge.pixels), world)  # what is wrong with it is said at once
     from calib.score.pairs import paired, save_pairs
     from calib.score.rates import percent
     from runtime.files.atomic import check_writable, write_json

@@ -124,8 +124,13 @@ def open_components(
         model.tie_weights()
         names = set(checkpoint.names())
 
+        # read: transformers gives a model without head the weights of one with it, which have this
+        # before their names.
+        headed = f"{getattr(model, 'base_model_prefix', '')}."
+
         def stored(key: str) -> str:
-            return key if key in names else stored_name(key)
+            found = (each for each in (key, headed + key) if each in names)
+            return next(found, stored_name(key))
 
         if {stored(key) for key, _ in model.named_parameters()} - names:
             return loaded(name, folder, cls, "dtype", trace)  # named as an older release did

@@ -97,7 +97,7 @@ def bind_weights(
         options.add_session_config_entry(FOLDER, folder)
         return []
     components = bundle.manifest["components"].items()
-    opened = [bundle.weights(name) for name, row in components if row["onnx"] == graph]
+    opened = [bundle.weights(name) for name, row in components if row.get("onnx") == graph]
     names = [path.name for each in opened for path in each.files]
     buffers = [mapped for each in opened for mapped in each.mapped]
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")

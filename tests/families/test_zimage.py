@@ -209,3 +209,20 @@ def test_texts_are_masked(pipe: Any) -> None:
     assert both[MASK].sum(1).tolist() != [LENGTH, LENGTH]
     assert torch.allclose(both[STATES][:1], alone[STATES], atol=1e-5)
     assert not both[STATES][~both[MASK]].any()
+
+
+def test_a_text_encoder_stored_with_its_head_is_read_one_tensor_at_a_time(
+    pipe: Any, tmp_path: Path
+) -> None:
+    """As of published Qwen3 files: `model.` before every name, though the class has no head."""
+    from safetensors.torch import load_file, save_file
+
+    from export.checkpoint.pipeline import open_components
+
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder/model.safetensors"
+    plain = load_file(file)
+    save_file({f"model.{key}": value for key, value in plain.items()}, file, {"format": "pt"})
+    found = next(c for c in open_components(tmp_path, False, ()) if c.name == "text_encoder")
+    assert next(found.model.parameters()).is_meta
+    assert plain and all(torch.equal(found.get(key), value) for key, value in plain.items())

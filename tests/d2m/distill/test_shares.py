@@ -42,7 +42,7 @@ def test_what_the_shared_expert_has_less_the_experts_have_more():
     assert shares_from(json.loads(json.dumps(SHARES.to_dict())), Blocks()) == SHARES
     assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(RECIPE)))) == RECIPE
     # two FFNs in a double block, one in a single
-    assert used_share(32, spec, FLUX) == pytest.approx(
+    assert used_share(128, spec, FLUX) == pytest.approx(
         (2 * 0.6875 + 2 * 0.375 + 0.21875 + 0.6875) / 6
     )
 
@@ -135,7 +135,7 @@ def test_on_disk_and_in_a_plan(tiny_dense_dir, tmp_path):
     assert (
         ours["ffn_activated_share"]
         == theirs["ffn_activated_share"]
-        == used_share(32, RECIPE.spec, FLUX)
+        == used_share(128, RECIPE.spec, FLUX)
     )
     assert plan(tiny_dense_dir, preset="L")["ffn_activated_share"] == 0.375
     (tmp_path / "model_index.json").write_text(

@@ -21,7 +21,7 @@ def test_flux_dev_is_shipped_and_is_diffusers_default():
         "pixart-sigma",
         "qwen-image",
     ]
-    assert [*shipped_configs()] == [*names, "sd3.5-large", "sd3.5-medium"]
+    assert [*shipped_configs()] == [*names, "sd3.5-large", "sd3.5-medium", "z-image"]
     subject = subject_of("flux-dev")
     assert subject.title == "FLUX.1 [dev]" and subject.sparse is None
     assert subject.config == sizes({"guidance_embeds": True}, "defaults")

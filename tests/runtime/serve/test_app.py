@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,6 +78,7 @@ def test_errors_of_a_stream(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
 
     def fail(self: Any, *arguments: Any, progress: Any = None, **options: Any) -> Any:
         progress("denoise", 0, 4)
+        time.sleep(0.5)  # the answer has begun by then
         raise RuntimeError("broken")
 
     monkeypatch.setattr(service.pipeline.__class__, "__call__", fail)
