@@ -1,9 +1,9 @@
 """Dense to sparse: a pipeline directory enters, a sparse one leaves.
 
-`in_memory` converts and distils; `streamed` converts block by block without loading the model.
+`in_memory` converts and distils; `streamed` converts block by block without loading the model whole.
 
     in_memory        A dense pipeline directory becomes a sparse one: importance, surgery
-    streamed         A conversion without training of a model larger than memory: block by block
+    streamed         A conversion of a model larger than memory: block by block
     local            Every sparse FFN learns by itself, on the teacher's own inputs
     teacher_inputs   What enters every FFN of a model larger than memory, block by block
     dense            The dense pipeline that a conversion starts from: finding it, checking it

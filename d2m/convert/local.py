@@ -20,14 +20,13 @@ from d2m.families.ffn_sites import DenseFFN, read_ffn, sites_of, spec_at
 from d2m.families.flow import generator_at
 from d2m.model.routing import activate
 from d2m.model.sparse_ffn import SparseFFN
-from d2m.recipe.recipe import Local, Recipe, SparseSpec, hidden_sizes
+from d2m.model.surgery import run_dense, stored_ffn
+from d2m.recipe.recipe import Local, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
-
-    from d2m.families.site import Site
 
 HELD_OUT = 8  # every such row of an FFN's inputs is for the errors alone
 WARMUP = 0.05  # share of the steps in which the rate rises; then a cosine
@@ -38,38 +37,12 @@ def energy(x: Tensor, ffn: DenseFFN, activation: str) -> Tensor:
 
     The expected squared norm of what a neuron adds to the output.
     """
-    wide = [None if each is None else each.to(x.device, x.dtype) for each in ffn]
+    up, bias, *_ = ffn.to(x.device, x.dtype)
     total = torch.zeros(ffn.neurons, dtype=torch.float64)
     for part in x.split(4096):
-        hidden = activate(F.linear(part, wide[0], wide[1]), activation)
+        hidden = activate(F.linear(part, up, bias), activation)
         total += hidden.double().square().sum(0).cpu()
     return (total / len(x) * ffn.fc2_w.double().square().sum(0).cpu()).float()
-
-
-def sparse_ffn(
-    tensors: Mapping[str, Tensor], name: str, dense: DenseFFN, site: Site, spec: SparseSpec
-) -> SparseFFN:
-    """The SparseFFN of a site in float32, its values from a sparse model's tensors."""
-    shared, hidden = hidden_sizes(dense.neurons, spec)
-    with torch.device("meta"):
-        ffn = SparseFFN(
-            dense.width,
-            shared,
-            spec.num_experts,
-            hidden,
-            spec.top_k,
-            activation=site.activation,
-            bias=dense.fc1_b is not None,
-        )
-    inside = f"{name}."
-    values = {
-        key.removeprefix(inside): value.float() if value.is_floating_point() else value
-        for key, value in tensors.items()
-        if key.startswith(inside)
-    }
-    ffn.load_state_dict({key: value.clone() for key, value in values.items()}, assign=True)
-    ffn.renormalise = spec.renormalise
-    return ffn
 
 
 def learn_ffn(
@@ -87,13 +60,12 @@ def learn_ffn(
     """
     device = x.device
     ffn.to(device)
-    weights = [None if each is None else each.to(device, torch.float32) for each in dense]
+    wide = dense.to(device, torch.float32)
     held = torch.arange(len(x), device=device) % HELD_OUT == 0
     taught, judged = x[~held].float(), x[held].float()
 
     def target(part: Tensor) -> Tensor:
-        between = activate(F.linear(part, weights[0], weights[1]), activation)
-        return F.linear(between, weights[2], weights[3])
+        return run_dense(wide, part, activation)
 
     def error() -> float:
         with torch.no_grad():
@@ -170,7 +142,7 @@ class LocalDistillation:
         for name, _, site in sites_of(dense, self.family):
             spec = spec_at(self.recipe.spec, name, self.family)
             given = read_ffn(dense.__getitem__, block, site)
-            ffn = sparse_ffn(tensors, name, given, site, spec)
+            ffn = stored_ffn(tensors, name, given, site, spec, torch.float32)
             at = generator_at(self.recipe.seed, "local", name)
             x = self.inputs[name].to(self.device)
             self.errors[name] = learn_ffn(ffn, given, site.activation, x, self.local, at)

@@ -1,10 +1,10 @@
-"""A conversion without training of a model larger than memory: block by block, file to file.
+"""A conversion of a model larger than memory: block by block, file to file.
 
-What `d2m.convert.in_memory` does with `init_only`, in memory for one block: every block is two
-shards of the result, written at once, so a run that was killed goes on at the block it was killed
-in. Experts lie
+What `d2m.convert.in_memory` does with `init_only`, in memory for one block; with a recipe's `local`
+each block's FFNs learn before it is written (d2m.convert.local). Every block is two shards of the
+result, written at once, so a run that was killed goes on at the block it was killed in. Experts lie
 in shards of their own: a bundle takes them as they are, and may share the files
-    (export/checkpoint/shared_shards.py).
+(export/checkpoint/shared_shards.py).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def convert_stream(
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Convert the pipeline in `dense_dir` without training and without loading it; write `out_dir`.
+    """Convert the pipeline in `dense_dir` without loading it whole; write `out_dir`.
 
     Args:
         dense_dir: a diffusers pipeline directory of a known family, or a hub id.
@@ -433,36 +433,19 @@ def _site_error(
 ) -> float:
     """Relative error of one FFN's output, dense tensors against written ones."""
     import torch
-    import torch.nn.functional as F
 
-    from d2m.families.ffn_sites import DenseFFN, read_ffn, read_rest
-    from d2m.model.routing import activate
-    from d2m.model.sparse_ffn import SparseFFN
-    from d2m.recipe.recipe import hidden_sizes
+    from d2m.families.ffn_sites import read_ffn, read_rest
+    from d2m.model.surgery import run_dense, stored_ffn
 
     wide = torch.float64 if next(iter(dense.values())).dtype == torch.float64 else torch.float32
-    given = read_ffn(dense.__getitem__, block, site)
-    fc1_w, fc1_b, fc2_w, fc2_b = DenseFFN(*(None if t is None else t.to(wide) for t in given))
-    dim, (shared, hidden) = given.width, hidden_sizes(given.neurons, spec)
-    with torch.device("meta"):
-        ffn = SparseFFN(
-            dim,
-            shared,
-            spec.num_experts,
-            hidden,
-            spec.num_experts,
-            activation=site.activation,
-            bias=fc1_b is not None,
-        )
+    given = read_ffn(dense.__getitem__, block, site).to(wide)
     state = written.read(key for key in written.where if key.startswith(f"{place}."))
-    values = {k.removeprefix(f"{place}."): v for k, v in state.items()}
-    values = {k: v.to(wide) if v.is_floating_point() else v for k, v in values.items()}
-    values["gate.weight"] = torch.zeros_like(values["gate.weight"])  # unit gates
-    ffn.load_state_dict(values, assign=True)
-    x = torch.randn(8, dim, generator=torch.Generator().manual_seed(0)).to(wide)
+    whole = dataclasses.replace(spec, top_k=spec.num_experts, renormalise=False)
+    ffn = stored_ffn(state, place, given, site, whole, wide)
+    x = torch.randn(8, given.width, generator=torch.Generator().manual_seed(0)).to(wide)
     with torch.no_grad():
-        between = activate(F.linear(x, fc1_w, fc1_b), site.activation)
-        expected = F.linear(between, fc2_w, fc2_b)
+        ffn.gate.weight.zero_()  # unit gates
+        expected = run_dense(given, x, site.activation)
         error = float((ffn(x) - expected).norm() / expected.norm())
         within = place.removesuffix(f".{site.module}")
         for local, rest in read_rest(dense.__getitem__, block, site).items():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2m.families.family import Family
 from d2m.families.site import Site, up_rows
@@ -62,6 +62,10 @@ class DenseFFN(NamedTuple):
     def width(self) -> int:
         """D."""
         return int(self.fc1_w.shape[1])
+
+    def to(self, *how: Any) -> DenseFFN:
+        """The same on another device or in another dtype, as Tensor.to has them."""
+        return DenseFFN(*(None if each is None else each.to(*how) for each in self))
 
     @property
     def neurons(self) -> int:

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m.families import Family, Site, family_of_model
 from d2m.families.ffn_sites import DenseFFN, neurons_at, read_ffn, read_rest, sites_of, spec_at
 from d2m.families.site import up_rows
 from d2m.model.block_group import block_groups, set_kappa
+from d2m.model.routing import activate
 from d2m.model.sparse_ffn import AttentionPlusFFN, ProjectionBesideFFN, SparseFFN
 from d2m.recipe.recipe import SparseSpec, hidden_sizes
 
@@ -57,6 +59,47 @@ def sparse_ffn_for(block: nn.Module, site: Site, spec: SparseSpec) -> SparseFFN:
     )
     ffn.renormalise = spec.renormalise
     return ffn
+
+
+def stored_ffn(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dense: DenseFFN,
+    site: Site,
+    spec: SparseSpec,
+    dtype: torch.dtype,
+) -> SparseFFN:
+    """The SparseFFN at a site of a sparse model's tensors, in memory of its own, in `dtype`.
+
+    dense: the FFN it came of, by whose sizes it is made; name: before the tensors' local names.
+    """
+    shared, hidden = hidden_sizes(dense.neurons, spec)
+    with torch.device("meta"):
+        ffn = SparseFFN(
+            dense.width,
+            shared,
+            spec.num_experts,
+            hidden,
+            spec.top_k,
+            activation=site.activation,
+            bias=dense.fc1_b is not None,
+        )
+    values = {
+        key.removeprefix(f"{name}."): value.to(dtype, copy=True)
+        if value.is_floating_point()
+        else value.clone()
+        for key, value in tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    ffn.load_state_dict(values, assign=True)
+    ffn.renormalise = spec.renormalise
+    return ffn
+
+
+def run_dense(ffn: DenseFFN, x: Tensor, activation: str) -> Tensor:
+    """What a dense FFN answers to x [.., D], in its own dtype."""
+    between = activate(F.linear(x, ffn.fc1_w, ffn.fc1_b), activation)
+    return F.linear(between, ffn.fc2_w, ffn.fc2_b)
 
 
 def replace_site(block: nn.Module, site: Site, ffn: SparseFFN) -> None:

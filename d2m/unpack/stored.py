@@ -162,4 +162,4 @@ def _gguf(path: Path) -> dict[str, Stored]:
 
 def quantised(tensors: Iterable[Stored]) -> list[str]:
     """The formats of tensors that were not stored as plain numbers, each once."""
-    return sorted({row.stored for row in tensors} - {*FLOATS, "F64"})
+    return sorted({row.stored for row in tensors} - {*FLOATS})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from calib.data.option import open_data
 from d2m.cli import main
 from d2m.convert import streamed
-from d2m.convert.local import energy, learn_ffn, sparse_ffn
+from d2m.convert.local import energy, learn_ffn
 from d2m.convert.streamed import block_names, convert_stream
 from d2m.convert.teacher_inputs import TeacherInputs, dense_skeleton
 from d2m.families import family_of_pipeline
@@ -22,7 +22,7 @@ from d2m.families.ffn_sites import DenseFFN
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.site import feed_forward, fused_gated
 from d2m.model.routing import activate
-from d2m.model.surgery import convert_ffn, gate_weight, split_neurons
+from d2m.model.surgery import convert_ffn, gate_weight, split_neurons, stored_ffn
 from d2m.recipe import recipe as recipes
 from d2m.recipe.recipe import Local, SparseSpec, with_local
 from d2m.shards import open_shards
@@ -93,7 +93,7 @@ def test_energy_and_learning(activation: str, bias: bool) -> None:
     tensors = {f"b.0.ff.{key}": value for key, value in made.items()}
     errors = []
     for lr in (3e-3, 1e6):
-        ffn = sparse_ffn(tensors, "b.0.ff", dense, site, SparseSpec())
+        ffn = stored_ffn(tensors, "b.0.ff", dense, site, SparseSpec(), torch.float32)
         start = {key: value.clone() for key, value in ffn.state_dict().items()}
         local = dataclasses.replace(LOCAL, lr=lr, steps=300)
         at = torch.Generator().manual_seed(1)
