@@ -1,6 +1,6 @@
 """Dense to sparse: a pipeline directory enters, a sparse one leaves.
 
-`in_memory` converts and distils; `streamed` converts block by block without loading the model whole.
+`in_memory` converts and distils; `streamed` goes block by block and never holds the whole model.
 
     in_memory        A dense pipeline directory becomes a sparse one: importance, surgery
     streamed         A conversion of a model larger than memory: block by block
