@@ -8,6 +8,7 @@
     teacher_inputs   What enters every FFN of a model larger than memory, block by block
     dense            The dense pipeline that a conversion starts from: finding it, checking it
     first_student    The student before its first training step
+    experts_fit      Experts of neurons that are active together, and routers fitted to them
     router_fit       First weights of the groups' routers that choose
     modulation_fit   Values of shared modulation, in closed form
     workdir          What lies at OUT and at OUT.work: a finished conversion, one under way

@@ -34,21 +34,29 @@ def first_student(
     Args:
         neurons: importance of the dense model's neurons, site name -> [N].
         calibration: (step, batch size) -> batch; for the check, and for the fits of shared
-            modulation and of routers, which are kept in `work`.
+            modulation, of routers and of experts, which are kept in `work`.
         start: a sparse pipeline directory whose weights are taken instead, of this structure or
             of one that has neither groups nor dropped blocks yet.
 
     The check is the relative error of the output, on real data, with all experts and blocks on and
     the dense model's modulation: rounding alone. ValueError if `start` has another structure.
     """
+    from d2m.convert.experts_fit import fit_experts, is_fitted
     from d2m.convert.modulation_fit import compress_adaln, modulation_moments
     from d2m.convert.router_fit import spread_routers
     from d2m.families.flow import generator_at
     from d2m.families.inputs import noised, transformer_inputs
+    from d2m.model.grouping import renamed
     from d2m.model.sparse_transformer import sparse_model_of
     from d2m.model.surgery import identity_error
 
     student: nn.Module = sparse_model_of(dense, neurons, recipe, family)
+    if is_fitted(recipe) and start is None:  # a start has learnt what becomes of them
+        fitted = compute_once(
+            work / "experts.safetensors",
+            lambda: fit_experts(dense, neurons, calibration, recipe, family),
+        )
+        student.load_state_dict(renamed(fitted, recipe.blocks, family), strict=False)
     batch = calibration(0, 2)
     x, t, _ = noised(dense, batch, generator_at(0, "identity"))
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))

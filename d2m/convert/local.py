@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from d2m.convert.experts_fit import fitted, is_fitted
 from d2m.distill.losses import balance_loss, choices
 from d2m.families import Family
 from d2m.families.ffn_sites import DenseFFN, read_ffn, sites_of, spec_at
@@ -142,6 +143,11 @@ class LocalDistillation:
         for name, _, site in sites_of(dense, self.family):
             spec = spec_at(self.recipe.spec, name, self.family)
             given = read_ffn(dense.__getitem__, block, site)
+            if is_fitted(self.recipe):
+                order = tensors[f"{name}.neurons"]
+                what = given, site.activation, name, self.recipe, self.family
+                for key, value in fitted(order, self.inputs[name], *what).items():
+                    tensors[f"{name}.{key}"] = value.to(tensors[f"{name}.{key}"].dtype)
             ffn = stored_ffn(tensors, name, given, site, spec, torch.float32)
             at = generator_at(self.recipe.seed, "local", name)
             x = self.inputs[name].to(self.device)

@@ -78,6 +78,8 @@ def convert_stream(
     recipe = dataclasses.replace(recipe_named(recipe, dense_dir), stages=())
     if importance in recipes.SPLITS:
         recipe = dataclasses.replace(recipe, split=importance)
+    if batches is None:  # no data is seen
+        recipe = dataclasses.replace(recipe, experts="rank", router="random")
     assert (recipe.local is None) == (batches is None) and (scores is None) == (batches is not None)
     facts = {"importance": importance, "data": data}
     conversion = begin(dense_dir, out_dir, recipe, resume, log, **facts)

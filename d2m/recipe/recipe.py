@@ -32,6 +32,8 @@ Progress = Callable[[str, int, int], None]
 PARTS = ("shared", "experts", "gate", "adaln", "groups", "router", "blocks")
 LOSSES = ("output", "feature", "balance", "group", "group_balance")
 SPLITS = ("taylor", "magnitude", "random")
+EXPERTS = ("rank", "coactivation")  # which neurons share an expert
+ROUTERS = ("random", "energy")  # how gates begin
 PRECISIONS = ("float32", "bfloat16")
 # What ratios count in: quarters of a dense FFN's hidden neurons. In the paper's models, whose FFNs
 # are four times as wide as the model, that is the width.
@@ -152,6 +154,8 @@ class Recipe:
     pure noise. precision: what the forward passes run in; weights are float32 throughout.
     renormalise: gates of the chosen experts sum to the same for every token (a baseline; the
     paper's are not renormalised). local: see `Local`; None: FFNs learn together, in stages.
+    split: the score by which neurons are shared, and dealt to the experts by "rank" as in the
+    paper; experts "coactivation" and router "energy": see `d2m.convert.experts_fit` (ours).
     """
 
     name: str
@@ -160,6 +164,8 @@ class Recipe:
     expert_ratio: float = 0.25
     top_k: int = 2
     split: str = "taylor"
+    experts: str = "rank"
+    router: str = "random"
     calibration: Calibration = field(default_factory=Calibration)
     stages: tuple[Stage, ...] = ()
     seed: int = 0
@@ -191,6 +197,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     plain |= {"blocks": recipe.blocks.to_dict(), "adaln": dataclasses.asdict(recipe.adaln)}
     if plain.pop("shares"):
         plain["shares"] = recipe.shares.to_dict()
+    for name in ("experts", "router"):  # as files of earlier versions, where it is the paper's way
+        if plain[name] == Recipe.__dataclass_fields__[name].default:
+            del plain[name]
     del plain["local"]
     if recipe.local is not None:
         plain["local"] = dataclasses.asdict(recipe.local)
@@ -359,6 +368,8 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
     check(recipe.expert_ratio > 0, "expert_ratio", recipe.expert_ratio, "a number over 0")
     check(0 <= recipe.top_k <= experts, "top_k", recipe.top_k, f"0 to {experts}")
     check(recipe.split in SPLITS, "split", recipe.split, "one of " + ", ".join(SPLITS))
+    check(recipe.experts in EXPERTS, "experts", recipe.experts, " or ".join(EXPERTS))
+    check(recipe.router in ROUTERS, "router", recipe.router, " or ".join(ROUTERS))
     check(recipe.precision in PRECISIONS, "precision", recipe.precision, " or ".join(PRECISIONS))
     check(recipe.t_std > 0, "t_std", recipe.t_std, "a number over 0")
     check(recipe.calibration.batches >= 1, "calibration.batches", recipe.calibration.batches, "1+")

@@ -45,6 +45,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scenes", type=int, default=160_000, help="sampled and encoded once (%(default)s)")
     add("--batch", type=int, default=64, help="of the transformer's stages (%(default)s)")
     add("--vae-steps", type=int, default=1600, help="(%(default)s)")
+    add(
+        "--decoder-steps",
+        type=int,
+        default=0,
+        help="with --init: of the VAE's decoder alone; latents stay (%(default)s)",
+    )
     add("--text-steps", type=int, default=1600, help="(%(default)s)")
     add("--flow-steps", type=int, default=11_000, help="(%(default)s)")
     add("--guidance-steps", type=int, default=600, help="(%(default)s)")
@@ -130,10 +136,10 @@ def main() -> None:
     print(f"rendering {args.scenes} training scenes", flush=True)
     scenes = subject.draw(args.scenes, run.seed)
     images, shown = subject.pictures(scenes, run.seed)
-    vae = train_vae(run, subject, images, shown, args.vae_steps, args.init)
+    vae = train_vae(run, subject, images, shown, args.vae_steps, args.init, args.decoder_steps)
     if args.until == "vae":
         return
-    latents = latents_of(run, vae, images)
+    latents = latents_of(run, vae, images, trained=bool(args.init))
     kept = bool(args.init and args.keep_text)
     if kept:
         text, tokenizers = load_text(args.init, subject, run.device)

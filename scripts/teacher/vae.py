@@ -37,15 +37,29 @@ def make_vae(subject: Subject) -> AutoencoderKL:
 
 
 def train_vae(
-    run: Run, subject: Subject, images: Tensor, shown: Tensor, steps: int, init: Path | None = None
+    run: Run,
+    subject: Subject,
+    images: Tensor,
+    shown: Tensor,
+    steps: int,
+    init: Path | None = None,
+    decoder_steps: int = 0,
 ) -> AutoencoderKL:
     """A frozen VAE of the world's images, uint8 [M, 3, S, S]: a new one, or that of `init`.
 
     shown: every scene's image, int64 [N]; an image is learnt as often as scenes show it.
+    decoder_steps: how long the decoder of `init` learns on alone, so that all latents stay.
     """
     if init is not None:
         vae = AutoencoderKL.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
-        return vae.to(run.device).eval().requires_grad_(False)
+        vae = vae.to(run.device).eval().requires_grad_(False)
+        if decoder_steps:
+            vae.decoder.requires_grad_(True)
+            loss_of = decoder_loss(run, vae, images, shown, subject.vae_batch)
+            train(
+                run, "decoder", vae.decoder, loss_of, steps=decoder_steps, lr=1e-3, decay_share=0.8
+            )
+        return vae.requires_grad_(False)
     vae = make_vae(subject).to(run.device)
     loss_of = vae_loss(run, vae, images, shown, subject.vae_batch)
     train(run, "vae", vae, loss_of, steps=steps, lr=2.5e-3, decay_share=0.5)
@@ -73,6 +87,26 @@ def vae_loss(run: Run, vae: AutoencoderKL, images: Tensor, shown: Tensor, batch:
     return loss_of
 
 
+def decoder_loss(run: Run, vae: AutoencoderKL, images: Tensor, shown: Tensor, batch: int) -> Loss:
+    """Reconstruction alone, L1 and MSE, from a frozen encoder's samples; logs the PSNR in dB."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = run.generator(1_000_007, step)
+        pick = shown[torch.randint(len(shown), (batch,), generator=g)]
+        x = as_float(images[pick]).to(run.device)
+        with run.autocast():
+            with torch.no_grad():
+                posterior = vae.encode(x).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            z = mean + std * torch.randn(mean.shape, generator=g).to(mean)
+            y = vae.decode(z).sample.float()
+        mse = F.mse_loss(y, x)
+        psnr = 10 * math.log10(4 / max(mse.item(), 1e-9))
+        return F.l1_loss(y, x) + 4 * mse, {"psnr": round(psnr, 2)}
+
+    return loss_of
+
+
 @torch.no_grad()
 def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Means of the latents, float32 [N, C, h, w] on the CPU."""
@@ -84,18 +118,20 @@ def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def latents_of(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
+def latents_of(run: Run, vae: AutoencoderKL, images: Tensor, trained: bool = False) -> Tensor:
     """Latents of all pictures, float32 [N, C, h, w], of mean 0 and deviation 1.
 
-    Shift and scale go to the VAE's config, where pipelines look for them. The latents as encoded
-    are kept in the work directory: minutes that a resumed run need not repeat.
+    Shift and scale go to the VAE's config, where pipelines look for them; trained: they are there,
+    and a transformer has learnt with them. The latents as encoded are kept in the work directory:
+    minutes that a resumed run need not repeat.
     """
     kept = run.work / "latents.safetensors"
     if not kept.exists():
         save_state(kept, {"latents": encode(run, vae, images)}, {})
     latents = load_state(kept)[0]["latents"]
-    vae.register_to_config(
-        shift_factor=round(latents.mean().item(), 6),
-        scaling_factor=round(1 / latents.std().item(), 6),
-    )
+    if not trained:
+        vae.register_to_config(
+            shift_factor=round(latents.mean().item(), 6),
+            scaling_factor=round(1 / latents.std().item(), 6),
+        )
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor

@@ -34,6 +34,8 @@ RECIPE = dataclasses.replace(
     stages=(*SHORT, GROUPS),
     blocks=Blocks(double=((0, 1),), single=((0, 1),)),
     adaln=AdaLN("lowrank"),
+    experts="coactivation",
+    router="energy",
 )
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -105,7 +105,9 @@ def test_energy_and_learning(activation: str, bias: bool) -> None:
     assert worse["after"] == worse["before"] == learnt["before"]
 
 
-RECIPE = dataclasses.replace(recipes.preset("L"), stages=(), local=LOCAL)
+RECIPE = dataclasses.replace(
+    recipes.preset("L"), stages=(), local=LOCAL, experts="coactivation", router="energy"
+)
 
 
 def test_a_conversion_learns_goes_on_after_a_kill_and_loads(
