@@ -76,14 +76,18 @@ def _lean(by: int) -> Callable[[str], Recipe]:
 
 def _together(by: int) -> Callable[[str], Recipe]:
     """`_lean` in one stage, at the rate of its first, as pruned FFNs."""
+    return lambda dense: _one_stage(_lean(by)(dense))
 
-    def made(dense: str) -> Recipe:
-        lean = _lean(by)(dense)
-        joint = baselines.joint(lean)
-        (stage,) = joint.stages
-        return replace(joint, stages=(replace(stage, lr=lean.stages[0].lr),))
 
-    return made
+def _one_stage(recipe: Recipe) -> Recipe:
+    joint = baselines.joint(recipe)
+    (stage,) = joint.stages
+    return replace(joint, stages=(replace(stage, lr=recipe.stages[0].lr),))
+
+
+def _at_once(**fields: str) -> Callable[[str], Recipe]:
+    """L in one stage, at the rate of its first; fields of the recipe that are otherwise."""
+    return lambda dense: replace(_one_stage(_preset("L")(dense)), **fields)
 
 
 def _narrow(by: int) -> Callable[[str], Recipe]:
@@ -193,11 +197,17 @@ _MORE = (
         _fixed("XS", "linear"),
         start="L",
     ),
-    Row("L-joint", "L, both stages at once", _from("L", baselines.joint)),
+    Row("L-joint", "L, both stages at once, at width-1.5's rate", _at_once()),
+    Row(
+        "L-fitted",
+        "L-joint, experts of neurons that are active together, routers fitted to them",
+        _at_once(experts="coactivation", router="energy"),
+    ),
+    Row("L-router", "L-joint, routers fitted to experts by rank", _at_once(router="energy")),
 )
 _EMOJI = (
-    "dense L S width-1.5 depth-first depth-middle depth-linear random width-2 joint L-joint XS "
-    "depth-first-joint XS-first XS-linear M"
+    "dense L-fitted L-joint width-1.5 width-2 L S depth-first depth-middle depth-linear random joint "
+    "XS depth-first-joint XS-first XS-linear M L-router"
 ).split()
 
 _SAYS = {  # of 6 + 6 blocks
