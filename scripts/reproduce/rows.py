@@ -85,7 +85,7 @@ def _one_stage(recipe: Recipe) -> Recipe:
     return replace(joint, stages=(replace(stage, lr=recipe.stages[0].lr),))
 
 
-def _at_once(**fields: str) -> Callable[[str], Recipe]:
+def _at_once(**fields: Any) -> Callable[[str], Recipe]:
     """L in one stage, at the rate of its first; fields of the recipe that are otherwise."""
     return lambda dense: replace(_one_stage(_preset("L")(dense)), **fields)
 
@@ -206,8 +206,8 @@ _MORE = (
     Row("L-router", "L-joint, routers fitted to experts by rank", _at_once(router="energy")),
 )
 _EMOJI = (
-    "dense L-fitted L-joint width-1.5 width-2 L S depth-first depth-middle depth-linear random joint "
-    "XS depth-first-joint XS-first XS-linear M L-router"
+    "dense L-fitted L-joint width-1.5 width-2 L S depth-first depth-middle depth-linear random "
+    "joint XS depth-first-joint XS-first XS-linear M L-router"
 ).split()
 
 _SAYS = {  # of 6 + 6 blocks
