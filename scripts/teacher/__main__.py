@@ -82,6 +82,8 @@ def settings(args: argparse.Namespace, run: Run) -> dict[str, Any]:
         "workers": run.workers,
         "device": run.device,
         "precision": "bf16 autocast" if run.bf16 else "float32",
+        "flow_steps": args.flow_steps,
+        "guidance_steps": args.guidance_steps,
         "guidance_max": args.guidance_max,
         "init": bool(args.init),
         "earlier": json.loads(log.read_text()) if log and log.exists() else None,

@@ -40,6 +40,7 @@ def curves(work: Path, settings: dict) -> dict[str, list[dict]]:
     reused = {"vae"} if settings["init"] else set()
     if settings.get("keep_text"):
         reused.add("text")
+    reused |= {stage for stage in ("flow", "guidance") if settings.get(f"{stage}_steps") == 0}
     for stage in (stage for stage in STAGES if stage not in reused):
         log = work / f"{stage}.jsonl"
         if stage == "guidance" and settings.get("until") == "flow":
@@ -75,8 +76,9 @@ def main() -> None:
     while before:
         earlier.insert(0, {k: v for k, v in before.items() if k != "earlier"})
         before = before.get("earlier")
+    flow = next(each["flow"] for each in (logs, *reversed(earlier)) if "flow" in each)
     curve = line_chart(
-        [Line("", [(row["step"], row["loss"]) for row in logs["flow"]])],
+        [Line("", [(row["step"], row["loss"]) for row in flow])],
         x_label="step",
         y_label="flow-matching loss (MSE)",
         title="Training of the transformer",
