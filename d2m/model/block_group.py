@@ -102,8 +102,8 @@ class BlockGroup(nn.Module):
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
     of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
     `any_process`: set where processes share the blocks' weights; which flags any of them raises.
-    `conditions`: set where blocks are not given all that the router reads. `vectors`: of all vectors
-    of modulation those of each block, where they are what blocks get as temb.
+    `conditions`: set where blocks are not given all that the router reads. `vectors`: of all of
+    modulation those of each block, where they are what blocks get as temb.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):

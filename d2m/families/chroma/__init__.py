@@ -62,9 +62,14 @@ def inputs(model: nn.Module, batch: Batch, x: Tensor, t: Tensor) -> dict[str, Te
 
 def embedding(model: Any, batch: Batch, t: Tensor) -> Tensor:
     """What routers read of times t [B] in [0, 1]: the mean of all vectors of modulation, [B, D]."""
+    return modulations_of(model, t).mean(1)
+
+
+def modulations_of(model: Any, t: Tensor) -> Tensor:
+    """All vectors of modulation [B, N, D] of times t [B] in [0, 1]."""
     dtype = model.x_embedder.weight.dtype
     made: Tensor = getattr(model, APPROXIMATOR)(model.time_text_embed(t.to(dtype) * 1000))
-    return made.mean(1)
+    return made
 
 
 def vectors_of(config: Config, blocks: str, index: int) -> list[int]:
@@ -77,17 +82,21 @@ def vectors_of(config: Config, blocks: str, index: int) -> list[int]:
     return [*range(image, image + 6), *range(text, text + 6)]
 
 
-def restore(model: Any) -> None:
-    """The vectors' own numbers as waves, which are no part of a state dict (read)."""
+def waves(config: Config) -> Tensor:
+    """Which vector is which, as the approximator reads it (read): [N, channels / 2]."""
     import torch
     from diffusers.models.embeddings import get_timestep_embedding
 
-    embed, config = model.time_text_embed, model.config
-    places = torch.arange(vectors(config)) * 1000
-    channels = 2 * (config["approximator_num_channels"] // 4)
-    embed.mod_proj = get_timestep_embedding(
-        places, channels, flip_sin_to_cos=True, downscale_freq_shift=0
+    places, channels = torch.arange(vectors(config)) * 1000, config["approximator_num_channels"]
+    found: Tensor = get_timestep_embedding(
+        places, 2 * (channels // 4), flip_sin_to_cos=True, downscale_freq_shift=0
     )
+    return found
+
+
+def restore(model: Any) -> None:
+    """`waves`, which are no part of a state dict."""
+    model.time_text_embed.mod_proj = waves(model.config)
 
 
 # ---------------------------------------------------------------- the pipeline
