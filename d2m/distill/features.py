@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2m.distill.losses import token_loss
 from d2m.families import family_of_model
-from d2m.model.block_group import TEXT_MASK, BlockGroup, SkippedBlock, named_inputs
+from d2m.model.block_group import JOINT_MASK, BlockGroup, SkippedBlock, named_inputs, text_mask
 from d2m.model.sparse_ffn import SparseFFN
 from d2m.model.surgery import sparse_ffns
 
@@ -125,16 +125,19 @@ def feature_errors(
 
 @contextmanager
 def without_padding(model: nn.Module) -> Iterator[None]:
-    """Within: logits that FFNs of the text keep are of the tokens that its mask names, [N, E].
+    """Within: logits that FFNs of texts keep are of the tokens that a mask names, [N, E].
 
-    Of families whose blocks get such a mask; other models' stay as they are. What a text is filled
-    up with reaches no image, so that nothing should be learnt from its routing.
+    Of families whose blocks get such a mask, of the text or of both streams; other models' stay as
+    they are. What a text is filled up with reaches no image, so that nothing should be learnt from
+    its routing.
     """
-    ends = {site.module for site in family_of_model(model).blocks.sites if site.stream == TEXT}
+    sites = family_of_model(model).blocks.sites
+    ends = {site.module: site.stream for site in sites if site.stream != IMAGE}
 
-    def keep(ffn: SparseFFN):  # type: ignore[no-untyped-def]
+    def keep(ffn: SparseFFN, stream: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            mask = named_inputs(module, args, kwargs).get(TEXT_MASK)
+            given = named_inputs(module, args, kwargs)
+            mask = text_mask(given) if stream == TEXT else given.get(JOINT_MASK)
             if mask is not None and ffn.last_logits is not None:
                 ffn.last_logits = ffn.last_logits[mask.bool()]
 
@@ -142,8 +145,10 @@ def without_padding(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name, ffn in sparse_ffns(model).items():
-            for end in ends:
+            for end, stream in ends.items():
                 if name.endswith(f".{end}"):
                     block = model.get_submodule(name.removesuffix(f".{end}"))
-                    hooks.enter_context(block.register_forward_hook(keep(ffn), with_kwargs=True))
+                    hooks.enter_context(
+                        block.register_forward_hook(keep(ffn, stream), with_kwargs=True)
+                    )
         yield

@@ -32,7 +32,7 @@ from d2m.distill.stopping import interrupt, stop_on_signal
 from d2m.families import family_of_model
 from d2m.families.flow import generator_at, training_point
 from d2m.families.inputs import transformer_inputs
-from d2m.model.block_group import TEXT_MASK
+from d2m.model.block_group import text_mask
 from d2m.model.grouping import dense_name
 from d2m.model.surgery import sparse_ffns
 from d2m.recipe.recipe import Batches, Recipe
@@ -208,7 +208,7 @@ def _train(
                                 target = calls.predicted(teacher(**inputs, return_dict=False)[0])
                             prediction = calls.predicted(student(**inputs, return_dict=False)[0])
                         # Outside autocast: losses are float32 whatever the passes ran in.
-                        mask = inputs.get(TEXT_MASK)
+                        mask = text_mask(inputs)
                         both = features, wanted
                         loss, figures = terms(stage, prediction, target, both, seen, crew, mask)
                         (loss / run.parts).backward()

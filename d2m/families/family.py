@@ -55,6 +55,9 @@ class BlockLayout:
     let them share.
     check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
     embedder: the model's submodule that makes temb, where blocks are not given it.
+    vectors(config, the list's name, index): where it makes vectors of modulation [B, N, D] in place
+    of temb, those that a block is given. recomputed: whether diffusers' own gradient checkpointing
+    gives blocks all that its forward does.
     restore(model): what is no part of a state dict, made again after the meta device.
     """
 
@@ -65,6 +68,8 @@ class BlockLayout:
     streams: tuple[str, ...] = ("text", "image")
     modulated: bool = True
     embedder: str | None = None
+    vectors: Callable[[Config, str, int], list[int]] | None = None
+    recomputed: bool = True
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None
     restore: Callable[[nn.Module], None] = lambda model: None
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2m.families.chroma import CHROMA
 from d2m.families.family import Family
 from d2m.families.flux import FLUX
 from d2m.families.flux2 import FLUX2
@@ -24,7 +25,7 @@ from runtime.files.kinds import not_a
 if TYPE_CHECKING:
     from torch import nn
 
-FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
+FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 
 
 def _known() -> str:

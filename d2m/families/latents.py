@@ -1,6 +1,7 @@
 """What several families share: an AutoencoderKL's latents, noise, position ids, pooled text.
 
-Letters: B batch, T image tokens, C channels of the VAE, h x w latent pixels, P pooled width.
+Letters: B batch, T image tokens, L text tokens, C channels of the VAE, h x w latent pixels, P
+pooled width.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from d2m.families.flow import Config
+    from d2m.families.flow import Batch, Config
 
 
 def pixels_of(pipe: Any, images: Tensor) -> Tensor:
@@ -24,6 +25,13 @@ def spatial_latents(pipe: Any, images: Tensor) -> Tensor:
     vae = pipe.vae
     latents = vae.encode(pixels_of(pipe, images)).latent_dist.mode()
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def packed_latents(pipe: Any, images: Tensor) -> Tensor:
+    """Images uint8 [B, H, W, 3] -> [B, T, 4 C]: `spatial_latents`, 2 x 2 of them a token."""
+    latents = spatial_latents(pipe, images)
+    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed
 
 
 def packed_noise(pipe: Any, height: int, width: int, generator: Any) -> Tensor:
@@ -51,6 +59,17 @@ def grid(rows: int, columns: int, device: Any) -> Tensor:
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None, :]
     return ids.reshape(-1, 3)
+
+
+def joint_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
+    """`img_ids` [T, 3] and `txt_ids` [L, 3], nought, as FLUX.1's pipeline makes them."""
+    import torch
+
+    latents, states = batch["latents"], batch["encoder_hidden_states"]
+    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
+    ids = pipe._prepare_latent_image_ids(len(latents), rows, columns, latents.device, latents.dtype)
+    zeros = torch.zeros(states.shape[1], 3, device=latents.device, dtype=states.dtype)
+    return {"img_ids": ids, "txt_ids": zeros}
 
 
 def random_pooled_text(config: Config, n: int, generator: Any) -> dict[str, Tensor]:

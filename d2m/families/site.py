@@ -65,6 +65,12 @@ def feed_forward(blocks: str, module: str, stream: str) -> Site:
     return Site(blocks, module, f"{module}.net.0.proj", f"{module}.net.2", stream)
 
 
+def joint_output(blocks: str) -> Site:
+    """The FFN of FLUX.1's single blocks: `proj_out` maps from attention and FFN together."""
+    up, down = "proj_mlp", "proj_out"
+    return Site(blocks, up, up, down, "both", rest=f"{down}.linear", identity="act_mlp")
+
+
 def separate_gated(
     blocks: str, module: str, linears: tuple[str, str, str], stream: str, activation: str = "swiglu"
 ) -> Site:

@@ -173,6 +173,25 @@ def joint_block(
     yield Weight(part, "attn", 0, 0, 4 * sum(streams.values()) ** 2 * dim)
 
 
+def single_block(
+    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, neurons: int, rows: int
+) -> Iterator[Weight]:
+    """FLUX.1's block of both streams in one, whose `proj_out` maps attention and FFN together."""
+    part = "single_attention"
+    for name in ("to_q", "to_k", "to_v"):
+        yield from linear(part, f"attn.{name}", dim, dim, rows)
+    for name in ("norm_q", "norm_k"):
+        yield vector(part, f"attn.{name}.weight", config["attention_head_dim"])
+    yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
+    if spec is None:  # its weight is counted in two parts
+        yield from linear("single_ffn", "proj_mlp", dim, neurons, rows)
+        yield from linear(part, "proj_out", dim, dim, rows, bias=False)
+        yield from linear("single_ffn", "proj_out", neurons, dim, rows)
+    else:
+        yield from linear(part, "proj_out.linear", dim, dim, rows, bias=False)
+        yield from sparse_ffn("single_ffn", "proj_mlp", dim, neurons, spec, rows)
+
+
 def sparse_ffn(
     part: str,
     name: str,

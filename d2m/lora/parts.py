@@ -19,7 +19,8 @@ from d2m.model.grouping import renamed
 from d2m.recipe.structure import blocks_from
 from d2m.shards import Shards
 
-MODULATED = ("norm", "_mod", "adaln_single")  # modules whose Linear is modulation
+# Modules whose Linear is modulation; the last is Chroma's approximator of all of it.
+MODULATED = ("norm", "_mod", "adaln_single", "distilled_guidance_layer")
 KINDS = ("attention", "modulation", "shared", "routed", "dense", "other", "nowhere")
 
 

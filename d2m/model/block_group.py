@@ -22,8 +22,9 @@ ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
 Streams = tuple[Tensor, Tensor]
 TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
+JOINT_MASK = "attention_mask"  # of text and image [B, L + T], which Chroma's blocks get
 # What blocks get with a row a sample, beside their streams: temb, or what a model makes of it.
-PER_SAMPLE = ("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK)
+PER_SAMPLE = ("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK, JOINT_MASK)
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
@@ -64,8 +65,9 @@ class Router(nn.Module):
 class Conditions:
     """What a forward of the model tells its groups that their blocks are not given.
 
-    temb [B, D], where blocks get modulation in its place; text_tokens: L, where streams come joined
-    with the text first. Two hooks, which a copy of the model takes along, keep them up to date.
+    temb [B, D], where blocks get modulation in its place, or all N vectors of modulation [B, N, D],
+    of which a block gets some; text_tokens: L, where streams come joined with the text first. Two
+    hooks, which a copy of the model takes along, keep them up to date.
     """
 
     def __init__(self) -> None:
@@ -100,7 +102,8 @@ class BlockGroup(nn.Module):
     all of them as the dense model does, without a router; `record = True` keeps the windows' logits
     of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
     `any_process`: set where processes share the blocks' weights; which flags any of them raises.
-    `conditions`: set where blocks are not given all that the router reads.
+    `conditions`: set where blocks are not given all that the router reads. `vectors`: of all of
+    modulation those of each block, where they are what blocks get as temb.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
@@ -114,6 +117,7 @@ class BlockGroup(nn.Module):
         self.last_logits: Tensor | None = None
         self.any_process: Callable[[list[bool]], list[bool]] | None = None
         self.conditions: Conditions | None = None
+        self.vectors: Sequence[Sequence[int]] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -134,14 +138,22 @@ class BlockGroup(nn.Module):
     def read(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the router reads of a block's keywords: image, text, temb, mask of the text."""
         image, text, temb = given[IMAGE], given.get(TEXT), given.get("temb")
+        length = 0 if self.conditions is None else self.conditions.text_tokens
         if text is None:
             assert self.conditions is not None, "joined streams without their text's length"
-            length = self.conditions.text_tokens
             text, image = image[:, :length], image[:, length:]
-        if temb is None:
-            assert self.conditions is not None and self.conditions.temb is not None
+        if self.conditions is not None:
+            assert self.conditions.temb is not None, "blocks ran without their model"
             temb = self.conditions.temb
-        return image, text, temb, given.get(TEXT_MASK)
+            temb = temb.mean(1) if self.vectors else temb
+        return image, text, temb, text_mask(given, length)
+
+    def of_block(self, offset: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The group's keywords as the block at `offset` takes them, with vectors of its own."""
+        if not self.vectors:
+            return dict(given)
+        assert self.conditions is not None and self.conditions.temb is not None
+        return {**given, "temb": self.conditions.temb[:, list(self.vectors[offset])]}
 
     def forward(
         self,
@@ -162,7 +174,7 @@ class BlockGroup(nn.Module):
         """
         given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
         others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
-        joined = encoder_hidden_states is None
+        joined = others.get(TEXT) is None  # by place there may be something else
         names = (IMAGE,) if joined else (TEXT, IMAGE)
         streams = tuple(others[name] for name in names)
         self.last_logits = None
@@ -190,9 +202,10 @@ class BlockGroup(nn.Module):
             before = [stream[index] for stream in streams]
             given = dict(zip(names, before))
             # All rows are the tensor itself: shared modulation knows temb again.
-            rowed = [name for name in PER_SAMPLE if others.get(name) is not None and part]
-            given |= {name: others[name][index] for name in rowed}
-            named = {name: _dict_rows(each, index, batch) for name, each in others.items()}
+            own = self.of_block(offset, others)
+            rowed = [name for name in PER_SAMPLE if own.get(name) is not None and part]
+            given |= {name: own[name][index] for name in rowed}
+            named = {name: _dict_rows(each, index, batch) for name, each in own.items()}
             after = block(**named | given)
             after = [after] if joined else after
             if idle:
@@ -225,9 +238,12 @@ class BlockGroup(nn.Module):
         starts = logits.argmax(-1)
         for offset, block in enumerate(self.blocks.values()):
             mine = ((starts <= offset) & (offset < starts + self.kappa))[:, None, None]
+            own = self.of_block(offset, others)
 
-            def run(*old: Tensor, block: Any = block, mine: Any = mine) -> tuple[Tensor, ...]:
-                after = block(**{**others, **dict(zip(names, old))})
+            def run(
+                *old: Tensor, block: Any = block, mine: Any = mine, own: Any = own
+            ) -> tuple[Tensor, ...]:
+                after = block(**{**own, **dict(zip(names, old))})
                 after = after if len(names) > 1 else (after,)
                 return tuple(torch.where(mine, *pair).contiguous() for pair in zip(after, old))
 
@@ -267,6 +283,18 @@ def named_inputs(
 @functools.cache
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]  # without self
+
+
+def text_mask(given: Mapping[str, Any], text_tokens: int = 0) -> Tensor | None:
+    """Of what a model or a block is called with the mask of the text [B, L], None without one.
+
+    text_tokens: L, for a block that gets both streams joined.
+    """
+    own: Tensor | None = given.get(TEXT_MASK)
+    joint, text = given.get(JOINT_MASK), given.get(TEXT)
+    if own is not None or joint is None:
+        return own
+    return joint[:, : text_tokens if text is None else text.shape[1]]
 
 
 def straight_through(before: Tensor, after: Tensor, share: Tensor) -> Tensor:

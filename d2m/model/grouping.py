@@ -39,8 +39,11 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
     if blocks.grouped and family.blocks.embedder:
         conditions = Conditions()
         conditions.attach(model, family.blocks.embedder)
-        for group in block_groups(model).values():
+        for name, group in block_groups(model).items():
             group.conditions = conditions
+            if vectors := family.blocks.vectors:
+                place = name.rpartition(".")[0]
+                group.vectors = [vectors(model.config, place, i) for i in group.indices]  # type: ignore[arg-type]
     return model
 
 

@@ -96,6 +96,7 @@ def _make(family: Family) -> Any:
             "_skip_layerwise_casting_patterns": [*patterns, "gate", "router"],
             "_no_split_modules": [*dense._no_split_modules, "BlockGroup"],
             "_tp_plan": None,  # the dense plan names Linears that are no longer there
+            "_supports_gradient_checkpointing": family.blocks.recomputed,
         },
     )
 

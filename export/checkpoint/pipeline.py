@@ -146,14 +146,20 @@ def open_components(
     skeleton = empty_transformer(directory)
     checkpoint = Checkpoint(directory / "transformer")
 
+    # What a family's `prepare` adds to blocks lies in memory; all else is in the checkpoint.
+    made = {name: own for name, own in skeleton.named_parameters() if not own.is_meta}
+
     def trace(dtype: torch.dtype) -> Program:
         return transformer_program(skeleton, row.tracing, dtype, top_k, progress)
+
+    def transformer_tensor(name: str) -> torch.Tensor:
+        return made[name] if name in made else checkpoint.get(name)
 
     found = []
     for encoder in row.components:
         if encoder is None:
             found.append(
-                Component("transformer", skeleton, trace, checkpoint.get, None, checkpoint)
+                Component("transformer", skeleton, trace, transformer_tensor, None, checkpoint)
             )
             continue
         cls = classes[encoder.folder]

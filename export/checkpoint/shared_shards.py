@@ -32,6 +32,7 @@ def whole_shards(checkpoint: Checkpoint, placed: Sequence[Placed]) -> list[str]:
         row.name
         for row in placed
         if row.sources == (row.name,)
+        and row.name in checkpoint.shapes()  # not made by export itself
         and not row.transposed
         and row.dtype == checkpoint.dtype(row.name)
         and row.shape == checkpoint.shapes()[row.name]

@@ -140,7 +140,7 @@ def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Plac
     """
     import torch
 
-    from export.graph.trace import is_gate
+    from export.graph.trace import stays_float32
 
     placed = []
     for kind, prefix in program.weighted:
@@ -149,7 +149,7 @@ def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Plac
             name = prefix + local
             linear = f"{local.rpartition('.')[0]}.weight" in row.linears  # a VAE's to_qkv is none
             sources = sources_of(name) if linear else (name,)
-            stored = torch.float32 if is_gate(name) else dtype_of(sources[0])
+            stored = torch.float32 if stays_float32(name) else dtype_of(sources[0])
             shape = tuple(int(side) for side in spec.shape)
             placed.append(Placed(name, sources, local in row.linears, shape, stored))
     assert len({row.name for row in placed}) == len(placed), "two blocks share a weight"

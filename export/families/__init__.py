@@ -6,6 +6,7 @@ One file a family; what families share stands beside them.
     known       The families that export knows, by the name of their row in d2m/families/known.py
     flux        FLUX.1 for export: its transformer's ends and blocks, its text encoders and VAE
     flux2       FLUX.2 for export: the transformer's ends and blocks, its text encoder
+    chroma      Chroma for export: the transformer's ends and blocks, its text encoder and VAE
     sd3         Stable Diffusion 3 and 3.5 for export: the transformer's ends and blocks
     pixart      PixArt-Sigma for export: the transformer's ends and blocks
     qwen        Qwen-Image for export: the transformer's ends and blocks, its text encoder, its VAE

@@ -68,6 +68,29 @@ def t5_program(model: Any, dtype: torch.dtype) -> Program:
     return one_call("t5", model, call, {"input_ids": IDS}, {"states": states}, dtype)
 
 
+def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
+    """transformers' T5EncoderModel with its padding masked: the mask [B, L], and states.
+
+    Padding is what follows the end-of-text token, the last that is not the pad token: a pad token
+    that was written in the prompt is read, as diffusers reads it.
+    """
+    use_eager_attention(model)
+    pad = model.config.pad_token_id
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = tensors["input_ids"]
+        written = (ids != pad).to(torch.int32)
+        position = torch.cumsum(torch.ones_like(written), dim=1, dtype=torch.int32)
+        text = position <= (position * written).amax(1, keepdim=True)
+        least = torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+        bias = torch.where(text, torch.zeros((), dtype=dtype), least)
+        return text.to(dtype), run(input_ids=ids, attention_mask=bias[:, None, None])[0]
+
+    text = ("batch", "text_tokens")
+    outputs = {"mask": Spec(dtype, text), "states": Spec(dtype, (*text, model.config.d_model))}
+    return one_call("t5", model, call, {"input_ids": IDS}, outputs, dtype)
+
+
 def vae_program(model: Any, dtype: torch.dtype) -> Program:
     """The decoding half of diffusers' AutoencoderKL, for any size."""
     config = model.config
@@ -155,3 +178,13 @@ def first(model: Any, output: Any) -> tuple[Tensor, ...]:
 TRANSFORMERS = "transformers"
 T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
 VAE = Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)
+MASKED_T5 = Encoder(
+    "text_encoder",
+    "text_encoder",
+    TRANSFORMERS,
+    "T5EncoderModel",
+    masked_t5_program,
+    first,
+    whole=False,  # read tensor by tensor
+    passed_inputs=("attention_mask",),
+)

@@ -59,6 +59,24 @@ def check_packed(transformer: Mapping[str, Any], channels: int, directory: Path)
         )
 
 
+def packed_latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """A manifest's `latents` as FLUX.1 has them; ValueError where it packs another VAE's."""
+    check_packed(transformer, vae["latent_channels"], directory)
+    return kl_latents(vae) | {
+        "shift_factor": vae.get("shift_factor"),
+        "patch": 2,
+        "rope_axes": list(transformer["axes_dims_rope"]),
+        "rope_theta": 10000,
+    }
+
+
+def unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Packed latents -> [n, C, h, w], unscaled."""
+    return unscaled(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
+
+
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """What the pipeline's VAE makes of latents [n, C, h, w]: pixels [n, 3, H, W]."""
     pixels: Tensor = pipe.vae.decode(latents, return_dict=False)[0]

@@ -79,6 +79,7 @@ class Family:
     model_inputs(model, keywords of its forward, the first block's inputs): the component's inputs.
     sample(model, its output): the component's output.
     unread(model, keywords of its forward): tensors of the environment that no block reads.
+    told(model, keywords of its forward): tensors of the environment of which a block gets a part.
     through: inputs that `embed` reads and hands on under their names.
     text_tokens_of(keywords of its forward): tokens of the text that its blocks get; apart(keywords
         of a block, what it returns, text tokens): both with image and text apart.
@@ -98,6 +99,7 @@ class Family:
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
     unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
+    told: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     through: tuple[str, ...] = ()
     text_tokens_of: Callable[[Mapping[str, Any]], int] = lambda keywords: keywords[
         "encoder_hidden_states"

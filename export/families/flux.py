@@ -16,7 +16,7 @@ from d2m.families.generation_defaults import generation_defaults
 from export.families import modulation
 from export.families.configs import config
 from export.families.encoders import T5, TRANSFORMERS, VAE, clip_program, pooled
-from export.families.ends import Final, check_packed, kl_latents, unscaled
+from export.families.ends import Final, packed_latents, unpacked
 from export.families.family import Encoder, Family
 from export.graph.attention import ExportAttention
 from export.graph.program import Environment, Row, Tracing
@@ -112,19 +112,6 @@ def lengths(directory: Path) -> dict[str, int]:
     }
 
 
-def latents(
-    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
-) -> dict[str, Any]:
-    """The manifest's `latents`; ValueError where the transformer packs another VAE's."""
-    check_packed(transformer, vae["latent_channels"], directory)
-    return kl_latents(vae) | {
-        "shift_factor": vae.get("shift_factor"),
-        "patch": 2,
-        "rope_axes": list(transformer["axes_dims_rope"]),
-        "rope_theta": 10000,
-    }
-
-
 def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
     """What reads how many tokens: the transformer and T5 as many."""
     return {"": lengths["tokenizer_2"], "text_encoder": lengths["tokenizer"]}
@@ -151,11 +138,6 @@ def model_inputs(
     return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
 
 
-def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """Packed latents -> [n, C, h, w], unscaled."""
-    return unscaled(pipe, pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
-
-
 FLUX = Family(
     name="flux",
     components=(
@@ -175,9 +157,9 @@ FLUX = Family(
         processor=ExportAttention,
     ),
     lengths=lengths,
-    latents=latents,
+    latents=packed_latents,
     text_tokens=text_tokens,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
-    spatial=spatial,
+    spatial=unpacked,
 )

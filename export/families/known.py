@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from d2m.families import family_of_model
+from export.families.chroma import CHROMA
 from export.families.family import Family
 from export.families.flux import FLUX
 from export.families.flux2 import FLUX2
@@ -13,7 +14,7 @@ from export.families.qwen import QWEN
 from export.families.sd3 import SD3
 from export.families.zimage import ZIMAGE
 
-ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
+ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 

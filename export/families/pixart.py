@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.pixart.weights import check_conditions
-from export.families.encoders import IDS, TRANSFORMERS, VAE, first, one_call, use_eager_attention
+from export.families.encoders import MASKED_T5, VAE
 from export.families.ends import kl_latents, patches, sample_patches, unscaled
-from export.families.family import Encoder, Family
+from export.families.family import Family
 from export.graph.attention import attended, heads
-from export.graph.program import MODULATION, Environment, Program, Row, Tracing
+from export.graph.program import MODULATION, Environment, Row, Tracing
 from export.graph.trace import Spec
 
 MASK = "encoder_attention_mask"
@@ -162,29 +162,6 @@ def latents(
     }
 
 
-def masked_t5_program(model: Any, dtype: torch.dtype) -> Program:
-    """transformers' T5EncoderModel with its padding masked: the mask [B, L], and states.
-
-    Padding is what follows the end-of-text token, the last that is not the pad token: a pad token
-    that was written in the prompt is read, as diffusers reads it.
-    """
-    use_eager_attention(model)
-    pad = model.config.pad_token_id
-
-    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        ids = tensors["input_ids"]
-        written = (ids != pad).to(torch.int32)
-        position = torch.cumsum(torch.ones_like(written), dim=1, dtype=torch.int32)
-        text = position <= (position * written).amax(1, keepdim=True)
-        least = torch.tensor(torch.finfo(dtype).min, dtype=dtype)
-        bias = torch.where(text, torch.zeros((), dtype=dtype), least)
-        return text.to(dtype), run(input_ids=ids, attention_mask=bias[:, None, None])[0]
-
-    text = ("batch", "text_tokens")
-    outputs = {"mask": Spec(dtype, text), "states": Spec(dtype, (*text, model.config.d_model))}
-    return one_call("t5", model, call, {"input_ids": IDS}, outputs, dtype)
-
-
 # ---------------------------------------------------------------- torch's side of parity
 
 
@@ -218,19 +195,9 @@ def unread(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"temb": emb(times, None, None, batch_size=len(times), hidden_dtype=dtype)}
 
 
-T5 = Encoder(
-    "text_encoder",
-    "text_encoder",
-    TRANSFORMERS,
-    "T5EncoderModel",
-    masked_t5_program,
-    first,
-    whole=False,
-    passed_inputs=("attention_mask",),
-)
 PIXART = Family(
     name="pixart",
-    components=(T5, None, VAE),
+    components=(MASKED_T5, None, VAE),
     tracing=Tracing(
         environment=environment,
         embed=Embed,

@@ -21,14 +21,13 @@ from export.families.encoders import IDS, TRANSFORMERS, causal_mask, first, use_
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
 from export.families.qwen_vae import vae_program
-from export.graph.attention import attended, heads, rms_norm, rotate
+from export.graph.attention import MASKED, attended, heads, rms_norm, rotate
 from export.graph.blocks import block_type
 from export.graph.program import Environment, Program, Row, Tracing
 from export.graph.trace import Spec
 
 STREAMS = ("hidden_states", STATES)
 BLOCK_INPUTS = (*STREAMS, MASK, "temb", "rope_cos", "rope_sin")
-MASKED = 30000.0  # taken off a score: e^-30000 is 0 in every type, and float16 holds it
 VARIANTS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
 
 

@@ -22,7 +22,7 @@ from d2m.families.zimage.weights import EMBEDDING, PATCH, TIME_CHANNELS, filled
 from export.families.encoders import TRANSFORMERS, VAE
 from export.families.ends import kl_latents, unscaled
 from export.families.family import Encoder, Family
-from export.graph.attention import attended, heads, rms_norm, rotate
+from export.graph.attention import attended, heads, rms_norm, rotate, taken_off
 from export.graph.program import Environment, Program, Row, Tracing
 from export.graph.trace import Spec
 from export.text.chat_template import chat_record
@@ -33,7 +33,6 @@ ROPE = ("rope_cos", "rope_sin")
 BLOCK_INPUTS = (*STREAMS, "temb", "text_reach", *ROPE)
 KIND = f"{PATCH}-1"  # of patches, as the model names its ends
 LANGUAGE = {"Qwen3Model": "", "Qwen3ForCausalLM": "model"}  # where the language model is
-MASKED = 30000.0  # taken off a score: e^-30000 is 0 in every type, and float16 holds it
 
 
 class Embed(nn.Module):
@@ -123,11 +122,6 @@ class Attention:
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         output: Tensor = attn.to_out[0](attended(query, key, value, attention_mask))
         return output
-
-
-def taken_off(reach: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, N] of ones and zeros -> what is added to scores, [B, 1, 1, N]."""
-    return ((reach.to(dtype) - 1) * MASKED)[:, None, None]
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MASKED = 30000.0  # taken off a score: e^-30000 is 0 in every type, and float16 holds it
+
 
 class ExportAttention:
     """Processor for FluxAttention with fused projections (`attn.fuse_projections()`)."""
@@ -31,8 +33,12 @@ class ExportAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        reach: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden_states [B, T, D] (and text [B, Tt, D]) -> outputs of the same shapes."""
+        """hidden_states [B, T, D] (and text [B, Tt, D]) -> outputs of the same shapes.
+
+        reach [B, Tt + T]: 0 at tokens that nothing attends to and that attend to nothing, else 1.
+        """
         query, key, value = heads(attn.to_qkv(hidden_states), attn.head_dim)
         query, key = rms_norm(query, attn.norm_q), rms_norm(key, attn.norm_k)
         if encoder_hidden_states is not None:
@@ -46,7 +52,10 @@ class ExportAttention:
             value = torch.cat([text_value, value], dim=2)
         if image_rotary_emb is not None:
             query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
-        output = attended(query, key, value)
+        if reach is None:
+            output = attended(query, key, value)
+        else:
+            output = attended(query, key, value, taken_off(reach, query.dtype)) * reach[..., None]
         if encoder_hidden_states is None:
             return output
         length = encoder_hidden_states.shape[1]
@@ -63,6 +72,11 @@ def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = No
     if bias is not None:
         scores = scores + bias
     return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2).flatten(2)
+
+
+def taken_off(reach: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, N] of ones and zeros -> what is added to scores, [B, 1, 1, N]."""
+    return ((reach.to(dtype) - 1) * MASKED)[:, None, None]
 
 
 def heads(qkv: Tensor, size: int) -> tuple[Tensor, ...]:

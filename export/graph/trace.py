@@ -33,6 +33,7 @@ EXAMPLE = {
     "latent_height": 6,
     "latent_width": 10,
 }
+VECTORS = "vectors"  # a block's weight that export adds: indices of its vectors of modulation
 OUT = "out_"  # graph outputs are named so: a graph cannot read and write one name
 
 
@@ -54,13 +55,13 @@ class Spec:
 
 
 def weight_specs(module: nn.Module, dtype: torch.dtype) -> dict[str, Spec]:
-    """Every parameter as the graph takes it: Linear weights transposed; in float32 routers, and
-    what `keep_float32` has marked."""
+    """Every parameter as the graph takes it: Linear weights transposed; in float32 routers, indices
+    and what `keep_float32` has marked."""
     linears = linear_weights(module)
     specs = {}
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
-        kept = is_gate(name) or dtype in getattr(parameter, "float32_for", ())
+        kept = stays_float32(name) or dtype in getattr(parameter, "float32_for", ())
         kind = torch.float32 if kept else dtype
         specs[name] = Spec(kind, shape[::-1] if name in linears else shape)
     return specs
@@ -93,10 +94,10 @@ def linear_weights(module: nn.Module) -> set[str]:
     }
 
 
-def is_gate(name: str) -> bool:
-    """Whether a parameter is a router's, of experts or blocks: those stay in float32 everywhere."""
+def stays_float32(name: str) -> bool:
+    """Whether a parameter is a router's, of experts or blocks, or VECTORS: float32 everywhere."""
     parts = name.split(".")
-    return parts[-2:-1] == ["gate"] or parts[-3:-2] == ["router"]
+    return parts[-2:-1] == ["gate"] or parts[-3:-2] == ["router"] or parts[-1] == VECTORS
 
 
 def trace(

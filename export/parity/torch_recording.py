@@ -216,13 +216,17 @@ def watch_transformer(
     sites = sparse_ffns(model)
     shared = getattr(model, MODULATION, None)
     step, text_tokens = -1, 0
+    told: Arrays = {}
     passed: list[tuple[Arrays, Arrays]] = []  # what every block or group of the step has passed on
     handles = []
 
     def begin(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal step, text_tokens
+        nonlocal step, text_tokens, told
         step += 1
-        text_tokens = row.text_tokens_of(named_inputs(module, args, kwargs))
+        given = named_inputs(module, args, kwargs)
+        text_tokens = row.text_tokens_of(given)
+        if step in recorded:
+            told = {name: array(tensor) for name, tensor in row.told(model, given).items()}
         passed.clear()
         for site in sites.values():
             site.record = step in recorded
@@ -230,7 +234,7 @@ def watch_transformer(
             result.blocks[step] = {}
 
     def pair(kwargs: Any, output: Any) -> tuple[Arrays, Arrays]:
-        inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()}
+        inputs = {name: array(tensor) for name, tensor in row.block_inputs(kwargs).items()} | told
         if shared is not None:
             inputs[MODULATION] = array(shared(kwargs["temb"]))
         if isinstance(output, dict):  # taken apart
@@ -251,10 +255,9 @@ def watch_transformer(
             blocks[prefix] = passed[-1]
             return
         # Each block of a group, on what entered the group: skipped ones are compared too.
-        for index, member in module.blocks.items():
-            blocks[f"{prefix}blocks.{index}."] = pair(
-                *row.apart(given, member(**given), text_tokens)
-            )
+        for offset, (index, member) in enumerate(module.blocks.items()):
+            own = module.of_block(offset, given)
+            blocks[f"{prefix}blocks.{index}."] = pair(*row.apart(own, member(**own), text_tokens))
         read = zip(
             ("hidden_states", "encoder_hidden_states", "temb", TEXT_MASK), module.read(given)
         )

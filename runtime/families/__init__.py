@@ -6,6 +6,7 @@ One file a family; schedulers and latents, which families share, stand beside th
     known          The families of models that bundles may hold, by the name in their manifest
     flux           FLUX.1 [dev] and [schnell] in the runtime
     flux2          FLUX.2 [klein] and [dev] in the runtime
+    chroma         Chroma in the runtime: what ChromaPipeline does around its models
     sd3            Stable Diffusion 3 and 3.5 in the runtime
     pixart         PixArt-Sigma in the runtime: what PixArtSigmaPipeline does around its models
     qwen           Qwen-Image in the runtime: what QwenImagePipeline does around its models

@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.families.flow_matching import check_scheduler, sampler
 from runtime.families.latents import Settings, Size, Step, patches, spatial_noise, unpatchify
+from runtime.files.checked_json import wrong
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[str, str, Sequence[str]], dict[str, np.ndarray]]
@@ -31,6 +32,13 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
     without, with_prompt = np.split(sample, 2)
     guided: np.ndarray = without + np.float32(guidance) * (with_prompt - without)
     return guided
+
+
+def check_masked_text(manifest: Mapping[str, Any]) -> None:
+    """ValueError (a clause) unless the text encoder gives its mask beside its states."""
+    outputs = manifest["components"]["text_encoder"]["outputs"]
+    if set(outputs) != {"states", "mask"}:
+        raise wrong("components.text_encoder.outputs", sorted(outputs), "mask and states")
 
 
 @dataclass(frozen=True)

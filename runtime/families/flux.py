@@ -14,7 +14,7 @@ import numpy as np
 from runtime.families import latents as shared
 from runtime.families.family import Arrays, Family, Run, rows
 from runtime.families.flow_matching import sigmas, timesteps
-from runtime.families.latents import Settings, Size
+from runtime.families.latents import Size
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -38,20 +38,11 @@ def inputs(
     manifest: Mapping[str, Any], conditions: Arrays, latent_size: Size, guidance: float
 ) -> dict[str, np.ndarray]:
     """See runtime.families.family; guidance is an input where the model embeds it."""
-    settings = manifest["latents"]
     length = conditions["encoder_hidden_states"].shape[1]
-    positions = shared.position_ids(length, *latent_size)
-    cos, sin = shared.rope(positions, settings["rope_axes"], settings["rope_theta"])
-    found = {**conditions, "rope_cos": cos, "rope_sin": sin}
+    found = {**conditions, **shared.joint_rope(manifest["latents"], length, latent_size)}
     if guided(manifest):
         found["guidance"] = np.full(rows(conditions), guidance, np.float32)
     return found
-
-
-def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
-    """Packed latents -> [n, C, h, w], unscaled."""
-    spatial = shared.unpack(latents, *latent_size)
-    return shared.unscale(spatial, settings["scaling_factor"], settings.get("shift_factor"))
 
 
 FLUX = Family(
@@ -71,5 +62,5 @@ FLUX = Family(
     timesteps=timesteps,
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
-    image_latents=image_latents,
+    image_latents=shared.unpacked,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from runtime.families.chroma import CHROMA
 from runtime.families.family import Family
 from runtime.families.flux import FLUX
 from runtime.families.flux2 import FLUX2
@@ -13,7 +14,7 @@ from runtime.families.qwen import QWEN
 from runtime.families.sd3 import SD3
 from runtime.families.zimage import ZIMAGE
 
-ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE)
+ROWS = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 

@@ -94,6 +94,13 @@ def rope(
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+def joint_rope(settings: Settings, text_tokens: int, latent_size: Size) -> dict[str, np.ndarray]:
+    """FLUX.1's rotary tables [text + image tokens, C], by the names of a transformer's inputs."""
+    positions = position_ids(text_tokens, *latent_size)
+    cos, sin = rope(positions, settings["rope_axes"], settings["rope_theta"])
+    return {"rope_cos": cos, "rope_sin": sin}
+
+
 def check_packed(manifest: Mapping[str, Any], count: int = 3) -> None:
     """ValueError (a clause) unless tokens are 2 x 2 patches and there are `count` rotary axes."""
     latents = mapping(dict(manifest), "latents")
@@ -137,3 +144,9 @@ def unpatchify(sample: np.ndarray, settings: Settings, latent_size: Size) -> np.
 def unscale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:
     """From what the transformer predicts to what the VAE decodes: latents / scaling + shift."""
     return latents / np.float32(scaling_factor) + np.float32(shift_factor or 0.0)
+
+
+def unpacked(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
+    """Packed latents -> [n, C, h, w], unscaled."""
+    spatial = unpack(latents, *latent_size)
+    return unscale(spatial, settings["scaling_factor"], settings.get("shift_factor"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.families import dpm_solver
-from runtime.families.family import Arrays, Family, Run
+from runtime.families.family import Arrays, Family, Run, check_masked_text
 from runtime.families.latents import Settings, Size, unpatchify, unscale
 from runtime.files.checked_json import integer, mapping, number, wrong
 
@@ -25,9 +25,7 @@ def check(manifest: Mapping[str, Any]) -> None:
     width = integer(latents, "width", 4, 1 << 20, "latents")
     if width % 4:
         raise wrong("latents.width", width, "a multiple of 4")
-    outputs = manifest["components"]["text_encoder"]["outputs"]
-    if set(outputs) != {"states", "mask"}:
-        raise wrong("components.text_encoder.outputs", sorted(outputs), "mask and states")
+    check_masked_text(manifest)
 
 
 def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.tiny.chroma import chroma
 from tests.tiny.flux2 import klein_base
 from tests.tiny.pipeline import (
     IMAGE_SIZE,
@@ -286,6 +287,14 @@ FAMILIES = {
         "Qwen-Image",
         {"double": [[0, 1]]},
         ("embed", "joint", "joint", "joint", "final"),
+    ),
+    "chroma": Tiny(
+        chroma,
+        "chroma",
+        "Chroma",
+        {"double": [[0, 1]], "single": [[0, 1]]},
+        ("embed", "double", "double", "single", "single", "final"),
+        modulated=False,
     ),
     "zimage": Tiny(
         zimage,

@@ -37,6 +37,10 @@ _ENDS = {
     "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
     "final_layer_linear": "proj_out",
     "final_layer_adaLN_modulation_1": "norm_out.linear",
+    # Chroma's
+    "distilled_guidance_layer_in_proj": "distilled_guidance_layer.in_proj",
+    "distilled_guidance_layer_layers_1_in_layer": "distilled_guidance_layer.layers.1.linear_1",
+    "distilled_guidance_layer_layers_1_out_layer": "distilled_guidance_layer.layers.1.linear_2",
 }
 
 
@@ -94,6 +98,8 @@ def kohya(model: torch.nn.Module, seed: int = 0, alpha: float | None = 1.0) -> d
     layers |= {part: (name,) for part, name in _ENDS.items()}
     tensors = {}
     for layer, names in layers.items():
+        if not shapes.keys() >= set(names):  # of the other model: FLUX.1's or Chroma's
+            continue
         rows, columns = sum(shapes[name][0] for name in names), shapes[names[0]][1]
         up = 0.1 * torch.randn(rows, RANK, generator=generator)
         down = 0.1 * torch.randn(RANK, columns, generator=generator)

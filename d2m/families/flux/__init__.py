@@ -16,8 +16,8 @@ from d2m.families.encoders import CLIP_L, T5_XXL, VAE_16
 from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_text
 from d2m.families.flow import Batch, Config
 from d2m.families.flux.weights import weights
-from d2m.families.latents import packed_noise, random_pooled_text, spatial_latents
-from d2m.families.site import Site, feed_forward
+from d2m.families.latents import joint_ids, packed_latents, packed_noise, random_pooled_text
+from d2m.families.site import feed_forward, joint_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,23 +94,6 @@ def encode_text(pipe: Any, captions: list[str], length: int) -> dict[str, Tensor
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-def encode_images(pipe: Any, images: Tensor) -> Tensor:
-    """Images uint8 [B, H, W, 3] -> packed latents [B, T, C]: posterior's mean, scaled."""
-    latents = spatial_latents(pipe, images)
-    return pipe._pack_latents(latents, *latents.shape)
-
-
-def position_ids(pipe: Any, batch: Batch, height: int, width: int) -> dict[str, Tensor]:
-    """`img_ids` [T, 3] and `txt_ids` [L, 3], as FluxPipeline makes them."""
-    import torch
-
-    latents, states = batch["latents"], batch["encoder_hidden_states"]
-    rows, columns = (size // (2 * pipe.vae_scale_factor) for size in (height, width))
-    ids = pipe._prepare_latent_image_ids(len(latents), rows, columns, latents.device, latents.dtype)
-    zeros = torch.zeros(states.shape[1], 3, device=latents.device, dtype=states.dtype)
-    return {"img_ids": ids, "txt_ids": zeros}
-
-
 FLUX = Family(
     names=Names(
         name="flux",
@@ -125,15 +108,7 @@ FLUX = Family(
         sites=(
             feed_forward("transformer_blocks", "ff", "image"),
             feed_forward("transformer_blocks", "ff_context", "text"),
-            Site(
-                "single_transformer_blocks",
-                "proj_mlp",
-                "proj_mlp",
-                "proj_out",
-                "both",
-                rest="proj_out.linear",
-                identity="act_mlp",
-            ),
+            joint_output("single_transformer_blocks"),
         ),
         kinds=(("double", "transformer_blocks"), ("single", "single_transformer_blocks")),
         depths=(("double", "num_layers"), ("single", "num_single_layers")),
@@ -144,8 +119,8 @@ FLUX = Family(
         random_text=random_pooled_text,
         text_length=text_length,
         encode_text=encode_text,
-        encode_images=encode_images,
-        position_ids=position_ids,
+        encode_images=packed_latents,
+        position_ids=joint_ids,
         noise=packed_noise,
         prompt_embeds={
             "prompt_embeds": "encoder_hidden_states",

@@ -10,7 +10,6 @@ from typing import Any
 
 from d2m.families import weights as shared
 from d2m.families.weights import TIME_CHANNELS, Stack, Structure, Weight
-from d2m.recipe.recipe import SparseSpec
 from d2m.recipe.structure import lowrank_default
 
 LISTS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
@@ -35,7 +34,7 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
                 streams = {"ff": image, "ff_context": text}
                 inside = shared.joint_block(config, own, dim, RATIO * dim, streams)
             else:
-                inside = _single(config, own, dim, image + text)
+                inside = shared.single_block(config, own, dim, RATIO * dim, image + text)
             norms = shared.modulated(structure.adaln, norms_of(kind), dim, rank)
             stacks.append(Stack(f"{name}.*.", count, running, (*inside, *norms)))
         stacks += shared.routers(name, kind, dim, blocks)
@@ -57,21 +56,3 @@ def _embedders(config: Mapping[str, Any], dim: int, image: int, text: int) -> It
     joint = config["joint_attention_dim"]
     yield from shared.linear("embedders", "context_embedder", joint, dim, text)
     yield from shared.linear("embedders", "x_embedder", config["in_channels"], dim, image)
-
-
-def _single(
-    config: Mapping[str, Any], spec: SparseSpec | None, dim: int, rows: int
-) -> Iterator[Weight]:
-    part = "single_attention"
-    for name in ("to_q", "to_k", "to_v"):
-        yield from shared.linear(part, f"attn.{name}", dim, dim, rows)
-    for name in ("norm_q", "norm_k"):
-        yield shared.vector(part, f"attn.{name}.weight", config["attention_head_dim"])
-    yield Weight(part, "attn", 0, 0, 4 * rows**2 * dim)
-    if spec is None:  # proj_out maps attention and FFN together: its weight is counted in two parts
-        yield from shared.linear("single_ffn", "proj_mlp", dim, RATIO * dim, rows)
-        yield from shared.linear(part, "proj_out", dim, dim, rows, bias=False)
-        yield from shared.linear("single_ffn", "proj_out", RATIO * dim, dim, rows)
-    else:
-        yield from shared.linear(part, "proj_out.linear", dim, dim, rows, bias=False)
-        yield from shared.sparse_ffn("single_ffn", "proj_mlp", dim, RATIO * dim, spec, rows)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_flux_dev_is_shipped_and_is_diffusers_default():
     names = [
+        "chroma",
         "flux-dev",
         "flux-schnell",
         "flux2-dev",

@@ -8,12 +8,17 @@ import torch
 
 from d2m.convert.sparse_pipeline import shapes_of
 from d2m.distill.loop import distill
+from d2m.families import family_of_model
+from d2m.families.ffn_sites import read_ffn, sites_of
+from d2m.model.sparse_transformer import sparse_model_of
 from d2m.model.surgery import sparse_ffns
 from d2m.recipe.recipe import from_dict, preset, to_dict
 from runtime.files.parameters import count
 from scripts.reproduce import baselines
+from tests.tiny.flux2 import flux2_transformer
 from tests.tiny.pair import THREE, grouped_pair, tiny_batches, tiny_pair
 from tests.tiny.pipeline import tiny_inputs
+from tests.tiny.zimage import zimage_transformer
 
 DEPTH = {"double": 4, "single": 5}
 ALL = {
@@ -64,6 +69,37 @@ def test_width_pruning_works_as_much_as_the_moe():
         torch.nn.init.normal_(ffn.experts.w1)
     assert torch.equal(student(**tiny_inputs()).sample, before)
     assert [stage.train for stage in recipe.stages] == [("shared",)]
+
+
+@pytest.mark.parametrize("make", [flux2_transformer, zimage_transformer])
+def test_gated_ffns_are_cut_to_their_most_important_neurons(make):
+    """float64: what is left is the dense model in which all other neurons answer nothing."""
+    dense, draw = make().double(), torch.Generator().manual_seed(0)
+    family = family_of_model(dense)
+    recipe = baselines.width_pruned(preset("L"), 1.5)
+    sites = sites_of(dense.state_dict(), family)
+    sizes = {n: read_ffn(dense.get_parameter, block, site).neurons for n, block, site in sites}
+    scores = {name: torch.rand(size, generator=draw) for name, size in sizes.items()}
+    pruned = sparse_model_of(dense, scores, recipe, family)
+    if make is flux2_transformer:
+        inputs = {"hidden_states": torch.randn(1, 12, 16), "timestep": torch.ones(1)}
+        inputs |= {"encoder_hidden_states": torch.randn(1, 5, 72), "img_ids": torch.zeros(12, 4)}
+        inputs |= {"txt_ids": torch.zeros(5, 4)}
+    else:
+        inputs = {"x": torch.randn(1, 4, 1, 8, 8), "t": torch.ones(1)}
+        inputs["cap_feats"] = [torch.randn(5, 24, dtype=torch.float64)]
+    inputs = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    answer = lambda model: torch.stack(list(model(**inputs, return_dict=False)[0]))  # noqa: E731
+    with torch.no_grad():
+        whole = answer(dense)
+        for name, block, site in sites:
+            left = scores[name].argsort()[: sizes[name] * 5 // 8]  # the least important
+            read_ffn(dense.get_parameter, block, site).fc2_w[:, left] = 0  # a view
+        expected, found = answer(dense), answer(pruned)
+    # Z-Image's rotation is complex64.
+    assert float((found - expected).norm() / expected.norm()) < 1e-8
+    assert float((found - whole).norm() / whole.norm()) > 1e-3
+    assert pruned.config.top_k == 0 and count(shapes_of(pruned), 0)["ffn_share"] == 0.375
 
 
 def test_a_leaner_moe_has_the_same_neurons_in_smaller_experts():
