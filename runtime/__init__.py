@@ -84,6 +84,7 @@ def run(
     budget: float | None = None,
     latents: np.ndarray | None = None,
     negative: str | Sequence[str] | None = None,
+    cache: str | None = None,
     progress: Progress | None = None,
     callback: StepCallback | None = None,
     cancel: Cancel | None = None,

@@ -21,6 +21,7 @@ from runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
+    from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
 StepHook = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
@@ -99,6 +100,7 @@ class Opened:
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """Run a component: inputs cast to the dtypes it declares, outputs to float32.
 
@@ -108,7 +110,8 @@ class Opened:
         if isinstance(inputs, np.ndarray):
             (name,) = row["inputs"]
             inputs = {name: inputs}
-        outputs = self.executor(component)(self.cast(inputs, component), top_k, kappa, starts)
+        knobs = top_k, kappa, starts, cache
+        outputs = self.executor(component)(self.cast(inputs, component), *knobs)
         if self.offload == "block" and len(row["program"]) == 1:
             self._executors.pop(component, None)  # its memory is the next one's
         return {name: to_float32(value) for name, value in outputs.items()}

@@ -41,6 +41,7 @@ class Pipeline(Opened):
         budget: float | None = None,
         latents: np.ndarray | None = None,
         negative: str | Sequence[str] | None = None,
+        cache: str | None = None,
         progress: Progress | None = None,
         callback: StepCallback | None = None,
         cancel: Cancel | None = None,
@@ -62,6 +63,9 @@ class Pipeline(Opened):
                  [images, tokens, channels]
         negative negative prompt: a text, or one per prompt; for families that use
                  classifier-free guidance
+        cache    in which steps the blocks are not run: "none" (the default), "auto",
+                 "first-block:0.1", "interval:2", "taylor:interval:3"; see
+                 runtime.program.step_cache. Images say how many were skipped
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
@@ -86,6 +90,7 @@ class Pipeline(Opened):
             kappa=kappa,
             sigmas=sigmas,
             negative=negative,
+            cache=cache,
         )
         if output_type not in OUTPUT_TYPES:
             expected = ", ".join(OUTPUT_TYPES)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS = (
     *("prompt", "negative", "seed", "steps", "guidance"),
-    *("height", "width", "top_k", "kappa", "sigmas"),
+    *("height", "width", "top_k", "kappa", "sigmas", "cache"),
 )
 
 

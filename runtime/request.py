@@ -11,6 +11,7 @@ import numpy as np
 from runtime.bundle.block_groups import largest_kappa
 from runtime.families import family_of, is_guided
 from runtime.files.checked_json import show
+from runtime.program.step_cache import Method, check_method, read_method
 
 MAX_STEPS = 1000
 MAX_IMAGES = 10_000  # of one call
@@ -43,6 +44,7 @@ class Request:
     many: bool  # whether the answer is a list
     sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
     negative: list[str] | None = None  # negative prompt per image; None: no guidance by one
+    cache: Method = Method()  # of steps
 
     def settings(self, index: int) -> dict[str, Any]:
         """What the text chunk of image `index` says: enough to generate it again."""
@@ -61,6 +63,8 @@ class Request:
             settings["sigmas"] = list(self.sigmas)
         if self.negative and self.negative[index]:
             settings["negative"] = self.negative[index]
+        if self.cache.text != "none":
+            settings["cache"] = self.cache.text
         return settings
 
 
@@ -78,6 +82,7 @@ def check_request(
     kappa: int | Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
     negative: str | Sequence[str] | None = None,
+    cache: str | None = None,
 ) -> Request:
     """Fill in the bundle's defaults; ValueError, one sentence, for what cannot be generated."""
     defaults = manifest["defaults"]
@@ -110,6 +115,7 @@ def check_request(
         many=not isinstance(prompt, str) or n > 1,
         sigmas=levels,
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
+        cache=check_cache(manifest, cache, steps),
     )
 
 
@@ -246,6 +252,14 @@ def check_kappa(manifest: dict[str, Any], kappa: Any, steps: int) -> list[int | 
         )
     most = min(largest_kappa(row) for row in manifest["components"].values() if row.get("groups"))
     return [whole_number(value, "kappa", 1, most) for value in per_step("kappa", kappa, steps)]
+
+
+def check_cache(manifest: dict[str, Any], cache: Any, steps: int) -> Method:
+    """How steps are cached (runtime.program.step_cache)."""
+    method = read_method(cache, steps)
+    if method.skips:
+        check_method(method, manifest["components"]["transformer"])
+    return method
 
 
 def per_step(name: str, value: Any, steps: int) -> list[Any]:

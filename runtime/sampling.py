@@ -20,6 +20,7 @@ from runtime.families.family import Arrays, rows
 from runtime.families.latents import image_tokens
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
+from runtime.program.step_cache import StepCache
 from runtime.request import Request
 
 Progress = Callable[[str, int, int], None]
@@ -83,6 +84,8 @@ def generate_batch(
     if noise is None:
         seeds = [seed for seed in request.seeds[part] if seed is not None]
         noise = prepare_latents(model, seeds, request.latent_size)
+    method, component = request.cache, model.bundle.component("transformer")
+    cache = StepCache(method, component) if method.skips else None
     latents = denoise(
         model,
         noise[rows],
@@ -93,6 +96,7 @@ def generate_batch(
         kappa=request.kappa,
         guidance=request.guidance,
         sigmas=request.sigmas,
+        cache=cache,
         step=step,
         after=after,
     )
@@ -107,7 +111,12 @@ def generate_batch(
         # on it alone; without it, on the rows that were in its batch.
         "batch": model.min_batch or count,
     }
-    return pixels, [request.settings(index) | common for index in range(start, end)]
+    settings = [request.settings(index) | common for index in range(start, end)]
+    if cache is not None:
+        # A mean over an image's rows, of which guidance by a negative prompt makes two.
+        skipped = cache.skipped.reshape(-1, count).mean(0).tolist()
+        settings = [row | {"steps_skipped": n} for row, n in zip(settings, skipped)]
+    return pixels, settings
 
 
 def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -170,6 +179,7 @@ def denoise(
     negative: Arrays | None = None,
     kappa: Sequence[int | None] | None = None,
     sigmas: Sequence[float] | None = None,
+    cache: StepCache | None = None,
     step: Callable[[int, int], None] | None = None,
     after: StepCallback | None = None,
 ) -> np.ndarray:
@@ -178,8 +188,8 @@ def denoise(
     `conditions` as `encode` gives them, [n, ...]; `negative` the same of negative prompts, for
     classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
     latent pixels; `kappa` has an entry per step, None throughout means the bundle's; `sigmas`
-    see `Pipeline.__call__`; `step(done, steps)` is called before the first step and after each,
-    `after(done, steps, latents)` after each.
+    see `Pipeline.__call__`; `cache`: a new one, which may leave steps out; `step(done, steps)` is
+    called before the first step and after each, `after(done, steps, latents)` after each.
     """
     steps = len(top_k)
     kappa = [model.manifest.get("kappa")] * steps if kappa is None else kappa
@@ -202,7 +212,9 @@ def denoise(
         inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions))}
         if model.step_hook:
             model.step_hook(inputs, top_k[index], kappa[index])
-        knobs = top_k[index], kappa[index], starts[index]
+        if cache is not None:
+            cache.begin(levels[index])
+        knobs = top_k[index], kappa[index], starts[index], cache
         (sample,) = model.execute("transformer", inputs, *knobs).values()
         if negative is not None:
             sample = model.family.guide(sample, guidance)

@@ -32,7 +32,8 @@ LAYERS = {
         files
         families cuda image
         bundle
-        program request tokenizer
+        program tokenizer
+        request
         ort trt latency_budget
         opened
         sampling

@@ -51,6 +51,7 @@ def evaluate(
     guidance: options.Guidance = None,
     top_k: options.TopKSteps = None,
     kappa: options.KappaSteps = None,
+    cache: options.Cache = None,
     batch: Annotated[int, option("Batch size.")] = 16,
     world: Annotated[
         Any,
@@ -92,6 +93,7 @@ def evaluate(
         # torch makes other noise of a seed than the runtime does; with a bundle it is the bundle's.
         noise = bundle if len(paths) > 1 and each != bundle else None
         own = knobs if is_sparse(each) or len(paths) == 1 else {}
+        own = own if cache is None else own | {"cache": cache}
         generate, size = generator(
             each, world.get("size"), steps, guidance, own, batch, backend, noise
         )
@@ -163,8 +165,8 @@ def generator(
     """(prompts, seeds) -> images for a bundle (no torch) or a pipeline directory, and the size.
 
     What is None comes from the directory; `knobs`: top_k and kappa, a number or a list of one a
-    step; noise_of: a bundle whose noise a pipeline starts from. Raises FileNotFoundError where it
-    is neither.
+    step, and cache; noise_of: a bundle whose noise a pipeline starts from. Raises
+    FileNotFoundError where it is neither.
     """
     if (path / "manifest.json").is_file():
         from runtime.pipeline import Pipeline
@@ -184,6 +186,11 @@ def generator(
         raise FileNotFoundError(not_a("a pipeline directory or a bundle", path, cure))
     from d2m.generate import generate_with, load_pipeline, settings
 
+    if "cache" in knobs:
+        raise ValueError(
+            f"--cache is {knobs['cache']}, but {path} is a pipeline, expected a bundle: steps are "
+            "cached in the runtime; export it first, or leave --cache out"
+        )
     values = settings(
         path, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size
     )
@@ -217,6 +224,7 @@ def bench(
     width: options.Width = None,
     top_k: options.TopK = None,
     kappa: options.Kappa = None,
+    cache: options.Cache = None,
     backend: options.Backend = "auto",
     threads: Annotated[int | None, option("CPU threads.")] = None,
     json_: options.Json = False,
@@ -231,7 +239,7 @@ def bench(
 
     settings: dict[str, Any] = {"backend": backend, "runs": runs, "batches": batch}
     settings |= {"height": height, "width": width, "threads": threads}
-    knobs: dict[str, Any] = {"steps": steps, "top_k": top_k, "kappa": kappa}
+    knobs: dict[str, Any] = {"steps": steps, "top_k": top_k, "kappa": kappa, "cache": cache}
     with progress_bars() as progress:
         answer = function(bundle, vs, **settings, **knobs, progress=progress)
     if json_:

@@ -65,6 +65,13 @@ KappaSteps = Annotated[
     Any,
     option("Blocks that a group runs, or one number per step.", metavar="N[,N...]", parser=knob),
 ]
+Cache = Annotated[
+    str | None,
+    option(
+        "Step caching: none, auto, first-block:0.1, interval:2, taylor:interval:2 "
+        "(docs/caching.md)."
+    ),
+]
 RecipeFile = Annotated[Path | None, option("Recipe file (JSON), in place of a preset.", "--recipe")]
 Precision = Annotated[
     str | None, option("Training dtype, float32 or bfloat16; by default the recipe's.")

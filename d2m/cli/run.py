@@ -58,6 +58,7 @@ def run(
     n: options.Images = 1,
     top_k: options.TopKSteps = None,
     kappa: options.KappaSteps = None,
+    cache: options.Cache = None,
     sigmas: Annotated[
         Any,
         option(
@@ -126,7 +127,7 @@ def run(
         check_writable(out)
     pipeline = runtime.load(path, backend, verify=verify, key=key, **how)
     settings: dict[str, Any] = {"guidance": guidance, "n": n, "top_k": top_k, "kappa": kappa}
-    settings |= {"steps": steps, "height": height, "width": width, "budget": budget}
+    settings |= {"steps": steps, "height": height, "width": width, "budget": budget, "cache": cache}
     given = asked["prompt"]
     for clause in pipeline.warnings([given] if isinstance(given, str) else given, height, width):
         say(f"warning: {clause}")

@@ -8,15 +8,23 @@ call runs once, with the rows of those that chose it, or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from runtime.files.checked_json import mapping, number, one_of, text, wrong
 
+BLOCK = re.compile(r"\w+\.\d+\.")  # the weight prefix of a block, not of the model's ends
+
 Starts = Mapping[str, np.ndarray]  # group -> first call that runs, [B], counted in the group
 Runs = Mapping[int, np.ndarray]  # call -> the rows that run it; a call that is not here runs all
+
+
+def blocks_of(component: Mapping[str, Any]) -> list[int]:
+    """The places of a program's blocks, which are all of its calls but the model's ends."""
+    return [i for i, call in enumerate(component["program"]) if BLOCK.match(call["prefix"])]
 
 
 def groups_of(component: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -81,17 +89,25 @@ def rows_by_call(
 
 
 def sections(
-    component: Mapping[str, Any], kappa: int | None, starts: Starts
+    component: Mapping[str, Any], kappa: int | None, starts: Starts, cuts: Iterable[int] = ()
 ) -> Iterator[tuple[int, int, str | None]]:
     """The program cut before every group that chooses and is not in `starts`: (begin, end, group).
 
-    The last section has no group.
+    At `cuts`, and last, there are ends of sections without a group; where a group begins at a cut,
+    an empty section of that group follows.
     """
-    begin = 0
+    begin, waiting = 0, sorted(cuts)
     for name, group in choosing_groups(component, kappa):
         if name not in starts:
-            yield begin, group["calls"][0], name
-            begin = group["calls"][0]
+            first = group["calls"][0]
+            while waiting and waiting[0] <= first:
+                yield begin, waiting[0], None
+                begin = waiting.pop(0)
+            yield begin, first, name
+            begin = first
+    for cut in waiting:
+        yield begin, cut, None
+        begin = cut
     yield begin, len(component["program"]), None
 
 

@@ -40,6 +40,7 @@ def bench(
     width: int | None = None,
     top_k: int | None = None,
     kappa: int | None = None,
+    cache: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def bench(
         batches: images generated at a time.
         steps, height, width: the bundle's own by default, for `vs` too; guidance is the bundle's.
         top_k, kappa: of `bundle` alone; a dense one has none.
+        cache: step caching, of `bundle` alone; blocks are timed one by one without it.
 
     Returns settings, machine, and for "bundle" and "vs" facts, cold (seconds, MiB), images (by
     batch), blocks (see runtime.measure.block_times) and memory; with `vs` ratios, and what else
@@ -73,7 +75,7 @@ def bench(
         "height": height or defaults["height"],
         "width": width or defaults["width"],
     }
-    own = {"top_k": top_k, "kappa": kappa}
+    own = {"top_k": top_k, "kappa": kappa, "cache": cache}
     knobs: dict[str, dict[str, Any]] = {"bundle": common | own, "vs": common}
     for name, pipeline in opened.items():  # an error for what cannot run, before the long part
         pipeline.warm()

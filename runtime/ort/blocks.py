@@ -17,16 +17,18 @@ import numpy as np
 from runtime.bundle.block_groups import first_calls, rows_by_call, sections
 from runtime.files.tensors import cast
 from runtime.ort.block_weights import HeldWeights, StreamedWeights, Weights
-from runtime.ort.memory_places import ELEMENTS, Host, Place
+from runtime.ort.memory_places import ELEMENTS, NAMES, Host, Place
 from runtime.ort.sessions import check_session, errors_of, open_session
 from runtime.program.backends import check_offload
 from runtime.program.executor import check_inputs, graph_key, run_program
+from runtime.program.step_cache import TENSOR
 
 if TYPE_CHECKING:
     import onnxruntime
 
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
+    from runtime.program.step_cache import StepCache
 
 
 class Blocks:
@@ -66,12 +68,13 @@ class Blocks:
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor."""
         check_inputs(self.component, inputs)
         with self._lock:
             try:
-                return self.run(inputs, top_k, kappa, starts)
+                return self.run(inputs, top_k, kappa, starts, cache)
             except BaseException:
                 self.weights.forget()
                 raise
@@ -82,6 +85,7 @@ class Blocks:
         top_k: int | None,
         kappa: int | None,
         starts: Starts | None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """The program section by section; the lock is held."""
         rows = self.component["inputs"]
@@ -89,14 +93,23 @@ class Blocks:
         top_k = self.default if top_k is None else top_k
         kappa = self.kappa if kappa is None else kappa
         starts = dict(starts or {})
-        for begin, end, group in sections(self.component, kappa, starts):
-            runs = rows_by_call(self.component, starts, kappa)
-            self.weights.expect(self.coming(begin, end, group, runs))
-            bounds: dict[str, Any] = {"begin": begin, "end": end, "runs": runs, "rows": self.place}
-            env = run_program(self.component, env, top_k, self.call, **bounds)
-            if group is not None and kappa is not None:
-                logits = self.run_router(self.component["groups"][group], env)
-                starts[group] = first_calls(logits, kappa)
+        for begin, end, group in sections(
+            self.component, kappa, starts, cache.cuts if cache else ()
+        ):
+            runs: Runs = rows_by_call(self.component, starts, kappa)
+            if cache is None or cache.wants(begin, end):
+                runs = cache.restrict(runs, begin, end) if cache else runs
+                self.weights.expect(self.coming(begin, end, group, runs))
+                bounds: dict[str, Any] = {"begin": begin, "end": end, "runs": runs}
+                env = run_program(self.component, env, top_k, self.call, **bounds, rows=self.place)
+                if group is not None and kappa is not None:
+                    logits = self.run_router(self.component["groups"][group], env)
+                    starts[group] = first_calls(logits, kappa)
+            if cache is not None and cache.due(end):
+                value = env[TENSOR]
+                changed = cache.reach(self.place.fetch(value))
+                if changed is not None:
+                    env[TENSOR] = self.place.value(changed, NAMES[value.element_type()])
         return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
 
     def run_router(self, group: Mapping[str, Any], env: Mapping[str, Any]) -> np.ndarray:

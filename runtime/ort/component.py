@@ -3,9 +3,10 @@
 "graph" runs <component>.onnx, whose weights ONNX Runtime maps from the safetensors file itself;
 it packs and folds them, once. "blocks" makes one session per block type and number of experts
 and binds each block's weights to it: the same program that a GPU backend runs. The graph has the
-default number of experts compiled in; any other top_k is run by blocks, opened at the first such
-call. (Composing a graph per top_k would need onnx in the runtime and hold the weights once
-per k; block sessions hold no weights, so all of them share one set.)
+default number of experts compiled in and runs every step whole; any other top_k, and step caching,
+are run by blocks, opened at the first such call. (Composing a graph per top_k would need onnx in
+the runtime and hold the weights once per k; block sessions hold no weights, so all of them share
+one set.)
 
 Measured (one core; transformers of 18 blocks at width 128, of 3 at width 1024): graphs step 10 to
 20 % faster than blocks, for their weights are packed beforehand; blocks open in .1 s, graphs of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
     from runtime.bundle.directory import Bundle
     from runtime.program.executor import Executor
+    from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
 MODES = ("graph", "blocks")
@@ -113,7 +115,7 @@ def preload() -> None:
 
 
 class Graph:
-    """<component>.onnx in one session; other top_k through Blocks."""
+    """<component>.onnx in one session; other top_k and step caching through Blocks."""
 
     def __init__(self, bundle: Bundle, component: str, threads: int, *, arena: bool = True) -> None:
         self.bundle, self.name, self.threads = bundle, component, threads
@@ -134,10 +136,12 @@ class Graph:
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor; `starts` is ignored: the graph has its routers."""
-        if self.routed and top_k is not None and top_k != self.default:
-            return self.blocks()(inputs, top_k, kappa, starts)
+        other = self.routed and top_k is not None and top_k != self.default
+        if other or cache is not None:
+            return self.blocks()(inputs, top_k, kappa, starts, cache)
         check_inputs(self.component, inputs)
         feed = dict(inputs)
         if kappa is not None and self.grouped:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
+    from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
 Value = TypeVar("Value")
@@ -49,11 +50,12 @@ class Executor(Protocol):
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """Outputs by name; None of `top_k` and `kappa` means the bundle's default.
 
         `starts`: what groups chose before the first step (runtime.program.block_forecast); their
-        routers are not run again.
+        routers are not run again. `cache`: the generation's, which may leave blocks out.
         """
 
 

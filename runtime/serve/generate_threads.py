@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from runtime.image import to_file
+from runtime.image import settings_of, to_file
 from runtime.sampling import Cancelled
 from runtime.serve.batch import batch_call, usage
 from runtime.serve.jobs import Generated, Job, Jobs
@@ -86,7 +86,7 @@ class GenerateThreads:
         self.metrics.active.inc(len(batch))
         counted = None
         try:
-            images, began, step = self.images(batch, min_batch)
+            images, began, step, skipped = self.images(batch, min_batch)
         except Cancelled as error:
             for job in batch:
                 job.answer.set_exception(error)
@@ -101,7 +101,8 @@ class GenerateThreads:
             for job in batch:
                 mine, images = images[: job.images], images[job.images :]
                 notes = self.pipeline.truncations(job.request.arguments.prompts[0])
-                job.answer.set_result(Generated(mine, notes, began, ended, self.pipeline.backend))
+                answer = Generated(mine, notes, began, ended, self.pipeline.backend, skipped)
+                job.answer.set_result(answer)
             counted = step, ended - began
         finally:
             with self._lock:
@@ -113,8 +114,11 @@ class GenerateThreads:
         for job in batch:  # one request's failure is not another's
             self.generate([job], min_batch)
 
-    def images(self, batch: list[Job], min_batch: int) -> tuple[list[bytes], float, Step | None]:
-        """A batch's image files in order, when generating began, and one of its steps."""
+    def images(
+        self, batch: list[Job], min_batch: int
+    ) -> tuple[list[bytes], float, Step | None, float]:
+        """A batch's image files in order, when generating began, one of its steps, and how many
+        steps of an image were skipped (a batch that is cached is one request's)."""
         request = batch[0].request.arguments
         pipeline, sampler = self.meter.sampled_pipeline()
         pipeline.min_batch = min_batch
@@ -139,7 +143,9 @@ class GenerateThreads:
             cancel=lambda: all(job.cancelled.is_set() for job in batch),
         )
         assert isinstance(images, list)
-        run = usage(self.pipeline.manifest, request)["blocks"]
+        skipped = sum(settings_of(image).get("steps_skipped", 0.0) for image in images)
+        skipped = round(skipped / len(images), 3)
+        run = usage(self.pipeline.manifest, request, skipped)["blocks"]
         self.metrics.images.inc(len(images))
         self.metrics.blocks.inc(run * len(images))
         self.metrics.batch.observe(len(images))
@@ -150,4 +156,4 @@ class GenerateThreads:
             to_file(image, each.format, each.compression)
             for image, each in zip(images, requests, strict=True)
         ]
-        return files, began, sampler.step
+        return files, began, sampler.step, skipped

@@ -23,7 +23,7 @@ MAX_BODY = 64 << 10  # bytes
 SIZES = "256x256 512x512 1024x1024 1024x1536 1536x1024 1024x1792 1792x1024".split()
 IGNORED = ("quality", "style", "moderation")  # taken, since OpenAI's clients send them
 PICKED = ("steps", "top_k", "kappa")  # a budget picks those that are left out
-KNOBS = (*PICKED, "guidance", "sigmas")
+KNOBS = (*PICKED, "guidance", "sigmas", "cache")
 # A request, its budget in seconds, knobs that were given -> all that a budget picks.
 PickKnobs = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
 
@@ -72,7 +72,8 @@ class Limits:
 class ImageRequest:
     """A request that can be generated. Requests of equal `key` may share a batch.
 
-    `key` None: generated alone, since its budget was measured so. `notes`: what is not done as
+    `key` None: generated alone, since its budget was measured so, or since steps are cached, which
+    blocks run then depends on every bit. `notes`: what is not done as
     requested, a clause each.
     """
 
@@ -119,6 +120,7 @@ def fields_of(limits: Limits) -> type[BaseModel]:
         top_k: int | list[int] | None = optional(per_step)
         kappa: int | list[int] | None = optional(per_step)
         sigmas: list[float] | None = optional("a list of decreasing numbers")
+        cache: str | None = optional("a text such as 'first-block:0.1'", max_length=64)
         budget: float | None = optional("the seconds that generating may take")
         deadline: float | None = optional(seconds, ge=0.001, le=limits.deadline)
         output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -185,7 +187,7 @@ def read_request(
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
-        None if budget is not None else batch_key(request),
+        None if budget is not None or request.cache.skips else batch_key(request),
         given.get("output_format", "png"),
         given.get("output_compression", 100),
         tuple(notes),

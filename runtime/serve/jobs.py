@@ -26,6 +26,7 @@ class Generated:
     began: float
     ended: float
     backend: str
+    steps_skipped: float = 0.0  # by step caching, a mean over the images
 
 
 @dataclass(eq=False)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bundle.block_groups import Starts, first_calls, rows_by_call, sections
+from runtime.bundle.block_groups import Runs, Starts, first_calls, rows_by_call, sections
 from runtime.cuda.arena import Buffer
 from runtime.cuda.device import Device, bindings, capability
 from runtime.cuda.memory import Memory
 from runtime.files.extras import need
 from runtime.files.tensors import cast, numpy_dtype
 from runtime.program.executor import check_inputs, graph_key
+from runtime.program.step_cache import TENSOR
 from runtime.trt.expert_kernels import Cubins
 from runtime.trt.experts import ExpertsContext, experts_of
 from runtime.trt.launch_schedule import (
@@ -40,6 +41,7 @@ from runtime.trt.plan_loader import Loader
 
 if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
+    from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
 
@@ -129,13 +131,14 @@ class Plans:
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor; with all groups in `starts` no step waits for the
         host."""
         check_inputs(self.component, inputs)
         kappa = self.kappa if kappa is None else kappa
         with self._lock:
-            return self.run(self.component, inputs, top_k, (), kappa, starts)
+            return self.run(self.component, inputs, top_k, (), kappa, starts, cache)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None
@@ -155,25 +158,34 @@ class Plans:
         block: tuple[str, ...],
         kappa: int | None = None,
         starts: Starts | None = None,
+        cache: StepCache | None = None,
     ) -> dict[str, np.ndarray]:
         """Upload, launch section by section, download; `block`: (type, prefix) of one run alone."""
         sizes = sizes_of(component, inputs)
         top_k = self.default if top_k is None else top_k
         starts, env = dict(starts or {}), None
-        for begin, end, group in sections(component, kappa, starts):
-            chosen = rows_by_call(component, starts, kappa)
-            runs = {call: rows for call, rows in chosen.items() if begin <= call < end}
-            router = None if group is None else component["groups"][group]
-            section = Section(begin, end, runs, env, router)
-            bound = self.prepare(component, sizes, top_k, block, section)
-            base = self.memory.regions["arena"][0]
-            for name, buffer in bound.schedule.inputs.items():
-                self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
-            self.launcher.run(bound)
-            env = bound.schedule.env
-            # What the router at the section's end chose decides which launches come next.
-            if group is not None and kappa is not None and bound.schedule.logits is not None:
-                starts[group] = first_calls(self.fetch(bound.schedule.logits), kappa)
+        for begin, end, group in sections(component, kappa, starts, cache.cuts if cache else ()):
+            if cache is None or cache.wants(begin, end):
+                chosen: Runs = rows_by_call(component, starts, kappa)
+                chosen = cache.restrict(chosen, begin, end) if cache else chosen
+                runs = {call: rows for call, rows in chosen.items() if begin <= call < end}
+                router = None if group is None else component["groups"][group]
+                section = Section(begin, end, runs, env, router)
+                bound = self.prepare(component, sizes, top_k, block, section)
+                base = self.memory.regions["arena"][0]
+                for name, buffer in bound.schedule.inputs.items():
+                    self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
+                self.launcher.run(bound)
+                env = bound.schedule.env
+                # What the router at the section's end chose decides which launches come next.
+                if group is not None and kappa is not None and bound.schedule.logits is not None:
+                    starts[group] = first_calls(self.fetch(bound.schedule.logits), kappa)
+            if cache is not None and cache.due(end):
+                buffer = bound.schedule.env[TENSOR]
+                changed = cache.reach(self.fetch(buffer))
+                if changed is not None:
+                    base = self.memory.regions["arena"][0]
+                    self.device.upload(base + buffer.offset, changed)
         return {
             name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
             for name, buffer in bound.schedule.outputs.items()

@@ -193,18 +193,17 @@ def make_launch_schedule(
     for tensor, row in component["inputs"].items():
         read = read_as(name, component, plans, top_k, tensor)
         inputs[tensor].dtype = inputs[tensor].dtype or read or row["dtype"]
-    # A section that ends with a router keeps every tensor, since it is not known yet which calls
-    # come next; the last one keeps the component's outputs alone, so that all other memory is free.
+    # A section before the end keeps every tensor, since it is not known yet which calls come next;
+    # the last one keeps the component's outputs alone, so that all other memory is free.
     logits = None
+    last = section.end is None or section.end == len(component["program"])
     if section.router is not None:
         kind = section.router["type"]
         values = [env[tensor] for tensor in component["types"][kind]["inputs"]]
         (logits,) = call(-1, kind, "", section.router["prefix"], values)
-        kept = [*env.values(), logits]
-        outputs = {}
-    else:
-        outputs = {tensor: env[tensor] for tensor in component["outputs"]}
-        kept = list(outputs.values())
+    outputs = {tensor: env[tensor] for tensor in component["outputs"]} if last else {}
+    kept = list((outputs if last else env).values())
+    kept += [] if logits is None else [logits]
     # Only now is it known how long each buffer is needed.
     arena = place_buffers(list(before.values()), launches, kept)
     uploads = inputs if section.env is None else {}

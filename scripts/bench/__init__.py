@@ -15,5 +15,6 @@ offload      Memory and time of a generation with weights streamed block by bloc
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
 random_flux2 A synthetic FLUX.2 [klein] of a published size, text encoder and VAE too
 serve        Load on `d2m serve` from a second process: every request answered
+step_cache   Step caching on a world: steps skipped, error, score, processor time
 threads      Training threads beside other load: a step's time by threads
 """

@@ -491,6 +491,24 @@ def test_blocks_and_the_whole_graph_are_torchs(tiny: Tiny, bundle: Path, sparse_
     assert answer["trajectory"]["steps"][-1]["relative_error"] < 1e-4  # guided, from one noise
 
 
+def test_steps_are_cached(bundle: Path) -> None:
+    """Bit-equal where nothing is skipped; the formulas have their own tests."""
+    from runtime.image import settings_of
+    from runtime.pipeline import Pipeline
+
+    blocks = Pipeline(bundle, "ort", threads=1, mode="blocks")
+    guided = {"negative": "a black star"} if is_guided(blocks.manifest) else {}
+    asked: dict[str, Any] = {"steps": 4, "guidance": 4.0, "seed": [1, 2], **guided}
+    exact, same, cached = (
+        blocks(PROMPTS, cache=cache, **asked)
+        for cache in ("none", "first-block:0.0000001", "taylor:interval:2")
+    )
+    for one, other, skipped in zip(exact, same, cached, strict=True):
+        assert one.tobytes() == other.tobytes() and one.tobytes() != skipped.tobytes()
+        counts = [settings_of(image)["steps_skipped"] for image in (other, skipped)]
+        assert counts == [0, 2]
+
+
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
 def test_draws_as_diffusers_does(
     tiny: Tiny, bundle: Path, sparse_dir: Path, guidance: float

@@ -42,6 +42,7 @@ def test_every_knob_arrives() -> None:
         top_k=[0, 4],
         kappa=[3, 1],
         sigmas=[1, 0.5],
+        cache="taylor:interval:2",
         seed=1,
         user="someone",
         quality="auto",
@@ -53,6 +54,7 @@ def test_every_knob_arrives() -> None:
     request = found.arguments
     assert (request.width, request.height, request.top_k) == (48, 16, [0, 4])
     assert request.kappa == [3, 1] and request.sigmas == (1.0, 0.5)
+    assert request.cache.text == "taylor:interval:2:1" and found.key is None  # shares no batch
     assert request.guidance == 1.0 and found.deadline == 2.0 and len(request.prompts) == 2
 
 
@@ -117,6 +119,8 @@ def test_equal_keys_are_equal_shapes_and_knobs() -> None:
         ({"sigmas": [0.5], "steps": 2}, "sigmas", "lists 1 noise levels but steps is 2"),
         ({"sigmas": [1 / (i + 1) for i in range(21)]}, "steps", "steps is 21, expected a whole"),
         ({"budget": 1}, "budget", "budget is not known here"),
+        ({"cache": "often"}, "cache", "cache is 'often', expected none, auto, first-block:"),
+        ({"cache": 2}, "cache", "cache is 2, expected a text"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], param: str | None, sentence: str) -> None:
@@ -199,6 +203,9 @@ def test_anything_is_drawable_or_refused(fields: dict[str, Any]) -> None:
 def test_usage_counts_blocks_of_all_steps() -> None:
     """Three groups of three: two, one and three blocks of each run in the three steps."""
     request = wanted(steps=3, top_k=[0, 1, 1], kappa=[2, 1, 3]).arguments
+    cached = wanted(steps=6, kappa=2, cache="first-block:0.1").arguments
+    # 18 blocks, three of them left out by groups; of two skipped steps the first block runs.
+    assert usage(MANIFEST, cached, 2.0)["blocks"] == 6 * 15 - 2 * 14
     assert usage(MANIFEST, request) == {
         "blocks": 54 - 3 - 6,
         "blocks_of": 54,
