@@ -55,6 +55,7 @@ LAYERS = {
     "export": """
         op
         graph
+        quant
         text
         families
         checkpoint
