@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from d2m import __version__
 from d2m.families import family_of
-from export.checks import DTYPES, check_arguments, check_plugin, check_top_k, need_extra, plan_apis
+from export.checks import (
+    DTYPES,
+    check_arguments,
+    check_plugin,
+    check_quant,
+    check_top_k,
+    need_extra,
+    plan_apis,
+)
 from runtime.files.atomic import replace_dir, temporary_dir, write_bytes, write_json, write_text
 from runtime.files.hashes import sha256
 from runtime.trt.launch_schedule import plan_key
@@ -45,6 +53,8 @@ def export_bundle(
     cubins: bool = False,
     link: bool = False,
     portable: bool = False,
+    quant: str = "none",
+    keep: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export the pipeline in `sparse_dir` to the bundle `out`.
@@ -67,6 +77,8 @@ def export_bundle(
             (export/checkpoint/shared_shards.py); all else, and everything where links are
             impossible, is written.
         portable: portable plans too, besides those for `sm`.
+        quant: the format of the transformer's weights, a row of export/quant/formats.py or "none".
+        keep: patterns of weights' names that are not quantised, besides those that never are.
         progress: called as progress(phase, done, total).
 
     Returns the manifest's summary: out, name, kind, top_k_choices, parameters, files, bytes,
@@ -81,6 +93,7 @@ def export_bundle(
     """
     source, final = Path(sparse_dir), Path(out)
     check_arguments(source, final, dtype, storage, plan_dtype, sm, trt or trt_rtx)
+    check_quant(quant, keep, dtype, plugin or cubins)
     if plugin:
         check_plugin(trt, trt_rtx)
     need_extra()
@@ -102,6 +115,8 @@ def export_bundle(
         hashes = {}
         for component in components:
             program = component.trace(torch_dtype(graph_dtype(component.name, dtype)))
+            if component.name == "transformer" and quant != "none":
+                program, manifest["quant"] = quantise(program, quant, keep)
             shards, digest = write_weights(folder, component, program, storage, link, progress)
             hashes[f"{component.name}.safetensors"] = digest  # taken while it was written
             manifest["components"][component.name] = write_graphs(
@@ -117,6 +132,27 @@ def export_bundle(
         write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
     return summary(final, manifest)
+
+
+def quantise(program: Program, quant: str, keep: Sequence[str]) -> tuple[Program, dict[str, Any]]:
+    """The transformer with quantised weights, and the manifest's record of them."""
+    from export.quant.formats import FORMATS
+    from export.quant.program import quantised
+
+    kind = FORMATS[quant]
+    program = quantised(program, kind, keep)
+    names = {
+        prefix + part.weight
+        for name, prefix in program.calls
+        for part in program.types[name].parts.values()
+    }
+    if not names:
+        raise ValueError(
+            f"--keep {', '.join(keep)} leaves no weight to quantise, expected some; leave --quant"
+            " out."
+        )
+    record = {"format": quant, "bits": kind.bits, "block": kind.block, "weights": len(names)}
+    return program, {**record, "keep": list(keep)}
 
 
 @contextmanager

@@ -45,6 +45,29 @@ def check_arguments(
         raise ValueError(f"{out} is the pipeline itself, expected another output directory.")
 
 
+def check_quant(quant: str, keep: Sequence[str], dtype: str, kernels: bool) -> None:
+    """Refuse formats that do not exist, and what quantised bundles cannot have."""
+    from export.quant.formats import format_of
+
+    if format_of(quant) is None:
+        if keep:
+            raise ValueError(
+                f"--keep {','.join(keep)} is given without --quant, expected a format: without one"
+                " every weight is kept."
+            )
+        return
+    if dtype != "fp32":
+        raise ValueError(
+            f"--dtype is {dtype} with --quant {quant}, expected fp32: graphs compute in float32"
+            " around quantised products; plans compute in bf16."
+        )
+    if kernels:
+        raise ValueError(
+            f"--cubins or --plugin is given with --quant {quant}, expected neither: the kernels"
+            " read weights of 16 bits."
+        )
+
+
 def check_plugin(trt: bool, trt_rtx: bool) -> None:
     """Refuse --plugin where it has no meaning or its libraries are missing."""
     if trt_rtx or not trt:

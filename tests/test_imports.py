@@ -56,6 +56,7 @@ LAYERS = {
     "export": """
         op
         graph
+        quant
         text
         families
         checkpoint

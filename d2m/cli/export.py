@@ -52,6 +52,13 @@ def export(
     storage: Annotated[
         str | None, option("Dtype of the stored weights; by default the checkpoint's.")
     ] = None,
+    quant: Annotated[
+        str, option("Format of the transformer's weights: none, int8, int4, fp8 or nvfp4.")
+    ] = "none",
+    keep: Annotated[
+        list[str] | None,
+        option("Weights that are not quantised, e.g. '*.attn.*'; may be repeated.", "--keep"),
+    ] = None,
     link: Annotated[
         bool, option("Hard-link unchanged weight files instead of copying them.", "--link")
     ] = False,
@@ -99,6 +106,7 @@ def export(
     plans: dict[str, Any] = {"trt": trt, "trt_rtx": trt_rtx, "plugin": plugin, "cubins": cubins}
     plans |= {"sm": targets, "portable": portable, "plan_dtype": plan_dtype}
     weights: dict[str, Any] = {"dtype": dtype, "storage": storage, "link": link}
+    weights |= {"quant": quant, "keep": keep or ()}
     with progress_bars() as progress:
         answer = export_bundle(sparse, out, top_k=top_k, **weights, **plans, progress=progress)
     if triton_repo is not None:

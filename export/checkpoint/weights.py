@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.model.components import FLOATS
+from export.quant.weights import pack
 from runtime.files.atomic import write_chunks
 from runtime.files.tensors import ALIGNMENT, DTYPE_NAMES, file_chunks, read_header, weight_files
 from runtime.files.tensors import Tensor as Place
@@ -25,7 +26,7 @@ from runtime.files.tensors import Tensor as Place
 if TYPE_CHECKING:
     import torch
 
-    from export.graph.program import Program
+    from export.graph.program import Part, Program
 
 Progress = Callable[[str, int, int], None]
 # Concatenated projection -> the checkpoint's parts, in order.
@@ -39,13 +40,17 @@ NOT_WEIGHTS = (".neurons",)  # buffers of a sparse checkpoint that no graph read
 
 @dataclass(frozen=True)
 class Placed:
-    """One tensor of the bundle: its name, what it is made of, its shape and stored dtype."""
+    """One tensor of the bundle: its name, what it is made of, its shape and stored dtype.
+
+    `part`: which part of a quantised weight it is, if it is one.
+    """
 
     name: str
     sources: tuple[str, ...]
     transposed: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
+    part: Part | None = None
 
     @property
     def size(self) -> int:
@@ -146,12 +151,16 @@ def place(program: Program, dtype_of: Callable[[str], torch.dtype]) -> list[Plac
     for kind, prefix in program.weighted:
         row = program.types[kind]
         for local, spec in row.weights.items():
-            name = prefix + local
-            linear = f"{local.rpartition('.')[0]}.weight" in row.linears  # a VAE's to_qkv is none
+            part = row.parts.get(local)
+            weight = part.weight if part else local
+            name = prefix + weight
+            linear = f"{weight.rpartition('.')[0]}.weight" in row.linears  # a VAE's to_qkv is none
             sources = sources_of(name) if linear else (name,)
             stored = torch.float32 if stays_float32(name) else dtype_of(sources[0])
+            stored = part.stored if part else stored
             shape = tuple(int(side) for side in spec.shape)
-            placed.append(Placed(name, sources, local in row.linears, shape, stored))
+            transposed = weight in row.linears
+            placed.append(Placed(prefix + local, sources, transposed, shape, stored, part))
     assert len({row.name for row in placed}) == len(placed), "two blocks share a weight"
     return sorted(placed, key=order)
 
@@ -173,19 +182,23 @@ def sources_of(name: str) -> tuple[str, ...]:
 
 
 def build(row: Placed, get: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """The tensor itself, contiguous; ValueError where the checkpoint's shape does not fit."""
+    """The tensor itself, contiguous; ValueError where the checkpoint's shape does not fit.
+
+    Of a quantised weight: the weight, in the checkpoint's type.
+    """
     import torch
 
     parts = [get(source) for source in row.sources]
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     if row.transposed:
         tensor = tensor.t()
-    if tuple(tensor.shape) != row.shape:
+    shape = row.part.shape if row.part else row.shape
+    if tuple(tensor.shape) != shape:
         raise ValueError(
             f"the tensor {row.sources[0]} gives {list(tensor.shape)} as {row.name}, expected"
-            f" {list(row.shape)}; weights and config.json are of different models."
+            f" {list(shape)}; weights and config.json are of different models."
         )
-    return tensor.detach().to(row.dtype).contiguous()
+    return tensor.detach() if row.part else tensor.detach().to(row.dtype).contiguous()
 
 
 def write(
@@ -198,6 +211,16 @@ def write(
     import torch
 
     placed, digest = list(placed), hashlib.sha256()
+    last: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}  # a weight's parts, mostly neighbours
+
+    def tensor(row: Placed) -> torch.Tensor:
+        if row.part is None:
+            return build(row, get)
+        if row.sources not in last:
+            last.clear()
+            last[row.sources] = pack(row.part.format, build(row, get))
+        return last[row.sources][row.part.suffix].contiguous()
+
     names = {row.dtype: DTYPE_NAMES[str(row.dtype).removeprefix("torch.")] for row in placed}
     rows = [(row.name, names[row.dtype], row.shape) for row in placed]
 
@@ -205,7 +228,7 @@ def write(
         for done, row in enumerate(placed):
             if progress is not None:
                 progress(f"write {path.name}", done, len(placed))
-            yield build(row, get).reshape(-1).view(torch.uint8).numpy().data
+            yield tensor(row).reshape(-1).view(torch.uint8).numpy().data
 
     def hashed() -> Iterator[bytes | memoryview]:
         for piece in file_chunks(rows, data()):

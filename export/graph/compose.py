@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from export.graph.program import BlockType, Program
 
 BLOCKS = "d2m.blocks"  # domain of the functions that are block types
-STORED = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
+STORED = {
+    "F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16",
+    "I8": "INT8", "U8": "UINT8", "F8_E4M3": "FLOAT8E4M3FN",
+}  # fmt: skip
 
 
 def compose(
@@ -136,14 +139,14 @@ def compose(
 def domains(functions: Collection[onnx.FunctionProto]) -> list[tuple[str, int]]:
     """Opset imports of the composed model."""
     versions = {DOMAIN: 1, BLOCKS: 1}
+    own = {each.domain for each in functions}
     for each in functions:  # the newest version of the op that a block has
         for entry in each.opset_import:
-            if entry.domain == DOMAIN:
-                versions[DOMAIN] = max(versions[DOMAIN], entry.version)
-    return [
-        ("", OPSET),
-        *((name, versions[name]) for name in sorted({f.domain for f in functions})),
-    ]
+            if entry.domain:
+                versions[entry.domain] = max(versions.get(entry.domain, 1), entry.version)
+                own.add(entry.domain)
+    versions[""] = OPSET
+    return [("", OPSET), *((name, versions[name]) for name in sorted(own - {""}))]
 
 
 def function(row: BlockType, graph: onnx.ModelProto, read: set[str]) -> onnx.FunctionProto:
@@ -195,7 +198,10 @@ def onnx_type(spec: Spec) -> int:
     """The ONNX element type of a spec."""
     import onnx
 
-    names = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+    names = {
+        "float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64",
+        "int8": "INT8", "uint8": "UINT8", "float8_e4m3fn": "FLOAT8E4M3FN",
+    }  # fmt: skip
     return int(onnx.TensorProto.DataType.Value(names[spec.json()["dtype"]]))
 
 

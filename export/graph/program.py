@@ -23,12 +23,26 @@ MODULATION = "modulation"  # the tensor's name, and the dense model's submodule 
 BODY = "either"  # what the block graphs and composed graphs carry: they are ONNX Runtime's
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that a quantised weight becomes (export/quant): the `weight`'s local name
+    and `shape` as products read it, which part of it, in which format, and the type it is stored
+    in."""
+
+    weight: str
+    suffix: str
+    format: Any
+    shape: tuple[int, ...]
+    stored: torch.dtype
+
+
 @dataclass
 class BlockType:
     """A kind of block: what it reads, writes and needs, and its graph per top_k ("" if unrouted).
 
     `inputs` and `outputs` name entries of the program's environment; `weights` are local names,
-    `linears` those of them that a checkpoint holds as [out, in].
+    `linears` those of them that a checkpoint holds as [out, in]; `parts`: those of `weights` that
+    belong to a quantised one.
     """
 
     name: str
@@ -37,6 +51,7 @@ class BlockType:
     weights: dict[str, Spec]
     linears: frozenset[str] = frozenset()
     graphs: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     @property
     def routed(self) -> bool:

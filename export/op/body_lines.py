@@ -62,27 +62,10 @@ def sorted_lines(routing: Routing) -> list[str]:
     Pairs are numbered chosen-major (p = j*T + t), so that a token's K rows lie T apart and the sum
     is K gathers. The gate weighs the hidden row, H numbers instead of D: the same product.
     """
-    experts, top_k = routing.experts, routing.top_k
+    experts = routing.experts
     half = routing.dtype != FLOAT32
     lines = [
-        numbers("flat", -1),
-        numbers("zero", 0),
-        numbers("one", 1),
-        numbers("k", top_k),
-        numbers("experts", experts),
-        numbers("hit_or_not", 0, 1),
-        "probabilities = Softmax <axis = -1> (logits)",
-        "by_expert = Transpose <perm = [1, 0]> (probabilities)",
-        "gate, chosen = TopK <axis = 0> (by_expert, k)",  # [K, T]; ties go to the lowest index
-        "pair = Reshape (chosen, flat)",  # [P], the expert of every pair
-        "pairs = Shape (pair)",
-        "_sorted_pair, order = TopK <axis = 0, largest = 0> (pair, pairs)",
-        "_sorted_order, place = TopK <axis = 0, largest = 0> (order, pairs)",  # order's inverse
-        "hit = OneHot <axis = 1> (pair, experts, hit_or_not)",
-        "count = ReduceSum <keepdims = 0> (hit, zero)",
-        "tokens = Shape <start = 0, end = 1> (x)",
-        "divisor = Max (tokens, one)",  # for T = 0
-        "token = Mod (order, divisor)",
+        *sorting_lines(routing),
         "rows = Gather (x, token)",
         f"{each('x', experts)} = Split <axis = 0> (rows, count)",
     ]
@@ -100,18 +83,55 @@ def sorted_lines(routing: Routing) -> list[str]:
     lines += [
         f"m = Concat <axis = 0> ({each('m', experts)})",
         *activated(routing, "m", "g"),
+        *weighing_lines(half),
+        f"{each('h', experts)} = Split <axis = 0> (h, count)",
+    ]
+    lines += [f"z{e} = MatMul (h{e}, d{e})" for e in range(experts)]
+    return [*lines, f"z = Concat <axis = 0> ({each('z', experts)})", *sum_lines(routing)]
+
+
+def sorting_lines(routing: Routing) -> list[str]:
+    """The pairs by expert: `order` and its inverse `place`, a sorted pair's `token` and expert
+    (`_sorted_pair`), an expert's `count`, `gate` [K, T]."""
+    return [
+        numbers("flat", -1),
+        numbers("zero", 0),
+        numbers("one", 1),
+        numbers("k", routing.top_k),
+        numbers("experts", routing.experts),
+        numbers("hit_or_not", 0, 1),
+        "probabilities = Softmax <axis = -1> (logits)",
+        "by_expert = Transpose <perm = [1, 0]> (probabilities)",
+        "gate, chosen = TopK <axis = 0> (by_expert, k)",  # [K, T]; ties go to the lowest index
+        "pair = Reshape (chosen, flat)",  # [P], the expert of every pair
+        "pairs = Shape (pair)",
+        "_sorted_pair, order = TopK <axis = 0, largest = 0> (pair, pairs)",
+        "_sorted_order, place = TopK <axis = 0, largest = 0> (order, pairs)",  # order's inverse
+        "hit = OneHot <axis = 1> (pair, experts, hit_or_not)",
+        "count = ReduceSum <keepdims = 0> (hit, zero)",
+        "tokens = Shape <start = 0, end = 1> (x)",
+        "divisor = Max (tokens, one)",  # for T = 0
+        "token = Mod (order, divisor)",
+    ]
+
+
+def weighing_lines(half: bool = False) -> list[str]:
+    """g [P, H], the hidden rows of the sorted pairs, times their gates: h."""
+    return [
         "flat_gate = Reshape (gate, flat)",
         "sorted_gate = Gather (flat_gate, order)",
         "weight = Unsqueeze (sorted_gate, one)",
         *(["weight_x = CastLike (weight, x)"] if half else []),
         f"h = Mul (g, weight{'_x' if half else ''})",
-        f"{each('h', experts)} = Split <axis = 0> (h, count)",
     ]
-    lines += [f"z{e} = MatMul (h{e}, d{e})" for e in range(experts)]
-    lines += [f"z = Concat <axis = 0> ({each('z', experts)})"]
+
+
+def sum_lines(routing: Routing) -> list[str]:
+    """z [P, D] of the sorted pairs -> y [T, D], each token's own summed."""
+    top_k, half = routing.top_k, routing.dtype != FLOAT32
     if top_k == 1:
-        return [*lines, "y = Gather (z, place)"]
-    lines += [f"{each('p', top_k)} = Split <axis = 0, num_outputs = {top_k}> (place)"]
+        return ["y = Gather (z, place)"]
+    lines = [f"{each('p', top_k)} = Split <axis = 0, num_outputs = {top_k}> (place)"]
     for j in range(top_k):
         lines += [f"r{j} = Gather (z, p{j})"]
         if half:

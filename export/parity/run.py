@@ -23,6 +23,7 @@ from export.parity.parts import (
     compare_trajectory,
     plans_in_use,
 )
+from export.parity.quantised_reference import quantise
 from export.parity.torch_recording import as_stored, load_reference, record
 from runtime.bundle.directory import open_bundle
 from runtime.pipeline import Pipeline
@@ -37,6 +38,9 @@ LIMITS = {
     "float32": {"relative_error": 1e-4, "psnr": 45.0, "margin": 1e-4},
     "float16": {"relative_error": 5e-3, "psnr": 35.0, "margin": 5e-3},
     "bfloat16": {"relative_error": 3e-2, "psnr": 25.0, "margin": 3e-2},
+    # Torch quantises as the bundle does. Numbers before a rounding differ in their last bits, and
+    # one that lies at an edge then becomes the next number of 4 or 8 bits.
+    "quantised": {"relative_error": 5e-3, "psnr": 30.0, "margin": 5e-3},
 }
 Progress = Callable[[str, int, int], None]
 
@@ -71,7 +75,8 @@ def parity(
     pipeline = Pipeline(opened, backend)
     target = plans_in_use(pipeline)
     dtype = manifest["plans"][target]["dtype"] if target else manifest["compute_dtype"]
-    limits = LIMITS[dtype]
+    quant = manifest.get("quant")
+    limits = LIMITS["quantised" if quant else dtype]
     report("torch", 0, 1)
     size = {name: manifest["defaults"][name] for name in ("height", "width")}
     latent = tuple(s // manifest["latents"]["vae_scale_factor"] for s in size.values())
@@ -80,18 +85,19 @@ def parity(
     recorded = sorted({0, count // 2, count - 1})
     pipe = load_reference(sparse_dir, manifest["kind"], k, kappa)
     as_stored(pipe, opened)
-    reference = record(
-        pipe,
-        prompts,
-        noise,
-        steps=count,
-        guidance=manifest["defaults"]["guidance"],
-        **size,
-        text_tokens=manifest["tokenizers"][pipeline.family.tokenizers[-1]]["max_length"]
-        - pipeline.family.dropped,
-        recorded=recorded,
-    )
+    text_tokens = manifest["tokenizers"][pipeline.family.tokenizers[-1]]["max_length"]
+    how: dict[str, Any] = {"steps": count, "guidance": manifest["defaults"]["guidance"], **size}
+    how |= {"text_tokens": text_tokens - pipeline.family.dropped, "recorded": recorded}
+    reference = record(pipe, prompts, noise, **how)
     report("torch", 1, 1)
+    quantisation = None
+    if quant is not None:
+        # What quantising costs, block by block on the unquantised inputs; then against torch that
+        # quantises too, which must come out the same.
+        rows = compare_blocks(opened, pipeline.backend, reference, k, float("inf"), report)
+        quantisation = quant | {"blocks": worst_first(rows)}
+        quantise(pipe.transformer, opened)
+        reference = record(pipe, prompts, noise, **how)
     limit = limits["relative_error"]
     components = compare_components(pipeline, reference, k, limit, kappa)
     components += compare_ids(pipeline, reference, prompts)
@@ -120,6 +126,7 @@ def parity(
         "blocks": worst_first(blocks),
         "experts": experts,
         "groups": groups,
+        "quantisation": quantisation,
         "trajectory": trajectory,
     }
     result["failures"] = failures(result)

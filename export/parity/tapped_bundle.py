@@ -41,13 +41,13 @@ def tap(model: Any, family: Family) -> tuple[Any, list[str]]:
     tapped.CopyFrom(model)
     names = []
     for node in list(tapped.graph.node):
-        if (node.domain, node.op_type) != (DOMAIN, OP):
+        if (node.domain, node.op_type.partition("_")[0]) != (DOMAIN, OP):
             continue
         site = node.input[2].rpartition(".experts.")[0]
         experts = next(
             value.type.tensor_type.shape.dim[0].dim_value
             for value in tapped.graph.input
-            if value.name == node.input[2]
+            if value.name == f"{site}.experts.w1"
         )
         out = f"{OUT}{site}.logits"
         tapped.graph.node.append(helper.make_node("Identity", [node.input[1]], [out], name=out))

@@ -27,7 +27,8 @@ from runtime.files.tensors import naturals
 
 FORMAT = 1
 KINDS = ("sparse", "dense")
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool")
+QUANTISED = ("int8", "uint8", "float8_e4m3fn")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", *QUANTISED)
 FLOATS = ("float32", "bfloat16", "float16")
 MAX_FILE = 1 << 42  # 4 TiB: no weights file is larger
 MAX_FILES = 10_000
@@ -69,6 +70,11 @@ def check(manifest: Any) -> None:
             if len(found) != wanted:
                 words = "one tensor" if wanted == 1 else f"{wanted} tensors"
                 raise wrong(f"components.{name}.{side}", components[name][side], words)
+    if "quant" in manifest:
+        quant = mapping(manifest, "quant")
+        text(quant, "format", "quant")
+        integer(quant, "bits", 1, 16, "quant")
+        integer(quant, "block", 0, 1 << 20, "quant")
     check_top_k(manifest)
     check_kappa(manifest)
     check_settings(manifest)

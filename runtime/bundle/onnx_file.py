@@ -26,8 +26,8 @@ ENDLESS = {"Loop", "Scan", "SequenceMap"}
 # Of ONNX Runtime's own operators those that compute and no more: others read files or loop.
 MICROSOFT = set(
     "Attention BiasGelu FastGelu FusedConv FusedGemm FusedMatMul Gelu GroupNorm GroupQueryAttention"
-    " MatMulNBits MoE MultiHeadAttention NhwcConv PackedAttention QMoE QuickGelu RotaryEmbedding"
-    " SimplifiedLayerNormalization SkipGroupNorm SkipLayerNormalization"
+    " MatMulIntegerToFloat MatMulNBits MoE MultiHeadAttention NhwcConv PackedAttention QMoE"
+    " QuickGelu RotaryEmbedding SimplifiedLayerNormalization SkipGroupNorm SkipLayerNormalization"
     " SkipSimplifiedLayerNormalization".split()
 )
 # TensorProto.DataType -> bytes of an element; what is not here may only lie inside the file.

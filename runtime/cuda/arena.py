@@ -10,6 +10,7 @@ from typing import Protocol
 ALIGN = 256  # bytes; what cudaMalloc guarantees and kernels may assume
 SIZES = {
     "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1,
+    "int8": 1, "uint8": 1, "float8_e4m3fn": 1,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files.tensors import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow
+from runtime.files.tensors import DTYPE_NAMES, RAW_DTYPES, SafeTensors, broken, narrow, numpy_dtype
 
 PIECE = 1 << 20  # elements that are converted at a time
 
@@ -30,7 +30,7 @@ class TensorFiles:
         """
         tensor, file = self.tensors[name], self._files[name]
         source = np.dtype(RAW_DTYPES[tensor.dtype])
-        target = np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype)
+        target = np.dtype(numpy_dtype(dtype)).newbyteorder("<")
         assert out.nbytes == tensor.size * target.itemsize, name
         if DTYPE_NAMES.get(dtype) == tensor.dtype:
             self.fill(file, tensor.start, out)

@@ -24,9 +24,11 @@ from runtime.files.hashes import Stamp, stamp
 RAW_DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8",
+    "F8_E4M3": "u1",
 }  # fmt: skip
 DTYPE_NAMES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64",
+    "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
 MAX_HEADER = 16 << 20  # bytes: some 100,000 tensors; FLUX.1 has 800
 MAX_RANK = 8
@@ -254,8 +256,8 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def numpy_dtype(dtype: str) -> str:
-    """How numpy holds a dtype of the manifest; bfloat16 as its bits."""
-    return "uint16" if dtype == "bfloat16" else dtype
+    """How numpy holds a dtype of the manifest; bfloat16 and FP8 as their bits."""
+    return {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}.get(dtype, dtype)
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 # ONNX's numbers of element types.
 ELEMENTS = {
-    "float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16,
+    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10,
+    "float64": 11, "bfloat16": 16, "float8_e4m3fn": 17,
 }  # fmt: skip
 NAMES = {number: name for name, number in ELEMENTS.items()}
 

@@ -37,7 +37,8 @@ def find_routers(model: bytes) -> list[Router]:
             for part, text in parts(model, *span(node)):
                 if part in names:
                     names[part].append(word(walk, text))
-            if names[4] == [OP] and names[7] == [DOMAIN] and len(names[1]) > 2:
+            operators = {name.partition("_")[0] for name in names[4]}  # of RoutedExperts_int8 too
+            if operators == {OP} and names[7] == [DOMAIN] and len(names[1]) > 2:
                 routers.append(Router(names[1][2].rpartition(".experts.")[0], names[1][1]))
     return routers
 

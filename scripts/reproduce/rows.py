@@ -183,6 +183,8 @@ ROWS = (
 )
 
 
+LONGER = 20 / 3  # 4,000 steps
+
 # What the emoji world adds: runs of blocks chosen by linear probes, and L in one stage.
 _MORE = (
     Row(
@@ -203,11 +205,24 @@ _MORE = (
         "L-joint, experts of neurons that are active together, routers fitted to them",
         _at_once(experts="coactivation", router="energy"),
     ),
+    Row("L-joint-longer", "L-joint, 6.7 times the steps", _at_once(), times=LONGER),
+    Row(
+        "width-1.5-longer",
+        "width-1.5, 6.7 times the steps",
+        _from("L", baselines.width_pruned, 1.5),
+        times=LONGER,
+    ),
+    Row(
+        "width-2-longer",
+        "width-2, 6.7 times the steps",
+        _from("L", baselines.width_pruned, 2.0),
+        times=LONGER,
+    ),
     Row("L-router", "L-joint, routers fitted to experts by rank", _at_once(router="energy")),
 )
 _EMOJI = (
-    "dense L-fitted L-joint width-1.5 width-2 L S depth-first depth-middle depth-linear random "
-    "joint XS depth-first-joint XS-first XS-linear M L-router"
+    "dense L-joint-longer width-1.5-longer width-2-longer L-fitted L-joint width-1.5 width-2 L S "
+    "depth-first depth-middle depth-linear random joint XS depth-first-joint XS-first XS-linear M L-router"
 ).split()
 
 _SAYS = {  # of 6 + 6 blocks

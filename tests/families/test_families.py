@@ -510,6 +510,32 @@ def test_steps_are_cached(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_quantising_reaches_every_product_of_a_block(bundle: Path) -> None:
+    """All but modulation and routers, whatever the family calls them."""
+    import onnx
+
+    from export.quant.formats import FORMATS
+    from export.quant.program import quantised
+    from tests.tiny.bundle import program_of
+
+    program = program_of(bundle, "transformer")
+    found = quantised(program, FORMATS["int8"])
+    ends = {kind for kind, prefix in found.calls if not prefix}
+    total = 0
+    for name, row in found.types.items():
+        chosen = {part.weight for part in row.parts.values()}
+        assert (name in ends) == (not chosen), name
+        for model in row.graphs.values():
+            onnx.checker.check_model(model)
+            read = {name for node in model.graph.node for name in node.input[1:2]}
+            left = {n for n in read & set(row.weights) - chosen if n in row.linears}
+            assert name in ends or all(
+                any(part in each for part in ("norm", "gate", "mod", "adaLN")) for each in left
+            ), left
+            total += len(chosen)
+    assert total
+
+
 def test_draws_as_diffusers_does(
     tiny: Tiny, bundle: Path, sparse_dir: Path, guidance: float
 ) -> None:

@@ -74,6 +74,24 @@ def test_a_bundle_in_half_precision_is_within_its_own_limits(
     assert found["blocks"][0]["relative_error"] > 1e-5  # it is not float32 that was compared
 
 
+@pytest.mark.parametrize("quant", ["int8", "nvfp4"])
+def test_a_quantised_bundle_is_torch_that_quantises_too(
+    tiny_sparse_dir: Path, pytestconfig: pytest.Config, quant: str
+) -> None:
+    """As tight as float32, where a last bit makes no number fall to the other side of an edge."""
+    bundle = exported(pytestconfig, tiny_sparse_dir, top_k=(0, 2), quant=quant, keep=["*.1.attn.*"])
+    found = parity(tiny_sparse_dir, bundle, steps=1)
+    assert found["passed"], found["failures"]
+    assert found["blocks"][0]["relative_error"] < 5e-3
+    errors = sorted(row["relative_error"] for row in found["blocks"])
+    assert errors[len(errors) // 2] < 1e-6
+    cost = {row["place"]: row["relative_error"] for row in found["quantisation"]["blocks"]}
+    within = {"int8": (5e-3, 5e-2), "nvfp4": (1e-2, 4e-1)}[quant]
+    blocks = {place: error for place, error in cost.items() if "blocks" in place}
+    assert all(within[0] < error < within[1] for error in blocks.values()), blocks
+    assert cost["embed (step 0)"] < 1e-6 and cost["final (step 0)"] < 1e-6  # they are kept
+
+
 def test_experts_agree(result: dict[str, Any]) -> None:
     experts = result["experts"]
     assert experts["sure_agreement"] == 1 and experts["sure_tokens"] > experts["tokens"] / 2
