@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from export.graph.trace import is_gate
+from export.graph.trace import stays_float32
 from export.op.schema import DOMAIN, OP
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def quantisable(kind: Format, row: BlockType) -> list[str]:
     multiplied = {name for _, name in products(graph)}
 
     def fits(value: Any) -> bool:
-        sensitive = any(part in value.name.lower() for part in SENSITIVE) or is_gate(value.name)
+        sensitive = any(part in value.name.lower() for part in SENSITIVE) or stays_float32(
+            value.name
+        )
         readers = [use.node for use in value.uses()]
         only = all(value.name in [name for _, name in products([node])] for node in readers)
         # FP4's blocks are of whole tokens; int4's last one is filled up.

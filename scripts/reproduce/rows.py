@@ -222,7 +222,8 @@ _MORE = (
 )
 _EMOJI = (
     "dense L-joint-longer width-1.5-longer width-2-longer L-fitted L-joint width-1.5 width-2 L S "
-    "depth-first depth-middle depth-linear random joint XS depth-first-joint XS-first XS-linear M L-router"
+    "depth-first depth-middle depth-linear random joint XS depth-first-joint XS-first XS-linear M "
+    "L-router"
 ).split()
 
 _SAYS = {  # of 6 + 6 blocks
