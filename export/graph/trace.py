@@ -7,6 +7,7 @@ shape arithmetic of reshapes replaced by 0 and -1, metadata dropped (it names lo
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import warnings
@@ -126,6 +127,7 @@ def trace(
         {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in specs
     ]
+    keep_signatures()
     with quiet(), torch.no_grad():
         exported = torch.onnx.export(
             program,
@@ -143,6 +145,22 @@ def trace(
     name_dimensions(model, specs, list(outputs.values()))
     proto = ir.to_proto(clean(model))
     return proto
+
+
+@functools.cache
+def keep_signatures() -> None:
+    """Let onnxscript read the source of each of torch's translations once a process.
+
+    torch makes its table of translations anew for every trace, and as released (onnxscript 0.5 to
+    0.7) every function in it reads its own source each time that it is asked for its domain.
+    """
+    from onnxscript import TracedOnnxFunction
+
+    reading = vars(TracedOnnxFunction).get("function_ir")
+    if isinstance(reading, property) and reading.fget is not None:
+        kept = functools.cached_property(reading.fget)
+        kept.__set_name__(TracedOnnxFunction, "function_ir")
+        TracedOnnxFunction.function_ir = kept
 
 
 class _Program(nn.Module):

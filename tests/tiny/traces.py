@@ -66,7 +66,7 @@ def describe(value: Any, feed: Callable[[bytes], None], seen: dict[int, Any]) ->
     if isinstance(value, Mapping):
         say(type(value).__qualname__, len(value))
         # The directory that a model was loaded from is no part of it.
-        items = [item for item in value.items() if item[0] != "_name_or_path"]
+        items = [item for item in value.items() if item[0] not in ("_name_or_path", "name_or_path")]
         parts: list[Any] = [part for item in items for part in item]
     elif isinstance(value, list | tuple):
         say(type(value).__qualname__, len(value))
