@@ -1,4 +1,4 @@
-"""Ray Serve draws from a bundle, a replica per GPU: serve run docs.ray_serve:app
+"""Ray Serve generates from a bundle, a replica per GPU: serve run docs.ray_serve:app
 
 D2M_BUNDLE names the bundle (the embedded one by default), D2M_GPUS the GPUs of a replica (0),
 D2M_REPLICAS how many replicas there are (1).
@@ -23,8 +23,8 @@ KNOBS = {"seed", "steps", "guidance", "height", "width", "top_k", "kappa", "sigm
     max_ongoing_requests=4,
     max_queued_requests=64,  # more are answered with 503
 )
-class Drawing:
-    """One bundle; a replica draws one image at a time."""
+class Generator:
+    """One bundle; a replica generates one image at a time."""
 
     def __init__(self, bundle: str | None) -> None:
         import runtime
@@ -47,4 +47,4 @@ class Drawing:
         return Response(to_png(image), media_type="image/png")
 
 
-app = Drawing.bind(os.environ.get("D2M_BUNDLE"))
+app = Generator.bind(os.environ.get("D2M_BUNDLE"))

@@ -58,7 +58,7 @@ class TritonPythonModel:
         return self.model.execute(requests)
 
     def finalize(self):
-        """Let go of the weights."""
+        """Release the weights."""
         self.model = None
 '''
 

@@ -112,7 +112,7 @@ def read_table(key: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
     except ValueError as error:
         raise NotMeasured(f"the budget's table {path} is no JSON ({error}); {cure}") from None
     if not isinstance(table, dict) or table.get("for") != key or not valid(table.get("rows")):
-        raise NotMeasured(f"the budget's table {path} is not what was written there; {cure}")
+        raise NotMeasured(f"the budget's table {path} was changed after it was written; {cure}")
     return table
 
 

@@ -47,7 +47,10 @@ def folder_source(path: Path, columns: tuple[str, str] | None = None) -> Source:
         )
 
     def read(key: str) -> tuple[bytes, str]:
-        return checked(picture(path / key), (path / key).with_suffix(".txt").read_text("utf-8"))
+        caption = (path / key).with_suffix(".txt")
+        if not caption.is_file():
+            raise ValueError(f"there is no caption, which would be in {caption.name}")
+        return checked(picture(path / key), caption.read_text("utf-8"))
 
     return single(str(path), keys, read)
 

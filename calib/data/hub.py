@@ -34,7 +34,7 @@ def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
         if column not in features:
             raise ValueError(
                 f"{name} has no column {column!r}; it has {', '.join(features)}: name two of them "
-                "with --columns PICTURE,CAPTION."
+                "with --columns IMAGE,CAPTION."
             )
     import datasets
 
@@ -102,7 +102,7 @@ def _columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
         what = "picture" if not images else "caption"
         raise ValueError(
             f"{name} has no column that is clearly the {what}; it has {', '.join(features)}: name "
-            "two of them with --columns PICTURE,CAPTION."
+            "two of them with --columns IMAGE,CAPTION."
         )
     return images[0], texts[0]
 

@@ -72,7 +72,7 @@ def open_data(
         size: height and width in pixels, in place of those.
         cache: folder for encodings and trajectories; None keeps none.
         window: samples of a shard that are mixed. skip: unreadable samples before the run stops.
-        columns: "PICTURE,CAPTION", in place of those found by their names.
+        columns: "IMAGE,CAPTION", in place of those found by their names.
 
     Raises FileNotFoundError, ImportError or ValueError, in one sentence, if there is no such data.
     """
@@ -87,7 +87,7 @@ def open_data(
         for option, value in (("--cache", folder), ("--columns", columns), ("--size", size)):
             if value is not None:
                 raise ValueError(
-                    f"{option} is {str(value)!r}, but {how} are made anew at the pipeline's own "
+                    f"{option} is {str(value)!r}, but {how} are made at the pipeline's own "
                     "size; leave it out"
                 )
         world = suite_named(how)
@@ -207,7 +207,7 @@ def _pair(columns: str | None) -> tuple[str, str] | None:
         return None
     names = [name.strip() for name in columns.split(",")]
     if len(names) != 2 or not all(names):
-        raise ValueError(f"--columns is {columns!r}, expected two names: PICTURE,CAPTION")
+        raise ValueError(f"--columns is {columns!r}, expected two names: IMAGE,CAPTION")
     return names[0], names[1]
 
 

@@ -55,7 +55,7 @@ def grey(image: Image.Image, format: str | None) -> Image.Image:
     if image.mode[0] not in "IF":
         return image
     if not image.mode.startswith("I;16") and format != "PNG":
-        raise Damaged(f"pixels are {image.mode!r} numbers without a known white; save it in 8 bits")
+        raise Damaged(f"pixels are {image.mode!r} numbers without a known range; save it in 8 bits")
     values = np.asarray(image).astype(np.uint32)
     made = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if (clear := image.info.get("transparency")) is not None:

@@ -41,10 +41,18 @@ class Unreadable:
             raise ValueError(
                 f"{len(self.reasons)} samples of {self.name} cannot be read, more than --skip "
                 f"{self.limit} allows (the first: {first}: {self.reasons[first]}); repair or "
-                "remove them, or allow more with --skip, then go on with --resume."
+                "remove them, or allow more with --skip, then continue with --resume."
             )
         if len(self.reasons) <= SHOWN:
-            self.log(f"left out: {key}: {reason}.")
+            self.log(f"skipped: {key}: {reason}.")
+
+    def nearly_all(self, tried: set[str]) -> str:
+        """A sentence for samples of which too few can be read to make a batch."""
+        key, reason = next(iter(self.reasons.items()))
+        return (
+            f"{self.name}: {len(tried - self.reasons.keys())} of {len(tried)} samples can be read "
+            f"(the first that cannot: {key}: {reason}); expected pictures with captions."
+        )
 
 
 def feed(
@@ -81,9 +89,10 @@ def feed(
             ahead.popleft()
             base += 1
         good: list[Decoded] = []
-        position = start
+        position, tried = start, set[str]()
         while len(good) < count:
             epoch, sample = at(position)
+            tried.add(sample.key)
             try:
                 data, caption = sample.read()
             except UNREADABLE as error:
@@ -95,10 +104,7 @@ def feed(
                     unreadable.add(sample.key, error)
             position += 1
             if position - start > 2 * (count + unreadable.limit) + 1000:
-                raise ValueError(
-                    f"of {position - start} samples of {source.name} in a row {len(good)} can be "
-                    "read; check that they are pictures with captions."
-                )
+                raise ValueError(unreadable.nearly_all(tried))
         return good
 
     return samples

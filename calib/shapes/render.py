@@ -204,4 +204,4 @@ def _mask(shape: str, d: int) -> np.ndarray:
         return abs(u) + abs(v) <= 1
     if shape == "ring":
         return (radius <= 1) & (radius >= 0.5)
-    raise ValueError(f"shape {shape!r} has no drawing; shapes are {', '.join(SHAPES)}")
+    raise ValueError(f"shape {shape!r} cannot be rendered; shapes are {', '.join(SHAPES)}")

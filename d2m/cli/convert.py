@@ -28,9 +28,9 @@ def convert(
     preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
     base: Annotated[
-        str | None, option("Of a single file: the pipeline of its other parts, directory or id.")
+        str | None, option("For a single file: the pipeline (directory or id) of its other components.")
     ] = None,
-    variant: Annotated[str | None, option("Files to take of a pipeline: fp16, bf16.")] = None,
+    variant: Annotated[str | None, option("Variant of the pipeline's weight files to read: fp16, bf16.")] = None,
     budget: Annotated[
         float | None, option("Choose groups and shared experts for this share of the dense FLOPs.")
     ] = None,
@@ -244,7 +244,7 @@ def convert(
     how = Options(start=start, resume=resume, data=taught.label, crew=crew, **memory)
     shown = Report(
         statistics=partial(routing_table, categories=taught.categories),
-        score=(lambda draw: judge(draw, judged, 0)[0]) if judged else None,
+        score=(lambda generate: judge(generate, judged, 0)[0]) if judged else None,
         prompts=taught.prompts(6) if report else (),
         other_models=known,
         write=report,

@@ -232,10 +232,11 @@ def bench(
 ) -> None:
     """Measure BUNDLE on this machine: start-up, images, steps, blocks, memory.
 
-    With --vs both bundles take turns.
+    With --vs the two bundles are measured in turns; a ratio above 1 is in favour of
+    BUNDLE.
     """
     from runtime.measure.bench import bench as function
-    from runtime.measure.bench_tables import tables
+    from runtime.measure.bench_tables import ratio_sentence, tables
 
     settings: dict[str, Any] = {"backend": backend, "runs": runs, "batches": batch}
     settings |= {"height": height, "width": width, "threads": threads}
@@ -247,6 +248,8 @@ def bench(
         return
     for title, header, rows in tables(answer):
         print_table(title, header, rows)
+    if "vs" in answer:
+        print(ratio_sentence(answer))
     for sentence in answer.get("differences", ()):
         print(f"difference: {sentence}")
 

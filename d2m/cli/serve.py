@@ -12,8 +12,8 @@ from d2m.cli.options import option
 
 def serve(
     bundle: options.Bundle = None,
-    host: Annotated[str, option("Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen at; 0 takes a free one.")] = 8000,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.")] = 8000,
     workers: Annotated[int, option("Worker threads, in one process.")] = 1,
     max_queue: Annotated[int, option("Requests that may wait; more get status 429.")] = 64,
     max_batch: Annotated[int, option("Largest batch; 1: every request alone.")] = 8,

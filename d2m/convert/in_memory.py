@@ -164,7 +164,7 @@ def convert(
         student = kind.from_pretrained(result / "transformer", torch_dtype=dense.dtype).eval()
         student.to(pipe.to(device).device)
     # Scores come before the papers because the model card shows them, with a report or without.
-    with timed(seconds, "pictures and scores"):
+    with timed(seconds, "images and scores"):
         shown = report.prompts if report.write else ()
         score = report.score
         images, scores = compare(pipe, student, dense_path, shown, score, recipe.seed, progress)

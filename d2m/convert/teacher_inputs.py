@@ -63,7 +63,7 @@ def load(
 class TeacherInputs:
     """Iterates over (block, {site name: x [rows, D]}): what enters the FFNs of each block.
 
-    rows: how many tokens are kept of an FFN, drawn at random by `seed` and as many of every call.
+    rows: how many tokens are kept of an FFN, chosen at random by `seed` and as many of every call.
     Everything is computed in `dtype` on `device`; what is kept lies on the CPU.
     RuntimeError where blocks run in another order than `blocks`, or a forward ends before.
     """

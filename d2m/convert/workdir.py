@@ -107,7 +107,7 @@ def check_free(out: Path, work: Path, resume: bool) -> None:
         )
     if work.exists() and not resume:
         raise ValueError(
-            f"{work} holds an unfinished conversion; go on with --resume, or remove it to start "
+            f"{work} holds an unfinished conversion; continue with --resume, or remove it to start "
             "again."
         )
 

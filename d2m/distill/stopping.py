@@ -59,5 +59,5 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 def interrupt(done: int, total: int, workdir: Path) -> None:
     """Stop, with the sentence that says how to go on."""
     raise KeyboardInterrupt(
-        f"stopped after {done} of {total} steps; the state is in {workdir}, go on with --resume."
+        f"stopped after {done} of {total} steps; the state is in {workdir}, continue with --resume."
     )

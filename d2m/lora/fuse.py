@@ -49,7 +49,7 @@ def lora(
         scale: strength, times the file's own.
         lossy: leave out what the model has no place for (modulation that its blocks share, blocks
             that were dropped), in place of refusing.
-        steps: denoising steps that `out` is drawn with by default, for LoRAs distilled to fewer.
+        steps: denoising steps that `out` is generated with by default, for LoRAs distilled to fewer.
 
     Returns layers, rank (the largest), scale, shares (of the change's squared Frobenius norm, by
     KINDS without those that are 0), routed_share, out.

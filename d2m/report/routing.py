@@ -47,7 +47,7 @@ def positions(report: Report) -> Section | None:
                 [[tells[name] for name in names]],
                 level=rising(0.0, most),
                 x_label="block",
-                title=f"What the position tells of the expert, {KINDS[kind]}",
+                title=f"What the position says about the expert, {KINDS[kind]}",
                 cell=(24, 18),
             )
         )
@@ -56,8 +56,8 @@ def positions(report: Report) -> Section | None:
     maps = _maps({name: layers[name]["share"] for name in shown}, tells, shape)
     top = max(tells, key=lambda name: (tells[name], name))
     note = (
-        f"The image in {shape[0]} x {shape[1]} parts. The position tells at most "
-        f"{percent(tells[top], 1)} of which expert is chosen ({layer_title(top)}), "
+        f"The image in {shape[0]} x {shape[1]} parts. The position says at most "
+        f"{percent(tells[top], 1)} about which expert is chosen ({layer_title(top)}), "
         f"{percent(sum(tells.values()) / len(tells), 1)} on the mean: mutual information over "
         "log E, less what chance alone would show. Blank: never chosen for a part of the image."
     )
@@ -67,7 +67,7 @@ def positions(report: Report) -> Section | None:
         note,
         [
             Chart(
-                "How much the position tells", charts, ColourScale(RISING, "0", "", percent(most))
+                "How much the position says", charts, ColourScale(RISING, "0", "", percent(most))
             ),
             Chart(caption, [maps], ColourScale(DIVERGING, "¼", "its mean", "4 x")),
         ],

@@ -44,7 +44,7 @@ def training(report: Report) -> Section | None:
     note = f"{last['done']:,} steps in {len({line['stage'] for line in history})} stages"
     note += ", averages of the steps between two points."
     if "dead" in last:
-        note += f" Experts that hardly a token chose at the end: {last['dead']}."
+        note += f" Experts that hardly any token chose at the end: {last['dead']}."
     return Section("Training", note, [chart for chart in charts if chart], "charts")
 
 
@@ -239,6 +239,6 @@ def importance(report: Report) -> Section | None:
     note = (
         f"Split: {plan['split']}. The shared expert takes the first {percent(shared)} of the "
         f"neurons, which hold {', '.join(shares)} of the importance; the others "
-        "are dealt to the experts. Bands span the layers."
+        "are distributed to the experts. Bands span the layers."
     )
     return Section("Importance of neurons", note, [Chart("", [chart])], "stack")

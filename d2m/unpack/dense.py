@@ -43,23 +43,25 @@ def unpack(
         from d2m.unpack.single_file import unpack_single_file
 
         found = locate(base)
-        unpack_single_file(Path(dense), found, beside(out), base, progress=progress, log=log)
-        return str(beside(out))
+        unpack_single_file(
+            Path(dense), found, unpacked_folder(out), base, progress=progress, log=log
+        )
+        return str(unpacked_folder(out))
     if base is not None:
         raise ValueError(f"--base is for a single file, but {dense} is none; leave it out")
     if Path(dense).is_dir():
-        return str(plain_pipeline(Path(dense), variant, beside(out)))
+        return str(plain_pipeline(Path(dense), variant, unpacked_folder(out)))
     if variant:
         raise ValueError("--variant is for a pipeline's directory; download the model first")
     return dense
 
 
-def beside(out: Path) -> Path:
+def unpacked_folder(out: Path) -> Path:
     """The directory of what was unpacked for a result."""
     return out.with_name(out.name + ".dense")
 
 
 def remove_unpacked(out: Path) -> None:
     """Remove what was unpacked for a result that is finished."""
-    if (beside(out) / UNPACKED).is_file():
-        shutil.rmtree(beside(out), ignore_errors=True)
+    if (unpacked_folder(out) / UNPACKED).is_file():
+        shutil.rmtree(unpacked_folder(out), ignore_errors=True)

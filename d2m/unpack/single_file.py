@@ -109,7 +109,7 @@ def match(
         names, swapped = diffusers_names(key, shapes)
         if not names:
             raise ValueError(
-                f"{file} holds the tensor {key}, which the transformer of {base} has not; give the "
+                f"{file} holds the tensor {key}, which the transformer of {base} does not have; give the "
                 "pipeline of the same model as --base."
             )
         rows = [shapes[name][0] if shapes[name] else 1 for name in names]

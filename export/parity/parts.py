@@ -107,7 +107,7 @@ def compare_blocks(
             kind, prefix = call["type"], call["prefix"]
             if (prefix or kind) not in recorded:
                 raise ValueError(
-                    f"the bundle has a block {prefix or kind!r} that the pipeline has not,"
+                    f"the bundle has a block {prefix or kind!r} that the pipeline does not have,"
                     f" expected the same blocks; export the bundle from this pipeline."
                 )
             inputs, outputs = recorded[prefix or kind]

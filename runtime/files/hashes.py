@@ -49,7 +49,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if stamp(path) != now:
-        raise ValueError(f"{path} changed while it was read, expected a file that stays.")
+        raise ValueError(f"{path} changed while it was read, expected a file that does not change.")
     return found
 
 
@@ -98,7 +98,7 @@ def recall(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: Windows has no getuid
-        log.info("hashes of %s are computed anew (%s)", root, error)
+        log.info("hashes of %s are computed again (%s)", root, error)
         return {}
 
 

@@ -26,7 +26,7 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
     cold("cold start to first image, s", "first_image_s", "first_image")
     cold("  interpreter and import, s", "start_s", "start")
     cold("  opening the bundle, s", "open_s", "open")
-    cold("  generating, s", "draw_s", "draw")
+    cold("  generating, s", "generate_s", "generate")
     for batch in answer["bundle"]["images"]:
         found = ratios["images"].get(batch, {})
         images = [one["images"][batch] for one in both]
@@ -49,6 +49,17 @@ def tables(answer: Mapping[str, Any]) -> list[Table]:
         ]
         result.append((f"blocks of {one['name']}, one by one", [*BLOCKS, *last], lines))
     return result
+
+
+def ratio_sentence(answer: Mapping[str, Any]) -> str:
+    """Which way the column of ratios goes."""
+    ours, other = (answer[name]["name"] for name in ("bundle", "vs"))
+    if ours == other:
+        ours, other = "the bundle", "the baseline"
+    return (
+        f"ratio: time or memory of {other} divided by that of {ours}, median and range over the"
+        f" turns; above 1, {ours} is faster or smaller"
+    )
 
 
 def cell(value: Any) -> str:

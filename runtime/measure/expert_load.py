@@ -154,7 +154,7 @@ class Meter:
             self._counting.counts = {}
             self._counting(self.pipeline.cast(inputs), top_k, kappa)
         except Exception as error:  # generating goes on: the log says what is lost
-            log.warning("experts are counted no more: %s: %s", type(error).__name__, error)
+            log.warning("experts are no longer counted: %s: %s", type(error).__name__, error)
             self.reason = f"failed: {type(error).__name__}"
             return 0.0
         for site, counts in self._counting.counts.items():

@@ -27,7 +27,7 @@ TRIED = {  # what a backend was run on so far
     "ort": "x86 CPUs, all tests and figures",
     "ort-cuda": "no GPU so far (on a CPU up to CUDA's provider, with a stand-in for its copies)",
     "trt-rtx": "no GPU so far (plans built and read, launches with a stand-in for the driver)",
-    "trt": "nothing so far (TensorRT proper was not at hand)",
+    "trt": "nothing so far (TensorRT itself was not available)",
 }
 
 CUDA_LIBRARIES = ("libonnxruntime_providers_cuda.so", "onnxruntime_providers_cuda.dll")

@@ -36,7 +36,7 @@ class Metrics:
             "d2m_requests", "Requests to /v1 by status.", ["status"], registry=registry
         )
         self.cancelled = Counter(
-            "d2m_cancelled", "Requests given up, by reason.", ["reason"], registry=registry
+            "d2m_cancelled", "Aborted requests, by reason.", ["reason"], registry=registry
         )
         self.images = Counter("d2m_images", "Images generated.", registry=registry)
         self.steps = Counter("d2m_steps", "Denoising steps of batches.", registry=registry)

@@ -121,7 +121,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise OSError(
-            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()};"
+            f"cannot listen on {host} port {port}: {(error.strerror or str(error)).lower()};"
             " choose others with --host and --port"
         ) from None
     listener.setblocking(False)

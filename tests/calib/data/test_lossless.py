@@ -45,7 +45,7 @@ def test_16_bit_grey_turned_and_clear():
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_numbers_without_a_white_are_damaged(kind):
-    with pytest.raises(Damaged, match="numbers without a known white; save it in 8 bits"):
+    with pytest.raises(Damaged, match="numbers without a known range; save it in 8 bits"):
         pixels(saved(np.full((8, 8), 0.5).astype(kind), "TIFF"), 8, 8)
 
 

@@ -128,7 +128,7 @@ def test_damaged_samples_are_counted_and_left_out(pipe, tmp_path):
     steps = [batches(step, 4) for step in range(6)]
     assert all(len(batch["latents"]) == 4 for batch in steps)
     assert data.facts() == {"source": str(path), "left_out": 4}  # each once, in two epochs
-    assert len(told) == 3 and all(line.startswith("left out: ") for line in told)
+    assert len(told) == 3 and all(line.startswith("skipped: ") for line in told)
     # The place of one that is left out is taken by one that depends on the step alone.
     again = data_of(path, skip=4).batches(pipe, 0)
     assert equal(again(4, 4), steps[4]) and equal(again(2, 4), steps[2])
@@ -147,10 +147,17 @@ def test_too_many_damaged_samples_end_the_run_in_one_sentence(pipe, tmp_path):
 
 
 def test_where_none_can_be_read_the_run_ends(pipe, tmp_path):
+    """Counted by samples, not by how often each was tried; a folder without captions says so."""
     tinydata.folder(tmp_path / "set", 3)
+    for path in (tmp_path / "set").glob("*.txt"):
+        path.unlink()
+    words = r": 0 of 3 samples can be read \(.*: 00\d.png: there is no caption, .* in 00\d.txt\)"
+    with pytest.raises(ValueError, match=words):
+        data_of(tmp_path / "set", skip=100).batches(pipe, 0)(0, 2)
     for path in (tmp_path / "set").glob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="of 12.. samples of .* in a row 0 can be read"):
+        path.with_suffix(".txt").write_text("a ring")
+    with pytest.raises(ValueError, match="0 of 3 samples can be read .*no whole picture"):
         data_of(tmp_path / "set", skip=100).batches(pipe, 0)(0, 2)
 
 

@@ -51,7 +51,7 @@ def test_data_emoji_is_told_from_others_and_refuses_what_it_cannot_use():
     assert (data.label, data.kind) == ("emoji", "emoji")
     assert data.categories == ("single", "background", "pair", "count")
     assert open_data("shapes", dict).label is None
-    with pytest.raises(ValueError, match="--size is '32', but emoji are made anew"):
+    with pytest.raises(ValueError, match="--size is '32', but emoji are made at the"):
         open_data("emoji", dict, size=32)
 
 

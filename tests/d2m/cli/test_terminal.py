@@ -119,7 +119,7 @@ def test_only_a_conversion_is_told_to_resume() -> None:
     ):
         assert explain(error)[0] == begin
         assert explain(error, resumes=True)[0] == f"{begin}; continue with --resume"
-    said = KeyboardInterrupt("stopped after 3 of 9 steps, go on with --resume")
+    said = KeyboardInterrupt("stopped after 3 of 9 steps, continue with --resume")
     assert explain(said, resumes=True) == (str(said), 130)
     full = OSError(errno.ENOSPC, "No space left on device", "x")
     assert explain(full, resumes=True)[0].endswith("free some space and continue with --resume")

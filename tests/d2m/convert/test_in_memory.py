@@ -157,7 +157,7 @@ def test_kill_and_resume_give_the_same_bytes(dense, whole, tmp_path):
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists() and (tmp_path / "sparse.work").is_dir()
-    with pytest.raises(ValueError, match="unfinished conversion; go on with --resume"):
+    with pytest.raises(ValueError, match="unfinished conversion; continue with --resume"):
         run(dense, out)
     with pytest.raises(ValueError, match="another recipe, seed or steps"):
         run(dense, out, resume=True, seed=9)

@@ -132,7 +132,7 @@ def test_killed_it_goes_on_at_the_block_it_was_killed_in(dense, tmp_path):
     assert len(done) == 5  # outside, and two blocks of two shards
     times = [path.stat().st_mtime_ns for path in done]
     (done[0].parent / f".{done[0].name}.0123456789ab.tmp").write_bytes(b"half")
-    with pytest.raises(ValueError, match="holds an unfinished conversion; go on with --resume"):
+    with pytest.raises(ValueError, match="holds an unfinished conversion; continue with --resume"):
         run(dense, tmp_path / "out")
     with pytest.raises(ValueError, match="a conversion with another importance; resume it with"):
         convert_stream(dense, tmp_path / "out", RECIPE, magnitudes, "mine", resume=True, log=quiet)

@@ -132,7 +132,7 @@ def test_four_go_on_with_what_two_have_left(stopped, alone, tmp_path):
 def test_a_killed_process_ends_the_run_and_one_alone_goes_on(alone, tmp_path):
     code, words = many(2, "die", tmp_path)
     assert code == 1 and len(words) == 1
-    assert words[0].startswith("one of the 2 processes ended without a word")
+    assert words[0].startswith("one of the 2 processes ended without a message")
     history, student = run("resume", tmp_path)
     same(history, alone[0])
     for name, parameter in student.named_parameters():
@@ -225,7 +225,7 @@ def test_one_process_tells_the_end(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     gone = RuntimeError("[...] Connection closed by peer [127.0.0.1]:1")
     told, speaks = processes.final_error(gone)
-    assert speaks and isinstance(told, processes.ProcessLost) and "go on with --resume" in str(told)
+    assert speaks and isinstance(told, processes.ProcessLost) and "continue with --resume" in str(told)
     assert processes.final_error(error) == (error, False)
 
 

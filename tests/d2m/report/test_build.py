@@ -122,7 +122,7 @@ def whole():
 
 def test_page_has_every_section(whole):
     page = whole
-    for title in ("Pictures", "Scores", "Training", "Experts", "Importance of neurons", "Recipe"):
+    for title in ("Images", "Scores", "Training", "Experts", "Importance of neurons", "Recipe"):
         assert title in page.words, title
     assert {"Parameters", "Time"} <= set(page.words)
     for words in ("0.808 – 0.867", "2.3·10⁻⁷", "share of images judged right", "3 min 20 s"):
@@ -178,7 +178,7 @@ def test_images_must_be_png_data(source):
 def test_what_is_missing_is_left_out():
     nothing = {"history": (), "importance": None, "routing": None, "images": (), "scores": None}
     page = Page(render(everything(**nothing, timings=None, identity_error=None)))
-    titles = {"Pictures", "Scores", "Training", "Experts", "Importance of neurons", "Time"}
+    titles = {"Images", "Scores", "Training", "Experts", "Importance of neurons", "Time"}
     assert not titles & set(page.words) and {"Recipe", "Parameters"} <= set(page.words)
 
 

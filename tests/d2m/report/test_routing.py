@@ -37,7 +37,7 @@ def test_positions_show_the_layers_where_they_tell_most() -> None:
     layers["transformer_blocks.0.ff"] = {"share": share, "information": 0.5}
     part = positions(report(positions={"rows": 1, "columns": 2, "layers": layers}))
     assert part is not None
-    assert "at most 50.0 % of which expert is chosen (double 0 image)" in part.note
+    assert "at most 50.0 % about which expert is chosen (double 0 image)" in part.note
     tells, maps = part.charts
     assert colours(tells.svgs[0]) == ["s8"]  # 0.5 is the most
     assert colours(tells.svgs[1]) == ["s0"] * 4 + ["s1"] * 5  # 0 to 8 hundredths, block by block

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from d2m.cli import main
 from d2m.families.original_names import BFL_FLUX_1, BFL_FLUX_2, Z_IMAGE, OriginalNames
-from d2m.unpack.dense import beside
+from d2m.unpack.dense import unpacked_folder
 from d2m.unpack.single_file import diffusers_names, match, take, unpack_single_file
 from d2m.unpack.stored import Stored, open_stored
 
@@ -227,7 +227,7 @@ def test_convert_takes_a_single_file_and_removes_what_it_unpacked(
     out = tmp_path / "single"
     base = ["--base", str(tiny_dense_dir)]
     assert main(["convert", str(file), *base, "-o", str(out), *options]) == 0
-    assert not beside(out).exists()
+    assert not unpacked_folder(out).exists()
     for path in sorted((whole / "transformer").glob("*.safetensors")):
         first, second = load_file(path), load_file(out / "transformer" / path.name)
         assert first.keys() == second.keys()
@@ -274,4 +274,4 @@ def test_refusals(
     pickled = tmp_path / "x.ckpt"
     pickled.write_bytes(b"PK")
     assert "nothing is unpickled" in refused(capsys, pickled, "-o", out)
-    assert not out.exists() and not beside(out).exists()
+    assert not out.exists() and not unpacked_folder(out).exists()

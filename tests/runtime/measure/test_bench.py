@@ -30,7 +30,7 @@ def test_sparse_against_dense(answer: dict[str, Any]) -> None:
         row = answer[name]
         assert row["kind"] == kind and row["backend"] == "ort" and len(row["digest"]) == 64
         cold = row["cold"]
-        assert cold["first_image_s"] > cold["draw_s"] > 0 and cold["open_s"] > 0
+        assert cold["first_image_s"] > cold["generate_s"] > 0 and cold["open_s"] > 0
         assert 20 < cold["peak_mib"] < 2000 and row["memory"]["device_mib"] is None
         for images in row["images"].values():
             assert images["image_s"] > 0
@@ -40,7 +40,7 @@ def test_sparse_against_dense(answer: dict[str, Any]) -> None:
         assert [blocks[name]["calls"] for name in blocks] == [1, 2, 2, 1]
         assert sum(line["share"] for line in row["blocks"]) == pytest.approx(1, abs=1e-3)
     assert list(answer["ratios"]["images"]) == ["1", "3"]
-    assert set(answer["ratios"]["cold"]) == {"start", "open", "draw", "first_image", "peak"}
+    assert set(answer["ratios"]["cold"]) == {"start", "open", "generate", "first_image", "peak"}
     assert set(answer["ratios"]["blocks"]) == {"embed", "double", "single", "final"}
     assert answer["settings"]["steps"] == 2 and answer["differences"] == []
     json.dumps(answer)

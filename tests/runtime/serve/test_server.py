@@ -103,4 +103,4 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "d2m", "serve", "--port", port]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert f"error: cannot listen at 127.0.0.1 port {port}: address already" in done.stderr
+    assert f"error: cannot listen on 127.0.0.1 port {port}: address already" in done.stderr
