@@ -1,12 +1,13 @@
 """scripts/faults/__main__.py, a few tries of everything; `--kills 300` is what one runs by hand."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cases.fresh_process import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,11 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "faults.json"
     like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]
-    command = [sys.executable, "-m", "scripts.faults", "--short", "--json", str(report)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [*command, *like], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = ["-m", "scripts.faults", "--short", "--json", report, *like]
+    done = python(*command, env={"TMPDIR": str(tmp_path)})
     assert report.is_file(), done.stderr[-3000:]
     answer = json.loads(report.read_text())
     failures = {name: row["failures"] for name, row in answer["cases"].items() if row["failures"]}

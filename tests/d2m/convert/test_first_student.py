@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from d2m.model.grouping import dense_name
 from d2m.recipe import recipe as recipes
 from d2m.recipe.structure import AdaLN, Blocks
 from tests.cases.conversions import converted
+from tests.cases.fresh_process import python
 from tests.tiny.pipeline import tiny_pipeline
 
 LOSSES = {"output": 1.0, "group": 1.0, "group_balance": 0.01}
@@ -173,9 +171,8 @@ def test_kill_in_stage_three_and_resume_give_the_same_bits(dense, first, tmp_pat
     root = Path(__file__).parents[3]
     paths = [str(root)]
     directories = [str(dense), str(tmp_path / "out"), str(first[0])]
-    command = [sys.executable, "-c", KILLED, *directories, *paths]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["-c", KILLED, *directories, *paths]
+    killed = python(*command, env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run(dense, tmp_path / "out", resume=True, **options)
     files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "out")]

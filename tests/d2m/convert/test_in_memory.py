@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from calib.shapes.world import World
 from d2m.model.surgery import split_neurons
 from d2m.recipe import recipe as recipes
 from tests.cases.conversions import converted
+from tests.cases.fresh_process import python
 from tests.tiny.pipeline import tiny_pipeline
 
 RECIPE = dataclasses.replace(
@@ -152,9 +150,8 @@ def test_kill_and_resume_give_the_same_bytes(dense, whole, tmp_path):
     out = tmp_path / "sparse"
     root = Path(__file__).parents[3]
     paths = [str(root)]
-    command = [sys.executable, "-c", KILLED, str(dense), str(out), *paths]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["-c", KILLED, str(dense), str(out), *paths]
+    killed = python(*command, env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists() and (tmp_path / "sparse.work").is_dir()
     with pytest.raises(ValueError, match="unfinished conversion; continue with --resume"):

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from d2m.model.sparse_transformer import SparseFluxTransformer2DModel, sparse_mo
 from d2m.recipe import recipe as recipes
 from d2m.recipe.structure import AdaLN, Blocks
 from d2m.shards import INDEX, STEM, open_shards
+from tests.cases.fresh_process import python
 from tests.tiny.pipeline import tiny_inputs, tiny_pipeline
 
 RECIPE = dataclasses.replace(recipes.preset("L"), stages=(), split="magnitude")
@@ -125,8 +124,7 @@ def test_killed_it_goes_on_at_the_block_it_was_killed_in(dense, tmp_path):
     run(dense, tmp_path / "whole")
     root = Path(__file__).parents[3]
     paths = [str(root)]
-    command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path / "out"), *paths]
-    killed = subprocess.run(command, capture_output=True, text=True)
+    killed = python("-c", KILLED, dense, tmp_path / "out", *paths)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = sorted((tmp_path / "out.work/result/transformer").glob("*.safetensors"))
     assert len(done) == 5  # outside, and two blocks of two shards

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from d2m.distill import checkpoint
+from tests.cases.fresh_process import python
 
 TENSORS = {"student/a": torch.arange(6.0).view(2, 3), "exp_avg/a": torch.randn(2, 3)}
 
@@ -171,10 +170,7 @@ assert os.waitpid(train("killed", 0), 0)[1] == 0
 
 
 def kill_and_compare(tmp_path, kills, steps):
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", KILLER, str(tmp_path), str(kills), str(steps)]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    answer = python("-c", KILLER, tmp_path, kills, steps, env={"CUDA_VISIBLE_DEVICES": ""})
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert f"killed {signal.SIGKILL.value}" in answer.stdout
     whole, killed = (tmp_path / f"{run}.safetensors" for run in ("whole", "killed"))

@@ -290,7 +290,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     said = []
-    with pytest.raises(KeyboardInterrupt, match="stopped after 9 of 12 steps.*continue with --resume"):
+    with pytest.raises(
+        KeyboardInterrupt, match="stopped after 9 of 12 steps.*continue with --resume"
+    ):
         run(student, teacher, RECIPE, tmp_path, progress=interrupt, log=said.append, log_every=4)
     assert not any("stopped" in text for text in said)  # the sentence is the exception's alone
     assert signal.getsignal(signal.SIGINT) is handler

@@ -20,6 +20,7 @@ from d2m.distill.activations import blocks_of
 from d2m.distill.batch_rows import batch_rows, check_shares, shares
 from d2m.distill.loop import distill
 from d2m.distill.processes import ALONE, Crew
+from tests.cases.fresh_process import python
 from tests.cases.many_processes import BATCH, EVERY, STAGES, THREE, run
 from tests.tiny.pair import RECIPE, SHARED, grouped_pair, tiny_batches, tiny_pair
 
@@ -32,32 +33,9 @@ pytestmark = pytest.mark.skipif(
 
 def many(size, case, workdir):
     """(exit code, lines that the processes printed as JSON) of a case run by `size` processes."""
-    path = os.pathsep.join([str(TESTS.parent), *sys.path])
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(TESTS / "cases/many_processes.py"),
-        str(size),
-        case,
-    ]
-    environment = {**os.environ, "PYTHONPATH": path}
-    # Its own session, so that nothing of it is left when a test is stopped.
-    with subprocess.Popen(
-        [*command, str(workdir)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, error = process.communicate(timeout=900)
-        except BaseException:
-            os.killpg(process.pid, 9)
-            raise
-    assert out, error[-3000:]
-    return process.returncode, [json.loads(line) for line in out.splitlines()]
+    done = python(TESTS / "cases/many_processes.py", size, case, workdir, timeout=900)
+    assert done.stdout, done.stderr[-3000:]
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +203,9 @@ def test_one_process_tells_the_end(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     gone = RuntimeError("[...] Connection closed by peer [127.0.0.1]:1")
     told, speaks = processes.final_error(gone)
-    assert speaks and isinstance(told, processes.ProcessLost) and "continue with --resume" in str(told)
+    assert (
+        speaks and isinstance(told, processes.ProcessLost) and "continue with --resume" in str(told)
+    )
     assert processes.final_error(error) == (error, False)
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cases.fresh_process import python
+
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", name, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    return python("-m", name, *arguments, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.fixture(scope="module")

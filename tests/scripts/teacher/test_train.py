@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases.fresh_process import python
+
 pytest.importorskip("diffusers")
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,6 +36,20 @@ def script(
     )
 
 
+def trained(folder: Path, steps: int, *more: object) -> str:
+    """What the training script says, with work/ and shapes/ in `folder`."""
+    done = python("-m", "scripts.teacher", *arguments(folder, steps, *more))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def arguments(folder: Path, steps: int, *more: object) -> list[object]:
+    """`steps` steps of every stage."""
+    counts = itertools.chain(*((f"--{stage}-steps", steps) for stage in STAGES))
+    where = ("--work", folder / "work", "--out", folder / "shapes")
+    return [*SMALL.split(), *counts, *where, *more]
+
+
 def finished(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
@@ -43,10 +59,8 @@ def finished(process: subprocess.Popen[str]) -> str:
 def train(
     folder: Path, steps: int, *more: object, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """The training script with work/ and shapes/ in `folder`, `steps` steps of every stage."""
-    counts = itertools.chain(*((f"--{stage}-steps", steps) for stage in STAGES))
-    where = ("--work", folder / "work", "--out", folder / "shapes")
-    return script("scripts.teacher", *SMALL.split(), *counts, *where, *more, env=env)
+    """The training script under way, to be killed or one of several."""
+    return script("scripts.teacher", *arguments(folder, steps, *more), env=env)
 
 
 def make_card(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -70,7 +84,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(
     from diffusers import FluxPipeline
 
     shapes = tmp_path / "shapes"
-    assert finished(train(tmp_path, 2)).endswith(f"{shapes} is ready\n")
+    assert trained(tmp_path, 2).endswith(f"{shapes} is ready\n")
     work = {f"{stage}.{end}" for stage in STAGES for end in ("jsonl", "safetensors")}
     others = {"latents.safetensors", "run.json"}
     assert {path.name for path in (tmp_path / "work").iterdir()} == work | others
@@ -88,7 +102,8 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(
     row = {"score": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     scores = {"n": 4, "seed": 7, "categories": {"two_object": row}, "overall": row}
     (shapes / "scores.json").write_text(json.dumps(scores))
-    finished(script("scripts.teacher.card", shapes, "--work", tmp_path / "work"))
+    done = python("-m", "scripts.teacher.card", shapes, "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
     card = (shapes / "README.md").read_text()
     assert "| two object | 0.500 | 0.250 to 0.750 | 4 |" in card
     assert f"| transformer | {sum(p.numel() for p in pipe.transformer.parameters()):,} |" in card
@@ -102,7 +117,7 @@ def test_four_stages_make_a_pipeline_that_draws_and_gets_its_card(
 
     # A second training goes on from the first: its VAE stays, its logs live on.
     again = tmp_path / "again"
-    finished(train(again, 2, "--init", shapes))
+    trained(again, 2, "--init", shapes)
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert (again / "shapes" / vae).read_bytes() == (shapes / vae).read_bytes()
     for config in (again / "shapes").glob("*/config.json"):  # nobody's directories in a model
