@@ -49,7 +49,8 @@ LAYERS = {
         generate distill
         plan
         unpack
-        report lora
+        report
+        lora
         convert
         cli
         __main__""",

@@ -13,6 +13,7 @@ from typing import Any
 
 from calib.data.folder import CAPTIONS
 from calib.data.source import Sample, Source, checked
+from d2m.plan.hub import reason_of
 from runtime.files.extras import need
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
@@ -72,9 +73,8 @@ def _opened(name: str) -> Any:
         found: Any = datasets.load_from_disk(name) if saved else None
         found = datasets.load_dataset(name, streaming=True) if found is None else found
     except Exception as error:  # of many kinds, by network, licence and release of the hub
-        reason = " ".join(str(error).split())[:300]
         raise FileNotFoundError(
-            f"--data {name} cannot be opened as a dataset ({reason}); expected shapes, "
+            f"--data {name} cannot be opened as a dataset ({reason_of(error)}); expected shapes, "
             "prompts.txt, a folder of pictures, .tar shards, or a dataset's path or name."
         ) from error
     if isinstance(found, Mapping):

@@ -11,24 +11,29 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2m import __version__
 from d2m.families import family_of
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
+from d2m.lora.card import write_card_and_report
 from d2m.lora.file import LowRank, read_lora
 from d2m.lora.parts import KINDS, Part, dense_linears, parts_of
 from d2m.model.components import check_components
 from d2m.plan.hub import locate
 from d2m.shards import IMPORTANCE, INDEX, Shards, open_shards, write_index, write_shard
-from runtime.files.atomic import replace_dir, temporary_sibling, write_text
+from runtime.files.atomic import replace_dir, temporary_sibling
 from runtime.files.checked_json import read_json
 
 KEPT = ("config.json", ".md", ".txt")  # files beside a transformer's weights
+PASSED_ON = ("model_index.json", DEFAULTS_FILE, "recipe.json", IMPORTANCE)  # of the whole model
+LEGAL = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def lora(
@@ -49,7 +54,7 @@ def lora(
         scale: strength, times the file's own.
         lossy: leave out what the model has no place for (modulation that its blocks share, blocks
             that were dropped), in place of refusing.
-        steps: denoising steps that `out` is generated with by default, for LoRAs distilled to fewer.
+        steps: denoising steps that `out` takes by default, for LoRAs distilled to fewer.
 
     Returns layers, rank (the largest), scale, shares (of the change's squared Frobenius norm, by
     KINDS without those that are 0), routed_share, out.
@@ -78,20 +83,19 @@ def lora(
             f"share their modulation or were dropped ({len(lost)} layers, the first {lost[0]}); "
             "--lossy leaves it out, and fusing into the dense model before converting keeps it."
         )
+    rank = max(change.down.shape[0] for change in changes.values())
+    answer = {"layers": len(changes), "rank": rank, "scale": scale, "shares": shares}
     if out is not None:
-        _write(path, Path(out), shards, changes, parts, scale)
-        _tell(Path(out), Path(file), scale, shares)
-        if steps is not None:
-            own = generation_defaults(path) if (path / DEFAULTS_FILE).is_file() else {}
-            write_defaults(Path(out), **own | {"num_inference_steps": steps})
-    return {
-        "layers": len(changes),
-        "rank": max(change.down.shape[0] for change in changes.values()),
-        "scale": scale,
-        "shares": shares,
-        "routed_share": shares.get("routed", 0.0),
-        "out": None if out is None else str(out),
-    }
+        with _written(path, Path(out), shards, changes, parts, scale) as made:
+            if steps is not None:
+                own = generation_defaults(path) if (path / DEFAULTS_FILE).is_file() else {}
+                write_defaults(made, **own | {"num_inference_steps": steps})
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            told = {"file": Path(file).name, "sha256": digest, **answer}
+            facts = {"d2m": __version__, "name": Path(out).name, "lora": told}
+            write_card_and_report(made, path, str(onto), facts, generation_defaults(made))
+    routed = {"routed_share": shares.get("routed", 0.0)}
+    return answer | routed | {"out": None if out is None else str(out)}
 
 
 def shares_of(
@@ -139,15 +143,20 @@ def with_changes(
     return result
 
 
-def _write(
+@contextmanager
+def _written(
     source: Path,
     out: Path,
     shards: Shards,
     changes: Mapping[str, LowRank],
     parts: Mapping[str, Iterable[Part]],
     scale: float,
-) -> None:
-    """The pipeline of `source` with the changed transformer as `out`, one shard in memory."""
+) -> Iterator[Path]:
+    """The pipeline of `source` with the changed transformer, one shard in memory.
+
+    Within: its directory, which is `out` afterwards. Of files that tell about the model as a whole
+    only those are passed on that are true of this one, too.
+    """
     made = temporary_sibling(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -156,8 +165,9 @@ def _write(
             """The transformer's weights in whatever file, such as a variant: they are unfused."""
             if Path(folder) == source / "transformer":
                 return [name for name in names if not name.endswith(KEPT)]
-            if Path(folder) == source:  # the whole model as one file
-                return [n for n in names if n.endswith(".safetensors") and n != IMPORTANCE]
+            if Path(folder) == source:
+                files = [name for name in names if (source / name).is_file()]
+                return [n for n in files if n not in PASSED_ON and not n.startswith(LEGAL)]
             return []
 
         shutil.copytree(source, made, ignore=passed_on)
@@ -168,19 +178,7 @@ def _write(
             write_shard(made / "transformer" / file, changed)
         if (source / "transformer" / INDEX).is_file():
             write_index(made / "transformer", files)
+        yield made
         replace_dir(made, out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _tell(out: Path, file: Path, scale: float, shares: Mapping[str, float]) -> None:
-    """Say in the model card what was added."""
-    card = out / "README.md"
-    text = card.read_text("utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    told = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
-    text += (
-        f"## LoRA\n\nFused: `{file.name}` (SHA-256 `{digest}`) at scale {scale:g}. Of the change "
-        f"(squared Frobenius norm): {told or 'nothing'}.\n"
-    )
-    write_text(card, text)

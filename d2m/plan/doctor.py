@@ -115,8 +115,8 @@ def advice(answer: Mapping[str, Any]) -> list[str]:
             )
     if found["share"] < 0.6:
         sentences.append(
-            f"One thread gets {found['share']:.0%} of a core: other programs use the processor, so that"
-            f" everything takes about {1 / max(found['share'], 0.01):.0f} times as long."
+            f"One thread gets {found['share']:.0%} of a core: other programs use the processor, so"
+            f" that everything takes about {1 / max(found['share'], 0.01):.0f} times as long."
         )
     for row in answer["stages"]:
         if not row["fits"]:

@@ -43,8 +43,25 @@ def locate(dense: str | os.PathLike[str]) -> Path:
     try:
         return Path(DiffusionPipeline.download(str(dense)))
     except Exception as error:  # of many kinds, by network, licence and release of the hub
-        reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"{dense} is no directory here and could not be fetched from the hub ({reason}); "
+            f"{dense} is no directory here and could not be fetched from the hub "
+            f"({reason_of(error)}); "
             "check the path, or log in and accept the model's licence."
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a library could not fetch something, in one line.
+
+    Libraries of the hub wrap an error in another that names a stack trace "above", which a command
+    line does not show: the first that says something of its own is taken.
+    """
+    last = error
+    while True:
+        text = " ".join(str(error).strip().split("\n")[0].split())
+        if text and "stacktrace" not in text.replace(" ", "").lower():
+            return text[:300].rstrip(". ")
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return type(last).__name__
+        error = inner

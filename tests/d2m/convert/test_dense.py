@@ -46,6 +46,16 @@ def test_hub_failures_are_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(DiffusionPipeline, "download", fail)
     with pytest.raises(FileNotFoundError, match=r"the hub \(offline\); check the path"):
         locate("owner/name")
+
+    def wrapped(name):
+        try:
+            raise ConnectionError("[Errno 111] Connection refused")
+        except ConnectionError as error:
+            raise OSError("not cached. Look for the root cause in the stacktrace above.") from error
+
+    monkeypatch.setattr(DiffusionPipeline, "download", wrapped)
+    with pytest.raises(FileNotFoundError, match=r"hub \(\[Errno 111\] Connection refused\); check"):
+        locate("owner/name")
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name: str(tmp_path))
     assert locate("owner/name") == tmp_path
 

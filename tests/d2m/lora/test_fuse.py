@@ -147,8 +147,39 @@ def test_zero_scale_changes_no_bit(tmp_path):
     for path in sparse.rglob("*.safetensors"):
         a, b = load_file(path), load_file(tmp_path / "out" / path.relative_to(sparse))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_new_card_and_report_in_place_of_the_old_ones(tmp_path):
+    """Scores and figures of the model before are not true of the new one; its licence is kept."""
+    student, teacher = tiny_pair()
+    file = tinylora.write(tmp_path / "a.safetensors", tinylora.peft(tinylora.factors(teacher)))
+    sparse = pipeline(tmp_path / "sparse", student)
+    card = "---\nlicense: mit\ntags: [shapes]\n---\n# Old\nscore .9\n"
+    kept = {"LICENSE": "as is", "recipe.json": "{}", "README.md": card}
+    for name, text in (
+        kept | dict.fromkeys(("report.html", "report.json", "a.svg"), "old")
+    ).items():
+        (sparse / name).write_text(text)
+    answer = lora(file, sparse, tmp_path / "out", scale=0.5, steps=4)
+    names = {"LICENSE", "README.md", "defaults.json", "model_index.json", "recipe.json"}
+    names |= {"report.html", "report.json", "transformer"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("# A model\n") and "a.safetensors" in card and "routed" in card
+    for words in (
+        "license: mit",
+        "- shapes",
+        "- lora",
+        "`a.safetensors`",
+        "at scale 0.5",
+        "import d2m",
+    ):
+        assert words in card
+    assert "Old" not in card and "score .9" not in card and "num_inference_steps=4" in card
+    assert f"| routed experts | {100 * answer['routed_share']:.1f} % |" in card
+    told = json.loads((tmp_path / "out/report.json").read_text())
+    assert told["base_model"] == str(sparse) and told["lora"]["shares"] == answer["shares"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "a.safetensors" in page and "routed experts" in page and "old" not in page
 
 
 def test_shared_modulation_and_dropped_blocks_have_no_place(tmp_path):
