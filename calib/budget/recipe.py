@@ -209,7 +209,8 @@ def earlier_recipe(out: str | os.PathLike[str], budget: float) -> Recipe | None:
     if not recipe.name.endswith(f"-budget-{budget:g}"):
         raise ValueError(
             f"{out} is converted by the recipe {recipe.name}, which is not one for --budget "
-            f"{budget:g}; resume it with the settings that it was started with, or choose another output directory."
+            f"{budget:g}; resume it with the settings that it was started with, or choose "
+            "another output directory."
         )
     return recipe
 

@@ -28,9 +28,12 @@ def convert(
     preset: Annotated[str, option("Recipe that ships with d2m: L, M, S or XS.")] = "L",
     recipe: options.RecipeFile = None,
     base: Annotated[
-        str | None, option("For a single file: the pipeline (directory or id) of its other components.")
+        str | None,
+        option("For a single file: the pipeline (directory or id) of its other components."),
     ] = None,
-    variant: Annotated[str | None, option("Variant of the pipeline's weight files to read: fp16, bf16.")] = None,
+    variant: Annotated[
+        str | None, option("Variant of the pipeline's weight files to read: fp16, bf16.")
+    ] = None,
     budget: Annotated[
         float | None, option("Choose groups and shared experts for this share of the dense FLOPs.")
     ] = None,

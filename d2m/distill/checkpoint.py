@@ -90,7 +90,7 @@ def latest(
                 raise ValueError("state.safetensors does not match its SHA-256")
             return record, load_file(path / "state.safetensors")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            log(f"checkpoint {path} is damaged ({error}); it is removed and the previous one is used.")
+            log(f"checkpoint {path} is damaged ({error}); it is removed, the previous one used.")
             shutil.rmtree(path, ignore_errors=True)
     return None
 

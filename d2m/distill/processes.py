@@ -44,7 +44,7 @@ ALONE = Crew()
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run ended without a message (killed, out of memory); its text says so."""
+    """Another process of the run ended without a message (killed?); its text says so."""
 
 
 def from_environment() -> Crew:
@@ -153,7 +153,7 @@ def final_error(error: BaseException) -> tuple[BaseException, bool]:
         return error, False
     if lost:
         return ProcessLost(
-            f"one of the {me.size} processes ended without a message (killed, or out of memory?), so "
-            "all stop; continue with --resume."
+            f"one of the {me.size} processes ended without a message (killed, or out of "
+            "memory?), so all stop; continue with --resume."
         ), True
     return error, True

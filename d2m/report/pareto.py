@@ -122,8 +122,8 @@ def pareto(report: Mapping[str, Any]) -> Section | None:
     counts = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     note = (
         f"Share of images judged right, of {counts} a row, with 95 % Wilson intervals. The "
-        "dashed line joins the models that no cheaper one beats; a solid one, a model and settings of its "
-        "knobs. Rows of equal cost stand side by side."
+        "dashed line joins the models that no cheaper one beats; a solid one, a model and settings "
+        "of its knobs. Rows of equal cost stand side by side."
     )
     return Section("Score against cost", note, [Chart("", [svg])], "stack")
 

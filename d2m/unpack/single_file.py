@@ -109,8 +109,8 @@ def match(
         names, swapped = diffusers_names(key, shapes)
         if not names:
             raise ValueError(
-                f"{file} holds the tensor {key}, which the transformer of {base} does not have; give the "
-                "pipeline of the same model as --base."
+                f"{file} holds the tensor {key}, which the transformer of {base} does not have; "
+                "give the pipeline of the same model as --base."
             )
         rows = [shapes[name][0] if shapes[name] else 1 for name in names]
         rest = {shapes[name][1:] for name in names}
