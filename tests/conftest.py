@@ -26,21 +26,23 @@ def _cuda() -> bool:
 # Files that take longest, in this order: they start first, so that no process is left alone with
 # one at the end (loadfile gives a file to one process; ./scripts/test keeps this order).
 SLOWEST = (
-    "tests/d2m/distill/test_many_processes.py",
+    "tests/families/test_families.py",
     "tests/d2m/cli/test_commands.py",
+    "tests/families/test_flux2.py",
+    "tests/d2m/distill/test_many_processes.py",
+    "tests/scripts/test_faults.py",
+    "tests/export/families/test_modulation.py",
     "tests/d2m/model/test_components.py",
-    "tests/scripts/teacher/test_train.py",
     "tests/scripts/gpu/test_gpu.py",
+    "tests/d2m/kernels/test_values.py",
+    "tests/scripts/teacher/test_train.py",
     "tests/export/checkpoint/test_shared_shards.py",
     "tests/d2m/convert/test_first_student.py",
     "tests/test_pages.py",
     "tests/test_readme.py",
-    "tests/scripts/test_faults.py",
-    "tests/families/test_families.py",
     "tests/d2m/distill/test_checkpoint.py",
     "tests/export/graph/test_shares.py",
     "tests/d2m/convert/test_in_memory.py",
-    "tests/export/families/test_modulation.py",
     "tests/export/plans/test_build.py",
 )
 

@@ -88,9 +88,11 @@ class Transformer:
         top_k: int | None = None,
         kappa: int | None = None,
         starts: Any = None,
+        cache: Any = None,
     ) -> dict[str, Any]:
         kappas = {group.kappa for group in block_groups(self.model).values()}
-        if top_k not in (None, self.model.size.top_k) or {kappa} - {None} - kappas or starts:
+        others = {top_k} - {None, self.model.size.top_k} or {kappa} - {None} - kappas
+        if others or starts or cache:
             raise ValueError(
                 f"top_k is {top_k}, kappa {kappa}; this transformer was loaded with its bundle's"
             )

@@ -20,6 +20,8 @@ from d2m.model.components import check_components, check_weights, model_classes,
 from d2m.plan.model_config import sizes
 from d2m.recipe.recipe import preset
 from export.bundle import export_bundle
+from export.checkpoint.pipeline import empty_transformer, manifest_entries
+from export.checkpoint.weights import Checkpoint
 from export.families.configs import config
 from export.families.known import FAMILIES as EXPORTED
 from tests.tiny.families import FAMILIES
@@ -217,7 +219,7 @@ def test_configs_that_leave_out_what_has_a_default(pipeline, tmp_path):
 
 
 def test_an_early_flux_without_its_rope_axes(tmp_path):
-    """Converted and exported; the axes are the class's."""
+    """Converted, and read by an export; the axes are the class's."""
     pipe = build_pipeline()
     fields = TRANSFORMER_CONFIG | {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
     pipe.register_modules(transformer=FluxTransformer2DModel(**fields))
@@ -228,9 +230,12 @@ def test_an_early_flux_without_its_rope_axes(tmp_path):
     convert_stream(tmp_path / "dense", tmp_path / "sparse", RECIPE, magnitudes, "magnitude")
     made = json.loads((tmp_path / "sparse/transformer/config.json").read_text())
     assert made["axes_dims_rope"] == [16, 56, 56]
-    export_bundle(tmp_path / "dense", tmp_path / "bundle")
-    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
-    assert manifest["latents"]["rope_axes"] == [16, 56, 56]
+    # What export reads of the config, without tracing blocks of a head that no other test has.
+    for folder, sparse in ((tmp_path / "dense", False), (tmp_path / "sparse", True)):
+        checkpoint = Checkpoint(folder / "transformer")
+        entries = manifest_entries(folder, checkpoint, sparse)
+        assert entries["latents"]["rope_axes"] == [16, 56, 56]
+        assert list(empty_transformer(folder).config.axes_dims_rope) == [16, 56, 56]
 
 
 def test_the_class_that_published_pixart_configs_name(tmp_path):
