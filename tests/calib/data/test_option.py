@@ -13,7 +13,7 @@ from calib.data.pixels import pixels
 from calib.data.samples import Unreadable, feed
 from calib.data.source import Damaged
 from calib.data.webdataset import expand
-from d2m.families.flux import encode_images
+from d2m.families.latents import packed_latents
 from tests.tiny import data as tinydata
 from tests.tiny.pipeline import build_pipeline
 
@@ -93,7 +93,7 @@ def test_pipeline_draws_from_the_same_conditions(pipe, place):
     for i in range(12):
         image = torch.from_numpy(pixels(tinydata.png(i), 16, 16))
         with torch.no_grad():
-            latents = encode_images(pipe, image[None])[0]
+            latents = packed_latents(pipe, image[None])[0]
             states, pooled, ids = pipe.encode_prompt(
                 [tinydata.CAPTIONS[i]], None, max_sequence_length=16
             )

@@ -5,7 +5,7 @@ import torch
 
 from calib.shapes.batches import shapes_batches, world_of
 from calib.shapes.world import World
-from d2m.families.flux import encode_images
+from d2m.families.latents import packed_latents
 from tests.tiny.pipeline import build_pipeline, tiny_inputs
 
 
@@ -50,7 +50,7 @@ def test_latents_decode_to_the_pictures(pipe):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 32, 32, 3), generator=generator, dtype=torch.uint8)
     with torch.no_grad():
-        packed = encode_images(pipe, images)
+        packed = packed_latents(pipe, images)
         latents = pipe._unpack_latents(packed, 32, 32, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
