@@ -5,8 +5,9 @@ import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # One thread per process: two OpenMP threads beside other load are slower than one,
 # and sums come out in the same order on every machine.
@@ -210,3 +211,31 @@ def remove_old(folder: Path) -> None:
     for old in folder.iterdir():
         if time.time() - old.stat().st_mtime > 86_400:
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def _child(initializer: Callable[[], None]) -> Iterator[Callable[..., Any]]:
+    """A process for the Triton kernels: one interprets, one compiles (tests/cases/kernels.py)."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (Linux x86-64: pip install -e '.[dev]')")
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer) as pool:
+        yield lambda function, *args, **kw: pool.submit(function, *args, **kw).result()
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """interpreted(function, ...): its result, from a process where kernels are interpreted."""
+    from tests.cases import kernels
+
+    yield from _child(kernels.start_interpreter)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Iterator[Callable[..., Any]]:
+    """compiled(function, ...): its result, from a process where kernels are compiled."""
+    from tests.cases import kernels
+
+    yield from _child(kernels.start_compiler)

@@ -231,7 +231,7 @@ def _convert_outside(
         for group in recipe.blocks.groups(kind):
             place = f"{name}.{group[0]}"
             key = routers_like(source.where, place)
-            tensors |= group_router(place, len(group), source.read([key])[key], recipe.seed)
+            tensors |= group_router(place, len(group), source.read([key])[key], family, recipe.seed)
     return tensors
 
 

@@ -55,6 +55,10 @@ class BlockLayout:
     let them share.
     check_blocks(blocks, depth): ValueError, in one sentence, for groups that it cannot have.
     embedder: the model's submodule that makes temb, where blocks are not given it.
+    temb_width(D): numbers of temb. first_tokens(the model's keywords): where blocks get both
+    streams joined, tokens of the one that comes first, the text by default. router_reads(a block's
+    keywords, these tokens): image, text, temb and the text's mask or None, for a group's router;
+    None where they have the names that most families give them.
     vectors(config, the list's name, index): where it makes vectors of modulation [B, N, D] in place
     of temb, those that a block is given. recomputed: whether diffusers' own gradient checkpointing
     gives blocks all that its forward does.
@@ -68,6 +72,11 @@ class BlockLayout:
     streams: tuple[str, ...] = ("text", "image")
     modulated: bool = True
     embedder: str | None = None
+    temb_width: Callable[[int], int] = lambda dim: dim
+    first_tokens: Callable[[Mapping[str, Any]], int] = lambda given: given[
+        "encoder_hidden_states"
+    ].shape[1]
+    router_reads: Callable[[Mapping[str, Any], int], tuple[Any, ...]] | None = None
     vectors: Callable[[Config, str, int], list[int]] | None = None
     recomputed: bool = True
     check_blocks: Callable[[Blocks, Mapping[str, int]], None] = lambda blocks, depth: None

@@ -246,20 +246,23 @@ def modulation(adaln: AdaLN, dim: int, rank: int, chunks: int = 6) -> Iterator[W
         yield from linear("adaln", "modulation.linear", dim, rank, 1, bias=False)
 
 
-def routers(name: str, kind: str, dim: int, blocks: Blocks) -> list[Stack]:
-    """The routers of a kind's groups in the model's list `name`."""
-    return [
-        Stack(f"{name}.{group[0]}.router.", 1, 1, tuple(_router(dim, len(group), blocks)))
+def routers(
+    name: str, kind: str, dim: int, blocks: Blocks, width: int | None = None
+) -> list[Stack]:
+    """The routers of a kind's groups in the model's list `name`; width: of temb, D by default."""
+    sizes = {
+        group: tuple(_router(dim, width or dim, len(group), blocks))
         for group in blocks.groups(kind)
-    ]
+    }
+    return [Stack(f"{name}.{group[0]}.router.", 1, 1, own) for group, own in sizes.items()]
 
 
-def _router(dim: int, size: int, blocks: Blocks) -> Iterator[Weight]:
-    """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, D] (read).
+def _router(dim: int, width: int, size: int, blocks: Blocks) -> Iterator[Weight]:
+    """A group's router: W_x [m, 2 D] for pooled image and text tokens, W_y [m, width] (read).
 
     It is not evaluated where all m blocks run, and reads no token with alpha = 0.
     """
     evaluated = blocks.kappa < size
-    for name, inputs, runs in (("tokens", 2 * dim, blocks.alpha > 0), ("embedding", dim, True)):
+    for name, inputs, runs in (("tokens", 2 * dim, blocks.alpha > 0), ("embedding", width, True)):
         flops = 2 * inputs * size if evaluated and runs else 0
         yield Weight("routers", f"{name}.weight", inputs * size, inputs * size, flops, float32=True)

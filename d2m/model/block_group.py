@@ -21,10 +21,12 @@ from d2m.model.routing import Gate, routing_dtype
 ROUTER_STD = 0.1  # ours: times D^-1/2, as the experts' gates start
 
 Streams = tuple[Tensor, Tensor]
+Read = tuple[Tensor, Tensor, Tensor, Tensor | None]  # image, text, temb, mask of the text
 TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
 JOINT_MASK = "attention_mask"  # of text and image [B, L + T], which Chroma's blocks get
 # What blocks get with a row a sample, beside their streams: temb, or what a model makes of it.
 PER_SAMPLE = ("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK, JOINT_MASK)
+PER_SAMPLE += ("attn_mask", "freqs_cis", "adaln_input")  # Z-Image's
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
@@ -32,15 +34,17 @@ class Router(nn.Module):
     """alpha * W_x [x_pooled, c_pooled] + (1 - alpha) * W_y y -> a logit per block [B, m] (read).
 
     x are the image tokens entering the group and c the text tokens, pooled by the mean over tokens;
-    y is the global embedding that feeds AdaLN (`temb`). No biases: 3 m D weights. Computed in
-    float32 (float64 for float64 tokens), autocast or not.
+    y is the global embedding that feeds AdaLN (`temb`), of D or `width` numbers. No biases: 3 m D
+    weights. Computed in float32 (float64 for float64 tokens), autocast or not.
     """
 
-    def __init__(self, dim: int, blocks: int, alpha: float, dtype=None, device=None):  # type: ignore[no-untyped-def]
+    def __init__(  # type: ignore[no-untyped-def]
+        self, dim: int, blocks: int, alpha: float, dtype=None, device=None, width: int | None = None
+    ):
         super().__init__()
         self.alpha = alpha
         self.tokens = Gate(2 * dim, blocks, dtype, device)  # W_x
-        self.embedding = Gate(dim, blocks, dtype, device)  # W_y
+        self.embedding = Gate(width or dim, blocks, dtype, device)  # W_y
         for linear in (self.tokens, self.embedding):
             nn.init.normal_(linear.weight, std=ROUTER_STD * dim**-0.5)
 
@@ -66,22 +70,25 @@ class Conditions:
     """What a forward of the model tells its groups that their blocks are not given.
 
     temb [B, D], where blocks get modulation in its place, or all N vectors of modulation [B, N, D],
-    of which a block gets some; text_tokens: L, where streams come joined with the text first. Two
-    hooks, which a copy of the model takes along, keep them up to date.
+    of which a block gets some; first: tokens of the stream that comes first, where both come joined
+    (`tokens_of` finds it among the model's inputs). Two hooks, which a copy of the model takes
+    along, keep them up to date.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_of: Callable[[Mapping[str, Any]], int]) -> None:
         self.temb: Tensor | None = None
-        self.text_tokens = 0
+        self.tokens_of = tokens_of
+        self.first = 0
 
-    def attach(self, model: nn.Module, embedder: str) -> None:
-        """Watch a model and its submodule that makes temb."""
+    def attach(self, model: nn.Module, embedder: str | None) -> None:
+        """Watch a model and its submodule that makes temb, where blocks are not given it."""
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.get_submodule(embedder).register_forward_hook(self.embedded)
+        if embedder:
+            model.get_submodule(embedder).register_forward_hook(self.embedded)
 
     def begin(self, module: nn.Module, args: Any, given: Mapping[str, Any]) -> None:
         """Before the model's forward, whose inputs diffusers' pipelines and d2m give by name."""
-        self.text_tokens = given[TEXT].shape[1]
+        self.first = self.tokens_of(given or named_inputs(module, args, given))
 
     def embedded(self, module: nn.Module, args: Any, temb: Tensor) -> None:
         """After its embedder's."""
@@ -103,21 +110,30 @@ class BlockGroup(nn.Module):
     of the last call, [B, W] with their graph, in `last_logits` (None where kappa = m).
     `any_process`: set where processes share the blocks' weights; which flags any of them raises.
     `conditions`: set where blocks are not given all that the router reads. `vectors`: of all of
-    modulation those of each block, where they are what blocks get as temb.
+    modulation those of each block, where they are what blocks get as temb. `reads`: a family's own
+    way to `read`. width: of temb, D by default.
     """
 
-    def __init__(self, blocks: Mapping[int, nn.Module], dim: int, kappa: int, alpha: float):
+    def __init__(
+        self,
+        blocks: Mapping[int, nn.Module],
+        dim: int,
+        kappa: int,
+        alpha: float,
+        width: int | None = None,
+    ):
         super().__init__()
         weight = next(parameter for block in blocks.values() for parameter in block.parameters())
         self.blocks = Members({str(index): block for index, block in blocks.items()})
         self.names = _parameters(type(next(iter(blocks.values()))).forward)
-        self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device)
+        self.router = Router(dim, len(blocks), alpha, weight.dtype, weight.device, width)
         self.kappa = kappa
         self.record = False
         self.last_logits: Tensor | None = None
         self.any_process: Callable[[list[bool]], list[bool]] | None = None
         self.conditions: Conditions | None = None
         self.vectors: Sequence[Sequence[int]] = ()
+        self.reads: Callable[[Mapping[str, Any], int], Read] | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -135,10 +151,12 @@ class BlockGroup(nn.Module):
         logits = self.router(hidden_states, encoder_hidden_states, temb, mask)
         return logits.unfold(-1, self.kappa, 1).mean(-1)
 
-    def read(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def read(self, given: Mapping[str, Any]) -> Read:
         """What the router reads of a block's keywords: image, text, temb, mask of the text."""
+        length = 0 if self.conditions is None else self.conditions.first
+        if self.reads is not None:
+            return self.reads(given, length)
         image, text, temb = given[IMAGE], given.get(TEXT), given.get("temb")
-        length = 0 if self.conditions is None else self.conditions.text_tokens
         if text is None:
             assert self.conditions is not None, "joined streams without their text's length"
             text, image = image[:, :length], image[:, length:]
@@ -175,7 +193,7 @@ class BlockGroup(nn.Module):
         given = dict(zip(self.names, (hidden_states, encoder_hidden_states, *args)))
         others = given | others  # made here, not by named_inputs: a compiler cannot read signatures
         joined = others.get(TEXT) is None  # by place there may be something else
-        names = (IMAGE,) if joined else (TEXT, IMAGE)
+        names = self.names[:1] if joined else (TEXT, IMAGE)
         streams = tuple(others[name] for name in names)
         self.last_logits = None
         batch, offsets = hidden_states.shape[0], range(len(self.blocks))
@@ -258,7 +276,14 @@ class BlockGroup(nn.Module):
 
 
 class SkippedBlock(nn.Module):
-    """Where a block was that a group holds, or that is left out: hands the streams on."""
+    """Where a block was that a group holds, or that is left out: hands the streams on.
+
+    block: the one that was there; whether it takes the text beside the image.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.apart = TEXT in _parameters(type(block).forward)
 
     def forward(
         self,
@@ -267,7 +292,7 @@ class SkippedBlock(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Streams | Tensor:
-        if encoder_hidden_states is None:  # joined
+        if not self.apart or encoder_hidden_states is None:  # joined
             return hidden_states
         return encoder_hidden_states, hidden_states
 
@@ -277,7 +302,8 @@ def named_inputs(
 ) -> dict[str, Any]:
     """What a block is called with, by its own names: diffusers' gradient checkpointing, unlike its
     forward pass, gives all by place."""
-    return dict(zip(_parameters(type(block).forward), args)) | dict(kwargs)
+    names = block.names if isinstance(block, BlockGroup) else _parameters(type(block).forward)
+    return dict(zip(names, args)) | dict(kwargs)
 
 
 @functools.cache

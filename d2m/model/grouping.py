@@ -31,17 +31,20 @@ def group_blocks(model: nn.Module, blocks: Blocks, family: Family | None = None)
     for kind, each in lists.items():
         for group in blocks.groups(kind):
             members = {index: each[index] for index in group}
-            each[group[0]] = BlockGroup(members, model.inner_dim, blocks.kappa, blocks.alpha)  # type: ignore[arg-type]
+            dim = width_of(model)
+            width = family.blocks.temb_width(dim)
+            each[group[0]] = BlockGroup(members, dim, blocks.kappa, blocks.alpha, width)
             for index in group[1:]:
-                each[index] = SkippedBlock()
+                each[index] = SkippedBlock(members[index])
         for index in blocks.dropped(kind):
-            each[index] = SkippedBlock()
-    if blocks.grouped and family.blocks.embedder:
-        conditions = Conditions()
-        conditions.attach(model, family.blocks.embedder)
+            each[index] = SkippedBlock(each[index])
+    own = family.blocks
+    if blocks.grouped and (own.embedder or own.router_reads):
+        conditions = Conditions(own.first_tokens)
+        conditions.attach(model, own.embedder)
         for name, group in block_groups(model).items():
-            group.conditions = conditions
-            if vectors := family.blocks.vectors:
+            group.conditions, group.reads = conditions, own.router_reads
+            if vectors := own.vectors:
                 place = name.rpartition(".")[0]
                 group.vectors = [vectors(model.config, place, i) for i in group.indices]  # type: ignore[arg-type]
     return model
@@ -59,15 +62,21 @@ def grouped_state_dict(
     for kind, name in family.blocks.kinds:
         for group in blocks.groups(kind):
             like = state[routers_like(state, f"{name}.{group[0]}")]
-            result |= group_router(f"{name}.{group[0]}", len(group), like, seed)
+            result |= group_router(f"{name}.{group[0]}", len(group), like, family, seed)
     return result | renamed(state, blocks, family)
 
 
 def routers_like(names: Iterable[str], block: str) -> str:
     """The name of a weight of a block, dense or not, with D rows: a router is made after it."""
     known = set(names)
-    found = (f"{block}.attn.{each}.weight" for each in ("to_q", "to_out.linear", "to_out"))
+    ends = ("attn.to_q", "attn.to_out.linear", "attn.to_out", "attention.to_q")
+    found = (f"{block}.{end}.weight" for end in ends)
     return next(name for name in found if name in known)
+
+
+def width_of(model: nn.Module) -> int:
+    """D of a transformer in memory."""
+    return int(model.inner_dim if hasattr(model, "inner_dim") else model.config.dim)  # type: ignore
 
 
 def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict[str, Tensor]:
@@ -90,17 +99,25 @@ def renamed(state: Mapping[str, Tensor], blocks: Blocks, family: Family) -> dict
     return result
 
 
-def group_router(place: str, blocks: int, like: Tensor, seed: int) -> dict[str, Tensor]:
+def group_router(
+    place: str, blocks: int, like: Tensor, family: Family, seed: int
+) -> dict[str, Tensor]:
     """A group's router under its full names; `like`: a weight of the model with D rows."""
-    weights = router_weights(place, blocks, like.shape[0], seed)
+    dim = like.shape[0]
+    weights = router_weights(place, blocks, dim, seed, family.blocks.temb_width(dim))
     return {f"{place}.router.{part}": w.to(routing_dtype(like)) for part, w in weights.items()}
 
 
-def router_weights(name: str, blocks: int, dim: int, seed: int) -> dict[str, Tensor]:
-    """The first weights of a group's router, float32, by seed and group name alone."""
+def router_weights(
+    name: str, blocks: int, dim: int, seed: int, width: int | None = None
+) -> dict[str, Tensor]:
+    """The first weights of a group's router, float32, by seed and group name alone.
+
+    width: of temb, D by default.
+    """
     digest = hashlib.sha256(f"{seed}/router/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
-    shapes = {"tokens.weight": (blocks, 2 * dim), "embedding.weight": (blocks, dim)}
+    shapes = {"tokens.weight": (blocks, 2 * dim), "embedding.weight": (blocks, width or dim)}
     scale = ROUTER_STD * dim**-0.5
     return {part: torch.randn(s, generator=generator) * scale for part, s in shapes.items()}
 

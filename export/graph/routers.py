@@ -17,6 +17,7 @@ from d2m.model.block_group import TEXT_MASK, BlockGroup, Router, SkippedBlock, p
 from export.graph.trace import Spec
 
 LOGITS = "logits"  # what a router writes, [B, m]
+MASKS = (TEXT_MASK, "text_reach")  # what programs call the text's mask [B, L]: one of them
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class ExportRouter(nn.Module):
         logits = (1 - self.alpha) * torch.matmul(temb.float(), weights[0].t())
         if self.alpha:
             order = (streams["hidden_states"], streams["encoder_hidden_states"])
-            pooled = pool(*order, streams.get(TEXT_MASK), torch.float32)
+            mask = next((streams[name] for name in MASKS if name in streams), None)
+            pooled = pool(*order, mask, torch.float32)
             logits = logits + self.alpha * torch.matmul(pooled, weights[1].t())
         return logits
 
     def inputs(self, inner: dict[str, Spec]) -> dict[str, Spec]:
         """The tensors of the program that it reads: with alpha 0 the embedding alone."""
-        names = ("hidden_states", "encoder_hidden_states", TEXT_MASK) if self.alpha else ()
+        names = ("hidden_states", "encoder_hidden_states", *MASKS) if self.alpha else ()
         return {name: inner[name] for name in (*names, "temb") if name in inner}
 
     def outputs(self) -> dict[str, Spec]:

@@ -263,11 +263,10 @@ def watch_transformer(
         )
         inputs = {name: tensor for name, tensor in read if tensor is not None}
         logits = module.router(*inputs.values())
-        inputs = {
-            name: passed[-1][0][name] if name in passed[-1][0] else array(tensor)
-            for name, tensor in inputs.items()
-        }
-        blocks[prefix] = inputs, {LOGITS: array(logits)}
+        blocks[prefix] = (
+            {name: array(tensor) for name, tensor in inputs.items()} | passed[-1][0],
+            {LOGITS: array(logits)},
+        )
 
     def end(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if step not in recorded:

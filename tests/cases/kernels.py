@@ -1,4 +1,4 @@
-"""Cases of the Triton kernels, run in a process of their own (see tests/d2m/kernels/conftest.py).
+"""Cases of the Triton kernels, run in a process of their own (see tests/conftest.py).
 
 TRITON_INTERPRET has to be set before triton is imported, and must not be set where kernels are
 compiled; so tests hand these functions to one of two child processes and judge what comes back.
@@ -178,6 +178,21 @@ def check_values(
     assert y.dtype == arguments[0].dtype and y.shape == arguments[0].shape
     result["choice"] = bool(chosen[0].equal(chosen[1]))
     return result
+
+
+def realise(arguments: list[Any], dy: Any, top_k: int, activation: str) -> tuple[Any, list[Any]]:
+    """y and all gradients of given tensors, poisoned, and the same bits when asked again."""
+    from d2m.kernels.op import backward_triton, forward_triton
+
+    tiles = small_tiles()
+    with poisoned() as made:
+        y = forward_triton(*arguments, top_k, tiles, activation)
+        found = backward_triton(dy, *arguments, top_k, True, True, tiles, activation)
+        again = backward_triton(dy, *arguments, top_k, True, True, tiles, activation)
+        assert all(a.equal(b) for a, b in zip(found, again)), "gradients differ between runs"
+        assert y.equal(forward_triton(*arguments, top_k, tiles, activation)), "y differs"
+        assert bands_hold(made), "a kernel wrote outside its tensors"
+    return y.clone(), [gradient.clone() for gradient in found]
 
 
 def check_no_tokens() -> dict[str, list[int]]:

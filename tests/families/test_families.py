@@ -509,7 +509,6 @@ def test_steps_are_cached(bundle: Path) -> None:
         assert counts == [0, 2]
 
 
-@pytest.mark.parametrize("guidance", [0.0, 4.0])
 def test_quantising_reaches_every_product_of_a_block(bundle: Path) -> None:
     """All but modulation and routers, whatever the family calls them."""
     import onnx
@@ -536,6 +535,7 @@ def test_quantising_reaches_every_product_of_a_block(bundle: Path) -> None:
     assert total
 
 
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
 def test_draws_as_diffusers_does(
     tiny: Tiny, bundle: Path, sparse_dir: Path, guidance: float
 ) -> None:

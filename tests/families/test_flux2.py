@@ -1,4 +1,4 @@
-"""FLUX.2 dense: distilled [klein] and [dev], from diffusers' pipeline to the runtime's images.
+"""Distilled [klein], dense, and [dev], sparse: from diffusers' pipeline to the runtime's images.
 
 Sparse, [klein] base is among all families in test_families.py: what is of a negative prompt alone
 is asked there.
@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from calib.measure.importance import magnitudes, scores_of
 from d2m.families import family_of, family_of_pipeline
 from d2m.families.flow import generator_at
 from d2m.families.flux2 import LAYERS
 from d2m.families.generation_defaults import generation_defaults, write_defaults
+from d2m.model.sparse_transformer import sparse_model_of
+from d2m.model.surgery import set_top_k, sparse_ffns
+from d2m.recipe.recipe import from_dict
 from tests.conftest import exported
 from tests.tiny.flux2 import LENGTH, flux2_dev, klein
 from tests.tiny.pipeline import IMAGE_SIZE
@@ -36,30 +40,52 @@ def build(request: pytest.FixtureRequest) -> Callable[[], Any]:
 
 
 @pytest.fixture(scope="module")
-def pipe(build: Callable[[], Any]) -> Any:
+def dense(build: Callable[[], Any]) -> Any:
     built = build()
     built.set_progress_bar_config(disable=True)
     return built
 
 
 @pytest.fixture(scope="module")
-def dense_dir(build: Any, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipe(build: Callable[[], Any], dense: Any) -> Any:
+    """[klein] as it is, [dev] with experts of which a token uses two."""
+    if build is klein:
+        return dense
+    made = from_dict({"name": "t", "stages": [], "split": "magnitude"}, "test")
+    scores = scores_of(dense.transformer, magnitudes)
+    sparse = sparse_model_of(dense.transformer, scores, made, family_of_pipeline(dense))
+    generator = torch.Generator().manual_seed(3)
+    for ffn in sparse_ffns(sparse).values():
+        torch.nn.init.normal_(ffn.gate.weight, generator=generator)
+    set_top_k(sparse, 2)
+    built = build()
+    built.register_modules(transformer=sparse)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def directory(build: Any, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("flux2") / build.__name__
     pipe.save_pretrained(path)
     write_defaults(path, height=IMAGE_SIZE, width=IMAGE_SIZE)
     return path
 
 
+def choices(build: Any) -> dict[str, Any]:
+    return {} if build is klein else {"top_k": (2,)}
+
+
 @pytest.fixture(scope="module")
-def bundle(dense_dir: Path, pytestconfig: pytest.Config) -> Path:
-    return exported(pytestconfig, dense_dir)
+def bundle(build: Any, directory: Path, pytestconfig: pytest.Config) -> Path:
+    return exported(pytestconfig, directory, **choices(build))
 
 
-def test_every_part_is_torchs(build: Any, bundle: Path, dense_dir: Path) -> None:
+def test_every_part_is_torchs(build: Any, bundle: Path, directory: Path) -> None:
     """Text encoder, every block, VAE, whole graph and trajectory in ONNX Runtime."""
     from export.parity.run import parity
 
-    answer = parity(dense_dir, bundle, prompts=PROMPTS, steps=2)
+    answer = parity(directory, bundle, prompts=PROMPTS, steps=2)
     assert answer["passed"], answer["failures"]
     rows = [*answer["components"], *answer["blocks"]]
     assert max(row["relative_error"] for row in rows) < 2e-5
@@ -137,10 +163,10 @@ def test_guidance_is_of_the_variant(build: Any, bundle: Path) -> None:
         image(negative="a star")
 
 
-def test_defaults_are_those_of_the_variant(build: Any, dense_dir: Path, bundle: Path) -> None:
-    (dense_dir / "defaults.json").rename(dense_dir / "kept.json")
-    found = generation_defaults(dense_dir)
-    (dense_dir / "kept.json").rename(dense_dir / "defaults.json")
+def test_defaults_are_those_of_the_variant(build: Any, directory: Path, bundle: Path) -> None:
+    (directory / "defaults.json").rename(directory / "kept.json")
+    found = generation_defaults(directory)
+    (directory / "kept.json").rename(directory / "defaults.json")
     few = build is klein
     assert found == {
         "height": 256,  # 128 latents, and the tiny VAE halves once
@@ -151,8 +177,8 @@ def test_defaults_are_those_of_the_variant(build: Any, dense_dir: Path, bundle: 
     }
     defaults = json.loads((bundle / "manifest.json").read_text())["defaults"]
     assert (defaults["steps"], defaults["guidance"]) == (4 if few else 50, 1.0 if few else 4.0)
-    title = family_of(dense_dir).names.title_of(
-        json.loads((dense_dir / "transformer" / "config.json").read_text())
+    title = family_of(directory).names.title_of(
+        json.loads((directory / "transformer" / "config.json").read_text())
     )
     assert title == ("FLUX.2 [dev]" if build is flux2_dev else "FLUX.2 [klein]")
 
@@ -203,16 +229,13 @@ def test_a_text_encoder_by_blocks_and_by_plans(bundle: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("top_k", [2, 12])
-def test_sparse_with_guidance_and_groups_of_both_kinds(pipe: Any, top_k: int) -> None:
+def test_sparse_with_guidance_and_groups_of_both_kinds(dense: Any, top_k: int) -> None:
     """float64: [dev]'s guidance reaches the student; all experts and blocks on are the teacher."""
-    from calib.measure.importance import magnitudes, scores_of
     from d2m.families.inputs import noised, transformer_inputs
-    from d2m.model.sparse_transformer import sparse_model_of
     from d2m.model.surgery import identity_error
-    from d2m.recipe.recipe import from_dict
 
-    family, draw = family_of_pipeline(pipe), generator_at(0, "x")
-    dense = copy.deepcopy(pipe.transformer).double()
+    pipe, draw = dense, generator_at(0, "x")
+    family, dense = family_of_pipeline(pipe), copy.deepcopy(pipe.transformer).double()
     facts = {"name": "t", "stages": [], "split": "magnitude", "top_k": top_k}
     facts["blocks"] = {"groups": {"double": [[0, 1]], "single": [[0, 1, 2]]}, "kappa": 1}
     scores = scores_of(dense, magnitudes)
@@ -238,17 +261,17 @@ def test_sparse_with_guidance_and_groups_of_both_kinds(pipe: Any, top_k: int) ->
 
 @pytest.mark.tensorrt
 @pytest.mark.slow
-def test_plans_have_every_attention_fused(dense_dir: Path, tmp_path: Path) -> None:
+def test_plans_have_every_attention_fused(build: Any, directory: Path, tmp_path: Path) -> None:
     """bfloat16, from this machine without a GPU; no conditional, no copy to the host."""
     pytest.importorskip("tensorrt_rtx")
     from export.bundle import export_bundle
     from tests.families.test_families import graphs_of
 
-    export_bundle(dense_dir, tmp_path / "out", trt_rtx=True)
+    export_bundle(directory, tmp_path / "out", trt_rtx=True, **choices(build))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (target,) = manifest["plans"].values()
     assert target["dtype"] == "bfloat16" and set(target["files"]) == set(graphs_of(manifest))
-    fused = {key for key, row in target["layers"].items() if row["fused_attention"]}
+    fused = {key.split(".")[0] for key, row in target["layers"].items() if row["fused_attention"]}
     assert fused >= {"transformer/double", "transformer/single", "text_encoder/layer"}
     rows = target["layers"].values()
     assert not any(row["conditionals"] or row["host_copies"] for row in rows)

@@ -21,20 +21,23 @@ from d2m.families.inputs import generate_latents, noised, transformer_inputs
 from d2m.families.known import ZIMAGE
 from d2m.families.weights import Structure
 from d2m.families.zimage import MASK, STATES
-from d2m.families.zimage.weights import weights
+from d2m.families.zimage.weights import filled, weights
 from d2m.generate import load_pipeline
 from d2m.lora.fuse import lora
-from d2m.model.sparse_transformer import sparse_class, sparse_model_of
+from d2m.model.block_group import block_groups
+from d2m.model.sparse_transformer import sparse_class, sparse_model_of, structure
 from d2m.model.surgery import identity_error, sparse_ffns, unit_gates
+from d2m.plan.count import plan
 from d2m.plan.model_config import sizes, subject_of
-from d2m.recipe.recipe import SparseSpec, from_dict
+from d2m.plan.presets import preset_file
+from d2m.recipe.recipe import SparseSpec, from_dict, load
 from tests.cases import flops
 from tests.tiny import lora as tinylora
 from tests.tiny.pipeline import IMAGE_SIZE
 from tests.tiny.zimage import ZIMAGE_CONFIG, zimage, zimage_transformer
 
-PROMPTS = ["a red circle", "two blue squares and a green ring " * 3]
-LENGTH = 24
+PROMPTS = ["a red circle", "two blue squares and a green ring " * 4]
+LENGTH = 40  # the second fills two times 32 tokens, the first one
 pytestmark = pytest.mark.filterwarnings("ignore")
 flops.register()
 
@@ -160,6 +163,21 @@ def test_every_weight_and_flop(pipe: Any, top_k: int | None) -> None:
     assert counted == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("name", ["M", "S", "XS"])
+def test_presets_of_the_published_depth(name: str) -> None:
+    """What they plan is what the class has on the meta device, routers of both widths too."""
+    subject = subject_of("z-image")
+    made = load(preset_file(name, ZIMAGE, subject.depth))
+    known = {key: value for key, value in subject.config.items() if key != "out_channels"}
+    with torch.device("meta"):
+        model = sparse_class(ZIMAGE)(**known, **structure(made))
+    answer = plan("z-image", preset=name)
+    assert answer["total_params"] == sum(p.numel() for p in model.parameters())
+    groups = block_groups(model).values()
+    assert [*groups][0].router.embedding.weight.shape == (3, 256)
+    assert answer["flops_vs_dense"] < plan("z-image", preset="L")["flops_vs_dense"] - 0.14
+
+
 def test_a_distillation_step(pipe: Any, tmp_path: Path) -> None:
     made = recipe(split="taylor")
     scores = neuron_importance(pipe.transformer, batches(pipe), made)
@@ -172,11 +190,32 @@ def test_a_distillation_step(pipe: Any, tmp_path: Path) -> None:
     assert set(lines[0]["features"]) == {f"layers.{i}.image" for i in range(3)}
 
 
-def test_groups_are_refused(pipe: Any) -> None:
-    made = recipe(blocks={"groups": {"double": [[0, 1]]}, "kappa": 1})
+def test_blocks_left_out_and_a_group_of_prompts_of_two_lengths(pipe: Any) -> None:
+    """Left out for good, a block answers what it is given; a group's router reads a text alone as
+    beside a longer one, by its mask."""
     scores = scores_of(pipe.transformer, magnitudes)
-    with pytest.raises(ValueError, match=r"group \[0, 1\] is not possible: blocks of Z-Image get"):
-        sparse_model_of(pipe.transformer, scores, made, ZIMAGE)
+    inputs = inputs_of(pipe, torch.float32)
+    lengths = {filled(len(text)) for text in inputs["cap_feats"]}
+    made = recipe(blocks={"drop": {"double": [1]}})
+    left = sparse_model_of(pipe.transformer, scores, made, ZIMAGE)
+    dense = zimage_transformer()
+    del dense.layers[1]
+    with torch.no_grad(), unit_gates(left):
+        expected = torch.stack(dense(**inputs, return_dict=False)[0])
+        found = torch.stack(left(**inputs, return_dict=False)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    made = recipe(blocks={"groups": {"double": [[0, 1, 2]]}, "kappa": 1})
+    grouped = sparse_model_of(pipe.transformer, scores, made, ZIMAGE)
+    (group,) = block_groups(grouped).values()
+    group.record = True
+    assert group.router.embedding.weight.shape == (3, 48) and len(lengths) == 2
+    logits = []
+    with torch.no_grad():
+        for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
+            part = {name: each[rows] for name, each in inputs.items()}
+            grouped(**part)
+            logits.append(group.last_logits)
+    torch.testing.assert_close(logits[0], torch.cat(logits[1:]), rtol=1e-4, atol=1e-5)
 
 
 def test_converted_from_disk_with_a_lora(pipe: Any, tmp_path: Path) -> None:

@@ -300,9 +300,8 @@ FAMILIES = {
         zimage,
         "zimage",
         "Z-Image",
-        {},
+        {"double": [[0, 1]]},
         ("embed", "layer", "layer", "layer", "final"),
-        refused={"double": [[0, 1]]},
         modulated=False,
     ),
 }

@@ -19,8 +19,7 @@ from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_
 from d2m.families.flow import Batch, Config
 from d2m.families.latents import grid, spatial_latents, spatial_noise
 from d2m.families.site import separate_gated
-from d2m.families.zimage.weights import LIST, hidden_of, weights
-from d2m.recipe.structure import Blocks
+from d2m.families.zimage.weights import LIST, PATCH, filled, hidden_of, temb_width, weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,23 +45,17 @@ def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     }
 
 
-def check_blocks(blocks: Blocks, depth: Mapping[str, int]) -> None:
-    """ValueError for groups and for blocks left out.
+def first_tokens(given: Mapping[str, Any]) -> int:
+    """Tokens of the image, which comes first, with those that fill it up; given: of the model."""
+    height, width = given["x"][0].shape[-2:]
+    return filled(height * width // PATCH**2)
 
-    A block here gets and returns both streams in one tensor, and an embedding [B, 256] that is
-    narrower than a group's router reads.
-    """
-    for group in blocks.groups("double"):
-        raise ValueError(
-            f"the recipe's group {list(group)} is not possible: blocks of Z-Image get image and"
-            " text in one tensor, which its router could not tell apart; expected groups of blocks"
-            " in recipes of other families alone: take `groups` out of `blocks`."
-        )
-    if blocks.dropped("double"):
-        raise ValueError(
-            f"the recipe drops blocks {list(blocks.dropped('double'))}, which is not done for"
-            " Z-Image yet; expected none: take `drop` out of `blocks`."
-        )
+
+def router_reads(given: Mapping[str, Any], image: int) -> tuple[Any, ...]:
+    """Of a block's keywords image, text, temb and mask; what fills both up counts (read)."""
+    tokens, mask = given["x"], given["attn_mask"]
+    own = None if mask is None else mask[:, image:]
+    return tokens[:, :image], tokens[:, image:], given["adaln_input"], own
 
 
 # ---------------------------------------------------------------- the transformer
@@ -155,7 +148,9 @@ ZIMAGE = Family(
         hidden=hidden_of,
         streams=("image",),
         modulated=False,
-        check_blocks=check_blocks,
+        temb_width=temb_width,
+        first_tokens=first_tokens,
+        router_reads=router_reads,
     ),
     data=Data(
         inputs=inputs,

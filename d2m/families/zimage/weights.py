@@ -24,6 +24,11 @@ def hidden_of(config: Mapping[str, Any]) -> int:
     return int(config["dim"] / 3 * 8)
 
 
+def temb_width(dim: int) -> int:
+    """Numbers of the embedding that feeds modulation."""
+    return min(dim, EMBEDDING)
+
+
 def filled(tokens: int) -> int:
     """Tokens with those that fill them up to a whole multiple."""
     return -(-tokens // MULTIPLE) * MULTIPLE
@@ -41,6 +46,8 @@ def weights(config: Mapping[str, Any], structure: Structure, image: int, text: i
     for own, count, running in shared.alike(structure.blocks, structure.spec, "double", depth):
         inside = tuple(_block(config, own, image + text, True))
         stacks.append(Stack(f"{LIST}.*.", count, running, inside))
+    dim = int(config["dim"])
+    stacks += shared.routers(LIST, "double", dim, structure.blocks, temb_width(dim))
     return [*stacks, Stack("", 1, 1, tuple(_output(config, image + text)))]
 
 
@@ -49,7 +56,7 @@ def _embedders(config: Mapping[str, Any], image: int, text: int) -> Iterator[Wei
     patch = PATCH**2 * int(config["in_channels"])
     yield from shared.linear(part, f"all_x_embedder.{PATCH}-1", patch, dim, image)
     yield from shared.linear(part, "t_embedder.mlp.0", TIME_CHANNELS, TIME_HIDDEN, 1)
-    yield from shared.linear(part, "t_embedder.mlp.2", TIME_HIDDEN, min(dim, EMBEDDING), 1)
+    yield from shared.linear(part, "t_embedder.mlp.2", TIME_HIDDEN, temb_width(dim), 1)
     yield shared.vector(part, "cap_embedder.0.weight", caption)
     yield from shared.linear(part, "cap_embedder.1", caption, dim, text)
     for name in ("x_pad_token", "cap_pad_token"):
@@ -71,12 +78,11 @@ def _block(
     neurons = hidden_of(config)
     yield from shared.gated_ffn("double_ffn", "feed_forward", linears, dim, neurons, spec, rows)
     if modulated:
-        yield from shared.linear("adaln", "adaLN_modulation.0", min(dim, EMBEDDING), 4 * dim, 1)
+        yield from shared.linear("adaln", "adaLN_modulation.0", temb_width(dim), 4 * dim, 1)
 
 
 def _output(config: Mapping[str, Any], rows: int) -> Iterator[Weight]:
     dim, name = int(config["dim"]), f"all_final_layer.{PATCH}-1"
     channels = PATCH**2 * int(config["in_channels"])
     yield from shared.linear("output", f"{name}.linear", dim, channels, rows)
-    width = min(dim, EMBEDDING)
-    yield from shared.linear("output", f"{name}.adaLN_modulation.1", width, dim, 1)
+    yield from shared.linear("output", f"{name}.adaLN_modulation.1", temb_width(dim), dim, 1)

@@ -1,8 +1,7 @@
-"""Experts of every activation, with and without biases: one meaning, in all of torch's ways.
+"""Experts of every activation, with and without biases: what the reference and the op mean.
 
-The reference is held against scalar loops in float64, everything else against the reference. The
-ONNX bodies and the Triton kernels have their parametrised tests beside their own; all of them take
-`ACTIVATIONS`.
+The reference is held against scalar loops in float64, everything else against the reference: all
+realisations of the op in `tests/test_op.py`.
 """
 
 import math
@@ -10,35 +9,13 @@ import math
 import pytest
 import torch
 
-from d2m.families.site import ACTIVATIONS, GATED, up_rows
+from d2m.families.site import ACTIVATIONS, GATED
 from d2m.model.experts_op import experts_op
-from d2m.model.grouped_mm import backward_grouped, forward_grouped
 from d2m.model.routing import activate, activate_backward, routed_experts_reference
-from d2m.model.sorted_loop import backward_sorted, forward_sorted
 from d2m.model.sparse_ffn import SparseFFN
+from tests.cases.experts import KINDS, make, relative
 
-T, D, E, H = 23, 16, 12, 8
-KINDS = [(name, bias) for name in ACTIVATIONS for bias in (True, False)]
-
-
-def make(activation, bias, tokens=T, dtype=torch.float64, seed=0, sizes=(D, E, H)):
-    D, E, H = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    wide = H * up_rows(activation)
-    made = [noise(tokens, D), noise(tokens, E), noise(E, D, wide) / 4, noise(E, wide) / 4]
-    made.append(noise(E, H, D) / 3)
-    if not bias:
-        made[3] = None
-    logits = torch.float64 if dtype == torch.float64 else torch.float32
-    return [None if t is None else t.to(logits if i == 1 else dtype) for i, t in enumerate(made)]
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+T, D, E, H = 23, 16, 12, 8  # the sizes that `make` has by default
 
 
 def scalar(u, activation):
@@ -76,30 +53,6 @@ def test_activations_backward_is_autograds(activation):
     dout = torch.randn_like(out)
     out.backward(dout)
     assert relative(activate_backward(dout, rows.detach(), activation), rows.grad) < 1e-13
-
-
-@pytest.mark.parametrize(("activation", "bias"), KINDS)
-@pytest.mark.parametrize("way", ["sorted", "grouped_mm"])
-@pytest.mark.parametrize("top_k", [1, 2, E])
-def test_every_way_is_the_reference(activation, bias, way, top_k):
-    """Values and gradients; grouped_mm knows no float64."""
-    double = way == "sorted"
-    dtype, limit = (torch.float64, 1e-12) if double else (torch.float32, 2e-6)
-    forward, backward = (
-        (forward_sorted, backward_sorted) if double else (forward_grouped, backward_grouped)
-    )
-    arguments = make(activation, bias, dtype=dtype, seed=top_k)
-    leaves = [None if a is None else a.double().clone().requires_grad_() for a in arguments]
-    expected = routed_experts_reference(*leaves, top_k, activation)
-    dy = torch.randn(T, D, dtype=torch.float64)
-    expected.backward(dy)
-    assert relative(forward(*arguments, top_k, activation=activation), expected) < limit
-    found = backward(dy.to(dtype), *arguments, top_k, True, True, activation=activation)
-    for name, grad, leaf in zip("x logits w1 b1 w2".split(), found, leaves):
-        if leaf is None:
-            assert grad.numel() == 0
-        else:
-            assert relative(grad, leaf.grad) < 10 * limit, name
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)

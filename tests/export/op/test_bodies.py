@@ -1,62 +1,26 @@
 """All bodies of d2m::RoutedExperts against the definition of the op in float64."""
 
+from typing import Any
+
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from d2m.families.site import ACTIVATIONS, up_rows
+from d2m.families.site import up_rows
 from d2m.model.routing import routed_experts_reference
 from export.op.bodies import BODIES, Routing, body, tile_rows, with_body
 from export.op.body_lines import few
-from export.op.schema import DOMAIN, OP, inputs_of, version_of
+from export.op.schema import OP
+from tests.cases.experts import KINDS
+from tests.cases.onnx_experts import bare_model, session
 
 E, D, H = 12, 16, 4
 
 
-KINDS = [(name, bias) for name in ACTIVATIONS for bias in (True, False)]
-
-
-def bare_model(
-    top_k: int,
-    dtype: int = TensorProto.FLOAT,
-    experts: int = E,
-    activation: str = "gelu_tanh",
-    bias: bool = True,
-) -> onnx.ModelProto:
-    """One RoutedExperts node with everything as graph inputs; T is dynamic."""
-
-    def tensor(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, shape)
-
-    wide = H * up_rows(activation)
-    known = {
-        "x": (dtype, "T", D),
-        "logits": (TensorProto.FLOAT, "T", experts),
-        "w1": (dtype, experts, D, wide),
-        "b1": (dtype, experts, wide),
-        "w2": (dtype, experts, H, D),
-    }
-    given = inputs_of(activation, bias)
-    inputs = [tensor(name, *known[name]) for name in given]
-    version = version_of(activation, bias)
-    own = {} if version == 1 else {"activation": activation}
-    node = helper.make_node(OP, given, ["y"], domain=DOMAIN, top_k=top_k, **own)
-    graph = helper.make_graph([node], "g", inputs, [tensor("y", dtype, "T", D)])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, version)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def session(model: onnx.ModelProto) -> ort.InferenceSession:
-    onnx.checker.check_model(model, full_check=True)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+def bare(top_k: int, dtype: int = TensorProto.FLOAT, **kind: Any) -> onnx.ModelProto:
+    return bare_model(top_k, (D, E, H), dtype, **kind)
 
 
 def weights(
@@ -101,7 +65,7 @@ def expected(
 @pytest.mark.parametrize("top_k", range(1, E + 1))
 def test_bodies_are_the_reference(kind: str, top_k: int) -> None:
     """Every k, dynamic T down to one token, random and adversarial routings."""
-    run = session(with_body(bare_model(top_k), kind, tile=4))
+    run = session(with_body(bare(top_k), kind, tile=4))
     for tokens in (1, 2, 7, 64):
         x = np.random.default_rng(tokens).standard_normal((tokens, D)).astype("f4")
         for name, logits in routings(tokens, seed=tokens).items():
@@ -115,71 +79,31 @@ def test_bodies_are_the_reference(kind: str, top_k: int) -> None:
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 def test_bodies_of_every_activation(kind: str, activation: str, bias: bool) -> None:
-    """No token, one and many, float32 and float16, with K = 1, 2 and E."""
+    """float16, and float32 of no token and one (of many: tests/test_op.py)."""
     held = weights(0, activation, bias)
-    for top_k in (1, 2, E):
-        for dtype, numpy in ((TensorProto.FLOAT, "f4"), (TensorProto.FLOAT16, "f2")):
-            bare = bare_model(top_k, dtype, activation=activation, bias=bias)
-            run = session(with_body(bare, kind, tile=4))
-            given = {name: value.astype(numpy) for name, value in held.items()}
-            for tokens in (0, 1, 40):
-                rng = np.random.default_rng(tokens)
-                x = rng.standard_normal((tokens, D)).astype(numpy)
-                logits = rng.standard_normal((tokens, E)).astype("f4")
-                (y,) = run.run(None, {"x": x, "logits": logits, **given})
-                assert y.shape == (tokens, D) and y.dtype == x.dtype
-                if tokens:
-                    reference = expected(x.astype("f4"), logits, top_k, activation, bias)
-                    error = np.abs(y - reference).max() / np.abs(reference).max()
-                    assert error < (2e-6 if numpy == "f4" else 8e-3), (top_k, numpy, tokens)
-
-
-@pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_com_microsoft_moe_agrees_where_it_fits(activation: str, bias: bool) -> None:
-    """ONNX Runtime's own op: its gelu is the tanh form, and it has no gated gelu.
-
-    Its SwiGLU is (value + beta) * gate * sigmoid(alpha * gate), from interleaved columns.
-    """
-    names = {"gelu_tanh": "gelu", "silu": "silu", "swiglu": "swiglu"}
-    if activation not in names:
-        pytest.skip("com.microsoft.MoE has no such activation")
-    held = weights(0, activation, bias)
-    w1, b1 = held["w1"].transpose(0, 2, 1), held.get("b1")
-    fields = {"k": 2, "activation_type": names[activation], "normalize_routing_weights": 0}
-    if activation == "swiglu":
-        fields |= {"activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1}
-        w1 = w1.reshape(E, 2, H, D).transpose(0, 2, 1, 3).reshape(E, 2 * H, D)
-        b1 = None if b1 is None else b1.reshape(E, 2, H).transpose(0, 2, 1).reshape(E, 2 * H)
-    given = {"w1": np.ascontiguousarray(w1), "b1": b1, "w2": held["w2"].transpose(0, 2, 1)}
-    names_in = [name if value is not None else "" for name, value in given.items()]
-    node = helper.make_node(
-        "MoE", ["x", "logits", *names_in], ["y"], domain="com.microsoft", **fields
-    )
-    infos = {
-        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", size])
-        for name, size in (("x", D), ("logits", E), ("y", D))
-    }
-    arrays = [
-        onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
-        for name, value in given.items()
-        if value is not None
-    ]
-    graph = helper.make_graph([node], "g", [infos["x"], infos["logits"]], [infos["y"]], arrays)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(4)
-    x, logits = rng.standard_normal((20, D)).astype("f4"), rng.standard_normal((20, E)).astype("f4")
-    (y,) = run.run(None, {"x": x, "logits": logits})
-    reference = expected(x, logits, 2, activation, bias)
-    assert np.abs(y - reference).max() / np.abs(reference).max() < 2e-6
+    for dtype, numpy, counts in (
+        (TensorProto.FLOAT, "f4", (0, 1)),
+        (TensorProto.FLOAT16, "f2", (0, 1, 40)),
+    ):
+        run = session(with_body(bare(2, dtype, activation=activation, bias=bias), kind, tile=4))
+        given = {name: value.astype(numpy) for name, value in held.items()}
+        for tokens in counts:
+            rng = np.random.default_rng(tokens)
+            x = rng.standard_normal((tokens, D)).astype(numpy)
+            logits = rng.standard_normal((tokens, E)).astype("f4")
+            (y,) = run.run(None, {"x": x, "logits": logits, **given})
+            assert y.shape == (tokens, D) and y.dtype == x.dtype
+            if tokens:
+                reference = expected(x.astype("f4"), logits, 2, activation, bias)
+                error = np.abs(y - reference).max() / np.abs(reference).max()
+                assert error < (2e-6 if numpy == "f4" else 8e-3), (numpy, tokens)
 
 
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("top_k", [1, 2, E])
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
 def test_no_token_gives_no_row(kind: str, top_k: int, dtype: int) -> None:
-    run = session(with_body(bare_model(top_k, dtype), kind, tile=4))
+    run = session(with_body(bare(top_k, dtype), kind, tile=4))
     x = np.empty((0, D), "f4" if dtype == TensorProto.FLOAT else "f2")
     halves = {name: value.astype(x.dtype) for name, value in weights().items()}
     (y,) = run.run(None, {"x": x, "logits": np.empty((0, E), "f4"), **halves})
@@ -199,7 +123,7 @@ def test_an_expert_that_nobody_chose_has_no_say(kind: str, tokens: int, bad: flo
     for name in ("w1", "b1", "w2"):
         held[name] = held[name].copy()
         held[name][5] = 3e38 if name == "w2" and few_rows else bad
-    run = session(with_body(bare_model(2), kind, tile=4))
+    run = session(with_body(bare(2), kind, tile=4))
     (y,) = run.run(None, {"x": x, "logits": logits, **held})
     np.testing.assert_allclose(y, expected(x, logits, 2), rtol=0, atol=3e-6)
 
@@ -207,7 +131,7 @@ def test_an_expert_that_nobody_chose_has_no_say(kind: str, tokens: int, bad: flo
 @pytest.mark.parametrize("tile", [1, 3, 16, 256])
 def test_any_tile_gives_the_same(tile: int) -> None:
     x = np.random.default_rng(1).standard_normal((50, D)).astype("f4")
-    run = session(with_body(bare_model(2), "portable", tile=tile))
+    run = session(with_body(bare(2), "portable", tile=tile))
     for logits in routings(50).values():
         (y,) = run.run(None, {"x": x, "logits": logits, **weights()})
         np.testing.assert_allclose(y, expected(x, logits, 2), rtol=0, atol=3e-6)
@@ -215,7 +139,7 @@ def test_any_tile_gives_the_same(tile: int) -> None:
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_half_precision_accumulates_in_float(kind: str) -> None:
-    run = session(with_body(bare_model(3, TensorProto.FLOAT16), kind, tile=4))
+    run = session(with_body(bare(3, TensorProto.FLOAT16), kind, tile=4))
     x = np.random.default_rng(2).standard_normal((9, D)).astype("f2")
     logits = routings(9)["random"]
     halves = {name: value.astype("f2") for name, value in weights().items()}
@@ -227,7 +151,7 @@ def test_half_precision_accumulates_in_float(kind: str) -> None:
 @pytest.mark.parametrize("kind", BODIES)
 def test_folds_where_weights_are_initializers(kind: str) -> None:
     """The composed model's case: same values, the per-expert slices folded away."""
-    model = with_body(bare_model(2), kind, tile=4)
+    model = with_body(bare(2), kind, tile=4)
     for name, value in weights().items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     kept = [value for value in model.graph.input if value.name in ("x", "logits")]
@@ -241,14 +165,14 @@ def test_folds_where_weights_are_initializers(kind: str) -> None:
 
 def test_swapping_bodies() -> None:
     """with_body replaces, removes, and leaves the given model and models without the op alone."""
-    bare = bare_model(2)
-    first = with_body(bare, "sorted")
-    assert not bare.functions
+    alone = bare(2)
+    first = with_body(alone, "sorted")
+    assert not alone.functions
     second = with_body(first, "portable", tokens=4096)
     assert [f.name for f in second.functions] == [OP]
     assert second.functions[0] == body("portable", Routing(E, 2), tile=256)
     assert with_body(second, "sorted") == first
-    assert with_body(second, None) == bare
+    assert with_body(second, None) == alone
     plain = helper.make_model(helper.make_graph([], "g", [], []))
     assert with_body(plain, "sorted") == plain
 
@@ -266,7 +190,7 @@ def test_few_tokens_are_those_that_were_measured() -> None:
 
 def test_either_has_both_branches() -> None:
     """So the tests above run both: the limit at D = 16, K = 2 is 24 tokens, they try 7 and 64."""
-    (function,) = with_body(bare_model(2), "either").functions
+    (function,) = with_body(bare(2), "either").functions
     (node,) = [node for node in function.node if node.op_type == "If"]
     names = [{n.op_type for n in attribute.g.node} for attribute in node.attribute]
     assert [a.name for a in node.attribute] == ["then_branch", "else_branch"]
@@ -274,7 +198,7 @@ def test_either_has_both_branches() -> None:
 
 
 def test_one_kind_of_experts_a_model() -> None:
-    model = bare_model(2)
+    model = bare(2)
     node = onnx.NodeProto()
     node.CopyFrom(model.graph.node[0])
     node.output[0], node.attribute[0].i = "y2", 3
@@ -290,21 +214,3 @@ def test_tiles_follow_the_tokens() -> None:
         16, 16, 32, 256, 256,
     ]  # fmt: skip
     assert tile_rows(4096, Routing(E, 1)) == 128
-
-
-@pytest.mark.tensorrt
-@pytest.mark.parametrize(
-    ("top_k", "activation", "bias"),
-    [(1, "gelu_tanh", True), (2, "gelu_tanh", True), (12, "gelu_tanh", True)]
-    + [(2, *kind) for kind in KINDS if kind != ("gelu_tanh", True)],
-)
-def test_tensorrt_builds_the_portable_body(top_k: int, activation: str, bias: bool) -> None:
-    """No host copy and no conditional in the plan of the body alone."""
-    from export.plans.compiler import build, load_api
-    from export.plans.layers import check_plan, layers
-
-    bare = bare_model(top_k, TensorProto.BFLOAT16, activation=activation, bias=bias)
-    model = with_body(bare, "portable", tile=16)
-    sizes = {"x": ((1, D), (32, D), (64, D)), "logits": ((1, E), (32, E), (64, E))}
-    _, dump = build(load_api(), model, sizes, sm=(), name="routed")
-    check_plan("routed", layers(dump))
