@@ -15,7 +15,7 @@ from runtime.files.checked_json import parse_json, show
 MAX_BYTES = 64 << 20  # T5's own has 2.4 million
 MAX_STEPS = 16
 MAX_TOKENS = 1 << 20
-MAX_WORD = 1000  # characters of a replacement, a prefix or a token's affix
+MAX_WORD = 1000  # characters of a replacement, a prefix, a token or its affix
 GROWTH = 64  # times a text may become longer in all replacements together
 MODELS = ("BPE", "Unigram", "WordLevel")
 NORMALIZERS = set(
@@ -72,6 +72,15 @@ def check(value: Any) -> None:
     tokens = value.get("added_tokens") or []
     if not isinstance(tokens, list) or len(tokens) > MAX_TOKENS:
         raise ValueError("its added_tokens are no list of tokens")
+    # The library searches a Unigram's pieces by recursion: one of 200,000 characters ended the
+    # process.
+    vocab = value["model"].get("vocab")
+    pieces = vocab if isinstance(vocab, (list, dict)) else ()
+    longest = max((len(piece) for piece in map(piece_of, pieces)), default=0)
+    if longest > MAX_WORD:
+        raise ValueError(f"it has a token of {longest} characters, expected at most {MAX_WORD}")
+    for token in tokens:
+        short(token.get("content") if isinstance(token, dict) else None, "content of a token")
     growth = 1.0
     for step in steps(value.get("normalizer"), "normalizers"):
         if one(step, NORMALIZERS, "a normalizer") == "Replace":
@@ -85,6 +94,12 @@ def check(value: Any) -> None:
             length(step)
     for step in steps(value.get("post_processor"), "processors"):
         one(step, PROCESSORS, "a post-processor")
+
+
+def piece_of(entry: Any) -> str:
+    """A token of a model's vocab: a key of BPE's, the first of a Unigram's pair."""
+    found = entry[0] if isinstance(entry, list) and entry else entry
+    return found if isinstance(found, str) else ""
 
 
 def steps(value: Any, inside: str) -> Iterator[dict[str, Any]]:

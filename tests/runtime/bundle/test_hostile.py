@@ -271,6 +271,13 @@ TOKENIZERS: dict[str, tuple[Json, str]] = {
     ),
     "model": ({"model": {"type": "Else"}}, "a model of type 'Else'"),
     "no model": ({"model": 7}, "no object with a model"),
+    "piece": (
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["u", 0.0], ["a" * 300_000, -1.0]]}},
+        "a token of 300000 characters",
+    ),
+    "no vocab": ({"model": {"type": "Unigram", "unk_id": 0, "vocab": 7}}, ""),
+    "word": ({"model": {**tokenizer()["model"], "vocab": {"a" * 1001: 0}}}, "1001 characters"),
+    "added": ({"added_tokens": [{"id": 0, "content": "a" * 2000}]}, "content of a token"),
     "dropout": ({"model": {**tokenizer()["model"], "dropout": 0.5}}, "at random"),
     "added tokens": ({"added_tokens": 7}, "no list of tokens"),
     "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, ""),
