@@ -116,7 +116,7 @@ def left_out(blocks: Any, indices: Sequence[int]) -> Iterator[None]:
     before = [blocks[i] for i in indices]
     try:
         for i in indices:
-            blocks[i] = SkippedBlock()
+            blocks[i] = SkippedBlock(blocks[i])
         yield
     finally:
         for i, block in zip(indices, before):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2m.families.flow import generator_at
 from d2m.families.inputs import noised, transformer_inputs
-from d2m.model.block_group import BlockGroup, block_groups, pool
+from d2m.model.block_group import BlockGroup, block_groups, named_inputs, pool
 from d2m.model.surgery import unit_gates
 from d2m.recipe.recipe import Batches, Recipe
 
@@ -57,7 +57,7 @@ def _record_inputs(rows: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     """A hook that keeps what the group's router would look at: [B, 2 D] and [B, D], float64."""
 
     def hook(module: BlockGroup, args: Any, inputs: dict[str, Any]) -> None:
-        image, text, temb, mask = module.read(inputs)
+        image, text, temb, mask = module.read(named_inputs(module, args, inputs))
         rows.append((pool(image, text, mask, torch.float64).cpu(), temb.double().cpu()))
 
     return hook

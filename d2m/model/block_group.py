@@ -25,8 +25,10 @@ Read = tuple[Tensor, Tensor, Tensor, Tensor | None]  # image, text, temb, mask o
 TEXT_MASK = "encoder_hidden_states_mask"  # diffusers' name of it [B, L], which blocks get
 JOINT_MASK = "attention_mask"  # of text and image [B, L + T], which Chroma's blocks get
 # What blocks get with a row a sample, beside their streams: temb, or what a model makes of it.
-PER_SAMPLE = ("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK, JOINT_MASK)
-PER_SAMPLE += ("attn_mask", "freqs_cis", "adaln_input")  # Z-Image's
+PER_SAMPLE = (
+    *("temb", "temb_mod", "temb_mod_img", "temb_mod_txt", TEXT_MASK, JOINT_MASK),
+    *("attn_mask", "freqs_cis", "adaln_input"),  # Z-Image's
+)
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
@@ -87,8 +89,8 @@ class Conditions:
             model.get_submodule(embedder).register_forward_hook(self.embedded)
 
     def begin(self, module: nn.Module, args: Any, given: Mapping[str, Any]) -> None:
-        """Before the model's forward, whose inputs diffusers' pipelines and d2m give by name."""
-        self.first = self.tokens_of(given or named_inputs(module, args, given))
+        """Before the model's forward."""
+        self.first = self.tokens_of(named_inputs(module, args, given))
 
     def embedded(self, module: nn.Module, args: Any, temb: Tensor) -> None:
         """After its embedder's."""
