@@ -89,8 +89,8 @@ class Conditions:
             model.get_submodule(embedder).register_forward_hook(self.embedded)
 
     def begin(self, module: nn.Module, args: Any, given: Mapping[str, Any]) -> None:
-        """Before the model's forward, whose inputs diffusers' pipelines and d2m give by name."""
-        self.first = self.tokens_of(given or named_inputs(module, args, given))
+        """Before the model's forward."""
+        self.first = self.tokens_of(named_inputs(module, args, given))
 
     def embedded(self, module: nn.Module, args: Any, temb: Tensor) -> None:
         """After its embedder's."""
