@@ -97,7 +97,9 @@ def export_bundle(
     if plugin:
         check_plugin(trt, trt_rtx)
     need_extra()
+    from export.checkpoint.lora_map import write_lora_map
     from export.checkpoint.pipeline import open_components, open_pipeline
+    from export.checkpoint.weights import place
     from export.plans.expert_kernels import check_cubins
 
     _, _, sparse = open_pipeline(source)
@@ -122,6 +124,9 @@ def export_bundle(
             manifest["components"][component.name] = write_graphs(
                 folder, component.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
+            if component.name == "transformer":
+                wanted = place(program, component.checkpoint.dtype)
+                manifest["lora"] = write_lora_map(folder, source, wanted)
         write_tokenizers(folder, source, manifest)
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)

@@ -10,6 +10,7 @@ a file, `regenerate` an image made again from its file, `latency_budget` setting
 seconds; `nvtriton` an old name of serve/triton.py.
 
     files/     the ground: files on disk, with the standard library and numpy alone
+    lora/      LoRAs of the dense model, read and placed
     families/  what a family's pipeline does around its models, in numpy
     bundle/    a bundle is data: opened, checked, signed
     cuda/      a CUDA device and its memory
@@ -25,7 +26,7 @@ seconds; `nvtriton` an old name of serve/triton.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load(
     verify: str = "cached",
     key: str | os.PathLike[str] | None = None,
     offload: str | None = None,
+    loras: Mapping[str | os.PathLike[str], float] | None = None,
 ) -> Pipeline:
     """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
 
@@ -58,12 +60,15 @@ def load(
     `verify` "full" computes every file's hash anew rather than once for as long as the file
     stays; `key` is a public key's file by which the bundle must be signed (None: that of the
     environment variable D2M_PUBLIC_KEY, if it is set). `offload` "block" streams the
-    transformer's weights block by block, for models larger than memory (ort, ort-cuda).
+    transformer's weights block by block, for models larger than memory (ort, ort-cuda). `loras`:
+    files of LoRAs of the dense model and their strengths, {"style.safetensors": 0.8};
+    `pipeline.set_loras` changes them between calls.
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     from runtime.pipeline import Pipeline
 
     options: dict[str, Any] = {"threads": threads, "experts": experts, "offload": offload}
+    options["loras"] = loras
     return Pipeline(bundle, backend, verify=verify, key=key, **options)
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.bundle.directory import Bundle, open_bundle, required_key
+from runtime.bundle.lora_record import placement_of
 from runtime.bundle.tokenizer_file import MAX_BYTES
 from runtime.families import family_of, is_guided
+from runtime.files.hashes import sha256
 from runtime.files.tensors import cast, to_float32
+from runtime.lora.file import read_lora
+from runtime.lora.placement import Adapters, Placement
 from runtime.program.backends import GPU_BACKENDS, PLAN_BACKENDS, check_experts, check_offload
 from runtime.program.executor import Executor, batch_limit, choose_backend, open_component
 from runtime.program.threads import thread_count
@@ -21,11 +26,27 @@ from runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
+    from runtime.lora.changes import Change
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
 StepHook = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
 VERIFY = ("cached", "full")
+MAX_LORAS = 8  # that stay read
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file that was read: its name, SHA-256, what it changes, and its strength here."""
+
+    file: str
+    sha256: str
+    changes: Mapping[str, Change] = field(repr=False)
+    strength: float = 1.0
+
+    def row(self) -> dict[str, Any]:
+        """What an image says of it."""
+        return {"file": self.file, "sha256": self.sha256, "strength": self.strength}
 
 
 def default_bundle() -> Path:
@@ -45,7 +66,7 @@ class Opened:
     `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
     that from so many rows on nothing changes (runtime.serve.batch_invariance). With `offload`
     "block" the transformer's weights are streamed block by block (see runtime.ort.block_weights),
-    and the other components are open only while they run.
+    and the other components are open only while they run. `loras`: see `set_loras`.
     """
 
     def __init__(
@@ -61,6 +82,7 @@ class Opened:
         verify: str = "cached",
         key: str | os.PathLike[str] | None = None,
         offload: str | None = None,
+        loras: Mapping[Any, float] | None = None,
     ) -> None:
         if isinstance(bundle, Bundle):
             opened = bundle
@@ -87,11 +109,17 @@ class Opened:
         self.min_batch = min(min_batch, self.max_batch)
         self.step_hook: StepHook | None = None  # called with every step's inputs, top_k and kappa
         self._executors: dict[str, Executor] = {}
+        self.loras: tuple[LoRA, ...] = ()
+        self._adapters: Adapters | None = None
+        self._placement: Placement | None = None
+        self._read: dict[tuple[Any, ...], LoRA] = {}
         specs = self.manifest["tokenizers"]
         self.tokenizers = {
             name: TextTokenizer(name, opened.file(file), specs[name], opened.read(file, MAX_BYTES))
             for name, file in ((name, specs[name]["file"]) for name in self.family.tokenizers)
         }
+        if loras:
+            self.set_loras(loras)
 
     def execute(
         self,
@@ -143,7 +171,54 @@ class Opened:
                 self.backend = "ort"
                 self._executors.clear()
                 return self.executor(component)
+            if component == "transformer" and self._adapters is not None:
+                self._adapt(self._adapters)
         return self._executors[component]
+
+    def set_loras(self, loras: Mapping[Any, float] | None = None) -> None:
+        """Generate with these LoRAs from the next call on: file -> strength, times its own.
+
+        They take the place of those set before; none, or a strength of 0, leaves no trace. Not to
+        be called while another thread generates. FileNotFoundError or ValueError, one sentence,
+        for what is no LoRA of the dense model; then nothing has changed.
+        """
+        for file, strength in (loras or {}).items():
+            if isinstance(strength, bool) or not isinstance(strength, int | float):
+                raise ValueError(f"the strength of {file} is {strength!r}, expected a number.")
+            if not -100 <= strength <= 100:
+                raise ValueError(f"the strength of {file} is {strength}, expected -100 to 100.")
+        found, adapters = [], None
+        if loras:
+            self._placement = self._placement or placement_of(self.bundle)
+            found = [self.read_lora(Path(file), by) for file, by in loras.items()]
+            adapters = Adapters(self._placement, [(each.changes, each.strength) for each in found])
+            adapters = adapters if adapters.by_tensor else None
+        self._adapt(adapters)
+        self.loras, self._adapters = tuple(found), adapters
+
+    def _adapt(self, adapters: Adapters | None) -> None:
+        executor: Any = self._executors.get("transformer")  # every backend's is Adaptable
+        if executor is not None:
+            executor.adapt(adapters)
+
+    def read_lora(self, path: Path, strength: float) -> LoRA:
+        """A LoRA's changes; the last few stay read."""
+        assert self._placement is not None
+        try:
+            facts = path.stat()
+            key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size)
+        except OSError:
+            key = (str(path), 0, 0)  # reading says what is wrong
+        if key not in self._read:
+            changes = read_lora(path, self._placement.linears)
+            try:
+                self._placement.tensors_of(changes)
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from None
+            while len(self._read) >= MAX_LORAS:
+                self._read.pop(next(iter(self._read)))
+            self._read[key] = LoRA(path.name, sha256(path), changes)
+        return replace(self._read[key], strength=float(strength))
 
     def truncations(self, prompt: str) -> list[str]:
         """What the tokenizers leave out of a prompt that is too long for them, a clause each."""

@@ -54,6 +54,16 @@ def regenerate(
             f" {str(settings.get('name'))[:60]!r}, but {pipeline.bundle.path} is {digest[:12]}...;"
             " name the bundle that it was generated from."
         )
+    if settings.get("loras", []) != [each.row() for each in pipeline.loras]:
+        listed = ", ".join(
+            f"{str(each.get('file'))[:60]} at {each.get('strength')}"
+            for each in settings.get("loras", [])
+            if isinstance(each, dict)
+        )
+        raise ValueError(
+            f"{path} was generated with {printable(listed) or 'no LoRA'}, expected the same files"
+            " at the same strengths; name them with --lora FILE:STRENGTH."
+        )
     arguments: dict[str, Any] = {name: settings[name] for name in ARGUMENTS if name in settings}
     scale = whole_number(settings.get("scale", 1), f"the scale that {path} names", 1, MAX_SCALE)
     image = pipeline(**arguments, progress=progress)

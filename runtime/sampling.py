@@ -111,6 +111,8 @@ def generate_batch(
         # on it alone; without it, on the rows that were in its batch.
         "batch": model.min_batch or count,
     }
+    if model.loras:
+        common["loras"] = [each.row() for each in model.loras]
     settings = [request.settings(index) | common for index in range(start, end)]
     if cache is not None:
         # A mean over an image's rows, of which guidance by a negative prompt makes two.

@@ -65,6 +65,23 @@ KappaSteps = Annotated[
     Any,
     option("Blocks that a group runs, or one number per step.", metavar="N[,N...]", parser=knob),
 ]
+
+
+def lora(text: str) -> tuple[str, float]:
+    """'style.safetensors:0.8' -> ("style.safetensors", 0.8); without a number 1.0."""
+    file, colon, number = text.rpartition(":")
+    try:
+        return (file, float(number)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon of the name's own
+
+
+LORA = option(
+    "LoRA of the dense model and its strength; may be repeated.",
+    "--lora",
+    metavar="FILE[:STRENGTH]",
+    parser=lora,
+)
 Cache = Annotated[
     str | None,
     option(

@@ -59,6 +59,7 @@ def run(
     top_k: options.TopKSteps = None,
     kappa: options.KappaSteps = None,
     cache: options.Cache = None,
+    lora: Annotated[list[Any] | None, options.LORA] = None,
     sigmas: Annotated[
         Any,
         option(
@@ -98,7 +99,7 @@ def run(
     from runtime.files.atomic import check_writable
     from runtime.image import check_name, enlarge, save, settings_of, to_png
 
-    how: dict[str, Any] = {"experts": experts, "offload": offload}
+    how: dict[str, Any] = {"experts": experts, "offload": offload, "loras": dict(lora or ())}
     if (png := regenerate or again) is not None:
         from runtime.regenerate import regenerate as function
 

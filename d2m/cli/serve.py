@@ -37,6 +37,9 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, option("Origin allowed by CORS, '*' for all; may be repeated.")
     ] = None,
+    loras: Annotated[
+        Path | None, option("Folder of LoRAs that a request may name; needs one worker.")
+    ] = None,
     backend: options.Backend = "auto",
     experts: options.Experts = "auto",
     debug: options.Debug = False,
@@ -69,6 +72,7 @@ def serve(
         experts=experts,
         aliases=model_alias or (),
         examples=example or (),
+        loras=loras,
     )
     function(
         service,

@@ -11,7 +11,6 @@ share stands beside them; none imports another. docs/families.md shows how to ad
     flow                 Flow matching: the noisy latents a teacher and its student are compared on
     inputs               From a batch of data to what a transformer or its pipeline is called with
     latents              What several families share: an AutoencoderKL's latents, noise
-    original_names       What the makers of a model call its layers
     encoders             Sizes of the text encoders and VAEs of published models
     generation_defaults  How a pipeline directory wants to generate: size, steps, guidance
 """

@@ -4,8 +4,7 @@ A LoRA file and a pipeline directory enter, a pipeline directory leaves: every r
 change goes where the conversion took its neuron.
 
     fuse      A dense LoRA on a sparse model: every row of its change goes where the neuron went
-    file      A LoRA file, read: for every Linear of a dense model that it changes
-    names     What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's
+    file      A LoRA file's changes as torch's tensors (read by runtime.lora)
     card      The model card and the report of the result
     parts     Where the weight of a dense Linear lies in a sparse model: its rows and columns
 """

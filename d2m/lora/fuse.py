@@ -23,7 +23,7 @@ from d2m import __version__
 from d2m.families import family_of
 from d2m.families.generation_defaults import DEFAULTS_FILE, generation_defaults, write_defaults
 from d2m.lora.card import write_card_and_report
-from d2m.lora.file import LowRank, read_lora
+from d2m.lora.file import Change, read_lora
 from d2m.lora.parts import KINDS, Part, dense_linears, parts_of
 from d2m.model.components import check_components
 from d2m.plan.hub import locate
@@ -48,7 +48,7 @@ def lora(
     """Add a dense model's LoRA to the sparse (or dense) pipeline `onto`, written as `out`.
 
     Args:
-        file: LoRA of the dense model, safetensors, in diffusers', peft's or kohya's names.
+        file: LoRA of the dense model, safetensors, in names that runtime.lora.names knows.
         onto: pipeline directory, or the hub id of a dense one.
         out: directory to write, shard by shard; None tells the shares alone.
         scale: strength, times the file's own.
@@ -83,7 +83,7 @@ def lora(
             f"share their modulation or were dropped ({len(lost)} layers, the first {lost[0]}); "
             "--lossy leaves it out, and fusing into the dense model before converting keeps it."
         )
-    rank = max(change.down.shape[0] for change in changes.values())
+    rank = max(change.rank for change in changes.values())
     answer = {"layers": len(changes), "rank": rank, "scale": scale, "shares": shares}
     if out is not None:
         with _written(path, Path(out), shards, changes, parts, scale) as made:
@@ -99,7 +99,7 @@ def lora(
 
 
 def shares_of(
-    changes: Mapping[str, LowRank], parts: Mapping[str, Iterable[Part]]
+    changes: Mapping[str, Change], parts: Mapping[str, Iterable[Part]]
 ) -> dict[str, float]:
     """Of the change's squared Frobenius norm in the dense model, what lies in parts of every kind.
 
@@ -115,7 +115,7 @@ def shares_of(
 
 def with_changes(
     tensors: Mapping[str, Tensor],
-    changes: Mapping[str, LowRank],
+    changes: Mapping[str, Change],
     parts: Mapping[str, Iterable[Part]],
     scale: float = 1.0,
 ) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _written(
     source: Path,
     out: Path,
     shards: Shards,
-    changes: Mapping[str, LowRank],
+    changes: Mapping[str, Change],
     parts: Mapping[str, Iterable[Part]],
     scale: float,
 ) -> Iterator[Path]:

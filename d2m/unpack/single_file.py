@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2m.families import family_of
-from d2m.families.original_names import ORIGINALS, SCALE
 from d2m.model.components import empty_model
 from d2m.plan.hub import UNPACKED
 from d2m.shards import STEM, write_one_by_one
 from d2m.unpack.stored import Stored, open_stored, quantised
 from runtime.files.atomic import temporary_dir, write_json
 from runtime.files.checked_json import read_json
+from runtime.lora.original_names import ORIGINALS, SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor

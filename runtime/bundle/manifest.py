@@ -87,6 +87,10 @@ def check(manifest: Any) -> None:
         integer(row, "max_length", 1, MAX_TOKENS, where)
         integer(row, "pad_id", 0, 1 << 31, where)
         check_template(row, where)
+    if "lora" in manifest:
+        record = mapping(manifest, "lora")
+        listed(record, "map", files, "lora")
+        check_suffix(listed(record, "indices", files, "lora"), "lora.indices", ".safetensors")
     plans = mapping(manifest, "plans") if "plans" in manifest else {}
     for target in plans:
         check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)

@@ -10,6 +10,7 @@ import numpy as np
 
 from runtime.cuda.arena import SIZES, aligned
 from runtime.files.tensors import SafeTensors
+from runtime.lora.placement import Adapted
 
 
 class Memory:
@@ -21,7 +22,9 @@ class Memory:
     `moved(region)` is called when a region has grown, and so lies elsewhere.
     """
 
-    def __init__(self, device: Any, tensors: SafeTensors, moved: Callable[[str], None]) -> None:
+    def __init__(
+        self, device: Any, tensors: SafeTensors | Adapted, moved: Callable[[str], None]
+    ) -> None:
         self.device, self.tensors, self.moved = device, tensors, moved
         self.weights: dict[tuple[str, str], int] = {}
         self.regions = {"arena": (0, 0), "scratch": (0, 0)}  # address, bytes
@@ -61,6 +64,14 @@ class Memory:
             self.device.upload(address, np.ascontiguousarray(self.tensors.array(name, dtype)))
             self.weights[name, dtype] = address
             address += size
+
+    def renew(self, tensors: Adapted, names: Iterable[str]) -> None:
+        """Weights come from `tensors` from now on; of those that are here, `names` change where
+        they are, after everything queued, for uploads are queued too."""
+        self.tensors, stale = tensors, set(names)
+        for (name, dtype), address in self.weights.items():
+            if name in stale:
+                self.device.upload(address, np.ascontiguousarray(tensors.array(name, dtype)))
 
     def allocate(self, size: int) -> int:
         """New memory, owned by this object."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.cuda.arena import SIZES, aligned, byte_size
 from runtime.files.tensor_reader import TensorFiles
+from runtime.lora.placement import Adapted, Adapters
 
 if TYPE_CHECKING:
     from runtime.files.tensors import SafeTensors
@@ -29,7 +30,8 @@ class HeldWeights:
     """
 
     def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
-        self.types, self.tensors, self.place = component["types"], tensors, place
+        self.types, self.place = component["types"], place
+        self.tensors = Adapted(tensors)
 
     def expect(self, calls: Iterable[Call]) -> None:
         """The next calls, in their order."""
@@ -47,12 +49,18 @@ class HeldWeights:
     def forget(self) -> None:
         """Nothing that was expected comes any more: a call failed or was cancelled."""
 
+    def adapt(self, adapters: Adapters | None) -> None:
+        """Weights are with these adapters from now on, None: as they are stored."""
+        before, self.tensors = self.tensors, Adapted(self.tensors.base, adapters)
+        self.place.renew(self.tensors, before.changed | self.tensors.changed)
+
 
 class StreamedWeights:
     """Two rooms, filled in turn by one thread with the blocks that will run, in their order."""
 
     def __init__(self, component: Mapping[str, Any], tensors: SafeTensors, place: Place) -> None:
         self.types, self.files = component["types"], TensorFiles(tensors)
+        self.tensors = Adapted(tensors)
         named = [*component["program"], *component.get("groups", {}).values()]
         self.layouts = {
             kind: layout(self.types[kind]["weights"].values())
@@ -96,6 +104,10 @@ class StreamedWeights:
                 filled.exception()
             self._free.append(room)
 
+    def adapt(self, adapters: Adapters | None) -> None:
+        """See HeldWeights; they are added to every time a block is read."""
+        self.tensors = Adapted(self.tensors.base, adapters)
+
     def _begin(self) -> None:
         while self._free and self._waiting:
             room, call = self._free.pop(0), self._waiting.popleft()
@@ -108,7 +120,9 @@ class StreamedWeights:
         host = self.rooms[room].host
         for offset, (local, row) in zip(offsets, rows.items(), strict=True):
             size = self.files.tensors[prefix + local].size * SIZES[row["dtype"]]
-            self.files.read(prefix + local, row["dtype"], host[offset : offset + size])
+            there = host[offset : offset + size]
+            self.files.read(prefix + local, row["dtype"], there)
+            self.tensors.change(prefix + local, row["dtype"], row["shape"], there)
         self.rooms[room].send(total)
 
 

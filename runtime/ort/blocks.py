@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
+    from runtime.lora.placement import Adapters
     from runtime.program.step_cache import StepCache
 
 
@@ -112,6 +113,11 @@ class Blocks:
                     env[TENSOR] = self.place.value(changed, NAMES[value.element_type()])
         return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
 
+    def adapt(self, adapters: Adapters | None) -> None:
+        """See runtime.program.executor.Adaptable."""
+        with self._lock:
+            self.weights.adapt(adapters)
+
     def run_router(self, group: Mapping[str, Any], env: Mapping[str, Any]) -> np.ndarray:
         """The logits of a group's router, [B, m]."""
         inputs = [env[name] for name in self.component["types"][group["type"]]["inputs"]]
@@ -152,9 +158,9 @@ class Blocks:
         """run_program's callback: OrtValues in, OrtValues out."""
         row = self.component["types"][kind]
         where, addresses = self.weights.take((kind, prefix))
-        if (kind, key, where) not in self._bound:
-            self._bound[kind, key, where] = self.bind(kind, key, addresses)
-        block = self._bound[kind, key, where]
+        found = self._bound.get((kind, key, where))
+        block = found if found and found.addresses == addresses else self.bind(kind, key, addresses)
+        self._bound[kind, key, where] = block
         for position, name in enumerate(row["inputs"]):
             if block.values[position] is not inputs[position]:  # rope and temb are bound already
                 block.binding.bind_ortvalue_input(name, inputs[position])
@@ -202,17 +208,18 @@ class Blocks:
             binding.bind_input(local, self.place.kind, 0, element, shape, address)
         # By position: a graph cannot read and write one name, so its outputs have others.
         outputs = [output.name for output in session.get_outputs()]
-        return Bound(session, binding, outputs, [None] * len(row["inputs"]))
+        return Bound(session, binding, outputs, [None] * len(row["inputs"]), addresses)
 
 
 @dataclass
 class Bound:
-    """A block ready to run: its session, its weights in a binding, what else was bound last."""
+    """A block ready to run: its session, its weights in a binding, what was bound last."""
 
     session: onnxruntime.InferenceSession
     binding: onnxruntime.IOBinding
     outputs: list[str]
     values: list[Any]
+    addresses: list[int]  # of the weights
 
 
 def input_types(session: onnxruntime.InferenceSession) -> dict[str, str]:

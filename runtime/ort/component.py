@@ -3,10 +3,10 @@
 "graph" runs <component>.onnx, whose weights ONNX Runtime maps from the safetensors file itself;
 it packs and folds them, once. "blocks" makes one session per block type and number of experts
 and binds each block's weights to it: the same program that a GPU backend runs. The graph has the
-default number of experts compiled in and runs every step whole; any other top_k, and step caching,
-are run by blocks, opened at the first such call. (Composing a graph per top_k would need onnx in
-the runtime and hold the weights once per k; block sessions hold no weights, so all of them share
-one set.)
+default number of experts compiled in, holds its weights packed and runs every step whole; any other
+top_k, step caching and LoRAs are run by blocks, opened at the first such call. (Composing a graph
+per top_k would need onnx in the runtime and hold the weights once per k; block sessions hold no
+weights, so all of them share one set.)
 
 Measured (one core; transformers of 18 blocks at width 128, of 3 at width 1024): graphs step 10 to
 20 % faster than blocks, for their weights are packed beforehand; blocks open in .1 s, graphs of
@@ -39,6 +39,7 @@ from runtime.program.threads import thread_count
 if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
     from runtime.bundle.directory import Bundle
+    from runtime.lora.placement import Adapters
     from runtime.program.executor import Executor
     from runtime.program.step_cache import StepCache
 
@@ -115,7 +116,7 @@ def preload() -> None:
 
 
 class Graph:
-    """<component>.onnx in one session; other top_k and step caching through Blocks."""
+    """<component>.onnx in one session; other top_k, step caching and LoRAs through Blocks."""
 
     def __init__(self, bundle: Bundle, component: str, threads: int, *, arena: bool = True) -> None:
         self.bundle, self.name, self.threads = bundle, component, threads
@@ -128,6 +129,7 @@ class Graph:
         self.routed = keyed and self.default is not None
         self.grouped = bool(self.component.get("groups"))
         self._blocks: Blocks | None = None
+        self.adapted = False  # by LoRAs, which its own packed weights have not
         self._lock = threading.Lock()
 
     def __call__(
@@ -140,7 +142,7 @@ class Graph:
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor; `starts` is ignored: the graph has its routers."""
         other = self.routed and top_k is not None and top_k != self.default
-        if other or cache is not None:
+        if other or self.adapted or cache is not None:
             return self.blocks()(inputs, top_k, kappa, starts, cache)
         check_inputs(self.component, inputs)
         feed = dict(inputs)
@@ -149,6 +151,12 @@ class Graph:
         names = list(self.component["outputs"])
         with errors_of(self.bundle, self.component["onnx"]):
             return dict(zip(names, self.session.run(names, feed), strict=True))
+
+    def adapt(self, adapters: Adapters | None) -> None:
+        """See runtime.program.executor.Adaptable."""
+        if adapters is not None or self._blocks is not None:
+            self.blocks().adapt(adapters)
+        self.adapted = adapters is not None
 
     def blocks(self) -> Blocks:
         """The same component block by block, opened once."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from runtime.cuda.arena import ALIGN
 from runtime.cuda.memory import Memory
-from runtime.files.tensors import SafeTensors, numpy_dtype
+from runtime.files.tensors import numpy_dtype
+from runtime.lora.placement import Adapted
 from runtime.ort.sessions import CPU
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Host:
         whole[chosen] = part.numpy()
         return self.value(whole, "")
 
-    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
+    def keep(self, tensors: Adapted, wanted: Iterable[tuple[str, str]]) -> list[int]:
         """Addresses of weights (name, dtype) that are held from now on, each of them once."""
         addresses = []
         for name, dtype in wanted:
@@ -67,6 +68,11 @@ class Host:
                 self.weights[name, dtype] = np.ascontiguousarray(tensors.array(name, dtype))
             addresses.append(int(self.weights[name, dtype].ctypes.data))
         return addresses
+
+    def renew(self, tensors: Adapted, names: Iterable[str]) -> None:
+        """The weights `names` have changed: they are made anew when they are next asked for."""
+        stale = set(names)
+        self.weights = {key: held for key, held in self.weights.items() if key[0] not in stale}
 
     def room(self, size: int) -> HostRoom:
         """Room for `size` bytes."""
@@ -143,13 +149,18 @@ class Cuda:
         self.device.synchronize()
         return whole
 
-    def keep(self, tensors: SafeTensors, wanted: Iterable[tuple[str, str]]) -> list[int]:
+    def keep(self, tensors: Adapted, wanted: Iterable[tuple[str, str]]) -> list[int]:
         """See Host; from the mapped file to the device, cast on the way where they must be."""
         if self.memory is None:
             self.memory = Memory(self.device, tensors, lambda region: None)
         named = list(wanted)
         self.memory.upload_weights(named)
         return [self.memory.weights[key] for key in named]
+
+    def renew(self, tensors: Adapted, names: Iterable[str]) -> None:
+        """See Host; they change where they are."""
+        if self.memory is not None:
+            self.memory.renew(tensors, names)
 
     def room(self, size: int) -> CudaRoom:
         """See Host."""

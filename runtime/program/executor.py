@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
+    from runtime.lora.placement import Adapters
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
@@ -57,6 +58,13 @@ class Executor(Protocol):
         `starts`: what groups chose before the first step (runtime.program.block_forecast); their
         routers are not run again. `cache`: the generation's, which may leave blocks out.
         """
+
+
+class Adaptable(Executor, Protocol):
+    """One whose weights LoRAs may change between calls."""
+
+    def adapt(self, adapters: Adapters | None) -> None:
+        """Weights are with these adapters from the next call on; None: as they are stored."""
 
 
 def choose_backend(

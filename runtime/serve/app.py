@@ -64,7 +64,7 @@ def make_app(
             raise service.client_left() from None
         manifest, limits = service.pipeline.manifest, service.limits
         pick, aliases = service.pipeline.pick_knobs, service.names[1:]
-        image_request = read_request(content, manifest, limits, pick, aliases)
+        image_request = read_request(content, manifest, limits, pick, aliases, service.loras)
         arguments = image_request.arguments
         if log_prompts:
             negative = f", negative {arguments.negative[0]!r}" if arguments.negative else ""

@@ -94,7 +94,9 @@ def runs_whole_graph(pipeline: Pipeline, top_k: int | None) -> bool:
     Block sessions and plans run a block of a group with the rows alone that chose it.
     """
     executor = pipeline.executor("transformer")
-    return isinstance(executor, Graph) and top_k in (None, executor.default)
+    if not isinstance(executor, Graph) or executor.adapted:
+        return False
+    return top_k in (None, executor.default)
 
 
 def sample(

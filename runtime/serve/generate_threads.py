@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from runtime.image import settings_of, to_file
 from runtime.sampling import Cancelled
 from runtime.serve.batch import batch_call, usage
+from runtime.serve.image_request import ImageRequest, Refused
 from runtime.serve.jobs import Generated, Job, Jobs
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class GenerateThreads:
             batch = [job]
             try:
                 key = job.request.key
+                if key is not None and self.pipeline.loras:  # what is tried out has none
+                    self.pipeline.set_loras(None)
                 min_batch = None if key is None else self.min_batches.of(job.request.arguments)
                 if key is not None and min_batch is not None:
                     batch += self.jobs.take_similar(key, self.pipeline.max_batch - job.images)
@@ -114,12 +117,27 @@ class GenerateThreads:
         for job in batch:  # one request's failure is not another's
             self.generate([job], min_batch)
 
+    def set_loras(self, request: ImageRequest) -> None:
+        """The weights as a request asks for; Refused, 400, where a file cannot be used."""
+        asked = dict(request.loras)
+        if not asked and not self.pipeline.loras:
+            return
+        try:
+            self.pipeline.set_loras(asked)
+        except (ValueError, OSError) as error:  # whose sentence names paths of this machine
+            log.warning("a LoRA was refused: %s", error)
+            names = ", ".join(path.stem for path in asked)
+            raise Refused(
+                400, f"lora {names} cannot be used with this model; see the log.", param="lora"
+            ) from None
+
     def images(
         self, batch: list[Job], min_batch: int
     ) -> tuple[list[bytes], float, Step | None, float]:
         """A batch's image files in order, when generating began, one of its steps, and how many
         steps of an image were skipped (a batch that is cached is one request's)."""
         request = batch[0].request.arguments
+        self.set_loras(batch[0].request)
         pipeline, sampler = self.meter.sampled_pipeline()
         pipeline.min_batch = min_batch
         began = last = time.monotonic()

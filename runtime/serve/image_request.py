@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse
 
 from runtime.files.checked_json import show
 from runtime.latency_budget import NotMeasured
+from runtime.lora.folder import read_loras
 from runtime.request import Request, check_request, whole_number, with_knobs
 from runtime.serve.batch import batch_key
 
@@ -72,9 +74,9 @@ class Limits:
 class ImageRequest:
     """A request that can be generated. Requests of equal `key` may share a batch.
 
-    `key` None: generated alone, since its budget was measured so, or since steps are cached, which
-    blocks run then depends on every bit. `notes`: what is not done as
-    requested, a clause each.
+    `key` None: generated alone, since its budget was measured so, or with cached steps, where
+    which blocks run depends on every bit, or with LoRAs, which change the weights. `notes`: what is
+    not done as requested, a clause each.
     """
 
     arguments: Request
@@ -84,6 +86,7 @@ class ImageRequest:
     compression: int = 100  # OpenAI's word for the quality of jpeg and webp
     notes: tuple[str, ...] = ()
     stream: bool = False
+    loras: tuple[tuple[Path, float], ...] = ()  # files and strengths
 
 
 @cache
@@ -121,6 +124,9 @@ def fields_of(limits: Limits) -> type[BaseModel]:
         kappa: int | list[int] | None = optional(per_step)
         sigmas: list[float] | None = optional("a list of decreasing numbers")
         cache: str | None = optional("a text such as 'first-block:0.1'", max_length=64)
+        lora: dict[str, float] | None = optional(
+            "an object of names that /v1/models lists and strengths, such as {'style': 0.8}"
+        )
         budget: float | None = optional("the seconds that generating may take")
         deadline: float | None = optional(seconds, ge=0.001, le=limits.deadline)
         output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -145,11 +151,13 @@ def read_request(
     limits: Limits,
     pick_knobs: PickKnobs | None = None,
     aliases: Sequence[str] = (),
+    loras: Path | None = None,
 ) -> ImageRequest:
     """Parse and check; what is left out comes from the bundle, the seed at random.
 
     `pick_knobs` picks knobs for a budget (a pipeline's); `aliases`: names of the model besides the
-    bundle's. Raises Refused: 404 for another model, 400 for anything else.
+    bundle's; `loras`: the folder of those that may be named. Raises Refused: 404 for another model,
+    400 for anything else.
     """
     given = parse(body, limits)
     names = [manifest["name"], *aliases]
@@ -166,6 +174,7 @@ def read_request(
     call |= {name: given[name] for name in ("seed", "n", *KNOBS) if name in given}
     budget = given.get("budget")
     try:
+        chosen = read_loras(given.get("lora", {}), loras)
         request = check_request(manifest, given["prompt"], **call)
         if budget is not None:
             if pick_knobs is None:
@@ -187,11 +196,12 @@ def read_request(
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
-        None if budget is not None or request.cache.skips else batch_key(request),
+        None if budget is not None or request.cache.skips or chosen else batch_key(request),
         given.get("output_format", "png"),
         given.get("output_compression", 100),
         tuple(notes),
         bool(given.get("stream", False)),
+        chosen,
     )
 
 

@@ -7,10 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime.bundle.directory import open_bundle, required_key
+from runtime.bundle.lora_record import placement_of
 from runtime.families import is_guided
+from runtime.lora.folder import lora_names
 from runtime.measure.expert_load import Meter
 from runtime.opened import default_bundle
 from runtime.pipeline import Pipeline
@@ -53,9 +56,11 @@ class Service:
         experts: str = "auto",
         aliases: Sequence[str] = (),
         examples: Sequence[str] = (),
+        loras: str | os.PathLike[str] | None = None,
     ) -> None:
         """`aliases`: further names by which clients may request the model; `examples`: prompts
-        that the page offers, by default those of the bundle that ships.
+        that the page offers, by default those of the bundle that ships; `loras`: a folder of LoRAs
+        that requests may name.
 
         Raises what runtime.load raises; ValueError for a number or a name out of range.
         """
@@ -78,6 +83,15 @@ class Service:
                 f"workers is {workers}, expected 1 with backend {self.pipeline.backend!r}: a GPU"
                 " generates one batch at a time; start one server for every GPU."
             )
+        if loras is not None:
+            if workers > 1:
+                raise ValueError(
+                    f"workers is {workers}, expected 1 with --loras: all of them share one set of"
+                    " weights, which a LoRA changes; start a server per worker."
+                )
+            placement_of(opened)
+            lora_names(Path(loras))
+        self.loras = None if loras is None else Path(loras)
         for name in aliases:
             if not 0 < len(name) <= 200 or not name.isprintable():
                 raise ValueError(f"model-alias is {name[:60]!r}, expected 1 to 200 characters.")
@@ -152,6 +166,8 @@ class Service:
                 return job, answer.result()
         except Cancelled:
             raise Refused(503, "the server stopped before the images were generated.") from None
+        except Refused:
+            raise
         except Exception as error:
             log.error("generating failed: %s: %s", type(error).__name__, error)
             raise Refused(
@@ -215,4 +231,5 @@ class Service:
             "top_k": manifest.get("top_k"),
             "top_k_choices": manifest.get("top_k_choices") or [],
             "examples": self.examples,
+            "loras": [] if self.loras is None else sorted(lora_names(self.loras)),
         }

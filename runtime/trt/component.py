@@ -23,6 +23,7 @@ from runtime.cuda.device import Device, bindings, capability
 from runtime.cuda.memory import Memory
 from runtime.files.extras import need
 from runtime.files.tensors import cast, numpy_dtype
+from runtime.lora.placement import Adapted, Adapters
 from runtime.program.executor import check_inputs, graph_key
 from runtime.program.step_cache import TENSOR
 from runtime.trt.expert_kernels import Cubins
@@ -119,9 +120,8 @@ class Plans:
         self._ready: dict[tuple[Any, ...], BoundSchedule] = {}
         # A weak reference: a cycle would keep the memory until the garbage collector runs.
         me = weakref.ref(self)
-        self.memory = Memory(
-            device, bundle.weights(component), lambda region: drop_addresses(me(), region)
-        )
+        self.tensors = Adapted(bundle.weights(component))
+        self.memory = Memory(device, self.tensors, lambda region: drop_addresses(me(), region))
         self.launcher = Launcher(device, self.memory, target, graphs=graphs)
         self._lock = threading.Lock()
 
@@ -139,6 +139,12 @@ class Plans:
         kappa = self.kappa if kappa is None else kappa
         with self._lock:
             return self.run(self.component, inputs, top_k, (), kappa, starts, cache)
+
+    def adapt(self, adapters: Adapters | None) -> None:
+        """See runtime.program.executor.Adaptable; weights change where they are on the device."""
+        with self._lock:
+            before, self.tensors = self.tensors, Adapted(self.tensors.base, adapters)
+            self.memory.renew(self.tensors, before.changed | self.tensors.changed)
 
     def block(
         self, kind: str, prefix: str, inputs: Mapping[str, np.ndarray], top_k: int | None = None

@@ -7,7 +7,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
 from d2m.lora.file import LowRank, read_lora
-from d2m.lora.names import layers_of, split_key
+from runtime.lora.names import layers_of, split_key
 from tests.tiny.lora import RANK, factors, kohya, peft, write
 from tests.tiny.pipeline import tiny_transformer
 
@@ -147,8 +147,12 @@ def test_parts_and_norms():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"transformer.proj_out.dora_scale": [3]}, "'transformer.proj_out.dora_scale' is not und"),
-        ({"lora_unet_img_in.lokr_w1": [3, 3]}, "other kinds of adapter"),
+        (
+            {"transformer.proj_out.dora_scale": [3]},
+            "'transformer.proj_out.dora_scale' is of a DoRA",
+        ),
+        ({"lora_unet_img_in.lokr_w1": [3, 3]}, "'lora_unet_img_in': it holds only lokr_w1"),
+        ({"lora_unet_img_in.bias": [3]}, "other kinds of adapter"),
         ({"transformer.proj_out.lora_B.bias": [16]}, "lora_B.bias' is not understood"),
         ({"transformer.nothing.lora_A.weight": [3, 32]}, "'transformer.nothing' is none of this"),
         ({"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": [3, 32]}, "another model"),
@@ -156,7 +160,7 @@ def test_parts_and_norms():
         ({"lora_unet_double_blocks_9_img_mlp_0.lora_up.weight": [32, 3]}, "is none of this"),
         ({"lora_te1_text_model_encoder.lora_up.weight": [32, 3]}, "belongs to a text encoder"),
         ({"text_encoder.layers.0.lora_A.weight": [3, 32]}, "belongs to a text encoder"),
-        ({"proj_out.lora_A.weight": [3, 32]}, "holds only down of the layer 'proj_out'"),
+        ({"proj_out.lora_A.weight": [3, 32]}, "the layer 'proj_out': it holds only down"),
         ({"transformer.proj_out.lora_A.weight": [3, 31]}, r"expected \[16, R\] and \[R, 32\]"),
         ({"transformer.proj_out.lora_A.weight": [4, 32]}, r"shape \[16, 3\] and \[4, 32\]"),
     ],

@@ -11,10 +11,10 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
 from d2m.cli import main
-from d2m.families.original_names import BFL_FLUX_1, BFL_FLUX_2, Z_IMAGE, OriginalNames
 from d2m.unpack.dense import unpacked_folder
 from d2m.unpack.single_file import diffusers_names, match, take, unpack_single_file
 from d2m.unpack.stored import Stored, open_stored
+from runtime.lora.original_names import BFL_FLUX_1, BFL_FLUX_2, Z_IMAGE, OriginalNames
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

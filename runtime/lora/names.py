@@ -1,7 +1,7 @@
 """What a LoRA file calls the layers of a model: diffusers' and peft's names, kohya's, the makers'.
 
 Diffusers' names, with dots or underlines, are those of every family; the makers' own are those of
-d2m.families.original_names.
+runtime.lora.original_names.
 
 Every name ends as that of a Linear in diffusers' dense model. Some of kohya's stand for several,
 whose outputs follow one another.
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from d2m.families.original_names import ORIGINALS
+from runtime.lora.original_names import ORIGINALS, XLABS
 
 # Before a layer's name, outermost first. read: diffusers, peft, ComfyUI and sd-scripts write these.
 PEFT = "base_model.model."
@@ -34,23 +34,34 @@ FACTORS = {
     "lora_B": "up",
     "lora_up": "up",
     "lora.up": "up",
+    "down": "down",  # of XLabs, whose layers' own names end in lora
+    "up": "up",
 }
 _ENDING = re.compile(
-    r"\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default(?:_0)?)?\.weight|alpha)$"
+    r"\.(?:(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|(?<=_lora\.)(?:down|up)"
+    r"|(?<=_lora[12]\.)(?:down|up))(?:\.default(?:_0)?)?\.weight|alpha)$"
 )
+_OTHER = re.compile(r"\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$")  # LyCORIS
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key of a file -> (what it calls the layer, "down", "up" or "alpha").
+    """A key of a file -> (what it calls the layer, "down", "up", "alpha" or LyCORIS's factor).
 
-    ValueError, in one sentence, for anything but a LoRA's factors.
+    ValueError, in one sentence, for anything but factors of a product.
     """
+    if other := _OTHER.search(key):
+        return key[: other.start()], other[1]
     found = _ENDING.search(key)
+    if key.endswith((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
+        raise ValueError(
+            f"the key {key!r} is of a DoRA, which also divides by the norm of the weight that it "
+            "changes: it cannot be mapped; expected a LoRA, LoHa or LoKr."
+        )
     if not found:
         raise ValueError(
             f"the key {key!r} is not understood; expected LAYER.lora_A.weight and lora_B.weight "
             "(diffusers, peft) or LAYER.lora_down.weight, lora_up.weight and alpha (kohya): "
-            "other kinds of adapter (DoRA, LoKr, LoHa, changed biases) cannot be mapped."
+            "other kinds of adapter (changed biases, convolutions) cannot be mapped."
         )
     return key[: found.start()], FACTORS[found[1]] if found[1] else "alpha"
 
@@ -70,13 +81,13 @@ def layers_of(name: str, modules: Iterable[str]) -> tuple[list[str], bool]:
     known = frozenset(modules)
     if name.startswith(TEXT):
         raise ValueError(
-            f"the layer {name!r} belongs to a text encoder; d2m lora maps what lies on the "
-            "transformer: save the LoRA without its text encoders' layers."
+            f"the layer {name!r} belongs to a text encoder; only what lies on the "
+            "transformer is mapped: save the LoRA without its text encoders' layers."
         )
     flat = without_prefix(name).replace(".", "_")
     if found := _flat(known).get(flat):
         return [found], False
-    for original in ORIGINALS:
+    for original in (*ORIGINALS, XLABS):
         names, swapped = original.find(flat, flat=True)
         if names and known.issuperset(names):
             return names, swapped

@@ -194,3 +194,27 @@ Z_IMAGE = OriginalNames(
     }
 )
 ORIGINALS = (BFL_FLUX_1, BFL_FLUX_2, Z_IMAGE)
+# XLabs' LoRAs of FLUX.1 are named by what processes an attention.
+XLABS = OriginalNames(
+    {
+        **dict(
+            blocks(
+                "double_blocks",
+                "transformer_blocks",
+                {
+                    "processor.qkv_lora1": QKV,
+                    "processor.proj_lora1": ("attn.to_out.0",),
+                    "processor.qkv_lora2": ADDED_QKV,
+                    "processor.proj_lora2": ("attn.to_add_out",),
+                },
+            )
+        ),
+        **dict(
+            blocks(
+                "single_blocks",
+                "single_transformer_blocks",
+                {"processor.qkv_lora": QKV, "processor.proj_lora": ("proj_out",)},
+            )
+        ),
+    }
+)
