@@ -131,8 +131,9 @@ def export_bundle(
         if apis:
             kind = plan_dtype or ("bf16" if dtype == "fp32" else dtype)
             # Graphs of the bundle's own dtype serve the plans too; others are traced again.
-            traced = None if kind == dtype else components
-            write_plans(folder, manifest, apis, targets, kind, traced, progress, plugin, cubins)
+            traced = None if kind == dtype and quant == "none" else components
+            rest: tuple[Any, ...] = (progress, plugin, cubins, (quant, keep))
+            write_plans(folder, manifest, apis, targets, kind, traced, *rest)
         # Last, for it hashes the rest; only what the runtime opens takes the bundle's place.
         write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
@@ -350,31 +351,44 @@ def write_plans(
     progress: Progress | None,
     plugin: bool = False,
     cubins: bool = False,
+    quant: tuple[str, Sequence[str]] = ("none", ()),
 ) -> None:
     """Plans of every block graph, for each list of compute capabilities in `targets`.
+
+    `quant`: the format and what it leaves out. GPUs that multiply it get plans that do, others
+    plans in 16 bits, for which the runtime dequantises weights.
 
     With `components` the graphs are traced again, computing in `dtype`: a graph in a half type is
     not the float32 one cast. Norms, rotary embedding, router and timestep stay in float32 inside
     it, by Casts that a float32 trace never had (20 in a double block, 13 in a single one and T5).
     """
     from export.plans.build import build_plans, default_profiles
+    from export.plans.compiler import load_api, split_by_format
     from export.plans.expert_kernels import CutBlocks, build_kernels, cut_blocks, kernel_sm
 
     with tempfile.TemporaryDirectory(prefix=".graphs.", dir=folder) as scratch:
-        where = folder  # which has the graphs already where plans compute as they do
+        profiles = default_profiles(manifest)
+        where: dict[str | None, Path] = {None: folder}  # the bundle's own, where plans compute so
         if components is not None:
-            where = Path(scratch)
+            where = {name: Path(scratch) / (name or "plain") for name in (None, quant[0])}
             for component in components:
-                for kind, row in component.trace(torch_dtype(dtype)).types.items():
-                    record = manifest["components"][component.name]["types"][kind]
-                    for key, path in record["graphs"].items():
-                        write_bytes(where / path, row.graphs[key].SerializeToString())
-        graphs = {
-            plan_key(name, kind, key): where / path
-            for name, component in manifest["components"].items()
-            for kind, record in component["types"].items()
-            for key, path in record["graphs"].items()
+                program = component.trace(torch_dtype(dtype))
+                for name, root in where.items():
+                    found = lowered(component.name, program, name, quant, profiles)
+                    for kind, row in found.types.items():
+                        record = manifest["components"][component.name]["types"][kind]
+                        for key, path in record["graphs"].items():
+                            write_bytes(root / path, row.graphs[key].SerializeToString())
+        sets = {
+            name: {
+                plan_key(component, kind, key): root / path
+                for component, row in manifest["components"].items()
+                for kind, record in row["types"].items()
+                for key, path in record["graphs"].items()
+            }
+            for name, root in where.items()
         }
+        graphs, oldest = sets[None], newest_only(quant[0])
         # Kernels take the experts' place: as plugins inside plans, or between plans of segments.
         kernels = Path(scratch) / "kernels"
         pieces = cut_blocks(graphs, Path(scratch) / "segments") if plugin or cubins else CutBlocks()
@@ -384,20 +398,51 @@ def write_plans(
                 kernels if plugin else folder, pieces, dtype, numbers, ptx=plugin, progress=progress
             )
         for api, sm in itertools.product(apis, targets):
-            built = build_plans(
-                graphs | (pieces.graphs if cubins else {}),
-                folder,
-                api=api,
-                sm=sm,
-                dtype=DTYPES[dtype],
-                profiles=default_profiles(manifest),
-                kernels=kernels if plugin else None,
-                progress=progress,
-            )
-            if cubins:
-                for target in built.values():
-                    pieces.add_to(target, dtype)
-            manifest["plans"] |= built
+            for cards, form in split_by_format(load_api(api), sm, oldest, quant[0]):
+                built = build_plans(
+                    sets[form] | (pieces.graphs if cubins else {}),
+                    folder,
+                    api=api,
+                    sm=cards,
+                    dtype=DTYPES[dtype],
+                    profiles=profiles,
+                    kernels=kernels if plugin else None,
+                    quant=form,
+                    progress=progress,
+                )
+                if cubins:
+                    for target in built.values():
+                        pieces.add_to(target, dtype)
+                manifest["plans"] |= built
+
+
+def newest_only(quant: str) -> int:
+    """The oldest GPU that multiplies a format, 0 where none does."""
+    from export.quant.formats import format_of
+
+    kind = format_of(quant)
+    return kind.sm if kind else 0
+
+
+def lowered(
+    component: str,
+    program: Program,
+    form: str | None,
+    quant: tuple[str, Sequence[str]],
+    profiles: Mapping[str, Sequence[int]],
+) -> Program:
+    """A component's program for plans in the format `form`, None for 16 bits."""
+    from export.quant.formats import format_of
+    from export.quant.program import SIXTEEN_BITS, quantised
+    from export.quant.tensorrt import lowering
+
+    name, keep = quant
+    kind = format_of(name)
+    if component != "transformer" or kind is None:
+        return program
+    if form is None or not kind.sm:
+        return quantised(program, kind, keep, SIXTEEN_BITS)
+    return quantised(program, kind, keep, lowering(profiles["image_tokens"][1]))
 
 
 def write_manifest(

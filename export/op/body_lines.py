@@ -259,6 +259,24 @@ def portable_lines(routing: Routing, tile: int) -> list[str]:
     tiles, and at most P; tiles past the last one used, and padding rows, compute token 0 and are
     never read.
     """
+    biased = routing.bias
+    return [
+        *tiling_lines(routing, tile),
+        "tile_w1 = Gather (w1, owner)",
+        *(["tile_b1 = Gather (b1, owner)"] if biased else []),
+        "tile_w2 = Gather (w2, owner)",
+        *(["tile_bias = Unsqueeze (tile_b1, one)"] if biased else []),
+        "m = MatMul (tile_x, tile_w1)",
+        *(["a = Add (m, tile_bias)"] if biased else []),
+        *activated(routing, "a" if biased else "m", "g"),
+        "z_tiles = MatMul (g, tile_w2)",
+        *untiling_lines(),
+    ]
+
+
+def tiling_lines(routing: Routing, tile: int) -> list[str]:
+    """The tokens of every tile, `tile_x` [N, B, D], its expert `owner` [N], and each pair's `row`
+    among the N*B and its `gate` [T, K]."""
     experts, top_k = routing.experts, routing.top_k
     return [
         numbers("flat", -1),
@@ -323,19 +341,15 @@ def portable_lines(routing: Routing, tile: int) -> list[str]:
         "token = Reshape (t_pairs, flat)",  # [P]
         "nobody = ConstantOfShape <value = int64[1] {0}> (all_rows)",
         "source = ScatterElements <axis = 0> (nobody, row, token)",  # rows are all different
-        # the experts
         "gathered = Gather (x, source)",
         "tile_shape = Concat <axis = 0> (n, tile, width)",
         "tile_x = Reshape (gathered, tile_shape)",  # [N, B, D]
-        "tile_w1 = Gather (w1, owner)",
-        *(["tile_b1 = Gather (b1, owner)"] if routing.bias else []),
-        "tile_w2 = Gather (w2, owner)",
-        *(["tile_bias = Unsqueeze (tile_b1, one)"] if routing.bias else []),
-        "m = MatMul (tile_x, tile_w1)",
-        *(["a = Add (m, tile_bias)"] if routing.bias else []),
-        *activated(routing, "a" if routing.bias else "m", "g"),
-        "z_tiles = MatMul (g, tile_w2)",
-        # back to tokens
+    ]
+
+
+def untiling_lines() -> list[str]:
+    """z_tiles [N, B, D] -> y [T, D], weighed by the gates."""
+    return [
         "z_shape = Concat <axis = 0> (flat, width)",
         "z = Reshape (z_tiles, z_shape)",
         "z_pair = Gather (z, row)",

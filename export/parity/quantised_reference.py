@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from d2m.model.routing import activate, route
 from export.checkpoint.weights import sources_of
 from export.quant.activations import rounded
-from export.quant.formats import FORMATS, Format
+from export.quant.formats import Format, stored_as
 from export.quant.weights import unpack
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 def quantise(model: nn.Module, bundle: Bundle) -> None:
     """Give a transformer, in place, the quantised weights and products of a bundle."""
-    kind = FORMATS[bundle.manifest["quant"]["format"]]
     component = bundle.component("transformer")
     tensors = bundle.weights("transformer")
-    last = list(kind.parts)[-1]
     for call in component["program"]:
-        for local in component["types"][call["type"]]["weights"]:
-            if local.endswith(last):
-                name = call["prefix"] + local.removesuffix(last)
+        weights = component["types"][call["type"]]["weights"]
+        for local in weights:
+            if f"{local}_scale" in weights:
+                name = call["prefix"] + local
+                kind = stored_as(tensors.find(name).dtype, f"{local}_scale_2" in weights)
                 quantise_one(model, name, parts_of(kind, tensors, name), kind)
 
 
@@ -55,14 +55,14 @@ def quantise_one(model: nn.Module, name: str, parts: Mapping[str, Tensor], kind:
     if last in ("w1", "w2"):
         experts: Any = model.get_submodule(stem)
         own = getattr(experts, last)
-        own.data.copy_(unpack(kind, parts, own.shape[-2]))
+        own.data.copy_(unpack(kind, parts))
         experts.forward = lambda *given: experts_of(experts, kind, *given)
         return
     row = 0
     for source in sources_of(name) if name not in dict(model.named_parameters()) else (name,):
         linear: Any = model.get_submodule(source.rpartition(".")[0])
-        columns, rows = linear.weight.shape
-        whole = unpack(kind, parts, rows).t()
+        columns = linear.out_features
+        whole = unpack(kind, parts).t()
         linear.weight.data.copy_(whole[row : row + columns])
         linear.register_forward_pre_hook(lambda module, args: (rounded(kind, args[0]), *args[1:]))
         row += columns

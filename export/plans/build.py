@@ -21,6 +21,8 @@ from export.op.bodies import with_body
 from export.plans.compiler import build, check_sm, load_api, target_name
 from export.plans.fuse import attentions, fuse
 from export.plans.layers import check_plan, host_tensors, layers
+from export.quant.products import PRODUCT
+from export.quant.tensorrt import spelled_out
 from runtime.families import is_guided
 from runtime.files.atomic import write_bytes
 from runtime.files.checked_json import read_json
@@ -41,6 +43,7 @@ def build_plans(
     dtype: str = "bfloat16",
     profiles: Profiles,
     kernels: str | Path | None = None,
+    quant: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compile every graph and write `out_dir`/plans/<target>/<component>/<type>[.k<K>].plan.
@@ -52,6 +55,7 @@ def build_plans(
     a dimension, or "component.name" -> (min, opt, max); image_tokens is always needed. Every plan
     is checked: attention fused, no conditional, no copy to the host. kernels: a package of kernels
     that the routed experts of TensorRT proper run as plugins (experimental); none: portable body.
+    quant: the format of the graphs' weights (export/quant), None for 16 bits.
 
     Returns the manifest's `plans`: {target: {api, version, compute_capabilities, dtype, profiles,
     files, tensors, layers}}. Raises ImportError, OSError or ValueError with one sentence.
@@ -59,13 +63,14 @@ def build_plans(
     trt = load_api(api)
     name = trt.__name__
     capabilities = check_sm(trt, sm)
-    target = target_name(name, capabilities)
+    target = target_name(name, capabilities, quant)
     log.info("building %d plans with %s %s", len(block_graphs), name, trt.__version__)
     entry: dict[str, Any] = {
         "api": name,
         "version": trt.__version__,
         "compute_capabilities": list(capabilities),
         "dtype": dtype,
+        **({"quant": quant} if quant else {}),
         "profiles": {},
         "files": {},
         "tensors": {},
@@ -146,7 +151,9 @@ def load_graph(path: str | Path, *, tokens: int, plugin: Mapping[str, Any] | Non
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file, expected a block graph in ONNX format.")
     if plugin is None:
-        return fuse(with_body(onnx.load(str(path)), "portable", tokens=tokens))
+        model = with_body(onnx.load(str(path)), "portable", tokens=tokens)
+        quantised = any(each.name.startswith(f"{PRODUCT}_") for each in model.functions)
+        return fuse(spelled_out(model) if quantised else model)
     from export.plans.plugins import plugin_body
 
     model = with_body(onnx.load(str(path)), None)
@@ -174,6 +181,7 @@ def tensor_row(value: Any) -> dict[str, Any]:
     shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
     dtype = TensorProto.DataType.Name(kind.elem_type).lower()
     names = {"float": "float32", "double": "float64"}
+    names |= {"float8e4m3fn": "float8_e4m3fn", "float4e2m1": "float4_e2m1"}
     return {"name": value.name, "dtype": names.get(dtype, dtype), "shape": shape}
 
 

@@ -99,9 +99,28 @@ def local_sm() -> int | None:
     return 10 * numbers[0] + numbers[1]
 
 
-def target_name(api: str, capabilities: Sequence[int]) -> str:
-    """The directory of a set of plans: trt-rtx-portable, trt-rtx-sm86-sm89, trt-sm90."""
-    return "-".join([EXTRA_OF[api], *([f"sm{number}" for number in capabilities] or ["portable"])])
+def target_name(api: str, capabilities: Sequence[int], quant: str | None = None) -> str:
+    """The directory of a set of plans: trt-rtx-portable, trt-rtx-sm86-sm89, trt-rtx-sm120-fp8."""
+    cards = [f"sm{number}" for number in capabilities] or ["portable"]
+    return "-".join([EXTRA_OF[api], *cards, *([quant] if quant else [])])
+
+
+def split_by_format(
+    trt: Any, sm: Sequence[int], oldest: int, quant: str
+) -> list[tuple[tuple[int, ...], str | None]]:
+    """Sets of plans for the GPUs `sm`: (capabilities, `quant` or None for 16 bits).
+
+    From the compute capability `oldest` on tensor cores multiply the format (0: none does).
+    Without any `sm` portable plans in 16 bits, and those of the format for all that multiply it.
+    """
+    wanted = check_sm(trt, sm)
+    if not oldest:
+        return [(wanted, None)]
+    known = wanted or tuple(n for n in RTX_SM if hasattr(trt.ComputeCapability, f"SM{n}"))
+    newer = tuple(number for number in known if number >= oldest)
+    older = tuple(number for number in wanted if number < oldest)
+    plain: list[tuple[tuple[int, ...], str | None]] = [(older, None)] if older or not wanted else []
+    return [*plain, *([(newer, quant)] if newer else [])]
 
 
 def build(

@@ -24,10 +24,12 @@ HOST_NAMES = ("copy_d2h", "copy_h2d", "DevicetoShapeHostCopy", "ShapeHostToDevic
 NO_KERNEL = {"shape_call", "TrainStation", "signal", "wait", "NoOp"}
 # `_gemm_mha_v2_0x...`: the whole of softmax(q k) v. Never matched against ONNX names.
 FUSED_ATTENTION = re.compile(r"(^|_)(gemm_)?f?mha(_|$)|flash_?att", re.IGNORECASE)
+QUANTISED = {"FP8", "FP4E2M1"}
 HALVES = ("bfloat16", "float16")
 
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), (?P<rest>.*)$", re.MULTILINE)
 _METADATA = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_TYPES = re.compile(r"Datatype: (\w+)")
 _TACTIC = re.compile(r"TacticName: ([^,]*),")
 
 
@@ -39,6 +41,12 @@ class Layer:
     type: str
     tactic: str
     nodes: tuple[str, ...]
+    reads: tuple[str, ...] = ()  # the types of its inputs, as TensorRT calls them
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the step is a product of numbers of 8 or 4 bits."""
+        return self.type == "gemm" and {*self.reads[:2]} <= QUANTISED and len(self.reads) > 1
 
     @property
     def kernel(self) -> bool:
@@ -83,6 +91,7 @@ def layers(dump: str | Iterable[str]) -> list[Layer]:
             match["type"],
             tactic[1].strip() if (tactic := _TACTIC.search(match["rest"])) else "",
             tuple(_METADATA.findall(match["rest"])),
+            tuple(_TYPES.findall(re.split("Constants: |Outputs: ", match["rest"])[0])),
         )
         for match in _LINE.finditer(body[: end.start()] if end else body)
     ]
@@ -102,12 +111,15 @@ def from_json(row: Any) -> Layer:
 
 
 def summary(found: Sequence[Layer]) -> dict[str, int]:
-    """Counts for the manifest: kernels, fused attention kernels, conditionals, host copies."""
+    """Counts for the manifest: kernels, fused attention kernels, conditionals, host copies; of
+    plans in 8 or 4 bits the products of such numbers too."""
+    products = sum(layer.quantised for layer in found)
     return {
         "kernels": sum(layer.kernel for layer in found),
         "fused_attention": sum(layer.attention for layer in found),
         "conditionals": sum(layer.conditional for layer in found),
         "host_copies": sum(layer.host_copy for layer in found),
+        **({"quantised_products": products} if products else {}),
     }
 
 

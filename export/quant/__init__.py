@@ -10,4 +10,5 @@ family: weights become a quantised tensor and its scales, block graphs read thos
     program     A program with quantised weights: block types, their weights, their graphs
     products    Block graphs for ONNX Runtime: a product by a quantised weight, spelled out
     experts     The body of `d2m::RoutedExperts` with quantised experts
+    tensorrt    The same functions as TensorRT multiplies in FP8 and FP4
 """

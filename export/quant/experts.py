@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from export.op.body_lines import Routing, activated, each, sorting_lines, sum_lines, weighing_lines
 from export.op.schema import OP
-from export.quant.products import function, left_lines, multiplied, whole_lines
+from export.quant.products import function, left_lines, multiplied
 
 if TYPE_CHECKING:
     import onnx
@@ -31,12 +31,10 @@ def body(kind: Format, routing: Routing) -> onnx.FunctionProto:
     if kind.name == "int4":
         lines += ["rows = Gather (x, token)"]
     else:
-        scaled = kind.name != "nvfp4"
         lines += left_lines(kind, "x", "q", "scale")
-        lines += ["rows = Gather (q, token)"]
-        lines += ["row_scale = Gather (scale, token)"] if scaled else []
+        lines += ["rows = Gather (q, token)", "row_scale = Gather (scale, token)"]
     lines += by_expert(kind, routing, "rows", "m", parts["w1"], ("k1", "n1"))
-    scaled = kind.name in ("int8", "fp8")
+    scaled = kind.name != "int4"
     lines += [f"m_scaled = {'Mul (m, row_scale)' if scaled else 'Identity (m)'}"]
     if routing.bias:
         lines += ["bias = Gather (b1, _sorted_pair)", "m_biased = Add (m_scaled, bias)"]
@@ -61,13 +59,9 @@ def by_expert(
     Without the tokens' scale. Constants are folded where the weights are initializers.
     """
     experts = routing.experts
-    weight, lines = list(parts), []
-    if kind.name in ("fp8", "nvfp4"):
-        whole = f"{parts[0]}_experts"
-        lines += whole_lines(kind, parts, whole, experts=True)
-        weight = [whole, parts[-1]]
+    lines = []
     pieces = f"Split <axis = 0, num_outputs = {experts}>"
-    for name in weight:  # [E, a, ..] -> E times [a, ..]
+    for name in parts:  # [E, a, ..] -> E times [a, ..]
         lines += [
             f"{name}_inner = Shape <start = 1> ({name})",
             f"{name}_any = Constant <value = int64[1] {{-1}}> ()",
@@ -79,6 +73,6 @@ def by_expert(
     lines += [f"{each(f'{rows}_', experts)} = Split <axis = 0> ({rows}, count)"]
     for e in range(experts):
         lines += multiplied(
-            kind, f"{rows}_{e}", [f"{name}_{e}" for name in weight], f"{y}_{e}", sizes
+            kind, f"{rows}_{e}", [f"{name}_{e}" for name in parts], f"{y}_{e}", sizes
         )
     return [*lines, f"{y} = Concat <axis = 0> ({each(f'{y}_', experts)})"]

@@ -60,8 +60,8 @@ def quantisable(kind: Format, row: BlockType) -> list[str]:
         )
         readers = [use.node for use in value.uses()]
         only = all(value.name in [name for _, name in products([node])] for node in readers)
-        # FP4's blocks are of whole tokens; int4's last one is filled up.
-        whole = kind.name != "nvfp4" or value.shape[-2] % kind.block == 0
+        block = (kind.of_experts if len(value.shape) > 2 else kind).block
+        whole = not block or value.shape[-2] % block == 0
         return only and whole and not sensitive
 
     return [value.name for value in graph.inputs if value.name in multiplied and fits(value)]

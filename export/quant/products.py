@@ -100,8 +100,8 @@ def left_lines(kind: Format, x: str, q: str, scale: str) -> list[str]:
     ]
 
 
-def whole_lines(kind: Format, parts: list[str], whole: str, *, experts: bool = False) -> list[str]:
-    """fp8 and nvfp4: quantised [K, N], or [E, K, N] of `experts`, as float32.
+def whole_lines(kind: Format, parts: list[str], whole: str) -> list[str]:
+    """fp8 and nvfp4: quantised [K, N] as float32.
 
     Without the column's scale, which multiplies what comes out. ONNX Runtime does this once, when
     a session opens, where the weights are initializers.
@@ -131,7 +131,7 @@ def whole_lines(kind: Format, parts: list[str], whole: str, *, experts: bool = F
         f"{w}_lead = Shape <start = 0, end = -1> ({w})",
         f"{w}_row = Concat <axis = 0> ({w}_lead, {w}_new)",
         f"{w}_rows = Reshape ({w}_scaled, {w}_row)",
-        f"{whole} = Transpose <perm = [{'0, 2, 1' if experts else '1, 0'}]> ({w}_rows)",
+        f"{whole} = Transpose <perm = [1, 0]> ({w}_rows)",
     ]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from export.op.body_lines import Routing
     from export.quant.formats import Format
 
+FLOAT4 = 23  # onnx.TensorProto's number of float4_e2m1
 ELEMENTS = {  # torch's types -> onnx.TensorProto's numbers
     torch.float32: 1,
     torch.uint8: 2,
@@ -41,20 +42,24 @@ class Lowering:
     """What quantised block graphs become for a library.
 
     functions(format, routing): the functions that they call, `routing` of their experts, if any.
-    casts: whether what is stored in FP8 is cast to float32 by the block itself: ONNX Runtime 1.32
-    lets no FP8 into a function that hands it on to another.
+    plain: types as they are quantised, their graphs left as they are (for plans in 16 bits).
+    plans: whether it is TensorRT's, which reads FP4 as such. ONNX Runtime has none on CPUs: there
+    two of them are a byte. What is stored in FP8 is cast to float32 by the block itself then, for
+    ONNX Runtime 1.32 lets no FP8 into a function that hands it on to another.
     """
 
     functions: Callable[[Format, Routing | None], list[onnx.FunctionProto]]
-    casts: bool = False
+    plans: bool = False
+    plain: bool = False
 
 
 def for_onnx_runtime(kind: Format, routing: Routing | None) -> list[onnx.FunctionProto]:
     """The functions of a block's graph for ONNX Runtime."""
-    return [*functions(kind), *([body(kind, routing)] if routing is not None else [])]
+    return [*functions(kind), *([body(kind.of_experts, routing)] if routing is not None else [])]
 
 
-ONNX_RUNTIME = Lowering(for_onnx_runtime, casts=True)
+ONNX_RUNTIME = Lowering(for_onnx_runtime)
+SIXTEEN_BITS = Lowering(for_onnx_runtime, plain=True)
 
 
 def quantised(
@@ -99,7 +104,7 @@ def quantised_type(
     name: str, row: BlockType, kind: Format, chosen: Sequence[str], lowering: Lowering
 ) -> BlockType:
     """A block type that holds `chosen` as `kind`."""
-    if not chosen:
+    if not chosen or lowering.plain:
         return replace(row, name=name)
     weights: dict[str, Spec] = {}
     parts: dict[str, Part] = {}
@@ -108,12 +113,13 @@ def quantised_type(
             weights[local] = spec
             continue
         sides = tuple(int(side) for side in spec.shape)
-        for suffix, shape in shapes(kind, sides).items():
-            stored = getattr(torch, kind.parts[suffix])
+        own = kind.of_experts if len(sides) > 2 else kind
+        for suffix, shape in shapes(own, sides).items():
+            stored = getattr(torch, own.parts[suffix])
             # Half types are for storage: a graph computes with scales in float32.
             read = torch.float32 if stored == torch.bfloat16 else stored
             weights[local + suffix] = Spec(read, shape)
-            parts[local + suffix] = Part(local, suffix, kind, sides, stored)
+            parts[local + suffix] = Part(local, suffix, own, sides, stored)
     graphs = {
         key: quantised_graph(graph, kind, chosen, weights, lowering)
         for key, graph in row.graphs.items()
@@ -134,14 +140,14 @@ def quantised_graph(
     routing = next(routings(model), None)
     copy = ir.from_proto(model)
     graph = copy.graph
-    new = part_inputs(graph, kind, chosen, weights)
-    given = floats(graph, new) if lowering.casts else new
+    new = part_inputs(graph, kind, chosen, weights, lowering.plans)
+    given = new if lowering.plans else floats(graph, new)
     lefts: dict[str, list[Any]] = {}  # x's name -> what Quantize gives for it
     quantised_experts = False
     for node in list(graph):
         names = [name for _, name in products([node]) if name in chosen]
         if (node.domain, node.op_type) == (DOMAIN, OP) and names:
-            replace_experts(graph, node, kind, given)
+            replace_experts(graph, node, kind.of_experts, given)
             quantised_experts = True
         elif names:
             replace_product(graph, node, kind, given[names[0]], lefts)
@@ -167,22 +173,30 @@ def quantised_graph(
 
 
 def part_inputs(
-    graph: Any, kind: Format, chosen: Sequence[str], weights: Mapping[str, Spec]
+    graph: Any, kind: Format, chosen: Sequence[str], weights: Mapping[str, Spec], plans: bool
 ) -> dict[str, list[Any]]:
-    """Weight -> the graph inputs that take its place."""
+    """Weight -> the graph inputs that take its place; `plans`: FP4 by its type."""
     import onnx_ir as ir
+
+    def part(name: str, spec: Spec, fp4: bool) -> Any:
+        element, shape = ELEMENTS[spec.dtype], list(spec.shape)
+        if fp4:
+            element, shape[-1] = FLOAT4, shape[-1] * 2
+        kind = ir.TensorType(ir.DataType(element))
+        return ir.Value(name=name, type=kind, shape=ir.Shape(shape))
 
     made = {}
     for value in graph.inputs:
         if value.name not in chosen:
             continue
+        own = kind.of_experts if len(value.shape) > 2 else kind
         made[value.name] = [
-            ir.Value(
-                name=value.name + suffix,
-                type=ir.TensorType(ir.DataType(ELEMENTS[weights[value.name + suffix].dtype])),
-                shape=ir.Shape(weights[value.name + suffix].shape),
+            part(
+                value.name + suffix,
+                weights[value.name + suffix],
+                plans and own.name == "nvfp4" and suffix == "",
             )
-            for suffix in kind.parts
+            for suffix in own.parts
         ]
     return made
 

@@ -9,7 +9,7 @@ fp8     [.., K, N] float8_e4m3fn; scale [.., N] float32
 nvfp4   [.., N, K / 2] uint8, two float4_e2m1, the first in the low half; scale [.., N, K / 16]
         float8_e4m3fn; scale_2 [.., N] float32 (ModelOpt's layout, its scale_2 one number a tensor)
 
-Shape letters: K numbers in, N numbers out, G blocks of a row (K / block, rounded up).
+Shape letters: K numbers in, N numbers out, G blocks of a row (K / block).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TINY = 2.0**-100  # a scale for blocks of nothing but zeros
 def shapes(kind: Format, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Suffix -> shape of the tensors that a weight [.., K, N] becomes."""
     *lead, rows, columns = shape
-    groups = -(-rows // kind.block) if kind.block else 1
+    groups = rows // kind.block if kind.block else 1
     if kind.name == "int4":
         sides = {"": (columns, groups, kind.block // 2), "_scale": (columns, groups)}
     elif kind.name == "nvfp4":
@@ -47,10 +47,9 @@ def pack(kind: Format, weight: Tensor) -> dict[str, Tensor]:
     return PACK[kind.name](kind, weight.float())
 
 
-def unpack(kind: Format, parts: Mapping[str, Tensor], rows: int | None = None) -> Tensor:
-    """The weight [.., K, N] in float32 that `parts` stand for; `rows`: K, where blocks pad it."""
-    weight = UNPACK[kind.name](kind, parts)
-    return weight if rows is None else weight[..., :rows, :].contiguous()
+def unpack(kind: Format, parts: Mapping[str, Tensor]) -> Tensor:
+    """The weight [.., K, N] in float32 that `parts` stand for."""
+    return UNPACK[kind.name](kind, parts)
 
 
 # ---------------------------------------------------------------- a scale a column
@@ -82,12 +81,8 @@ def scaled(kind: Format, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def blocks_of(kind: Format, weight: Tensor) -> Tensor:
-    """[.., K, N] -> [.., N, G, block], the last block filled up with zeros."""
-    import torch
-
+    """[.., K, N] -> [.., N, G, block]."""
     by_row = weight.transpose(-1, -2)
-    if missing := -by_row.shape[-1] % kind.block:
-        by_row = torch.nn.functional.pad(by_row, (0, missing))
     return by_row.reshape(*by_row.shape[:-1], -1, kind.block)
 
 
@@ -132,7 +127,7 @@ def pack_int4(kind: Format, weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_int4(kind: Format, parts: Mapping[str, Tensor]) -> Tensor:
-    """int4 back, with the rows that fill up the last block."""
+    """int4 back."""
     blocks = (numbers_of(parts[""]).float() - 8) * parts["_scale"].float().unsqueeze(-1)
     return blocks.flatten(-2).transpose(-1, -2).contiguous()
 

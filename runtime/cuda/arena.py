@@ -11,6 +11,7 @@ ALIGN = 256  # bytes; what cudaMalloc guarantees and kernels may assume
 SIZES = {
     "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1,
     "int8": 1, "uint8": 1, "float8_e4m3fn": 1,
+    "float4_e2m1": 1,  # two numbers a byte, counted by the byte
 }  # fmt: skip
 
 

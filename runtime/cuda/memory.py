@@ -56,7 +56,7 @@ class Memory:
     def upload_weights(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Copy the weights that are not on the device yet, in one allocation, cast once."""
         new = [key for key in dict.fromkeys(wanted) if key not in self.weights]
-        sizes = [aligned(self.tensors.find(name).size * SIZES[dtype]) for name, dtype in new]
+        sizes = [aligned(self.tensors.size_as(name, dtype) * SIZES[dtype]) for name, dtype in new]
         if not new:
             return
         address = self.allocate(sum(sizes))

@@ -19,6 +19,7 @@ import numpy as np
 
 from runtime.files.checked_json import parse_json, printable, read_json, show
 from runtime.files.hashes import Stamp, stamp
+from runtime.files.quantised import dequantised
 
 # Name in the file -> numpy type of the raw bytes.
 RAW_DTYPES = {
@@ -28,8 +29,9 @@ RAW_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64",
-    "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float4_e2m1": "U8",
 }  # fmt: skip
+PACKED = ("I8", "U8", "F8_E4M3")  # what quantised weights are stored as
 MAX_HEADER = 16 << 20  # bytes: some 100,000 tensors; FLUX.1 has 800
 MAX_RANK = 8
 ALIGNMENT = 64  # bytes, of where data begin: a cache line, and the widest vector of any CPU
@@ -222,9 +224,13 @@ class SafeTensors:
     def array(self, name: str, dtype: str | None = None) -> np.ndarray:
         """The tensor as `dtype` ("float32", "float16", "bfloat16": uint16 bits, ...).
 
-        None keeps the stored dtype, bfloat16 becoming float32. No copy where none is needed.
+        None keeps the stored dtype, bfloat16 becoming float32. No copy where none is needed. A
+        quantised weight asked for as a float is dequantised, [.., K, N] (runtime.files.quantised).
         """
         stored, raw = self.find(name).dtype, self.raw(name)
+        if self.quantised(name, dtype):
+            scales = [n for n in (f"{name}_scale", f"{name}_scale_2") if n in self.tensors]
+            raw, stored = dequantised(raw, stored, [self.array(n) for n in scales]), "F32"
         if dtype is None:
             return widen(raw) if stored == "BF16" else raw
         if DTYPE_NAMES.get(dtype) == stored:
@@ -233,6 +239,16 @@ class SafeTensors:
         if dtype == "bfloat16":
             return narrow(values.astype(np.float32, copy=False))
         return values.astype(dtype, copy=False)
+
+    def quantised(self, name: str, dtype: str | None) -> bool:
+        """Whether a tensor asked for as `dtype` must be dequantised."""
+        whole = self.find(name).dtype in PACKED and f"{name}_scale" in self.tensors
+        return whole and dtype in ("float32", "float16", "bfloat16")
+
+    def size_as(self, name: str, dtype: str) -> int:
+        """Elements of a tensor asked for as `dtype`; of 4 bits, if asked for so, bytes."""
+        tensor = self.find(name)
+        return tensor.size * (2 if self.quantised(name, dtype) and tensor.dtype == "U8" else 1)
 
     def find(self, name: str) -> Tensor:
         """The header entry of a tensor; ValueError naming the file where there is none."""

@@ -20,7 +20,8 @@ PORTABLE_FROM = 80  # a portable TensorRT-RTX plan: 8.0, 8.6, 8.9, 12.0 and late
 def choose_target(bundle: Bundle, api: str, version: str, sm: int | None = None) -> str:
     """The name of the plans to run: built by this very `api` and `version`, for this GPU.
 
-    Plans for the GPU's own compute capability go before portable ones. `sm` None (not known yet)
+    Plans that multiply the bundle's quantised format go before those in 16 bits, plans for the
+    GPU's own compute capability before portable ones. `sm` None (not known yet)
     leaves the GPU out of it. Raises ValueError with every target's reason and the cure.
     """
     plans: Mapping[str, Any] = bundle.manifest.get("plans", {})
@@ -29,11 +30,12 @@ def choose_target(bundle: Bundle, api: str, version: str, sm: int | None = None)
     for target, row in sorted(plans.items()):
         reason = misfit(row, api, version, sm)
         if reason is None:
-            fitting.append((not row["compute_capabilities"], target))
+            plain = "quant" not in row
+            fitting.append((plain, not row["compute_capabilities"], target))
         else:
             reasons.append(f"{target}: {reason}")
     if fitting:
-        return min(fitting)[1]
+        return min(fitting)[-1]
     what = f"needs other plans than it has ({'; '.join(reasons)})" if reasons else "has no plans"
     wanted = f"{api} {version}" + (f" and compute capability {dotted(sm)}" if sm else "")
     flag = FLAGS[api] + (f" --sm {sm}" if sm and api == "tensorrt_rtx" else "")

@@ -22,8 +22,8 @@ from export.quant.program import quantised
 from export.quant.weights import pack, unpack
 from runtime.bundle.onnx_file import check_onnx
 
-E, D, H = 5, 32, 16
-WEIGHTS = {"up.weight": (D, 48), "down.weight": (48, D), "down.bias": (D,), "norm.weight": (D, D)}
+E, D, H = 5, 32, 32
+WEIGHTS = {"up.weight": (D, 96), "down.weight": (96, D), "down.bias": (D,), "norm.weight": (D, D)}
 
 
 def block(activation: str, bias: bool, top_k: int) -> BlockType:
@@ -104,12 +104,11 @@ def test_a_block_is_what_torch_makes_of_it(
     weights["gate.weight"][:, 3] = -9  # an expert that nobody, or everybody, chooses
     feed, whole = {}, dict(weights)
     for n, weight in weights.items():
-        parts = pack(kind, weight) if n in chosen else {"": weight}
-        feed |= {
-            n + s: (p.float() if p.dtype == torch.bfloat16 else p).contiguous()
-            for s, p in parts.items()
-        }
-        whole[n] = unpack(kind, parts, weight.shape[-2]) if n in chosen else weight
+        own = kind.of_experts if weight.ndim > 2 else kind
+        parts = pack(own, weight) if n in chosen else {"": weight}
+        whole[n] = unpack(own, parts) if n in chosen else weight
+        for suffix, part in parts.items():
+            feed[n + suffix] = (part.float() if part.dtype == torch.bfloat16 else part).contiguous()
 
     experts = Experts(D, E, H, D, activation=activation, bias=bias)
     for n, parameter in experts.named_parameters():
@@ -121,7 +120,7 @@ def test_a_block_is_what_torch_makes_of_it(
             left = rounded(kind, x)
             hidden = rounded(kind, left @ whole["up.weight"])
             expected = hidden @ whole["down.weight"] + whole["down.bias"] + x @ whole["norm.weight"]
-            routed = experts_of(experts, kind, rows, rows @ whole["gate.weight"], top_k)
+            routed = experts_of(experts, kind.of_experts, rows, rows @ whole["gate.weight"], top_k)
             expected = expected + routed.reshape(x.shape)
         found = run(row, {"x": x, **feed})
         # A hidden number at the edge of a rounding may fall to the other side.

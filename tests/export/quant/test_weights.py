@@ -1,13 +1,18 @@
 """Weights to each format and back, against what the format's definition says."""
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from export.quant.activations import rounded
 from export.quant.formats import FORMATS, INT8_MAX, format_of
-from export.quant.weights import fp4_bits, fp4_values, numbers_of, pack, shapes, unpack
+from export.quant.weights import fp4_bits, fp4_values, pack, shapes, unpack
+from runtime.files.quantised import float8
+from runtime.files.tensors import SafeTensors
 
 # Largest relative error of a Gaussian matrix of 64 rows: the format's step, by the largest number
 # of a column or block.
@@ -26,12 +31,12 @@ def test_a_weight_comes_back_within_the_formats_step(name: str) -> None:
         assert found == shapes(kind, shape)
         types = {suffix: str(part.dtype).removeprefix("torch.") for suffix, part in parts.items()}
         assert types == kind.parts
-        error = (unpack(kind, parts, 64) - weight).norm() / weight.norm()
+        error = (unpack(kind, parts) - weight).norm() / weight.norm()
         assert ERRORS[name] / 3 < error < ERRORS[name]
         # What is on the grid stays on it, and nothing but zeros is nothing but zeros.
-        again = unpack(kind, pack(kind, unpack(kind, parts, 64)), 64)
+        again = unpack(kind, pack(kind, unpack(kind, parts)))
         if name in ("fp8", "nvfp4"):
-            assert (again - unpack(kind, parts, 64)).abs().max() < 1e-5
+            assert (again - unpack(kind, parts)).abs().max() < 1e-5
         assert not unpack(kind, pack(kind, torch.zeros(shape))).any()
 
 
@@ -43,15 +48,36 @@ def test_int8_never_overflows_sixteen_bits() -> None:
     assert whole.abs().max() == INT8_MAX and 2 * 255 * INT8_MAX < 1 << 15
 
 
-def test_int4_is_better_than_plain_rounding_and_pads_its_last_block() -> None:
-    kind, weight = FORMATS["int4"], torch.randn(72, 40, generator=torch.Generator().manual_seed(2))
-    parts = pack(kind, weight)
-    assert parts[""].shape == (40, 3, 16)
-    assert (numbers_of(parts[""]).reshape(40, 96)[:, 72:] == 8).all()  # zeros
-    blocks = torch.nn.functional.pad(weight.t(), (0, 24)).reshape(40, 3, 32)
+def test_int4_is_better_than_plain_rounding() -> None:
+    kind, weight = FORMATS["int4"], torch.randn(64, 40, generator=torch.Generator().manual_seed(2))
+    blocks = weight.t().reshape(40, 2, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 7
     plain = ((blocks / scale).round() * scale - blocks).norm()
-    assert (unpack(kind, parts, 72) - weight).norm() < 0.9 * plain
+    assert (unpack(kind, pack(kind, weight)) - weight).norm() < 0.9 * plain
+
+
+def test_the_runtime_reads_the_same_numbers(tmp_path: Path) -> None:
+    """Where a GPU does not multiply a format, weights are dequantised on their way there."""
+    generator = torch.Generator().manual_seed(5)
+    tensors, expected = {}, {}
+    for name, kind in FORMATS.items():
+        weight = torch.randn(2, 64, 48, generator=generator)
+        parts = pack(kind, weight if kind.of_experts is kind else weight[0])
+        tensors |= {f"{name}{suffix}": part.contiguous() for suffix, part in parts.items()}
+        expected[name] = unpack(kind, parts)
+    save_file(tensors, tmp_path / "w.safetensors")
+    opened = SafeTensors(tmp_path / "w.safetensors")
+    for name, whole in expected.items():
+        found = opened.array(name, "float32")
+        assert found.shape == tuple(whole.shape) and np.allclose(found, whole, rtol=1e-6)
+        half = opened.array(name, "bfloat16")
+        assert np.array_equal(half, whole.bfloat16().view(torch.int16).numpy().view(np.uint16))
+        assert opened.size_as(name, "bfloat16") == whole.numel()
+    raw = opened.array("nvfp4", "float4_e2m1")
+    assert raw.nbytes == opened.size_as("nvfp4", "float4_e2m1") == 64 * 48 // 2
+    floats = np.arange(256, dtype=np.uint8)
+    own = torch.from_numpy(floats).view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(float8(floats), own, equal_nan=True)
 
 
 def test_four_bit_floats_are_those_of_ml_dtypes() -> None:
