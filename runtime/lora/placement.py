@@ -147,6 +147,10 @@ class Adapted:
         """See SafeTensors."""
         return self.base.find(name)
 
+    def size_as(self, name: str, dtype: str) -> int:
+        """See SafeTensors."""
+        return self.base.size_as(name, dtype)
+
     def change(self, name: str, dtype: str, shape: Any, memory: np.ndarray) -> None:
         """Add what adapters add to a tensor that was read into `memory` (uint8) as `dtype`."""
         if self.adapters is None or name not in self.adapters.by_tensor:
