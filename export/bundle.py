@@ -124,7 +124,7 @@ def export_bundle(
             manifest["components"][component.name] = write_graphs(
                 folder, component.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
-            if component.name == "transformer":
+            if component.name == "transformer" and quant == "none":
                 wanted = place(program, component.checkpoint.dtype)
                 manifest["lora"] = write_lora_map(folder, source, wanted)
         write_tokenizers(folder, source, manifest)

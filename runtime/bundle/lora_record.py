@@ -18,6 +18,11 @@ MAX_MAP = 64 << 20  # bytes
 def placement_of(bundle: Bundle) -> Placement:
     """The bundle's placement, checked against its weights; ValueError, one sentence."""
     record = bundle.manifest.get("lora")
+    if quant := bundle.manifest.get("quant"):
+        raise ValueError(
+            f"bundle {bundle.path} has {quant['format']} weights, to which a LoRA cannot be added;"
+            " fuse it with d2m lora and export the result with --quant, or export without --quant."
+        )
     if record is None:
         raise ValueError(
             f"bundle {bundle.path} does not say where a LoRA's changes go, since it was exported"

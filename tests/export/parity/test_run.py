@@ -16,6 +16,7 @@ from export.parity.run import LIMITS, failures, parity, tables
 from export.parity.tapped_bundle import tap, tapped_bundle, tapped_plans
 from export.plans.build import default_profiles
 from runtime.bundle.directory import open_bundle
+from runtime.opened import Opened
 from runtime.trt.launch_schedule import make_launch_schedule, one_call
 from tests.conftest import exported
 from tests.tiny.bundle import damaged
@@ -90,6 +91,8 @@ def test_a_quantised_bundle_is_torch_that_quantises_too(
     blocks = {place: error for place, error in cost.items() if "blocks" in place}
     assert all(within[0] < error < within[1] for error in blocks.values()), blocks
     assert cost["embed (step 0)"] < 1e-6 and cost["final (step 0)"] < 1e-6  # they are kept
+    with pytest.raises(ValueError, match=f"has {quant} weights, to which a LoRA cannot be added"):
+        Opened(bundle).set_loras({"any.safetensors": 1.0})
 
 
 def test_experts_agree(result: dict[str, Any]) -> None:
