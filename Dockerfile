@@ -1,4 +1,4 @@
-# Two stages. `docker build -t d2m .` makes the slim one that only draws (no torch);
+# Two stages. `docker build -t d2m .` makes the slim one that only generates (no torch);
 # `docker build --target toolchain -t d2m-toolchain .` makes the one that converts and exports.
 #
 #   docker run --rm -v "$PWD:/work" d2m run "a red circle" -o out.png
@@ -8,7 +8,8 @@
 # The container runs as user 1000; add --user "$(id -u):$(id -g)" where /work belongs to another.
 
 FROM python:3.11-slim AS toolchain
-# cpu, or a CUDA release such as cu130 (what `uv pip install --torch-backend` takes)
+# cpu, or a CUDA release such as cu130 (what `uv pip install --torch-backend` takes); empty: the
+# build that pip's own indexes have
 ARG TORCH_BACKEND=cpu
 RUN pip install --no-cache-dir uv && useradd --create-home --uid 1000 d2m
 WORKDIR /src
@@ -17,7 +18,7 @@ COPY d2m d2m
 COPY runtime runtime
 COPY export export
 COPY calib calib
-RUN uv pip install --system --no-cache --torch-backend "$TORCH_BACKEND" \
+RUN uv pip install --system --no-cache ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} \
     --constraint constraints.txt ".[export,trt-rtx]"
 USER d2m
 WORKDIR /work

@@ -137,7 +137,7 @@ def test_a_table_that_is_damaged_is_named(pipeline: Pipeline, cache: Path) -> No
         pipeline(PROMPT, budget=1)
     for change in ({"for": {}}, {"rows": [{"steps": 1}]}, {"rows": 3}):
         place.write_text(json.dumps({**table, **change}))
-        with pytest.raises(ValueError, match="is not what was written there; measure it with"):
+        with pytest.raises(ValueError, match="was changed after it was written; measure it with"):
             pipeline(PROMPT, budget=1)
 
 
