@@ -6,6 +6,7 @@ needs; `checkpoint/` the directory that is read and the weights that are written
 `parity/` the bundle against torch.
 
     bundle    `d2m export`
+    requantise  `d2m export BUNDLE --quant`: a bundle quantised without its pipeline
     checks    What `d2m export` refuses before it reads a weight: options, libraries, GPUs
     triton    `d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server
 """

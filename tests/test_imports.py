@@ -65,7 +65,8 @@ LAYERS = {
         checkpoint
         plans
         parity checks triton
-        bundle""",
+        bundle
+        requantise""",
     "calib": """
         score measure
         shapes emoji

@@ -77,12 +77,12 @@ def export(
     """Compile PIPELINE into a bundle that needs no torch.
 
     A bundle holds ONNX graphs, TensorRT plans, weights, tokenizers and a manifest.
-    With --triton-repo DIR, PIPELINE may be a bundle that is already exported.
+    With --triton-repo DIR or --quant, PIPELINE may be a bundle that is already exported.
     """
     ready = (sparse / "manifest.json").is_file()
     if out is None and not (ready and triton_repo is not None):
         raise ValueError("the bundle's directory is not given; add -o BUNDLE")
-    if out is not None and ready:
+    if out is not None and ready and quant == "none":
         raise ValueError(f"{str(sparse)!r} is a bundle already; leave -o {out} out")
     if out is not None and not force and (out / "manifest.json").is_file():
         raise ValueError(f"{str(out)!r} is a bundle already; give another name, or add --force")
@@ -96,6 +96,15 @@ def export(
             print_answer(write_repository(sparse, triton_repo, **repository), json_)
             return
     assert out is not None
+    if ready:
+        from export.requantise import quantise_bundle
+
+        if trt or trt_rtx:
+            raise ValueError(f"{str(sparse)!r} is a bundle; plans are built from its pipeline")
+        with progress_bars() as progress:
+            answer = quantise_bundle(sparse, out, quant=quant, keep=keep or (), progress=progress)
+        print_answer(answer, json_)
+        return
     targets, portable = sm
     from d2m.plan.fits_here import check_export
     from export.bundle import export_bundle

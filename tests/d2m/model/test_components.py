@@ -80,7 +80,7 @@ CHANGES = {
         r"the tensor .*{key} is \[\d+, 1\], expected \[",
     ),
     "int8": (lambda key: cast(key, torch.int8), "stores the tensor .*{key} as I8, expected one"),
-    "fp8": (lambda key: cast(key, torch.float8_e4m3fn), "{key}' has dtype 'F8"),
+    "fp8": (lambda key: cast(key, torch.float8_e4m3fn), "stores the tensor .*{key} as F8_E4M3"),
 }
 
 

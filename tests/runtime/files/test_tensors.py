@@ -105,7 +105,7 @@ HOSTILE = {
     "float": ({"a": entry(0, 4, [4.0])}, 4),
     "rank": ({"a": entry(0, 4, [1] * 99 + [4])}, 4),
     "backwards": ({"a": entry(4, 0, [4])}, 4),
-    "dtype": ({"a": entry(0, 4, dtype="F8_E4M3")}, 4),
+    "dtype": ({"a": entry(0, 4, dtype="F4")}, 4),
     "dtype type": ({"a": entry(0, 4, dtype=["F32"])}, 4),  # type: ignore[arg-type]
     "no offsets": ({"a": {"dtype": "U8", "shape": [4]}}, 4),
     "more fields": ({"a": {**GOOD, "file": "/etc/passwd"}}, 4),
