@@ -14,11 +14,12 @@ import numpy as np
 from runtime.families.latents import Step
 
 TRAIN_STEPS = 1000  # diffusers' default num_train_timesteps
+BETA = 0.6  # read: both parameters of the beta distribution that noise levels may follow
 
 
 def check_scheduler(config: dict[str, Any]) -> None:
     """Refuse a FlowMatchEulerDiscreteScheduler config that asks for what no family uses."""
-    for field in ("use_beta_sigmas", "stochastic_sampling", "invert_sigmas"):
+    for field in ("stochastic_sampling", "invert_sigmas"):
         if config.get(field):
             raise ValueError(
                 f"the scheduler has {field} set, which the runtime does not support;"
@@ -100,7 +101,32 @@ def sigmas(
         values = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
     elif config.get("use_exponential_sigmas"):
         values = np.exp(np.linspace(math.log(first), math.log(last), steps))
+    elif config.get("use_beta_sigmas"):
+        values = last + beta_quantiles(1 - np.linspace(0, 1, steps)) * (first - last)
     return np.append(values.astype(np.float32), np.float32(0))
+
+
+def beta_quantiles(shares: np.ndarray) -> np.ndarray:
+    """Where the beta distribution of parameters BETA has these shares, 0 to 1, below it; float64.
+
+    Its integral up to x <= 1/2 is the power series of x^(a - 1) (1 - x)^(a - 1), term by term, and
+    the other half mirrors it; the quantile is found by halving.
+    """
+    orders = np.arange(64)
+    terms = np.cumprod(np.append(1.0, (orders[1:] - BETA) / orders[1:])) / (BETA + orders)
+
+    def integral(x: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (terms * x[..., None] ** (BETA + orders)).sum(-1)
+        return found
+
+    small = np.minimum(shares, 1 - shares)
+    aim = 2 * small * integral(np.array(0.5))  # half of the whole is the integral up to 1/2
+    low, high = np.zeros_like(small), np.full_like(small, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = integral(middle) < aim
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares <= 0.5, high, 1 - high)
 
 
 def timesteps(config: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:

@@ -87,6 +87,26 @@ def test_given_sigmas_are_shifted_as_the_scheduler_shifts_them(name: str) -> Non
     np.testing.assert_allclose(found, scheduler.sigmas.numpy(), atol=1e-6)
 
 
+def test_beta_sigmas_follow_the_distribution() -> None:
+    """diffusers asks SciPy for the quantiles; here the distribution itself is asked, by mpmath."""
+    mpmath = pytest.importorskip("mpmath")
+    config = {**FLUX_DEV, "use_dynamic_shifting": False, "use_beta_sigmas": True}
+    flow_matching.check_scheduler(config)
+    for steps in (1, 2, 35):
+        found = flow_matching.sigmas(config, steps, 1024)
+        plain = flow_matching.sigmas({**config, "use_beta_sigmas": False}, steps, 1024)
+        assert found[0] == plain[0] == 1 and found[-1] == 0 and (np.diff(found) < 0).all()
+        assert steps == 1 or found[-2] == plain[-2]
+        places = (found[:-1].astype(float) - plain[-2]) / max(plain[0] - plain[-2], 1e-9)
+        for i, place in enumerate(places if steps > 1 else ()):
+            share = mpmath.betainc(0.6, 0.6, 0, min(max(place, 0), 1), regularized=True)
+            assert float(share) == pytest.approx(1 - i / (steps - 1), abs=2e-6)
+    shares = np.array([1e-6, 0.01, 0.3, 0.5, 0.777, 0.999999])
+    for share, place in zip(shares, flow_matching.beta_quantiles(shares)):
+        back = mpmath.betainc(0.6, 0.6, 0, float(place), regularized=True)
+        assert float(back) == pytest.approx(share, rel=1e-12)
+
+
 def test_one_step_starts_at_one() -> None:
     for config in CONFIGS.values():  # diffusers' own is NaN with shift_terminal
         assert flow_matching.sigmas(config, 1, 256).tolist() == [1.0, 0.0]
@@ -96,7 +116,6 @@ def test_one_step_starts_at_one() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"use_beta_sigmas": True},
         {"stochastic_sampling": True},
         {"invert_sigmas": True},
         {"time_shift_type": "cubic"},
