@@ -44,22 +44,22 @@ class Part:
     begin: int
     end: int
 
-    def add(self, change: Change, strength: float, onto: np.ndarray) -> None:
+    def add(self, change: Change, onto: np.ndarray) -> None:
         """Add a change of the dense weight to the tensor, float32, in place."""
-        by = np.float32(strength)
         where = slice(self.begin, self.end)
         if self.form == "plain":
-            onto[where] += by * change.part(self.rows, self.columns, np.float32)
-        elif self.form == "transposed":
-            onto[:, where] += by * change.transposed(self.rows, self.columns, np.float32)
+            onto[where] += change.part(self.rows, self.columns, np.float32)
+            return
+        if self.form == "down":
+            change = change.scaled(len(onto))
+        part = change.transposed(self.rows, self.columns, np.float32)
+        if self.form == "transposed":
+            onto[:, where] += part
         elif self.form == "up":
             experts, width, _ = onto.shape
-            part = change.part(self.rows, self.columns, np.float32)
-            part = part.reshape(experts, self.end - self.begin, width)
-            onto[:, :, where] += by * part.transpose(0, 2, 1)
+            onto[:, :, where] += part.reshape(width, experts, -1).transpose(1, 0, 2)
         else:
-            part = change.transposed(self.rows, self.columns, np.float32)
-            onto += by * (part.reshape(onto.shape) * np.float32(len(onto)))
+            onto += part.reshape(onto.shape)
 
 
 class Placement:
@@ -106,17 +106,18 @@ class Adapters:
     def __init__(
         self, placement: Placement, several: Iterable[tuple[Mapping[str, Change], float]]
     ) -> None:
-        self.by_tensor: dict[str, list[tuple[Part, Change, float]]] = defaultdict(list)
+        self.by_tensor: dict[str, list[tuple[Part, Change]]] = defaultdict(list)
         for changes, strength in several:
             for tensor, rows in placement.tensors_of(changes).items():
                 if strength:
-                    self.by_tensor[tensor] += [(part, change, strength) for part, change in rows]
+                    self.by_tensor[tensor] += [(part, c.scaled(strength)) for part, c in rows]
 
     def add(self, tensor: str, weights: np.ndarray) -> np.ndarray:
         """The tensor's weights, float32, with everything added in place."""
-        for part, change, strength in self.by_tensor[tensor]:
-            part.add(change, strength, weights)
-        if not np.isfinite(weights).all():
+        for part, change in self.by_tensor[tensor]:
+            part.add(change, weights)
+        # A sum in float64 cannot overflow, and takes no memory as a mask would.
+        if not np.isfinite(weights.sum(dtype=np.float64)):
             raise ValueError(
                 f"{tensor} is NaN or infinite with the LoRAs, expected finite numbers; use smaller"
                 " strengths."

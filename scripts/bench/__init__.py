@@ -10,6 +10,7 @@ decoder      Memory of decoding an image: what ONNX Runtime on a CPU holds at on
 ffn          One FFN in ONNX Runtime on the CPU
 layer        What one FFN of the teacher can be distilled to alone
 local        FFNs of a real size that learn by themselves: time and peak memory
+lora_switch  Time to add LoRAs to weights of FLUX.1's size as they are bound
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
 quantised    What a quantised format costs and saves on the shapes world
