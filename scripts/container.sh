@@ -48,7 +48,7 @@ if ! buildah "${store[@]}" inspect --type image "$image" >/dev/null 2>&1; then
   say "the base as $image"
   container=$(buildah "${store[@]}" from scratch)
   buildah "${store[@]}" copy --quiet "$container" "$base" / >/dev/null
-  buildah "${store[@]}" config --env PATH=/usr/local/bin:/usr/bin:/bin "$container"
+  buildah "${store[@]}" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
   buildah "${store[@]}" commit --quiet --rm "$container" "$image" >/dev/null
 fi
 
