@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # The values of float4_e2m1 by their three low bits; the fourth is the sign.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between neighbours
+PIECE = 4096  # blocks at a time: what is computed on the way stays in a core's cache
 TINY = 2.0**-100  # a scale for blocks of nothing but zeros
 
 
@@ -107,23 +108,35 @@ def pack_int4(kind: Format, weight: Tensor) -> dict[str, Tensor]:
     import torch
 
     blocks = blocks_of(kind, weight)
+    rows = blocks.reshape(-1, kind.block)
+    packed = torch.empty(len(rows), kind.block // 2, dtype=torch.uint8)
+    scales = torch.empty(len(rows), dtype=torch.bfloat16)
+    for start in range(0, len(rows), PIECE):
+        piece = slice(start, start + PIECE)
+        packed[piece], scales[piece] = int4_blocks(rows[piece])
+    shape = blocks.shape[:-1]
+    return {"": packed.reshape(*shape, -1), "_scale": scales.reshape(shape)}
+
+
+def int4_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [n, block] -> numbers [n, block / 2] and scales [n]; see pack_int4."""
+    import torch
+
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     best = torch.full_like(largest, float("inf"))
-    whole, scale = torch.zeros_like(blocks, dtype=torch.uint8), torch.zeros_like(largest)
+    whole, scale = torch.zeros_like(blocks), torch.zeros_like(largest)
     for extreme in (-8.0, -7.0, -9.0):
         tried = stored(largest / extreme, torch.bfloat16)
         numbers = (blocks / tried).round_().clamp_(-8, 7)
-        fitted = (blocks * numbers).sum(-1, keepdim=True)
-        fitted = stored(
-            fitted / (numbers * numbers).sum(-1, keepdim=True).clamp_min(1), torch.bfloat16
-        )
+        size = numbers.square().sum(-1, keepdim=True).clamp_min_(1)
+        fitted = stored((blocks * numbers).sum(-1, keepdim=True) / size, torch.bfloat16)
         numbers = (blocks / fitted).round_().clamp_(-8, 7)
         error = (numbers * fitted).sub_(blocks).square_().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, fitted, scale)
-        whole = torch.where(better, numbers.add_(8).to(torch.uint8), whole)
-    return {"": halves(whole), "_scale": scale.squeeze(-1).bfloat16()}
+        whole = torch.where(better, numbers, whole)
+    return halves(whole.add_(8).to(torch.uint8)), scale.squeeze(-1).bfloat16()
 
 
 def unpack_int4(kind: Format, parts: Mapping[str, Tensor]) -> Tensor:
@@ -140,9 +153,14 @@ def pack_nvfp4(kind: Format, weight: Tensor) -> dict[str, Tensor]:
     wanted = blocks.abs().amax(-1) / FP4_MAX  # [.., N, G]
     outer = wanted.amax(-1).clamp_min(TINY) / FP8_MAX
     inner = (wanted / outer.unsqueeze(-1)).to(torch.float8_e4m3fn)
-    scale = (inner.float() * outer.unsqueeze(-1)).unsqueeze(-1)
-    numbers = fp4_bits(blocks / torch.where(scale == 0, torch.inf, scale)).flatten(-2)
-    return {"": halves(numbers), "_scale": inner, "_scale_2": outer}
+    scale = (inner.float() * outer.unsqueeze(-1)).reshape(-1, 1)
+    rows = blocks.reshape(-1, kind.block)
+    packed = torch.empty(len(rows), kind.block // 2, dtype=torch.uint8)
+    for start in range(0, len(rows), PIECE):
+        piece = slice(start, start + PIECE)
+        by = scale[piece]
+        packed[piece] = halves(fp4_bits(rows[piece] / torch.where(by == 0, torch.inf, by)))
+    return {"": packed.reshape(*blocks.shape[:-2], -1), "_scale": inner, "_scale_2": outer}
 
 
 def fp4_bits(values: Tensor) -> Tensor:

@@ -101,6 +101,9 @@ def unavailable_reason(bundle: Bundle, backend: str) -> str | None:
     plans = bundle.manifest.get("plans", {})
     if backend in PLAN_BACKENDS and not any(plan["api"] == module for plan in plans.values()):
         return "the bundle has no plans for it"
+    form = bundle.manifest.get("quant", {}).get("format", "int4")
+    if backend == "ort-cuda" and form != "int4":  # whose operator both of its providers have
+        return f"ONNX Runtime has no product of {form} on CUDA"
     if missing := missing_library(backend):
         return missing
     if not gpu_count():

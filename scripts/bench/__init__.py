@@ -13,6 +13,7 @@ local        FFNs of a real size that learn by themselves: time and peak memory
 lora_switch  Time to add LoRAs to weights of FLUX.1's size as they are bound
 model        Whole images through ONNX Runtime on the CPU
 offload      Memory and time of a generation with weights streamed block by block
+products     A product by a quantised weight in ONNX Runtime on the CPU, against float32
 quantised    What a quantised format costs and saves on the shapes world
 random_flux  A synthetic pipeline of FLUX.1 [dev]'s size: real classes, real shapes
 random_flux2 A synthetic FLUX.2 [klein] of a published size, text encoder and VAE too

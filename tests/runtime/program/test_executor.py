@@ -137,3 +137,13 @@ def test_every_backend_names_a_function() -> None:
         module, _, factory = row.partition(":")
         source = (Path(executor.__file__).parents[2] / f"{module.replace('.', '/')}.py").read_text()
         assert f"def {factory}(" in source
+
+
+def test_a_quantised_bundle_goes_where_its_products_are(tmp_path: Path) -> None:
+    """ONNX Runtime multiplies int8, fp8 and nvfp4 on CPUs alone; int4 on CUDA too."""
+    for form in ("int8", "fp8", "nvfp4"):
+        bundle = Bundle(tmp_path, {"quant": {"format": form}}, "")
+        reason = executor.unavailable_reason(bundle, "ort-cuda")
+        assert reason == f"ONNX Runtime has no product of {form} on CUDA"
+    bundle = Bundle(tmp_path, {"quant": {"format": "int4"}}, "")
+    assert "product" not in str(executor.unavailable_reason(bundle, "ort-cuda"))
