@@ -151,8 +151,18 @@ def file_chunks(
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, as runtime.files.parameters counts."""
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    """Name -> shape, as runtime.files.parameters counts: a quantised weight's own, no scales."""
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in PACKED or f"{name}_scale" not in tensors:
+            continue
+        found.pop(f"{name}_scale")
+        second = found.pop(f"{name}_scale_2", None)
+        if tensor.dtype == "U8":  # [.., N, K / 2], or [.., N, G, block / 2]: two numbers a byte
+            lead = len(tensor.shape) - (2 if second else 3)
+            columns, *bytes_of_row = tensor.shape[lead:]
+            found[name] = (*tensor.shape[:lead], 2 * math.prod(bytes_of_row), columns)
+    return found
 
 
 def read_tensor(path: Path, name: str, entry: Any) -> Tensor:

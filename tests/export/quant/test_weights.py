@@ -12,7 +12,7 @@ from export.quant.activations import rounded
 from export.quant.formats import FORMATS, INT8_MAX, format_of
 from export.quant.weights import fp4_bits, fp4_values, pack, shapes, unpack
 from runtime.files.quantised import float8
-from runtime.files.tensors import SafeTensors
+from runtime.files.tensors import SafeTensors, shapes_of
 
 # Largest relative error of a Gaussian matrix of 64 rows: the format's step, by the largest number
 # of a column or block.
@@ -73,6 +73,8 @@ def test_the_runtime_reads_the_same_numbers(tmp_path: Path) -> None:
         half = opened.array(name, "bfloat16")
         assert np.array_equal(half, whole.bfloat16().view(torch.int16).numpy().view(np.uint16))
         assert opened.size_as(name, "bfloat16") == whole.numel()
+    counted = shapes_of(opened.tensors)  # as parameters are counted: without scales
+    assert counted == {name: tuple(whole.shape) for name, whole in expected.items()}
     raw = opened.array("nvfp4", "float4_e2m1")
     assert raw.nbytes == opened.size_as("nvfp4", "float4_e2m1") == 64 * 48 // 2
     floats = np.arange(256, dtype=np.uint8)
