@@ -29,7 +29,7 @@ done
 
 work=${BASE_DIR:-/var/tmp/d2m-container}
 base=$work/base
-image=docker.io/library/python:3.11-slim
+image=docker.io/library/python:3.11-slim debian=localhost/d2m-debian:12
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-overlay}
 store=(--root "$work/storage" --runroot "$work/run")
 mkdir -p "$work"
@@ -44,17 +44,20 @@ if [ ! -f "$base/usr/local/bin/python" ]; then
   rm -rf "$base"/usr/lib/python3*/EXTERNALLY-MANAGED "$base"/var/cache/apt/archives/*.deb
   ln -s /usr/bin/python3 "$base/usr/local/bin/python"
 fi
-if ! buildah "${store[@]}" inspect --type image "$image" >/dev/null 2>&1; then
-  say "the base as $image"
+if ! buildah "${store[@]}" inspect --type image "$debian" >/dev/null 2>&1; then
+  say "the base as $debian"
   container=$(buildah "${store[@]}" from scratch)
   buildah "${store[@]}" copy --quiet "$container" "$base" / >/dev/null
   buildah "${store[@]}" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-  buildah "${store[@]}" commit --quiet --rm "$container" "$image" >/dev/null
+  buildah "${store[@]}" commit --quiet --rm "$container" "$debian" >/dev/null
 fi
 
-# pip's settings, for pip and uv: variables, and files that they name at the same path.
-settings=()
-while IFS= read -r row; do settings+=("$row"); done < <(python3 - <<'PY'
+# pip's settings, for pip and uv: variables of the base (those of `bud --env` come after its RUN
+# lines), and files that they name at the same path.
+variables=() volumes=()
+while IFS= read -r row; do
+  case "$row" in --env=*) variables+=("$row") ;; *) volumes+=("$row") ;; esac
+done < <(python3 - <<'PY'
 import ast, os, subprocess, sys
 
 done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
@@ -66,14 +69,20 @@ for line in done.stdout.splitlines():
         text = ast.literal_eval(value)
         for variable in ("PIP_" + key.replace("-", "_").upper(), names[key]):
             print(f"--env={variable}={text.replace(' ', ',') if variable.startswith('UV_') else text}")
+        if key == "cert":  # releases of uv differ in what they read
+            print("--env=UV_SYSTEM_CERTS=1", "--env=UV_NATIVE_TLS=1", sep="\n")
         for path in text.split():
             if os.path.exists(path):
                 print(f"--volume={path}:{path}:ro")
 PY
 )
+container=$(buildah "${store[@]}" from "$debian")
+buildah "${store[@]}" config ${variables[@]+"${variables[@]}"} "$container"
+buildah "${store[@]}" commit --quiet --rm "$container" "$image" >/dev/null
+
 # With a CPU build of torch at hand it is taken from there, in place of PyTorch's own index.
 torch=()
-if printf '%s\n' "${settings[@]}" | grep -q '^--env=UV_FIND_LINKS='; then
+if printf '%s\n' ${variables[@]+"${variables[@]}"} | grep -q '^--env=UV_FIND_LINKS='; then
   torch=(--build-arg TORCH_BACKEND=)
 fi
 
@@ -90,12 +99,13 @@ mkdir -p "$work/out"
 chown 1000:1000 "$work/out"
 for stage in "${stages[@]}"; do
   say "building $stage"
-  buildah "${store[@]}" bud --layers=false --pull-never --network host ${settings[@]+"${settings[@]}"} \
+  buildah "${store[@]}" bud --layers=false --pull-never --network host ${volumes[@]+"${volumes[@]}"} \
     ${torch[@]+"${torch[@]}"} --target "$stage" --tag "d2m-$stage" . >"$work/$stage.log" 2>&1 ||
     stop "the stage $stage was not built, see $work/$stage.log"
   say "$stage is built: $(buildah "${store[@]}" images --format '{{.Size}}' "d2m-$stage")"
 done
 for stage in "${stages[@]}"; do
+  [ "$stage" = runtime ] || run "$stage" plan flux-dev --preset L
   run "$stage" run "a red circle" -o /work/"$stage".png
   [ -s "$work/out/$stage.png" ] || stop "$stage left no image"
 done
