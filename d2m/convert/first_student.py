@@ -51,6 +51,13 @@ def first_student(
     from d2m.model.surgery import identity_error
 
     student: nn.Module = sparse_model_of(dense, neurons, recipe, family)
+    if recipe.blocks.grouped:  # while the modulation is the dense model's
+        fitted = compute_once(
+            work / "routers.safetensors",
+            lambda: spread_routers(student, calibration, recipe, recipe.seed),
+        )
+        for name, weight in fitted.items():
+            student.get_parameter(name).data.copy_(weight)
     if is_fitted(recipe) and start is None:  # a start has learnt what becomes of them
         fitted = compute_once(
             work / "experts.safetensors",
@@ -60,13 +67,6 @@ def first_student(
     batch = calibration(0, 2)
     x, t, _ = noised(dense, batch, generator_at(0, "identity"))
     error = identity_error(student, dense, transformer_inputs(dense, batch, x, t))
-    if recipe.blocks.grouped:  # while the modulation is the dense model's
-        fitted = compute_once(
-            work / "routers.safetensors",
-            lambda: spread_routers(student, calibration, recipe, recipe.seed),
-        )
-        for name, weight in fitted.items():
-            student.get_parameter(name).data.copy_(weight)
     if recipe.adaln.mode != "full":
         moments = compute_once(
             work / "modulation.safetensors",

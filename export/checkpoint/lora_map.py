@@ -40,6 +40,8 @@ def write_lora_map(folder: Path, source: Path, placed: Iterable[Placed]) -> dict
     for row in placed:
         begin = 0
         for name in row.sources:
+            if name not in shapes:  # export's own, such as places of vectors of modulation
+                continue
             homes[name] = (row, begin)
             begin += shapes[name][0] if shapes[name] else 0
     vectors: dict[str, np.ndarray] = {}

@@ -48,7 +48,7 @@ PIXART_CONFIG = {
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "cross_attention_dim": 32,
-    "caption_channels": 80,  # T5 as of SD3: traced once for both
+    "caption_channels": 48,
     "interpolation_scale": 2,
     "use_additional_conditions": False,
 }
@@ -120,7 +120,7 @@ def pixart() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     base = build_pipeline()
-    t5_config = T5Config(**{**base.text_encoder_2.config.to_dict(), "d_model": 80})
+    t5_config = T5Config(**{**base.text_encoder_2.config.to_dict(), "d_model": 48})
     whole = {"mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
     vae = AutoencoderKL.from_config({**base.vae.config, **whole, "shift_factor": None})
     return PixArtSigmaPipeline(

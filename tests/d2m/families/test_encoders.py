@@ -124,6 +124,7 @@ BUILT = {
         "text_encoder": lambda: clip(True, CLIP_L),
         "text_encoder_2": lambda: clip(True, CLIP_G),
     },
+    "chroma": {"text_encoder": t5, "vae": lambda: vae(16, False)},
     "pixart": {"text_encoder": t5, "vae": lambda: vae(4, True)},
     "qwen": {"text_encoder": qwen, "vae": qwen_vae},
     "zimage": {"text_encoder": lambda: qwen3(QWEN3_4B, 35), "vae": lambda: vae(16, False)},

@@ -109,13 +109,17 @@ def test_rows_are_taken_and_put_back() -> None:
 
 @pytest.mark.parametrize("dtype", list(places.ELEMENTS))
 def test_every_dtype_goes_there_and_back(dtype: str) -> None:
-    """bfloat16 as its bits, which numpy has no name for."""
+    """bfloat16 and FP8 as their bits, which numpy has no name for."""
     place = Cuda(Stand(), kind="cpu", providers=[CPU])
     numbers = np.random.default_rng(1).standard_normal((3, 4)) * 8
-    array = narrow(numbers) if dtype == "bfloat16" else numbers.astype(dtype)
+    if dtype == "float8_e4m3fn":
+        array = numbers.astype(pytest.importorskip("ml_dtypes").float8_e4m3fn)
+    else:
+        array = narrow(numbers) if dtype == "bfloat16" else numbers.astype(dtype)
     value = place.value(array, dtype)
     assert value.element_type() == places.ELEMENTS[dtype]
-    np.testing.assert_array_equal(place.fetch(value), array)
+    bits = array.view(np.uint8) if dtype == "float8_e4m3fn" else array
+    np.testing.assert_array_equal(place.fetch(value), bits)
 
 
 def test_a_component_in_bfloat16_is_bound_as_such(tmp_path: Path) -> None:
