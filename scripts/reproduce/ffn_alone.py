@@ -78,7 +78,7 @@ def main() -> None:
     from d2m.report.charts import Line, alone, line_chart
 
     folder = Path("models") / f"{options.world}-dense"
-    recipe = replace(recipe_named("L", folder), stages=())
+    recipe = recipe_named("L", folder)
     pipe = load_pipeline(folder, dtype="fp32")
     model = pipe.transformer.requires_grad_(False)
     family = family_of_model(model)
