@@ -88,12 +88,14 @@ def fitted(
         tail = order[shared:]
         expert = clusters(contributions[:, tail], spec.num_experts, at)
         order = torch.cat([order[:shared], tail[expert.argsort(stable=True)]])
-        result |= convert_ffn(ffn, order, shared, spec.num_experts)
+    made = convert_ffn(wide, order, shared, spec.num_experts)
+    if recipe.experts == "coactivation":
+        kind = ffn.fc1_w.dtype
+        result |= {k: v.to(kind) if v.is_floating_point() else v for k, v in made.items()}
     if recipe.router == "energy":
         parts = contributions[:, order[shared:]].view(len(x), spec.num_experts, hidden)
         gate = fitted_gate(x, parts.square().sum(-1).sqrt()).to(wide.fc1_w.dtype)
-        answer = convert_ffn(wide, order, shared, spec.num_experts)
-        result["gate.weight"] = scaled_gate(gate, answer, x[:JUDGED], wide, activation, spec)
+        result["gate.weight"] = scaled_gate(gate, made, x[:JUDGED], wide, activation, spec)
     return {key: value.cpu() for key, value in result.items()}
 
 

@@ -55,7 +55,7 @@ def train_vae(
         vae = vae.to(run.device).eval().requires_grad_(False)
         if decoder_steps:
             vae.decoder.requires_grad_(True)
-            loss_of = decoder_loss(run, vae, images, shown, subject.vae_batch)
+            loss_of = vae_loss(run, vae, images, shown, subject.vae_batch, decoder_alone=True)
             train(
                 run, "decoder", vae.decoder, loss_of, steps=decoder_steps, lr=1e-3, decay_share=0.8
             )
@@ -66,43 +66,37 @@ def train_vae(
     return vae.eval().requires_grad_(False)
 
 
-def vae_loss(run: Run, vae: AutoencoderKL, images: Tensor, shown: Tensor, batch: int) -> Loss:
-    """Reconstruction (L1 and MSE) and a light KL term; logs the PSNR in dB."""
+def vae_loss(
+    run: Run,
+    vae: AutoencoderKL,
+    images: Tensor,
+    shown: Tensor,
+    batch: int,
+    decoder_alone: bool = False,
+) -> Loss:
+    """Reconstruction (L1 and MSE) and a light KL term; logs the PSNR in dB.
+
+    decoder_alone: the encoder is frozen, so there is no KL term, and the batches are others.
+    """
+    factor = 1_000_007 if decoder_alone else 1_000_003
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        g = run.generator(1_000_003, step)
+        g = run.generator(factor, step)
         pick = shown[torch.randint(len(shown), (batch,), generator=g)]
         x = as_float(images[pick]).to(run.device)
         with run.autocast():
-            posterior = vae.encode(x).latent_dist
+            with torch.set_grad_enabled(not decoder_alone):
+                posterior = vae.encode(x).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=g).to(mean)
             y = vae.decode(z).sample.float()
         mse = F.mse_loss(y, x)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         # The edges decide what the verifier sees: L1 keeps them sharp, MSE the flat colours right.
-        loss = F.l1_loss(y, x) + 4 * mse + 1e-3 * kl
+        loss = F.l1_loss(y, x) + 4 * mse
+        if not decoder_alone:
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = loss + 1e-3 * kl
         return loss, {"psnr": round(10 * math.log10(4 / max(mse.item(), 1e-9)), 2)}
-
-    return loss_of
-
-
-def decoder_loss(run: Run, vae: AutoencoderKL, images: Tensor, shown: Tensor, batch: int) -> Loss:
-    """Reconstruction alone, L1 and MSE, from a frozen encoder's samples; logs the PSNR in dB."""
-
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        g = run.generator(1_000_007, step)
-        pick = shown[torch.randint(len(shown), (batch,), generator=g)]
-        x = as_float(images[pick]).to(run.device)
-        with run.autocast():
-            with torch.no_grad():
-                posterior = vae.encode(x).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
-            z = mean + std * torch.randn(mean.shape, generator=g).to(mean)
-            y = vae.decode(z).sample.float()
-        mse = F.mse_loss(y, x)
-        psnr = 10 * math.log10(4 / max(mse.item(), 1e-9))
-        return F.l1_loss(y, x) + 4 * mse, {"psnr": round(psnr, 2)}
 
     return loss_of
 
