@@ -7,6 +7,7 @@ needs; `checkpoint/` the directory that is read and the weights that are written
 
     bundle    `d2m export`
     requantise  `d2m export BUNDLE --quant`: a bundle quantised without its pipeline
+    add_encoder  `d2m export --add-vae-encoder`: a VAE encoder for a bundle made without one
     checks    What `d2m export` refuses before it reads a weight: options, libraries, GPUs
     triton    `d2m export --triton-repo`: a model repository for NVIDIA Triton Inference Server
 """

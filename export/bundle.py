@@ -200,7 +200,7 @@ def graph_dtype(component: str, dtype: str) -> str:
     Of Conv (below opset 22), InstanceNormalization and Resize, ONNX Runtime's CUDA provider has
     no bfloat16 kernels (read: its docs/OperatorKernels.md); all else that we export it has.
     """
-    return "fp32" if component == "vae_decoder" and dtype == "bf16" else dtype
+    return "fp32" if component.startswith("vae_") and dtype == "bf16" else dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -260,6 +260,20 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
     return [model.cast(feed) for feed in feeds]
 
 
+def encode_image(model: Opened, pixels: np.ndarray) -> np.ndarray:
+    """Pixels [n, 3, H, W], -1 to 1 -> latents as the family denoises them, without noise.
+
+    The mean of what the VAE gives, not a sample. ValueError where the bundle has no VAE encoder.
+    """
+    if "vae_encoder" not in model.manifest["components"]:
+        raise ValueError(
+            f"bundle {model.bundle.path} has no vae_encoder, which images as inputs need; add it"
+            " with d2m export PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
+        )
+    (latents,) = model.execute("vae_encoder", pixels).values()
+    return model.family.encoded(latents, model.manifest["latents"])
+
+
 def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
     """Latents -> pixels [n, 3, H, W], float32, about -1 to 1."""
     latents = model.family.image_latents(latents, model.manifest["latents"], latent_size)

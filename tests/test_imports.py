@@ -66,7 +66,7 @@ LAYERS = {
         plans
         parity checks triton
         bundle
-        requantise""",
+        requantise add_encoder""",
     "calib": """
         score measure
         shapes emoji

@@ -62,6 +62,10 @@ def export(
     link: Annotated[
         bool, option("Hard-link unchanged weight files instead of copying them.", "--link")
     ] = False,
+    add_vae_encoder: Annotated[
+        Path | None,
+        option("Add PIPELINE's VAE encoder to this bundle, made before; no other file changes."),
+    ] = None,
     triton_repo: Annotated[
         Path | None, option("Also write a model repository for NVIDIA Triton Inference Server.")
     ] = None,
@@ -79,6 +83,15 @@ def export(
     A bundle holds ONNX graphs, TensorRT plans, weights, tokenizers and a manifest.
     With --triton-repo DIR or --quant, PIPELINE may be a bundle that is already exported.
     """
+    if add_vae_encoder is not None:
+        from export.add_encoder import add_vae_encoder as add
+
+        if out is not None:
+            raise ValueError(f"--add-vae-encoder changes a bundle in place; leave -o {out} out")
+        with progress_bars() as progress:
+            answer = add(sparse, add_vae_encoder, progress=progress)
+        print_answer(answer, json_)
+        return
     ready = (sparse / "manifest.json").is_file()
     if out is None and not (ready and triton_repo is not None):
         raise ValueError("the bundle's directory is not given; add -o BUNDLE")

@@ -104,13 +104,17 @@ def open_components(
     logging.disable_progress_bar()
     check_components(directory)
     classes = dict(model_classes(directory))
+    opened: dict[str, tuple[Any, Checkpoint, Any]] = {}  # the VAE is two components
 
     def loaded(name: str, folder: str, cls: Any, keyword: str, trace: Any) -> Component:
-        checkpoint = Checkpoint(directory / folder)
+        if folder not in opened:
+            checkpoint = Checkpoint(directory / folder)
+            kind = {keyword: checkpoint.main_dtype()}
+            model = cls.from_pretrained(directory / folder, local_files_only=True, **kind)
+            keep_float32(model)
+            opened[folder] = model, checkpoint, parameter_getter(model)
+        model, checkpoint, get = opened[folder]
         stored = checkpoint.main_dtype()
-        model = cls.from_pretrained(directory / folder, local_files_only=True, **{keyword: stored})
-        keep_float32(model)
-        get = parameter_getter(model)
         return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
 
     def empty(

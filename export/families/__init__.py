@@ -10,9 +10,9 @@ One file a family; what families share stands beside them.
     sd3         Stable Diffusion 3 and 3.5 for export: the transformer's ends and blocks
     pixart      PixArt-Sigma for export: the transformer's ends and blocks
     qwen        Qwen-Image for export: the transformer's ends and blocks, its text encoder, its VAE
-    qwen_vae    Qwen-Image's VAE for export: a video's decoder on one frame
+    qwen_vae    Qwen-Image's VAE for export: a video's on one frame
     zimage      Z-Image for export: the transformer's ends and blocks
-    encoders    Text encoders and VAE decoder as programs of one call
+    encoders    Text encoders and VAE as programs of one call
     modulation  Shared modulation in a program: the embed call writes it
     ends        What transformers and VAEs of several families have in common at their ends
     configs     The configs of a pipeline directory's components

@@ -174,7 +174,7 @@ def modulations(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
 
 CHROMA = Family(
     name="chroma",
-    components=(MASKED_T5, None, VAE),
+    components=(MASKED_T5, None, *VAE),
     tracing=Tracing(
         environment=environment,
         embed=Embed,

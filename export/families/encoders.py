@@ -1,10 +1,12 @@
-"""Text encoders and VAE decoder as programs of one call: what FluxPipeline asks of each.
+"""Text encoders and VAE as programs of one call: what FluxPipeline asks of each.
 
 text_encoder    input_ids [batch, text_tokens] -> pooled [batch, width]: CLIP's pooler_output
 text_encoder_2  input_ids [batch, text_tokens] -> states [batch, text_tokens, width]: T5
                 (SD3: two CLIPs with pooled and states, then T5)
 vae_decoder     latents [batch, C, h, w] -> image [batch, 3, H, W] in about -1 to 1; the latents
                 are unscaled already (latents / scaling_factor + shift_factor)
+vae_encoder     image [batch, 3, H, W] in -1 to 1 -> latents [batch, C, h, w], not scaled yet: the
+                mean of the distribution that the VAE gives
 """
 
 from __future__ import annotations
@@ -114,6 +116,43 @@ def decoder_program(
     return one_call("vae", decoder, call, {"latents": latents}, {"image": image}, dtype)
 
 
+def vae_encoder_program(model: Any, dtype: torch.dtype) -> Program:
+    """The encoding half of diffusers' AutoencoderKL, for any size that it divides."""
+    config = model.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    return encoder_program(ImageEncoder(model), dtype, config.latent_channels, factor)
+
+
+def encoder_program(module: nn.Module, dtype: torch.dtype, channels: int, factor: int) -> Program:
+    """Image [B, 3, f h, f w] -> latents [B, C, h, w]; f = `factor`, C = `channels`."""
+
+    def call(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Tensor:
+        latents: Tensor = run(tensors["image"])
+        return latents
+
+    sides = ("latent_height", "latent_width")
+    image = Spec(dtype, ("batch", 3, *(f"{factor}*{side}" for side in sides)))
+    latents = Spec(dtype, ("batch", channels, *sides))
+    return one_call("vae", module, call, {"image": image}, {"latents": latents}, dtype)
+
+
+class ImageEncoder(nn.Module):
+    """AutoencoderKL.encode without slicing and tiling; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, C, h, w], the mean."""
+        moments = self.encoder(image)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean: Tensor = moments.chunk(2, dim=1)[0]
+        return mean
+
+
 class Decoder(nn.Module):
     """AutoencoderKL.decode without slicing and tiling; parameter names are the model's."""
 
@@ -174,10 +213,18 @@ def first(model: Any, output: Any) -> tuple[Tensor, ...]:
     return (output[0],)
 
 
+def latent_mean(model: Any, output: Any) -> tuple[Tensor, ...]:
+    """Of a VAE's encode."""
+    return (output.latent_dist.mean,)
+
+
 # The last fields of an Encoder for what most families share (export.families.family).
 TRANSFORMERS = "transformers"
 T5 = (TRANSFORMERS, "T5EncoderModel", t5_program, first)
-VAE = Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first)
+VAE = (
+    Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKL", vae_program, first),
+    Encoder("vae_encoder", "vae", "diffusers", "AutoencoderKL", vae_encoder_program, latent_mean),
+)
 MASKED_T5 = Encoder(
     "text_encoder",
     "text_encoder",

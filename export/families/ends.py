@@ -81,3 +81,9 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """What the pipeline's VAE makes of latents [n, C, h, w]: pixels [n, 3, H, W]."""
     pixels: Tensor = pipe.vae.decode(latents, return_dict=False)[0]
     return pixels
+
+
+def encode(pipe: Any, pixels: Tensor) -> Tensor:
+    """The mean latents [n, C, h, w] that the pipeline's VAE makes of pixels [n, 3, H, W]."""
+    latents: Tensor = pipe.vae.encode(pixels).latent_dist.mean
+    return latents

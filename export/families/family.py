@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.ends import decode
+from export.families.ends import decode, encode
 from export.graph.program import Program, Tracing
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A component other than the transformer: a text encoder, or the VAE, which decodes.
+    """A component other than the transformer: a text encoder, or a half of the VAE.
 
     name: in the bundle; folder: of the pipeline; library, cls: where its class comes from; others:
     classes that it may be of too; program: (model, dtype) -> its Program; whole: loaded at once,
@@ -84,7 +84,8 @@ class Family:
     text_tokens_of(keywords of its forward): tokens of the text that its blocks get; apart(keywords
         of a block, what it returns, text tokens): both with image and text apart.
     spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
-    decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1.
+    decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1; encode(pipe, pixels): the
+        other way.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     spatial: Callable[[Any, Tensor, int, int], Tensor]
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
+    encode: Callable[[Any, Tensor], Tensor] = encode
     unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     told: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     through: tuple[str, ...] = ()

@@ -147,7 +147,7 @@ FLUX = Family(
         # T5 of FLUX.1 is 9.5 GB: like the transformer's, its weights are read one by one.
         Encoder("text_encoder_2", "text_encoder_2", *T5, whole=False),
         None,
-        VAE,
+        *VAE,
     ),
     tracing=Tracing(
         environment=environment,

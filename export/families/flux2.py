@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from d2m.families.flux2 import LAYERS, embeds_guidance, is_guided
 from d2m.families.generation_defaults import generation_defaults
 from d2m.shards import open_shards
-from export.families.encoders import TRANSFORMERS, first, vae_program
+from export.families.encoders import (
+    TRANSFORMERS,
+    first,
+    latent_mean,
+    vae_encoder_program,
+    vae_program,
+)
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
 from export.graph.attention import ExportAttention, attended, heads, rms_norm, rotate
@@ -285,6 +291,7 @@ def spatial(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
     return unpacked
 
 
+VAE = ("vae", "diffusers", "AutoencoderKLFlux2")
 FLUX2 = Family(
     name="flux2",
     components=(
@@ -302,7 +309,8 @@ FLUX2 = Family(
             read=("input_ids", "attention_mask"),
         ),
         None,
-        Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKLFlux2", vae_program, first),
+        Encoder("vae_decoder", *VAE, vae_program, first),
+        Encoder("vae_encoder", *VAE, vae_encoder_program, latent_mean),
     ),
     tracing=Tracing(
         environment=environment,

@@ -197,7 +197,7 @@ def unread(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
 
 PIXART = Family(
     name="pixart",
-    components=(MASKED_T5, None, VAE),
+    components=(MASKED_T5, None, *VAE),
     tracing=Tracing(
         environment=environment,
         embed=Embed,

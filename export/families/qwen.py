@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from d2m.families.generation_defaults import generation_defaults
 from d2m.families.qwen import MASK, STATES, TEMPLATE_TOKENS
 from export.families import modulation
-from export.families.encoders import IDS, TRANSFORMERS, causal_mask, first, use_eager_attention
+from export.families.encoders import (
+    IDS,
+    TRANSFORMERS,
+    causal_mask,
+    first,
+    latent_mean,
+    use_eager_attention,
+)
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
-from export.families.qwen_vae import vae_program
+from export.families.qwen_vae import vae_encoder_program, vae_program
 from export.graph.attention import MASKED, attended, heads, rms_norm, rotate
 from export.graph.blocks import block_type
 from export.graph.program import Environment, Program, Row, Tracing
@@ -237,14 +244,21 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     return first(pipe.vae, pipe.vae.decode(latents[:, :, None]))[0][:, :, 0]
 
 
+def encode(pipe: Any, image: Tensor) -> Tensor:
+    """[n, 3, H, W], the only frame -> [n, C, h, w]."""
+    return latent_mean(pipe.vae, pipe.vae.encode(image[:, :, None]))[0][:, :, 0]
+
+
 TEXT = (TRANSFORMERS, "Qwen2_5_VLForConditionalGeneration", text_program, last_states)
+VAE = ("vae", "diffusers", "AutoencoderKLQwenImage")
 QWEN = Family(
     name="qwen",
     components=(
         # 15 GB: its weights are read one by one.
         Encoder("text_encoder", "text_encoder", *TEXT, whole=False, stored_name=stored_name),
         None,
-        Encoder("vae_decoder", "vae", "diffusers", "AutoencoderKLQwenImage", vae_program, first),
+        Encoder("vae_decoder", *VAE, vae_program, first),
+        Encoder("vae_encoder", *VAE, vae_encoder_program, latent_mean),
     ),
     tracing=Tracing(
         environment=environment,
@@ -260,4 +274,5 @@ QWEN = Family(
     model_inputs=model_inputs,
     spatial=spatial,
     decode=decode,
+    encode=encode,
 )

@@ -1,4 +1,4 @@
-"""Qwen-Image's VAE for export: a video's decoder on one frame, without its convolutions in time."""
+"""Qwen-Image's VAE for export: a video's on one frame, without its convolutions in time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.families.encoders import decoder_program
+from export.families.encoders import decoder_program, encoder_program
 from export.graph.attention import attended, heads
 from export.graph.program import Program
 
@@ -44,6 +44,20 @@ class FrameAttention(nn.Module):
         return self.proj(joined.unflatten(2, frame.shape[2:]))[:, :, None] + x
 
 
+def on_one_frame(module: nn.Module) -> None:
+    """Put what one frame needs in place of a video's layers, in a module that is not used again."""
+    for name, each in list(module.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child == "time_conv":  # of the frames after the first
+            delattr(module.get_submodule(parent), child)
+        elif type(each).__name__ == "QwenImageCausalConv3d":
+            setattr(module.get_submodule(parent), child, FrameConv(each))
+        elif type(each).__name__ == "QwenImageAttentionBlock":
+            setattr(module.get_submodule(parent), child, FrameAttention(each))
+        elif isinstance(each, nn.Upsample):
+            each.mode = "nearest"  # the same, doubling; ONNX has no nearest-exact
+
+
 class Decoder(nn.Module):
     """AutoencoderKLQwenImage.decode of one frame; parameter names are the model's."""
 
@@ -51,16 +65,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.post_quant_conv = model.post_quant_conv
         self.decoder = model.decoder
-        for name, module in list(self.named_modules()):
-            parent, _, child = name.rpartition(".")
-            if child == "time_conv":  # of the frames after the first
-                delattr(self.get_submodule(parent), child)
-            elif type(module).__name__ == "QwenImageCausalConv3d":
-                setattr(self.get_submodule(parent), child, FrameConv(module))
-            elif type(module).__name__ == "QwenImageAttentionBlock":
-                setattr(self.get_submodule(parent), child, FrameAttention(module))
-            elif isinstance(module, nn.Upsample):
-                module.mode = "nearest"  # the same, doubling; ONNX has no nearest-exact
+        on_one_frame(self)
 
     def forward(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, H, W], cut to -1 to 1."""
@@ -68,8 +73,34 @@ class Decoder(nn.Module):
         return image[:, :, 0].clamp(-1, 1)
 
 
+class ImageEncoder(nn.Module):
+    """AutoencoderKLQwenImage.encode of one frame; parameter names are the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv
+        on_one_frame(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, C, h, w], the mean."""
+        moments = self.quant_conv(self.encoder(image[:, :, None]))[:, :, 0]
+        mean: Tensor = moments.chunk(2, dim=1)[0]
+        return mean
+
+
 def vae_program(model: Any, dtype: torch.dtype) -> Program:
     """The decoding half, for any size."""
     config = model.config
-    factor = 2 ** len(config.temperal_downsample)
-    return decoder_program(Decoder(model), dtype, (config.z_dim, 3), factor)
+    return decoder_program(Decoder(model), dtype, (config.z_dim, 3), scale_factor(model))
+
+
+def vae_encoder_program(model: Any, dtype: torch.dtype) -> Program:
+    """The encoding half, for any size that it divides."""
+    return encoder_program(ImageEncoder(model), dtype, model.config.z_dim, scale_factor(model))
+
+
+def scale_factor(model: Any) -> int:
+    """Pixels of the image's side to one of the latents'."""
+    factor: int = 2 ** len(model.config.temperal_downsample)
+    return factor

@@ -233,7 +233,7 @@ SD3 = Family(
         Encoder("text_encoder_2", "text_encoder_2", *CLIP),
         Encoder("text_encoder_3", "text_encoder_3", *T5, whole=False),
         None,
-        VAE,
+        *VAE,
     ),
     tracing=Tracing(
         environment=environment,

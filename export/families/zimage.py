@@ -298,7 +298,7 @@ ZIMAGE = Family(
             read=("input_ids", "attention_mask"),
         ),
         None,
-        VAE,
+        *VAE,
     ),
     tracing=Tracing(
         environment=environment,

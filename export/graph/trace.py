@@ -38,6 +38,14 @@ VECTORS = "vectors"  # a block's weight that export adds: indices of its vectors
 OUT = "out_"  # graph outputs are named so: a graph cannot read and write one name
 
 
+def example_size(size: int | str) -> int:
+    """A dimension of the example: a number, a name of EXAMPLE, or a multiple ("8*latent_width")."""
+    if isinstance(size, int):
+        return size
+    factor, _, name = size.rpartition("*")
+    return int(factor or 1) * EXAMPLE[name]
+
+
 @dataclass(frozen=True)
 class Spec:
     """A tensor's dtype and shape; strings in the shape are dynamic dimensions."""
@@ -47,7 +55,7 @@ class Spec:
 
     def example(self) -> Tensor:
         """Zeros of the example's sizes (ones in integer tensors)."""
-        sizes = [EXAMPLE[size] if isinstance(size, str) else size for size in self.shape]
+        sizes = [example_size(size) for size in self.shape]
         return torch.zeros(sizes, dtype=self.dtype)
 
     def json(self) -> dict[str, Any]:

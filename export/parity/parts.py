@@ -19,6 +19,7 @@ from export.parity.tapped_bundle import tapped_bundle, tapped_plans
 from export.parity.torch_recording import Recording, to_unit
 from runtime.bundle.block_groups import choosing_groups, groups_of, windows
 from runtime.bundle.directory import Bundle
+from runtime.bundle.manifest import OPTIONAL
 from runtime.files.tensors import to_float32
 from runtime.pipeline import Pipeline
 from runtime.program.backends import PLAN_BACKENDS
@@ -52,6 +53,8 @@ def compare_components(
     """Every component on the inputs it has in torch."""
     rows = []
     for component, (inputs, outputs) in sorted(reference.components.items()):
+        if component in OPTIONAL and component not in pipeline.manifest["components"]:
+            continue
         row = pipeline.bundle.component(component)
         if len(inputs) == 1:  # named as the bundle names them
             inputs = dict(zip(row["inputs"], inputs.values()))

@@ -162,7 +162,9 @@ def record(
             )
         spatial = row.spatial(pipe, final, height, width)
         image = row.decode(pipe, spatial)
+        encoded = row.encode(pipe, image)
     result.components["vae_decoder"] = ({"latents": array(spatial)}, {"image": array(image)})
+    result.components["vae_encoder"] = ({"image": array(image)}, {"latents": array(encoded)})
     result.image = to_unit(array(image))
     return result
 

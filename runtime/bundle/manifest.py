@@ -38,6 +38,7 @@ MAX_TOKENS = 4096  # of a prompt
 MAX_TEMPLATE = 10_000  # characters of what stands before or after a prompt
 MAX_DIM = 1 << 40
 MAX_PIXELS = 16384  # a side of an image
+OPTIONAL = {"vae_encoder": 1}  # components that a bundle may have, and their outputs
 
 
 def check(manifest: Any) -> None:
@@ -64,7 +65,8 @@ def check(manifest: Any) -> None:
         mapping(components, name, "components")
     for name in components:
         check_component(mapping(components, name, "components"), f"components.{name}", files)
-    for name, count in family.components.items():
+    present = {name: count for name, count in OPTIONAL.items() if name in components}
+    for name, count in {**family.components, **present}.items():
         for side, wanted in (("inputs", 1), ("outputs", count)) if count else ():
             found = set(components[name][side]) - {"attention_mask"}  # which goes with input_ids
             if len(found) != wanted:

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from runtime.families.flow_matching import check_scheduler, sampler
-from runtime.families.latents import Settings, Size, Step, patches, spatial_noise, unpatchify
+from runtime.families.latents import (
+    Settings,
+    Size,
+    Step,
+    patches,
+    scaled,
+    spatial_noise,
+    unpatchify,
+)
 from runtime.files.checked_json import wrong
 
 Arrays = Mapping[str, np.ndarray]
@@ -73,7 +81,8 @@ class Family:
     guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
     velocity(sample, settings, (h, w)): the transformer's output as latents (or noise, as `sampler`
         takes it).
-    image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them.
+    image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them;
+    encoded(latents [n, C, h, w] as the VAE encodes them, settings): the inverse.
     """
 
     name: str
@@ -89,6 +98,7 @@ class Family:
     timesteps: Callable[[dict[str, Any], np.ndarray], np.ndarray]
     image_latents: Callable[[np.ndarray, Settings, Size], np.ndarray]
     # What follows fits latents [n, C, h, w] under flow matching.
+    encoded: Callable[[np.ndarray, Settings], np.ndarray] = scaled
     noise: Callable[[Sequence[int], int, int, int], np.ndarray] = spatial_noise
     layouts: Callable[[int, int, int, int], tuple[tuple[int, ...], ...]] = lambda *shape: (shape,)
     arrange: Callable[[np.ndarray], np.ndarray] = lambda latents: latents

@@ -63,4 +63,5 @@ FLUX = Family(
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=shared.unpacked,
+    encoded=shared.scaled_and_packed,
 )

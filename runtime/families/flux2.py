@@ -86,6 +86,13 @@ def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) ->
     return shared.unpack(latents * std + mean, *latent_size)
 
 
+def encoded(latents: np.ndarray, settings: Settings) -> np.ndarray:
+    """Encoded latents [n, C, h, w] -> packed, the inverse of `image_latents`."""
+    mean, std = (np.array(settings[name], np.float32) for name in ("mean", "std"))
+    packed: np.ndarray = (shared.pack(latents) - mean) / std
+    return packed
+
+
 FLUX2 = Family(
     name="flux2",
     title="FLUX.2",
@@ -104,4 +111,5 @@ FLUX2 = Family(
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=image_latents,
+    encoded=encoded,
 )

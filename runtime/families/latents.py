@@ -146,6 +146,21 @@ def unscale(latents: np.ndarray, scaling_factor: float, shift_factor: float | No
     return latents / np.float32(scaling_factor) + np.float32(shift_factor or 0.0)
 
 
+def scale(latents: np.ndarray, scaling_factor: float, shift_factor: float | None) -> np.ndarray:
+    """From what the VAE encodes to what the transformer denoises, the inverse of `unscale`."""
+    return (latents - np.float32(shift_factor or 0.0)) * np.float32(scaling_factor)
+
+
+def scaled(latents: np.ndarray, settings: Settings) -> np.ndarray:
+    """Encoded latents [n, C, h, w], shifted and scaled."""
+    return scale(latents, settings["scaling_factor"], settings.get("shift_factor"))
+
+
+def scaled_and_packed(latents: np.ndarray, settings: Settings) -> np.ndarray:
+    """Encoded latents [n, C, h, w], shifted and scaled -> packed."""
+    return pack(scaled(latents, settings))
+
+
 def unpacked(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """Packed latents -> [n, C, h, w], unscaled."""
     spatial = unpack(latents, *latent_size)

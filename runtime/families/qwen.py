@@ -89,9 +89,21 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
 
 def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) -> np.ndarray:
     """Packed latents -> [n, C, h, w], by the VAE's mean and deviation of every channel."""
-    spatial = shared.unpack(latents, *latent_size)
+    mean, std = statistics(settings)
+    spatial: np.ndarray = shared.unpack(latents, *latent_size) * std + mean
+    return spatial
+
+
+def encoded(latents: np.ndarray, settings: Settings) -> np.ndarray:
+    """Encoded latents [n, C, h, w] -> packed, the inverse of `image_latents`."""
+    mean, std = statistics(settings)
+    return shared.pack((latents - mean) / std)
+
+
+def statistics(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """The VAE's mean and deviation of every channel [C, 1, 1]."""
     mean, std = (np.array(settings[n], np.float32)[:, None, None] for n in ("mean", "std"))
-    return spatial * std + mean
+    return mean, std
 
 
 QWEN = Family(
@@ -117,4 +129,5 @@ QWEN = Family(
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=image_latents,
+    encoded=encoded,
 )

@@ -41,13 +41,18 @@ def plan_key(component: str, kind: str, graph: str) -> str:
 
 
 def sizes_of(component: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, int]:
-    """What each named dimension of a component's inputs measures, given arrays."""
-    return {
-        dim: size
-        for name, row in component["inputs"].items()
-        for dim, size in zip(row["shape"], inputs[name].shape, strict=True)
-        if isinstance(dim, str)
-    }
+    """What each named dimension of a component's inputs measures, given arrays.
+
+    An input's "8*latent_height" says what latent_height is.
+    """
+    sizes: dict[str, int] = {}
+    for name, row in component["inputs"].items():
+        for dim, size in zip(row["shape"], inputs[name].shape, strict=True):
+            if isinstance(dim, str):
+                factor, names = dimension_terms(dim)[0]
+                multiple = len(names) == 1 and "+" not in dim and dim != "tokens"
+                sizes |= {names[0]: size // factor} if multiple else {dim: size}
+    return sizes
 
 
 def one_call(

@@ -24,7 +24,7 @@ from tests.conftest import exported
 from tests.tiny.pipeline import tiny_inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
+COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder")
 CHOICES = (0, 1, 2, 4)
 
 

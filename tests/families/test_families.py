@@ -487,6 +487,7 @@ def test_blocks_and_the_whole_graph_are_torchs(tiny: Tiny, bundle: Path, sparse_
     assert answer["passed"], answer["failures"]
     rows = [*answer["components"], *answer["blocks"]]
     assert len(answer["blocks"]) >= 2 * len(program)
+    assert {"vae_decoder", "vae_encoder"} <= {row["place"] for row in rows}
     assert max(row["relative_error"] for row in rows) < 2e-5
     assert answer["trajectory"]["steps"][-1]["relative_error"] < 1e-4  # guided, from one noise
 

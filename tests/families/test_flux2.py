@@ -90,7 +90,7 @@ def test_every_part_is_torchs(build: Any, bundle: Path, directory: Path) -> None
     rows = [*answer["components"], *answer["blocks"]]
     assert max(row["relative_error"] for row in rows) < 2e-5
     places = {row["place"] for row in rows}
-    assert {"text_encoder", "transformer", "vae_decoder", "embed (step 0)"} <= places
+    assert {"text_encoder", "transformer", "vae_decoder", "vae_encoder", "embed (step 0)"} <= places
     assert min(answer["trajectory"]["image_psnr"]) > 80
 
 

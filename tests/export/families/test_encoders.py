@@ -78,7 +78,7 @@ def test_t5_equals_torch(tiny_bundle: Path, tiny_dense_dir: Path, batch: int, to
 def test_vae_equals_torch(
     tiny_bundle: Path, tiny_dense_dir: Path, batch: int, height: int, width: int
 ) -> None:
-    """Any batch and image size, not square ones too."""
+    """Both halves, for any batch and image size, not square ones too."""
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL.from_pretrained(tiny_dense_dir / "vae").eval()
@@ -86,10 +86,15 @@ def test_vae_equals_torch(
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(height))
     with torch.no_grad():
         expected = model.decode(latents).sample
+        mean = model.encode(expected).latent_dist.mean
     run = session(tiny_bundle / "vae_decoder.onnx")
     (found,) = run.run(["image"], {"latents": latents.numpy()})
     assert found.shape == (batch, 3, 2 * height, 2 * width)
     assert relative(found, expected) < LIMIT
+    run = session(tiny_bundle / "vae_encoder.onnx")
+    (found,) = run.run(["latents"], {"image": expected.numpy()})
+    assert found.shape == shape
+    assert relative(found, mean) < LIMIT
 
 
 def weights_of(program: Program, model: torch.nn.Module) -> dict[str, np.ndarray]:

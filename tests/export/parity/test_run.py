@@ -42,7 +42,13 @@ def test_the_bundle_equals_torch(result: dict[str, Any]) -> None:
     errors = [row["relative_error"] for row in result["blocks"]]
     assert errors == sorted(errors, reverse=True)
     components = {row["place"] for row in result["components"]}
-    assert components == {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"}
+    assert components == {
+        "text_encoder",
+        "text_encoder_2",
+        "transformer",
+        "vae_decoder",
+        "vae_encoder",
+    }
 
 
 def test_weights_stored_in_half_are_compared_as_they_are_stored(

@@ -140,7 +140,7 @@ def test_every_plan_of_a_bundle_is_built(tiny_bundle: Path, tmp_path: Path):
     profiles = default_profiles(bundle.manifest)
     (entry,) = build_plans(graphs, tmp_path, dtype="float32", profiles=profiles).values()
     assert set(entry["files"]) == {
-        *("text_encoder/clip", "text_encoder_2/t5", "vae_decoder/vae"),
+        *("text_encoder/clip", "text_encoder_2/t5", "vae_decoder/vae", "vae_encoder/vae"),
         *("transformer/embed", "transformer/final"),
         *(f"transformer/{kind}.k{k}" for kind in ("double", "single") for k in (0, 2)),
     }
