@@ -90,6 +90,36 @@ def _at_once(**fields: Any) -> Callable[[str], Recipe]:
     return lambda dense: replace(_one_stage(_preset("L")(dense)), **fields)
 
 
+# FFNs that learn by themselves: long enough that mixtures have passed pruned FFNs
+# (results/emoji/ffn-alone.json), on tokens enough that neither learns them by heart.
+ALONE = recipes.Local(steps=3200, tokens=1024, samples=2048, batch_size=64, lr=1e-2)
+POLISH = 1e-3  # the whole model's rate after that
+
+
+def _alone(change: Callable[..., Recipe] | None = None, *more: Any) -> Callable[[str], Recipe]:
+    """L, or what it is changed to, every FFN learning by itself."""
+
+    def made(dense: str) -> Recipe:
+        found = _preset("L")(dense)
+        found = change(found, *more) if change else found
+        local = replace(ALONE, balance=ALONE.balance if found.top_k else 0.0)
+        return replace(found, name=f"{found.name}-local", local=local, stages=())
+
+    return made
+
+
+def _polished(change: Callable[..., Recipe] | None = None, *more: Any) -> Callable[[str], Recipe]:
+    """The same model's FFNs learning together, from FFNs that have learnt alone."""
+
+    def made(dense: str) -> Recipe:
+        found = _preset("L")(dense)
+        found = change(found, *more) if change else _one_stage(found)
+        (stage,) = found.stages
+        return replace(found, stages=(replace(stage, lr=POLISH),))
+
+    return made
+
+
 def _narrow(by: int) -> Callable[[str], Recipe]:
     """FFNs cut to as many neurons as `_lean` activates: L's 1.5 x the width, over `by`."""
     return lambda dense: baselines.width_pruned(_lean(by)(dense), 1.5 / by)
@@ -218,10 +248,20 @@ _MORE = (
         _from("L", baselines.width_pruned, 2.0),
         times=LONGER,
     ),
+    Row("L-local", "every FFN of L learns by itself", _alone()),
+    Row("width-1.5-local", "width-1.5, every FFN by itself", _alone(baselines.width_pruned, 1.5)),
+    Row("L-polished", "L-local, then FFNs together", _polished(), start="L-local"),
+    Row(
+        "width-1.5-polished",
+        "width-1.5-local, then FFNs together",
+        _polished(baselines.width_pruned, 1.5),
+        start="width-1.5-local",
+    ),
     Row("L-router", "L-joint, routers fitted to experts by rank", _at_once(router="energy")),
 )
 _EMOJI = (
-    "dense L-joint-longer width-1.5-longer width-2-longer L-fitted L-joint width-1.5 width-2 L S "
+    "dense L-polished width-1.5-polished L-local width-1.5-local L-joint-longer width-1.5-longer "
+    "width-2-longer L-fitted L-joint width-1.5 width-2 L S "
     "depth-first depth-middle depth-linear random joint XS depth-first-joint XS-first XS-linear M "
     "L-router"
 ).split()
@@ -261,9 +301,14 @@ def chain(row: Row) -> list[Row]:
 
 
 def recipe_of(row: Row, dense: str, steps: int, seed: int) -> Recipe:
-    """The row's recipe and seed; its steps are `steps` and the presets', `times` as many."""
+    """The row's recipe and seed; its steps are `steps` and the presets', `times` as many.
+
+    Where FFNs learn by themselves the steps are the recipe's own.
+    """
     assert row.recipe is not None, row
     found = row.recipe(dense)
+    if found.local is not None:
+        return replace(found, seed=seed)
     presets = sum(stage.steps for stage in _preset("L")(dense).stages)
     total = round(found.steps * steps * row.times / presets)
     found = replace(recipes.with_steps(found, total), seed=seed)

@@ -128,6 +128,10 @@ EXPECTED: dict[str, tuple[Expected, ...]] = {
         ("clearly over", "joint", "depth-first-joint"),
         ("clearly over", "XS", "XS-first"),
         ("clearly over", "XS", "XS-linear"),
+        ("clearly over", "L-local", "width-1.5-local"),
+        ("clearly over", "L-polished", "width-1.5-polished"),
+        ("clearly over", "L-joint-longer", "width-1.5-longer"),
+        ("keeps", "L-polished", 0.95),
     ),
 }
 TESTS = {

@@ -147,11 +147,14 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
 
     start = model_dir(named(row.start), seed, settings) if row.start else None
     label = None if settings.world == "shapes" else settings.world  # as `--data` labels it
+    recipe = recipe_of(row, settings.dense, settings.steps, seed)
+    if recipe.local is not None:
+        return _learnt_alone(recipe, settings, folder, label)
     with progress_bars() as progress:  # lines in the row's log
         answer = convert(
             settings.dense,
             folder,
-            recipe_of(row, settings.dense, settings.steps, seed),
+            recipe,
             suite_named(settings.world).batches,
             neuron_importance,
             options=Options(start=start, resume=True, data=label),
@@ -160,6 +163,30 @@ def _converted(row: Row, seed: int, settings: Settings, folder: Path) -> dict[st
         )
     fields = ("identity_error", "losses", "seconds", "parameters")
     return {name: answer[name] for name in fields if name in answer}
+
+
+def _learnt_alone(
+    recipe: recipes.Recipe, settings: Settings, folder: Path, label: str | None
+) -> dict[str, Any]:
+    """Convert with every FFN learning by itself; its seconds, and the mean errors."""
+    from calib.suites import suite_named
+    from d2m.convert.streamed import convert_stream, summary_of
+
+    began = time.monotonic()
+    with progress_bars() as progress:
+        convert_stream(
+            settings.dense,
+            folder,
+            recipe,
+            batches=suite_named(settings.world).batches,
+            data=label,
+            resume=True,
+            progress=progress,
+            log=lambda text: print(text, flush=True),
+        )
+    learnt = json.loads((folder / "local.json").read_text("utf-8"))
+    seconds = {"local": round(time.monotonic() - began, 1)}
+    return {"local": summary_of(learnt), "seconds": seconds}
 
 
 def main() -> None:
