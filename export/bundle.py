@@ -25,6 +25,7 @@ from export.checks import (
     need_extra,
     plan_apis,
 )
+from runtime.bundle.trial import made_here
 from runtime.files.atomic import replace_dir, temporary_dir, write_bytes, write_json, write_text
 from runtime.files.hashes import sha256
 from runtime.trt.launch_schedule import plan_key
@@ -137,6 +138,7 @@ def export_bundle(
         # Last, for it hashes the rest; only what the runtime opens takes the bundle's place.
         write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
+    made_here(sha256(final / "manifest.json"))
     return summary(final, manifest)
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from export.checks import check_quant
 from runtime.bundle.directory import open_bundle
+from runtime.bundle.trial import made_here, vouched_for
 from runtime.files.atomic import replace_dir, temporary_dir
+from runtime.files.hashes import sha256
 
 if TYPE_CHECKING:
     from export.graph.program import Program
@@ -78,6 +80,8 @@ def quantise_bundle(
         )
         write_manifest(folder, manifest, hashes, progress)
         replace_dir(folder, final)
+    if vouched_for(bundle):  # its other graphs are copies
+        made_here(sha256(final / "manifest.json"))
     return summary(final, manifest)
 
 

@@ -7,7 +7,7 @@ Importing this package loads nothing; the first call does. Files in reading orde
 bundle as a callable, `request` the arguments of a call, checked, `sampling` what a call does step
 by step, `opened` the bundle and its executors, `tokenizer` prompts to token ids, `image` pixels to
 a file, `regenerate` an image made again from its file, `latency_budget` settings for so many
-seconds; `nvtriton` an old name of serve/triton.py.
+seconds; `trial` the process that tries foreign bundles; `nvtriton` an old name of serve/triton.py.
 
     files/     the ground: files on disk, with the standard library and numpy alone
     lora/      LoRAs of the dense model, read and placed

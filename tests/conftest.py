@@ -64,9 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hashes of the tests' bundles are not remembered in the user's cache."""
+    """Hashes of the tests' bundles are not remembered in the user's cache.
+
+    Changed bundles are opened without a trial, but in its own tests (runtime.bundle.trial).
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("D2M_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("D2M_TRIAL", "never")
         yield
 
 

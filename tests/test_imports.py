@@ -40,7 +40,7 @@ LAYERS = {
         opened
         sampling
         pipeline
-        inspect measure regenerate
+        inspect measure regenerate trial
         serve
         nvtriton""",
     "d2m": """

@@ -11,6 +11,7 @@ A directory enters, a `Bundle` leaves: its manifest, files whose hashes hold, si
     lora_record     Where every Linear of the dense model lies in it, for LoRAs
     block_groups    Mixture of Blocks in a program: which calls of a group run
     kernel_package  A package of kernels (`python -m d2m.kernels build`)
+    trial           Foreign bundles: their graphs run first in a process of its own
     signature       Signed bundles: an Ed25519 signature of manifest.json
     signing         Signing bundles: pairs of keys made, manifests signed
 """

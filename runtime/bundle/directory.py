@@ -29,6 +29,8 @@ CHECKS = ("cached", "full", "sizes")
 class Bundle:
     """An opened bundle. `digest` is the SHA-256 of manifest.json, and so of every file in it.
 
+    `trusted`: why its graphs need no trial (runtime.bundle.trial); None where that is not known.
+
     What was hashed is what is used, even where files are replaced meanwhile: `read` hashes what it
     gives, and `weights` opens the files of `stamps`, those of the hashes (empty: unchecked).
     """
@@ -37,6 +39,7 @@ class Bundle:
     manifest: dict[str, Any]
     digest: str
     stamps: dict[str, Stamp] = field(default_factory=dict, repr=False)
+    trusted: str | None = None
     _weights: dict[str, SafeTensors] = field(default_factory=dict, repr=False)
 
     @property
@@ -112,7 +115,7 @@ def open_bundle(
     files = manifest["files"]
     for name, row in files.items():
         check_file(root, name, row, full=False)  # sizes first: they are known at once
-    bundle = Bundle(root, manifest, digest)
+    bundle = Bundle(root, manifest, digest, trusted="signed" if key is not None else None)
     if check != "sizes":
         wanted = {name: row["sha256"] for name, row in files.items()}
         if wrong := first_mismatch(root, wanted, anew=check == "full", stamps=bundle.stamps):

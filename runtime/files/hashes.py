@@ -88,7 +88,11 @@ def first_mismatch(
 
 def recall(root: Path) -> dict[str, Any]:
     """What is remembered of a directory's files: name -> stamp and hash; {} where nothing is."""
-    place = cache_file(root)
+    return read_cached(cache_file(root), f"hashes of {root} are computed again")
+
+
+def read_cached(place: Path | None, otherwise: str) -> dict[str, Any]:
+    """A file of the cache, {} where there is none or it is not ours; `otherwise` is then logged."""
     try:
         if place is None or place.stat().st_uid != os.getuid() or place.is_symlink():
             return {}
@@ -98,7 +102,7 @@ def recall(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: Windows has no getuid
-        log.info("hashes of %s are computed again (%s)", root, error)
+        log.info("%s (%s)", otherwise, error)
         return {}
 
 

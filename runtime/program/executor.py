@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.bundle.block_groups import per_sample
+from runtime.bundle.trial import try_foreign
 from runtime.files.extras import need
 from runtime.files.tensors import numpy_dtype
 from runtime.program.backends import BACKENDS, CUDA_LIBRARIES, GPU_BACKENDS, MODULES, PLAN_BACKENDS
@@ -149,7 +150,12 @@ def batch_limit(bundle: Bundle, backend: str) -> int:
 def open_component(
     bundle: Bundle, component: str, backend: str, *, threads: int | None = None, **options: Any
 ) -> Executor:
-    """The executor of one component on a backend that `choose_backend` named."""
+    """The executor of one component on a backend that `choose_backend` named.
+
+    Graphs of a foreign bundle are tried first, in a process of its own (runtime.bundle.trial).
+    """
+    if backend not in PLAN_BACKENDS:
+        try_foreign(bundle, backend, threads, options)
     module, _, factory = BACKENDS[backend].partition(":")
     make = getattr(importlib.import_module(module), factory)
     executor: Executor = make(bundle, component, threads=threads, **options)
