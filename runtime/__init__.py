@@ -12,6 +12,7 @@ seconds; `trial` the process that tries foreign bundles; `nvtriton` an old name 
     files/     the ground: files on disk, with the standard library and numpy alone
     lora/      LoRAs of the dense model, read and placed
     families/  what a family's pipeline does around its models, in numpy
+    images/    images as inputs
     bundle/    a bundle is data: opened, checked, signed
     cuda/      a CUDA device and its memory
     program/   what every backend shares, and the choice of one
@@ -90,6 +91,10 @@ def run(
     latents: np.ndarray | None = None,
     negative: str | Sequence[str] | None = None,
     cache: str | None = None,
+    image: Any = None,
+    strength: float | None = None,
+    mask: Any = None,
+    control: Any = None,
     progress: Progress | None = None,
     callback: StepCallback | None = None,
     cancel: Cancel | None = None,

@@ -42,6 +42,10 @@ class Pipeline(Opened):
         latents: np.ndarray | None = None,
         negative: str | Sequence[str] | None = None,
         cache: str | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        control: Any = None,
         progress: Progress | None = None,
         callback: StepCallback | None = None,
         cancel: Cancel | None = None,
@@ -66,6 +70,14 @@ class Pipeline(Opened):
         cache    in which steps the blocks are not run: "none" (the default), "auto",
                  "first-block:0.1", "interval:2", "taylor:interval:3"; see
                  runtime.program.step_cache. Images say how many were skipped
+        image    what is changed (image to image): a PIL image or an array [H, W, 3], of uint8 or of
+                 floats 0 to 1; or a list, one per prompt. height and width left out are its own,
+                 made smaller to what the model takes
+        strength how much of the denoising it goes through, above 0 and at most 1; 0.6 unless said,
+                 with a mask 1
+        mask     where the image is repainted: white (255, 1.0) of a PIL image or an array [H, W] of
+                 the image's size; or a list, one per prompt
+        control  for models that follow one, such as edges or depth: an image, as `image`
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
@@ -91,6 +103,10 @@ class Pipeline(Opened):
             sigmas=sigmas,
             negative=negative,
             cache=cache,
+            image=image,
+            mask=mask,
+            control=control,
+            strength=strength,
         )
         if output_type not in OUTPUT_TYPES:
             expected = ", ".join(OUTPUT_TYPES)

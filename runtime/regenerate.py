@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +11,16 @@ import numpy as np
 from runtime.files.checked_json import printable
 from runtime.image import MAX_SCALE, enlarge, settings_of
 from runtime.pipeline import Pipeline
-from runtime.request import whole_number
+from runtime.request import check_request, whole_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ARGUMENTS = (
     *("prompt", "negative", "seed", "steps", "guidance"),
-    *("height", "width", "top_k", "kappa", "sigmas", "cache"),
+    *("height", "width", "top_k", "kappa", "sigmas", "cache", "strength"),
 )
+IMAGES = ("image", "mask", "control")
 
 
 def regenerate(
@@ -27,16 +28,18 @@ def regenerate(
     bundle: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     *,
+    images: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> tuple[Image, dict[str, Any]]:
     """(the image, a comparison): generates what the PNG at `path` says that it is.
 
+    `images`: of one that was made from others ("image", "mask", "control"), those.
     `backend` "auto" takes the one that the image was generated on; `options` (threads, experts,
     offload) are those of runtime.load. The comparison holds `same`, `pixels_that_differ`, the
     `largest_difference` of a colour value (of 255), and the settings. Raises FileNotFoundError,
     ImportError or ValueError with one sentence: no PNG of ours, generated from latents that were
-    given, or from another bundle than this one.
+    given, from other images, or from another bundle than this one.
     """
     settings = settings_of(path)
     if not all(isinstance(settings.get(name), str) for name in ("bundle", "prompt")):
@@ -65,11 +68,41 @@ def regenerate(
             " at the same strengths; name them with --lora FILE:STRENGTH."
         )
     arguments: dict[str, Any] = {name: settings[name] for name in ARGUMENTS if name in settings}
+    arguments |= same_images(path, settings, arguments, images or {}, pipeline.manifest)
     scale = whole_number(settings.get("scale", 1), f"the scale that {path} names", 1, MAX_SCALE)
     image = pipeline(**arguments, progress=progress)
     assert not isinstance(image, list | np.ndarray)
     image = enlarge(image, scale) if scale > 1 else image
     return image, compare(path, image) | {"settings": settings, "backend": pipeline.backend}
+
+
+def same_images(
+    path: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+    manifest: dict[str, Any],
+) -> dict[str, Any]:
+    """The images that were given; ValueError unless the file at `path` was generated from them."""
+    found = {name: image for name, image in given.items() if image is not None}
+    for name in IMAGES:
+        if name in settings and name not in found:
+            raise ValueError(
+                f"{path} was generated from {'an' if name == 'image' else 'a'} {name}, expected the"
+                f" same file: name it with --{name}."
+            )
+        if name in found and name not in settings:
+            raise ValueError(f"{path} was generated without {name}, expected none; leave it out.")
+    if found:
+        said = check_request(manifest, **arguments, **found).settings(0)
+        other = [name for name in found if said[name] != settings[name]]
+        if other:
+            raise ValueError(
+                f"{path} was generated from another {other[0]} than the one that is given: its"
+                f" pixels have SHA-256 {printable(str(settings[other[0]]))[:12]}..., these"
+                f" {said[other[0]][:12]}...; name the file that it was generated from."
+            )
+    return found
 
 
 def compare(path: str | os.PathLike[str], image: Image) -> dict[str, Any]:

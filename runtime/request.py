@@ -11,6 +11,7 @@ import numpy as np
 from runtime.bundle.block_groups import largest_kappa
 from runtime.families import family_of, is_guided
 from runtime.files.checked_json import show
+from runtime.images.given import NOTHING, GivenImages, check_images
 from runtime.program.step_cache import Method, check_method, read_method
 
 MAX_STEPS = 1000
@@ -45,6 +46,7 @@ class Request:
     sigmas: tuple[float, ...] | None = None  # noise levels in place of the scheduler's own
     negative: list[str] | None = None  # negative prompt per image; None: no guidance by one
     cache: Method = Method()  # of steps
+    images: GivenImages = NOTHING  # that it starts from or follows
 
     def settings(self, index: int) -> dict[str, Any]:
         """What the text chunk of image `index` says: enough to generate it again."""
@@ -65,7 +67,7 @@ class Request:
             settings["negative"] = self.negative[index]
         if self.cache.text != "none":
             settings["cache"] = self.cache.text
-        return settings
+        return settings | self.images.settings(index)
 
 
 def check_request(
@@ -83,6 +85,10 @@ def check_request(
     sigmas: Sequence[float] | None = None,
     negative: str | Sequence[str] | None = None,
     cache: str | None = None,
+    image: Any = None,
+    mask: Any = None,
+    control: Any = None,
+    strength: float | None = None,
 ) -> Request:
     """Fill in the bundle's defaults; ValueError, one sentence, for what cannot be generated."""
     defaults = manifest["defaults"]
@@ -96,8 +102,14 @@ def check_request(
             f"sigmas lists {len(levels)} noise levels but steps is {steps}, expected as many;"
             " leave steps out."
         )
-    height = check_side(manifest, "height", height)
-    width = check_side(manifest, "width", width)
+    height, width = (
+        None if size is None else check_side(manifest, name, size)
+        for name, size in (("height", height), ("width", width))
+    )
+    given: Any = {"image": image, "mask": mask, "control": control, "strength": strength}
+    images, height, width = check_images(manifest, len(prompts), n, height, width, **given)
+    height, width = check_side(manifest, "height", height), check_side(manifest, "width", width)
+    taken = steps - images.first_step(steps)
     guidance = defaults["guidance"] if guidance is None else guidance
     if not is_number(guidance) or not 0 <= guidance <= 1000:
         raise ValueError(f"guidance is {guidance!r}, expected a number from 0 to 1000.")
@@ -115,7 +127,8 @@ def check_request(
         many=not isinstance(prompt, str) or n > 1,
         sigmas=levels,
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
-        cache=check_cache(manifest, cache, steps),
+        cache=check_cache(manifest, cache, taken),
+        images=images,
     )
 
 

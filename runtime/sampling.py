@@ -18,6 +18,7 @@ import numpy as np
 from runtime.bundle.block_groups import can_forecast
 from runtime.families.family import Arrays, rows
 from runtime.families.latents import image_tokens
+from runtime.images.latents import NO_IMAGES, ImageLatents, image_latents, no_channels
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.program.step_cache import StepCache
@@ -80,6 +81,10 @@ def generate_batch(
     report("encode", start, total)
     negative_prompts = None if request.negative is None else request.negative[part]
     conditions, negative = encode_pairs(model, prompts, negative_prompts, rows)
+    settings = model.manifest["latents"]
+    images = image_latents(
+        request.images, part, model.family, settings, lambda pixels: encode_image(model, pixels)
+    ).take(rows)
     report("encode", end, total)
     if noise is None:
         seeds = [seed for seed in request.seeds[part] if seed is not None]
@@ -96,6 +101,8 @@ def generate_batch(
         kappa=request.kappa,
         guidance=request.guidance,
         sigmas=request.sigmas,
+        images=images,
+        start=request.images.first_step(len(request.top_k)),
         cache=cache,
         step=step,
         after=after,
@@ -113,12 +120,12 @@ def generate_batch(
     }
     if model.loras:
         common["loras"] = [each.row() for each in model.loras]
-    settings = [request.settings(index) | common for index in range(start, end)]
+    made = [request.settings(index) | common for index in range(start, end)]
     if cache is not None:
         # A mean over an image's rows, of which guidance by a negative prompt makes two.
         skipped = cache.skipped.reshape(-1, count).mean(0).tolist()
-        settings = [row | {"steps_skipped": n} for row, n in zip(settings, skipped)]
-    return pixels, settings
+        made = [row | {"steps_skipped": n} for row, n in zip(made, skipped)]
+    return pixels, made
 
 
 def encode(model: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -181,6 +188,8 @@ def denoise(
     negative: Arrays | None = None,
     kappa: Sequence[int | None] | None = None,
     sigmas: Sequence[float] | None = None,
+    images: ImageLatents = NO_IMAGES,
+    start: int = 0,
     cache: StepCache | None = None,
     step: Callable[[int, int], None] | None = None,
     after: StepCallback | None = None,
@@ -190,10 +199,12 @@ def denoise(
     `conditions` as `encode` gives them, [n, ...]; `negative` the same of negative prompts, for
     classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
     latent pixels; `kappa` has an entry per step, None throughout means the bundle's; `sigmas`
-    see `Pipeline.__call__`; `cache`: a new one, which may leave steps out; `step(done, steps)` is
-    called before the first step and after each, `after(done, steps, latents)` after each.
+    see `Pipeline.__call__`; `images`: those that are denoised instead of noise alone, from the step
+    `start` on, as a mask or more channels of theirs say; `cache`: a new one, which may leave steps
+    out; `step(done, steps)` is called before the first step and after each,
+    `after(done, steps, latents)` after each, both of the steps that are taken.
     """
-    steps = len(top_k)
+    steps, taken = len(top_k), len(top_k) - start
     kappa = [model.manifest.get("kappa")] * steps if kappa is None else kappa
     levels = noise_levels(model, steps, latent_size, sigmas)
     advance = model.family.sampler(model.manifest["scheduler"], levels)
@@ -201,37 +212,50 @@ def denoise(
         conditions = {
             name: np.concatenate([negative[name], array]) for name, array in conditions.items()
         }
-    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance)
+    more = images.channels
+    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance, more)[start:]
     executor, component = model.executor("transformer"), model.bundle.component("transformer")
-    starts: list[Any] = [None] * steps
+    starts: list[Any] = [None] * taken
     if can_forecast(component) and hasattr(executor, "block"):
         # Whole graphs have no `block`: their routers are in them.
-        starts = list(forecast(component, executor.block, map(model.cast, feeds), kappa))
-    latents = noise
-    for index, feed in enumerate(feeds):
+        starts = list(forecast(component, executor.block, map(model.cast, feeds), kappa[start:]))
+    clean, latents = images.image, noise
+    if clean is not None:
+        latents = model.family.noised(clean, noise, levels[start])
+    for index, feed in enumerate(feeds, start):
         if step:
-            step(index, steps)
-        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions))}
+            step(index - start, taken)
+        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions), more)}
         if model.step_hook:
             model.step_hook(inputs, top_k[index], kappa[index])
         if cache is not None:
             cache.begin(levels[index])
-        knobs = top_k[index], kappa[index], starts[index], cache
+        knobs = top_k[index], kappa[index], starts[index - start], cache
         (sample,) = model.execute("transformer", inputs, *knobs).values()
         if negative is not None:
             sample = model.family.guide(sample, guidance)
         velocity = model.family.velocity(sample, model.manifest["latents"], latent_size)
         latents = advance(index, latents, velocity)
+        if images.mask is not None and clean is not None:
+            kept = model.family.noised(clean, noise, levels[index + 1])
+            latents = (1 - images.mask) * kept + images.mask * latents
         if after:
-            after(index + 1, steps, latents)
+            after(index + 1 - start, taken, latents)
     if step:
-        step(steps, steps)
+        step(taken, taken)
     return latents
 
 
-def hidden_states(model: Opened, latents: np.ndarray, count: int) -> np.ndarray:
-    """hidden_states [count, T, channels] of latents [n, ...], repeated for every n rows."""
+def hidden_states(
+    model: Opened, latents: np.ndarray, count: int, channels: np.ndarray | None = None
+) -> np.ndarray:
+    """hidden_states [count, T, C] of latents [n, ...], repeated for every n rows.
+
+    channels: what stands beside those of the latents, [n, T, C'].
+    """
     tokens = model.family.tokens(latents, model.manifest["latents"])
+    if channels is not None:
+        tokens = np.concatenate([tokens, channels], axis=-1)
     return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
 
 
@@ -242,9 +266,10 @@ def step_inputs(
     sigmas: np.ndarray,
     latent_size: tuple[int, int],
     guidance: float,
+    channels: np.ndarray | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """The transformer's inputs for every step, all with the noise as hidden_states."""
-    hidden = hidden_states(model, noise, rows(conditions))
+    hidden = hidden_states(model, noise, rows(conditions), channels)
     inputs = model.family.inputs(model.manifest, conditions, latent_size, guidance)
     times = model.family.timesteps(model.manifest["scheduler"], sigmas)
     each = (np.full(len(hidden), time, np.float32) for time in times)
@@ -256,22 +281,31 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
     size = request.latent_size
     sigmas = noise_levels(model, len(request.top_k), size)[:-1]
     noise, conditions = prepare_latents(model, [0], size), encode(model, request.prompts[:1])
-    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance)
+    channels = no_channels(model.manifest, noise)
+    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, channels)
     return [model.cast(feed) for feed in feeds]
 
 
 def encode_image(model: Opened, pixels: np.ndarray) -> np.ndarray:
     """Pixels [n, 3, H, W], -1 to 1 -> latents as the family denoises them, without noise.
 
-    The mean of what the VAE gives, not a sample. ValueError where the bundle has no VAE encoder.
+    The mean of what the VAE gives, not a sample. One image at a time, so that it does not depend on
+    others of its batch. ValueError where the bundle has no VAE encoder.
     """
     if "vae_encoder" not in model.manifest["components"]:
         raise ValueError(
             f"bundle {model.bundle.path} has no vae_encoder, which images as inputs need; add it"
             " with d2m export PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
         )
-    (latents,) = model.execute("vae_encoder", pixels).values()
-    return model.family.encoded(latents, model.manifest["latents"])
+    found: list[np.ndarray] = []
+    for index in range(len(pixels)):
+        if index and np.array_equal(pixels[index], pixels[index - 1]):
+            found.append(found[-1])
+        else:
+            row = np.ascontiguousarray(pixels[index : index + 1])
+            (latents,) = model.execute("vae_encoder", row).values()
+            found.append(model.family.encoded(latents, model.manifest["latents"]))
+    return np.concatenate(found)
 
 
 def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:

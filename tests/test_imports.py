@@ -34,7 +34,7 @@ LAYERS = {
         lora
         families cuda image
         bundle
-        program tokenizer
+        program tokenizer images
         request
         ort trt latency_budget
         opened

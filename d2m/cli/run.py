@@ -53,6 +53,16 @@ def run(
     negative: Annotated[
         str | None, option("Negative prompt (SD3, PixArt-Sigma, Qwen-Image).")
     ] = None,
+    image: Annotated[
+        Path | None, option("Image to change: image to image, or the one that --mask is of.")
+    ] = None,
+    strength: Annotated[
+        float | None, option("How far the image is changed, 0 to 1; by default 0.6, with a mask 1.")
+    ] = None,
+    mask: Annotated[Path | None, option("Image that is white where --image is repainted.")] = None,
+    control: Annotated[
+        Path | None, option("Image that the model follows, such as edges (FLUX.1 Canny, Depth).")
+    ] = None,
     height: options.Height = None,
     width: options.Width = None,
     n: options.Images = 1,
@@ -75,7 +85,8 @@ def run(
     experts: options.Experts = "auto",
     offload: options.Offload = "none",
     regenerate: Annotated[
-        Path | None, option("PNG made by d2m: generate it again and compare.")
+        Path | None,
+        option("PNG made by d2m: generate it again, from the same images, and compare."),
     ] = None,
     again: Annotated[Path | None, typer.Option(hidden=True)] = None,  # the option's old name
     verify: Annotated[
@@ -98,16 +109,23 @@ def run(
     import runtime
     from runtime.files.atomic import check_writable
     from runtime.image import check_name, enlarge, save, settings_of, to_png
+    from runtime.images import open_image
 
     how: dict[str, Any] = {"experts": experts, "offload": offload, "loras": dict(lora or ())}
+    files_in = {"image": image, "mask": mask, "control": control}
+    images_in = {
+        name: open_image(file, f"--{name}") for name, file in files_in.items() if file is not None
+    }
     if (png := regenerate or again) is not None:
         from runtime.regenerate import regenerate as function
 
         if second is not None or (first is not None and bundle is not None):
             raise ValueError("--regenerate takes the prompt from the image; name the bundle alone")
         with progress_bars() as progress:
-            image, comparison = function(png, first or bundle, backend, **how, progress=progress)
-        print_answer(comparison | {"file": str(save(image, out))}, json_)
+            again_made, comparison = function(
+                png, first or bundle, backend, images=images_in, **how, progress=progress
+            )
+        print_answer(comparison | {"file": str(save(again_made, out))}, json_)
         return
     if prompts is not None:
         if second is not None or (first is not None and bundle is not None):
@@ -130,21 +148,26 @@ def run(
     settings: dict[str, Any] = {"guidance": guidance, "n": n, "top_k": top_k, "kappa": kappa}
     settings |= {"steps": steps, "height": height, "width": width, "budget": budget, "cache": cache}
     given = asked["prompt"]
-    for clause in pipeline.warnings([given] if isinstance(given, str) else given, height, width):
+    size = height, width
+    if images_in:
+        own = images_in.get("image") or images_in.get("control") or images_in["mask"]
+        size = height or own.height, width or own.width
+    for clause in pipeline.warnings([given] if isinstance(given, str) else given, *size):
         say(f"warning: {clause}")
+    settings |= {**images_in, "strength": strength}
     with progress_bars() as progress:
         answer = pipeline(**asked, **settings, sigmas=sigmas, progress=progress)
     images: list[Any] = answer if isinstance(answer, list) else [answer]
     if scale > 1:
-        images = [enlarge(image, scale) for image in images]
-    used = [settings_of(image) for image in images]
+        images = [enlarge(made, scale) for made in images]
+    used = [settings_of(made) for made in images]
     if to_stdout:
         sys.stdout.buffer.write(to_png(images[0]))
         return
     names = [row["prompt"] for row in used], [row["seed"] for row in used]
     files = image_files(out, *names, many=isinstance(answer, list))
-    for image, name in zip(images, files, strict=True):
-        save(image, name)
+    for made, name in zip(images, files, strict=True):
+        save(made, name)
     seconds = round(time.perf_counter() - began, 2)
     if json_:
         common = {"files": list(map(str, files)), "backend": pipeline.backend, "seconds": seconds}

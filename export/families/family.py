@@ -83,6 +83,7 @@ class Family:
     through: inputs that `embed` reads and hands on under their names.
     text_tokens_of(keywords of its forward): tokens of the text that its blocks get; apart(keywords
         of a block, what it returns, text tokens): both with image and text apart.
+    given(pipe, height, width): keywords of the images that its pipeline wants, if it wants any.
     spatial(pipe, latents, height, width): [n, C, h, w] as the VAE decodes them.
     decode(pipe, latents of that shape): pixels [n, 3, H, W], -1 to 1; encode(pipe, pixels): the
         other way.
@@ -100,6 +101,7 @@ class Family:
     sample: Callable[[Any, Tensor], Tensor] = lambda model, output: output
     decode: Callable[[Any, Tensor], Tensor] = decode
     encode: Callable[[Any, Tensor], Tensor] = encode
+    given: Callable[[Any, int, int], dict[str, Any]] = lambda pipe, height, width: {}
     unread: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     told: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]] = lambda model, keywords: {}
     through: tuple[str, ...] = ()

@@ -112,6 +112,26 @@ def lengths(directory: Path) -> dict[str, int]:
     }
 
 
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents.
+
+    "control": the latents of a control image too, as FLUX.1 Canny and Depth read them; "fill":
+    those of the masked image and all pixels of the mask, as FLUX.1 Fill does. ValueError where
+    numbers of channels are of neither.
+    """
+    channels = 4 * vae["latent_channels"]
+    pixels = 4 ** len(vae["block_out_channels"])  # of a mask in a token
+    written = transformer.get("out_channels") or transformer.get("in_channels")
+    known = {2 * channels: "control", 2 * channels + pixels: "fill"}
+    condition = known.get(transformer.get("in_channels", 0)) if written == channels else None
+    if condition is None:
+        return packed_latents(transformer, vae, directory)
+    plain = packed_latents({**transformer, "in_channels": channels}, vae, directory)
+    return plain | {"condition": condition}
+
+
 def text_tokens(lengths: Mapping[str, int]) -> dict[str, int]:
     """What reads how many tokens: the transformer and T5 as many."""
     return {"": lengths["tokenizer_2"], "text_encoder": lengths["tokenizer"]}
@@ -138,6 +158,23 @@ def model_inputs(
     return found | {name: first[name] for name in ("rope_cos", "rope_sin")}
 
 
+def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
+    """Images for the pipelines of Fill, and of Canny and Depth: colours that run, a square."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.indices((height, width)) * 255.0
+    planes = (rows / height, columns / width, 255 - (rows + columns) / (height + width))
+    image = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8), "RGB")
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2, width // 4 :] = 255
+    kinds = {
+        "FluxFillPipeline": {"image": image, "mask_image": Image.fromarray(mask, "L")},
+        "FluxControlPipeline": {"control_image": image},
+    }
+    return kinds.get(type(pipe).__name__, {})
+
+
 FLUX = Family(
     name="flux",
     components=(
@@ -157,9 +194,10 @@ FLUX = Family(
         processor=ExportAttention,
     ),
     lengths=lengths,
-    latents=packed_latents,
+    latents=latents,
     text_tokens=text_tokens,
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     spatial=unpacked,
+    given=given,
 )

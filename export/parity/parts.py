@@ -21,6 +21,7 @@ from runtime.bundle.block_groups import choosing_groups, groups_of, windows
 from runtime.bundle.directory import Bundle
 from runtime.bundle.manifest import OPTIONAL
 from runtime.files.tensors import to_float32
+from runtime.images.latents import NO_IMAGES, ImageLatents
 from runtime.pipeline import Pipeline
 from runtime.program.backends import PLAN_BACKENDS
 from runtime.program.executor import open_component
@@ -192,8 +193,15 @@ def compare_trajectory(
     report: Progress,
     kappa: int | None = None,
 ) -> dict[str, Any]:
-    """Both generate from the same noise and torch's embeddings; the latents after each step."""
+    """Both generate from the same noise and torch's embeddings; the latents after each step.
+
+    Of a model that reads an image beside its latents, with torch's channels of it.
+    """
     found: list[np.ndarray] = []
+    read = reference.components["transformer"][0]["hidden_states"]
+    images = NO_IMAGES
+    if pipeline.manifest["latents"].get("condition"):
+        images = ImageLatents(channels=read[: len(noise), :, noise.shape[-1] :])
     final = denoise(
         pipeline,
         noise,
@@ -203,6 +211,7 @@ def compare_trajectory(
         kappa=[kappa] * steps,
         guidance=pipeline.manifest["defaults"]["guidance"],
         negative=reference.negative,
+        images=images,
         step=lambda done, total: report("trajectory", done, total),
         after=lambda done, total, latents: found.append(latents.copy()),
     )
@@ -210,11 +219,11 @@ def compare_trajectory(
         measure("latents", f"step {step}", expected, latents, limit=float("inf"))
         for step, (expected, latents) in enumerate(zip(reference.latents[1:], found, strict=True))
     ]
-    images = to_unit(decode(pipeline, final, (latent[0], latent[1])))
+    generated = to_unit(decode(pipeline, final, (latent[0], latent[1])))
     return {
         "steps": [
             {"step": i, "relative_error": row.relative_error, "cosine": row.cosine}
             for i, row in enumerate(rows)
         ],
-        "image_psnr": [psnr(a, b) for a, b in zip(reference.image, images, strict=True)],
+        "image_psnr": [psnr(a, b) for a, b in zip(reference.image, generated, strict=True)],
     }

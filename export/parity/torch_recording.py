@@ -159,6 +159,7 @@ def record(
                 width=width,
                 max_sequence_length=text_tokens,
                 callback_on_step_end=after,
+                **row.given(pipe, height, width),
             )
         spatial = row.spatial(pipe, final, height, width)
         image = row.decode(pipe, spatial)

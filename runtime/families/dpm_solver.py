@@ -129,6 +129,14 @@ def timestep_of(config: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
     return np.abs(table(config)[None, :] - levels[:, None]).argmin(axis=1)
 
 
+def noised(latents: np.ndarray, noise: np.ndarray, level: np.floating) -> np.ndarray:
+    """Latents with noise at the noise level `level`: alpha (x_0 + sigma noise), in float32."""
+    sigma = float(level)
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    found: np.ndarray = np.float32(alpha) * latents + np.float32(alpha * sigma) * noise
+    return found
+
+
 def sampler(config: Mapping[str, Any], levels: np.ndarray) -> Step:
     """A generation's step(index, latents, predicted noise) -> the next latents, float32.
 

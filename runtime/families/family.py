@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.families.flow_matching import check_scheduler, sampler
+from runtime.families.flow_matching import check_scheduler, noised, sampler
 from runtime.families.latents import (
     Settings,
     Size,
@@ -74,6 +74,8 @@ class Family:
     sigmas(scheduler, steps, T, given): noise levels [steps + 1].
     sampler(scheduler, noise levels): the step of one generation, (index, latents, prediction as
         latents) -> the next latents; asked in order, so that it may remember.
+    noised(latents, noise, noise level): latents with noise, where a generation starts or a mask
+        keeps them.
     inputs(manifest, conditions, (h, w), guidance): the transformer's inputs that are the same in
         every step, for as many rows as `conditions` have.
     timesteps(scheduler, noise levels [S]): its input `timestep` at each of them, [S].
@@ -112,3 +114,4 @@ class Family:
     dropped: int = 0
     check_scheduler: Callable[[dict[str, Any]], None] = check_scheduler
     sampler: Callable[[dict[str, Any], np.ndarray], Step] = sampler
+    noised: Callable[[np.ndarray, np.ndarray, np.floating], np.ndarray] = noised

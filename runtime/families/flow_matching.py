@@ -145,6 +145,12 @@ def euler(
     return latents + (np.float32(following) - np.float32(sigma)) * velocity
 
 
+def noised(latents: np.ndarray, noise: np.ndarray, level: np.floating) -> np.ndarray:
+    """Latents with noise at the noise level `level`, in float32."""
+    sigma = np.float32(level)
+    return sigma * noise + (np.float32(1) - sigma) * latents
+
+
 def sampler(scheduler: Mapping[str, Any], levels: np.ndarray) -> Step:
     """Euler's step along the predicted velocity, from one of `levels` to the next."""
     return lambda index, latents, velocity: euler(

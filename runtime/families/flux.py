@@ -15,11 +15,34 @@ from runtime.families import latents as shared
 from runtime.families.family import Arrays, Family, Run, rows
 from runtime.families.flow_matching import sigmas, timesteps
 from runtime.families.latents import Size
+from runtime.files.checked_json import mapping, one_of, wrong
 
 
 def title_of(config: Mapping[str, Any]) -> str:
-    """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding."""
+    """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding; or a model that reads more than
+    latents, by its channels."""
+    read, written = config.get("in_channels", 64), config.get("out_channels")
+    if written and read != written:
+        return f"FLUX.1 {'Canny or Depth' if read == 2 * written else 'Fill'} [dev]"
     return f"FLUX.1 [{'dev' if config.get('guidance_embeds') else 'schnell'}]"
+
+
+def check(manifest: Mapping[str, Any]) -> None:
+    """ValueError (a clause) unless latents are packed, with the channels of what a token reads."""
+    shared.check_packed(manifest)
+    settings = mapping(dict(manifest), "latents")
+    more = {
+        None: 0,
+        "control": 4 * settings["channels"],
+        "fill": 4 * settings["channels"] + 4 * settings["vae_scale_factor"] ** 2,
+    }
+    if "condition" in settings:
+        one_of(settings, "condition", ("control", "fill"), "latents")
+    wanted = 4 * settings["channels"] + more[settings.get("condition")]
+    read = manifest["components"]["transformer"]["inputs"].get("hidden_states", {}).get("shape")
+    if not read or read[-1] != wanted:
+        where = "components.transformer.inputs.hidden_states.shape"
+        raise wrong(where, read, f"{wanted} channels, as latents has it")
 
 
 def guided(manifest: Mapping[str, Any]) -> bool:
@@ -52,7 +75,7 @@ FLUX = Family(
     title="FLUX.1",
     classes=("FluxTransformer2DModel", "SparseFluxTransformer2DModel"),
     title_of=title_of,
-    check=shared.check_packed,
+    check=check,
     encode=encode,
     noise=shared.packed_noise,
     layouts=shared.packed_layouts,

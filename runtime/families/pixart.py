@@ -107,6 +107,7 @@ PIXART = Family(
     check_scheduler=dpm_solver.check_scheduler,
     sigmas=sigmas,
     sampler=dpm_solver.sampler,
+    noised=dpm_solver.noised,
     inputs=inputs,
     timesteps=dpm_solver.timestep_of,
     velocity=predicted,

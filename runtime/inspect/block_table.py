@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.bundle.block_groups import can_forecast, groups_of
+from runtime.images.given import example_images
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.request import check_request
@@ -50,7 +51,8 @@ def forecast_table(
             f" {group['alpha']:g} and so reads the image while it is generated, expected alpha 0;"
             " convert with blocks.alpha 0."
         )
-    request = check_request(pipeline.manifest, prompt, steps=steps, kappa=kappa)
+    given = example_images(pipeline.manifest)
+    request = check_request(pipeline.manifest, prompt, steps=steps, kappa=kappa, **given)
     sigmas = noise_levels(pipeline, len(request.kappa), request.latent_size)[:-1]
     block: Any = pipeline.executor("transformer").block  # type: ignore[attr-defined]
     chosen = forecast(component, block, request_inputs(pipeline, request), request.kappa)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from runtime.images.given import example_images
 from runtime.measure.bench_facts import differences, facts, machine, memory
 from runtime.measure.block_times import BlockTimer
 from runtime.measure.block_times import table as block_table
@@ -79,7 +80,7 @@ def bench(
     knobs: dict[str, dict[str, Any]] = {"bundle": common | own, "vs": common}
     for name, pipeline in opened.items():  # an error for what cannot run, before the long part
         pipeline.warm()
-        pipeline(PROMPT, seed=0, **knobs[name] | {"steps": 1})
+        pipeline(PROMPT, seed=0, **knobs[name] | {"steps": 1}, **example_images(pipeline.manifest))
 
     def cold_turn(name: str, turn: int) -> dict[str, float | None]:
         settings = {"backend": backend, "threads": threads, "prompt": PROMPT, "knobs": knobs[name]}
@@ -164,14 +165,16 @@ def time_images(
             marks.append(time.perf_counter())
 
     start = time.perf_counter()
-    pipeline(PROMPT, seed=turn + 1, n=batch, progress=note, **knobs)
+    given = example_images(pipeline.manifest)
+    pipeline(PROMPT, seed=turn + 1, n=batch, progress=note, **knobs, **given)
     total = time.perf_counter() - start
     return {"image_s": total / batch, "step_s": (marks[-1] - marks[0]) / (len(marks) - 1)}
 
 
 def first_inputs(pipeline: Pipeline, knobs: dict[str, Any]) -> dict[str, Any]:
     """The transformer's inputs in the first step of one image, as its executor takes them."""
-    return request_inputs(pipeline, check_request(pipeline.manifest, PROMPT, **knobs))[0]
+    given = example_images(pipeline.manifest)
+    return request_inputs(pipeline, check_request(pipeline.manifest, PROMPT, **knobs, **given))[0]
 
 
 def medians(rows: list[dict[str, float | None]]) -> dict[str, Any]:

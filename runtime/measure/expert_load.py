@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.block_groups import per_sample
+from runtime.images.given import example_images
 from runtime.ort.blocks import Blocks
 from runtime.ort.router_outputs import Router, find_routers, logits_outputs
 
@@ -119,7 +120,7 @@ class Meter:
         """Generate an image of one step and open the graphs with it; it does not count."""
         self.reason = uncounted_reason(self.pipeline)
         pipeline, sampler = self.sampled_pipeline()
-        pipeline("", steps=1)
+        pipeline("", steps=1, **example_images(pipeline.manifest))
         if self.reason is None and sampler.step is not None:
             self.count(sampler.step)
             self.counts, self.steps, self.seconds = {}, 0, 0.0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.images.given import example_images
 from runtime.latency_budget import KNOBS, table_key, write_table
 from runtime.request import check_request, whole_number
 
@@ -49,7 +50,8 @@ def measure(
     """
     manifest = pipeline.manifest
     repeats = whole_number(repeats, "repeats", 1, 1000)
-    own = check_request(manifest, list(prompts), height=height, width=width, n=images)
+    given = example_images(manifest)
+    own = check_request(manifest, list(prompts), height=height, width=width, n=images, **given)
     first: Setting = (len(own.top_k), own.top_k[0], own.kappa[0])
     lists: tuple[Sequence[Any], ...] = (
         steps or [count for count in STEPS if count < first[0]],
@@ -60,8 +62,8 @@ def measure(
     choices = [sorted({*given, value} - {None}) or [None] for given, value in zip(lists, first)]
     settings = list(dict.fromkeys([first, *itertools.product(*choices)]))
     for each in settings:  # all are checked before the first is generated
-        check_request(manifest, prompts[0], **named(each))
-    size: dict[str, Any] = {"height": own.height, "width": own.width, "n": images}
+        check_request(manifest, prompts[0], **named(each), **given)
+    size: dict[str, Any] = {"height": own.height, "width": own.width, "n": images, **given}
     for count in dict.fromkeys(setting[1] for setting in settings):  # sessions open here
         pipeline(prompts[0], **named((1, count, first[2])), **size)
     # Settings take turns inside every prompt, and the first of them is the reference of the others.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.images.latents import ImageLatents, no_channels
 from runtime.ort.component import Graph
 from runtime.sampling import decode, denoise, encode, prepare_latents
 
@@ -116,14 +117,16 @@ def sample(
     negative = [PROMPTS[int(i)] for i in random.integers(1, len(PROMPTS), size=size)]
     negative[row] = PROMPTS[1]
     encoded = encode(pipeline, [*prompts, *negative] if guided else prompts)
+    noise = prepare_latents(pipeline, seeds, latent_size)
     latents = denoise(
         pipeline,
-        prepare_latents(pipeline, seeds, latent_size),
+        noise,
         {name: array[:size] for name, array in encoded.items()},
         negative={name: array[size:] for name, array in encoded.items()} if guided else None,
         latent_size=latent_size,
         top_k=[top_k] * STEPS,
         guidance=pipeline.manifest["defaults"]["guidance"],
+        images=ImageLatents(channels=no_channels(pipeline.manifest, noise)),
     )
     pixels: np.ndarray = decode(pipeline, latents, latent_size)[row]
     return pixels

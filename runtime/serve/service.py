@@ -13,6 +13,7 @@ from typing import Any
 from runtime.bundle.directory import open_bundle, required_key
 from runtime.bundle.lora_record import placement_of
 from runtime.families import is_guided
+from runtime.images.given import example_images
 from runtime.lora.folder import lora_names
 from runtime.measure.expert_load import Meter
 from runtime.opened import default_bundle
@@ -123,7 +124,8 @@ class Service:
     def start(self) -> None:
         """Open every component, generate once, find out about batches; then take requests."""
         self.pipeline.warm()
-        self.min_batches.of(check_request(self.pipeline.manifest, "", steps=1))
+        manifest = self.pipeline.manifest
+        self.min_batches.of(check_request(manifest, "", steps=1, **example_images(manifest)))
         self.meter.start()
         bundle = self.pipeline.bundle
         self.metrics.info.labels(bundle.name, bundle.digest[:12], self.pipeline.backend).set(1)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtime.image import to_png
+from runtime.images.given import example_images
 from runtime.pipeline import Pipeline
 from runtime.request import Request, check_request
 from runtime.sampling import Cancelled
@@ -76,8 +77,10 @@ class Model:
         self.max_pixels = int(given.get("max_pixels") or pixels)
         self.pipeline.warm()
         self.min_batches = MinBatches(self.pipeline)
-        self.min_batches.of(check_request(self.pipeline.manifest, "", steps=1))
-        self.pipeline("", steps=1)  # what the first call alone has to do is done before "ready"
+        given = example_images(self.pipeline.manifest)
+        self.min_batches.of(check_request(self.pipeline.manifest, "", steps=1, **given))
+        # What the first call alone has to do is done before "ready".
+        self.pipeline("", steps=1, **given)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response for every request, in their order. Nothing that one asks for fails another."""

@@ -570,6 +570,80 @@ def test_draws_as_diffusers_does(
             drawer(PROMPTS[0], negative="a star")
 
 
+# diffusers' pipelines that change images: by strength alone, and with a mask.
+CHANGING = {
+    "flux": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    "sd3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "qwen": ("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    "chroma": ("ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    "zimage": ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_changes_an_image_as_diffusers_does(
+    tiny: Tiny, bundle: Path, sparse_dir: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same noise; diffusers takes the mean of the encoded image too, and no sample."""
+    import diffusers
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from PIL import Image
+
+    import runtime
+
+    if tiny.family not in CHANGING:
+        pytest.skip("diffusers has no such pipeline of this family")
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator: self.mean)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    set_top_k(pipe.transformer, 2)
+    data = family_of_pipeline(pipe).data
+    height, width = tiny.size
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    repainted = np.zeros((height, width), np.uint8)
+    repainted[2:7, 5:] = 255
+    given = {"image": image, "strength": 0.55 if masked else 0.7}
+    changed = getattr(diffusers, CHANGING[tiny.family][masked]).from_pipe(pipe)
+    changed.set_progress_bar_config(disable=True)
+    theirs: dict[str, Any] = given | {"mask_image": Image.fromarray(repainted)} if masked else given
+    shape = (2, 4, height // 2, width // 2)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(5)).numpy()
+    drawer, found = runtime.load(bundle, "ort", threads=1), []
+    against = {"negative": "a black star"} if is_guided(drawer.manifest) else {}
+    drawer(
+        PROMPTS,
+        latents=noise,
+        steps=5,
+        guidance=4.0,
+        callback=lambda done, steps, latents: found.append((done, steps, latents)),
+        **(given | {"mask": repainted} if masked else given),
+        **against,
+    )
+    if against:
+        theirs["negative_prompt"] = ["a black star"] * 2
+    if tiny.family == "sd3":
+        changed.transformer.register_to_config(in_channels=16)  # it paints for these alone
+    with torch.no_grad():
+        expected = data.generate(
+            changed,
+            {
+                "prompt": list(PROMPTS),
+                "height": height,
+                "width": width,
+                "num_inference_steps": 5,
+                "guidance_scale": 4.0,
+                "generator": torch.Generator().manual_seed(5),
+                "max_sequence_length": data.text_length(pipe),
+                "output_type": "latent",
+                **theirs,
+            },
+        ).images
+    assert [row[:2] for row in found] == [(i, len(found)) for i in range(1, len(found) + 1)]
+    assert len(found) == (3 if masked else 4)
+    assert np.abs(found[-1][2] - expected.numpy()).max() < 1e-4
+
+
 def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
     """Where a family masks its text: the masks are diffusers', and they are exact."""
     import runtime

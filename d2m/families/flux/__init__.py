@@ -26,19 +26,26 @@ CONDITIONS = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids
 GUIDANCE = 3.5  # read: what FLUX.1 [dev] generates with; ours, where a batch brings none
 # read: steps, guidance and the longest text with guidance embedding ([dev]), without ([schnell])
 DEFAULTS = {True: (28, GUIDANCE, 512), False: (4, 0.0, 256)}
+FILL = (50, 30.0, 512)  # read: of FLUX.1 Fill
 
 
 def title_of(config: Config) -> str:
-    """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding."""
+    """FLUX.1 [dev] or FLUX.1 [schnell], by the guidance embedding; or a model that reads more than
+    latents, by its channels."""
+    read, written = config.get("in_channels", 64), config.get("out_channels")
+    if written and read != written:
+        return f"FLUX.1 {'Canny or Depth' if read == 2 * written else 'Fill'} [dev]"
     return f"FLUX.1 [{'dev' if config.get('guidance_embeds') else 'schnell'}]"
 
 
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
-    """See d2m.families.generation_defaults: the VAE's size, and DEFAULTS."""
-    guided = bool(read("transformer/config.json").get("guidance_embeds", False))
+    """See d2m.families.generation_defaults: the VAE's size, and DEFAULTS or FILL's."""
+    config = read("transformer/config.json")
+    guided = bool(config.get("guidance_embeds", False))
     size = read("vae/config.json").get("sample_size", 1024)
     size = size if isinstance(size, int) else 1024
-    steps, guidance, most = DEFAULTS[guided]
+    fills = "Fill" in title_of(config)
+    steps, guidance, most = FILL if fills else DEFAULTS[guided]
     return {
         "height": size,
         "width": size,
@@ -98,7 +105,7 @@ FLUX = Family(
     names=Names(
         name="flux",
         title="FLUX.1",
-        pipelines=("FluxPipeline",),
+        pipelines=("FluxPipeline", "FluxFillPipeline", "FluxControlPipeline"),
         dense_class="FluxTransformer2DModel",
         sparse_class="SparseFluxTransformer2DModel",
         title_of=title_of,

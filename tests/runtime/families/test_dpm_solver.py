@@ -48,6 +48,32 @@ def test_a_drawing_is_diffusers(name: str, steps: int) -> None:
         assert np.abs(ours - theirs.numpy()).max() < 1e-5 * np.abs(theirs.numpy()).max()
 
 
+@pytest.mark.parametrize("name", ["pixart-sigma", "heun"])
+def test_a_drawing_from_noised_latents_is_diffusers(name: str) -> None:
+    """Begun in the middle, as for an image that is changed: noise added there, then the steps."""
+    torch = pytest.importorskip("torch")
+    from diffusers import DPMSolverMultistepScheduler
+
+    config, steps, start = CONFIGS[name], 9, 4
+    scheduler = DPMSolverMultistepScheduler(**config)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(start)
+    levels = dpm_solver.sigmas(config, steps)
+    rng = np.random.default_rng(0)
+    image, noise = rng.standard_normal((2, 2, 4, 6, 6)).astype(np.float32)
+    ours = dpm_solver.noised(image, noise, levels[start])
+    times = scheduler.timesteps[start:]
+    theirs = scheduler.add_noise(torch.from_numpy(image), torch.from_numpy(noise), times[:1])
+    assert np.abs(ours - theirs.numpy()).max() < 1e-6
+    assert np.array_equal(dpm_solver.noised(image, noise, np.float32(0)), image)
+    step = dpm_solver.sampler(config, levels)
+    for index, time in enumerate(times, start):
+        ours = step(index, ours, np.tanh(ours + 0.1 * index))
+        predicted = torch.tanh(theirs + 0.1 * index)
+        theirs = scheduler.step(predicted, time, theirs, return_dict=False)[0]
+        assert np.abs(ours - theirs.numpy()).max() < 1e-5 * np.abs(theirs.numpy()).max()
+
+
 def test_what_diffusers_writes_is_taken() -> None:
     """The config that save_pretrained writes, -Infinity and all."""
     diffusers = pytest.importorskip("diffusers")
