@@ -253,8 +253,8 @@ def write_weights(
     from export.checkpoint.shared_shards import link_shards
     from export.checkpoint.weights import place, refuse_unknown, write
 
-    wanted = torch_dtype(storage) if storage else component.storage
-    placed = place(program, lambda name: wanted or component.checkpoint.dtype(name))
+    wanted = torch_dtype(storage) if storage else None
+    placed = place(program, lambda name: component.stored_dtype(name, wanted))
     shards: list[str] = []
     if component.name == "transformer":
         refuse_unknown(component.checkpoint, placed)

@@ -34,16 +34,29 @@ if TYPE_CHECKING:
 class Component:
     """One component of a bundle before it is traced.
 
-    `trace(dtype)` makes its program; `get` reads a checkpoint tensor; `storage` is the dtype to
-    store in (None: each tensor's own).
+    `trace(dtype)` makes its program; `get` reads a checkpoint tensor, `own` tells its dtype;
+    `storage` is the dtype to store in (None: each tensor's own).
     """
 
     name: str
     model: Any
     trace: Callable[[torch.dtype], Program]
     get: Callable[[str], torch.Tensor]
+    own: Callable[[str], torch.dtype]
     storage: torch.dtype | None
     checkpoint: Checkpoint
+
+    def stored_dtype(self, name: str, storage: torch.dtype | None) -> torch.dtype:
+        """What a tensor is stored in where `storage` is asked for (None: nothing is).
+
+        What the class keeps in float32 is not rounded to a half type: it is stored as it is.
+        """
+        from export.graph.trace import float32_for
+
+        wanted = storage or self.storage
+        if wanted is None or wanted in float32_for(self.model, name):
+            return self.own(name)
+        return wanted
 
 
 def open_pipeline(directory: Path) -> tuple[Family, dict[str, Any], bool]:
@@ -115,7 +128,12 @@ def open_components(
             opened[folder] = model, checkpoint, parameter_getter(model)
         model, checkpoint, get = opened[folder]
         stored = checkpoint.main_dtype()
-        return Component(name, model, lambda d: trace(model, d), get, stored, checkpoint)
+
+        def own(key: str) -> torch.dtype:
+            found: torch.dtype = get(key).dtype
+            return found
+
+        return Component(name, model, lambda d: trace(model, d), get, own, stored, checkpoint)
 
     def empty(
         name: str, folder: str, cls: Any, trace: Any, stored_name: Callable[[str], str]
@@ -144,7 +162,11 @@ def open_components(
         def get(key: str) -> torch.Tensor:
             return checkpoint.get(stored(key))
 
-        return Component(name, model.eval(), lambda d: trace(model, d), get, kind, checkpoint)
+        def own(key: str) -> torch.dtype:
+            return checkpoint.dtype(stored(key))
+
+        model = model.eval()
+        return Component(name, model, lambda d: trace(model, d), get, own, kind, checkpoint)
 
     row = FAMILIES[family_of(directory).names.name]
     skeleton = empty_transformer(directory)
@@ -162,9 +184,8 @@ def open_components(
     found = []
     for encoder in row.components:
         if encoder is None:
-            found.append(
-                Component("transformer", skeleton, trace, transformer_tensor, None, checkpoint)
-            )
+            rest = transformer_tensor, checkpoint.dtype, None, checkpoint
+            found.append(Component("transformer", skeleton, trace, *rest))
             continue
         cls = classes[encoder.folder]
         keyword = "dtype" if encoder.library == "transformers" else "torch_dtype"

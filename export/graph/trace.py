@@ -77,7 +77,14 @@ def weight_specs(module: nn.Module, dtype: torch.dtype) -> dict[str, Spec]:
 
 
 def keep_float32(model: nn.Module) -> None:
-    """Mark the parameters that the model's class keeps in float32 when it is loaded in half.
+    """Mark the parameters that the model's class keeps in float32 when it is loaded in half."""
+    for name, parameter in model.named_parameters():
+        if dtypes := float32_for(model, name):
+            parameter.float32_for = dtypes  # type: ignore[attr-defined]
+
+
+def float32_for(model: nn.Module, name: str) -> tuple[torch.dtype, ...]:
+    """The half types in place of which the model's class loads a parameter in float32.
 
     read: transformers' `_keep_in_fp32_modules` (T5's wo, which overflows) is for float16 alone,
     its `_strict` one and diffusers' for both; a name in them is a part of the parameter's.
@@ -87,11 +94,11 @@ def keep_float32(model: nn.Module) -> None:
         "_keep_in_fp32_modules": halves[:1] if hasattr(model, "config_class") else halves,
         "_keep_in_fp32_modules_strict": halves,
     }
+    found: tuple[torch.dtype, ...] = ()
     for field, dtypes in lists.items():
-        kept = set(getattr(model, field, None) or ())
-        for name, parameter in model.named_parameters():
-            if kept.intersection(name.split(".")):
-                parameter.float32_for = dtypes  # type: ignore[attr-defined]
+        if set(getattr(model, field, None) or ()).intersection(name.split(".")):
+            found = dtypes
+    return found
 
 
 def linear_weights(module: nn.Module) -> set[str]:

@@ -1,5 +1,6 @@
 """Text encoders and VAE decoder of the tiny bundle through ONNX Runtime, against torch."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,30 @@ def test_what_diffusers_keeps(tiny_dense_dir: Path) -> None:
         wide = {name for name, spec in specs.items() if spec.dtype == torch.float32}
         assert wide == {n for n in specs if {"conv_norm_out", "conv"} & set(n.split("."))}
         assert 0 < len(wide) < len(specs)
+
+
+@pytest.mark.parametrize("storage", ["fp16", None])
+def test_storage_in_float16_rounds_nothing_that_transformers_keeps(
+    tiny_dense_dir: Path, tmp_path: Path, storage: str | None
+) -> None:
+    """Asked for, or because most of the checkpoint is float16, as transformers saves such a T5."""
+    from transformers import T5EncoderModel
+
+    from export.bundle import write_weights
+    from export.checkpoint.pipeline import open_components
+    from runtime.files.tensors import SafeTensors
+
+    source = Path(shutil.copytree(tiny_dense_dir, tmp_path / "pipeline"))
+    half = torch.float32 if storage else torch.float16
+    model = T5EncoderModel.from_pretrained(source / "text_encoder_2", dtype=half)
+    model.save_pretrained(source / "text_encoder_2")
+    component = {each.name: each for each in open_components(source, False, ())}["text_encoder_2"]
+    program = component.trace(torch.float32)
+    write_weights(tmp_path, component, program, storage, False, None)
+    found = SafeTensors(tmp_path / "text_encoder_2.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("wo.weight", "wi_0.weight")):
+            assert found.find(name).dtype == ("F32" if ".wo." in name else "F16")
+            if ".wo." in name:
+                wo = parameter.detach().numpy().T
+                assert np.array_equal(found.raw(name).reshape(wo.shape), wo)
