@@ -1,16 +1,18 @@
 """The worlds by name: what `--data`, `--suite` and the scripts need of each.
 
 shapes   coloured shapes of 32 pixels and more, judged exactly
+shapes-edit   edits of shapes: recolour, move, replace, remove one and keep the rest
 emoji    1,000 pictures of 64 pixels, judged by the nearest of all
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-NAMES = ("shapes", "emoji")
+NAMES = ("shapes", "shapes-edit", "emoji")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Suite:
     world(pixels, settings): the world for images of that size, other numbers by name, ValueError
     where there is none; settings: those names. evaluate, save_grid: as `calib.shapes.suite` has
     them. batches(pipeline, seed): training batches. prompts(count): captions of evaluation.
-    categories: what a batch's `category` counts.
+    categories: what a batch's `category` counts. edits: `generate` is given an image a prompt.
     """
 
     name: str
@@ -33,13 +35,14 @@ class Suite:
     batches: Callable[[Any, int], Any]
     prompts: Callable[[int], list[str]]
     categories: tuple[str, ...]
+    edits: bool = False
 
 
 def suite_named(name: str) -> Suite:
     """The suite of a name; ValueError names the known ones."""
     if name not in NAMES:
-        raise ValueError(f"--suite is {name!r}, expected {' or '.join(NAMES)}")
-    return _shapes() if name == "shapes" else _emoji()
+        raise ValueError(f"--suite is {name!r}, expected one of {', '.join(NAMES)}")
+    return {"shapes": _shapes, "shapes-edit": _shapes_edit, "emoji": _emoji}[name]()
 
 
 def _shapes() -> Suite:
@@ -55,6 +58,21 @@ def _shapes() -> Suite:
         batches=lambda pipe, seed: batches.shapes_batches(pipe, seed=seed),
         prompts=lambda n: [s.caption for s in world.eval_scenes(world.World(), n, 0)],
         categories=world.CATEGORIES,
+    )
+
+
+def _shapes_edit() -> Suite:
+    from calib.shapes import edit_batches, edit_suite, edits, world
+
+    return dataclasses.replace(
+        _shapes(),
+        name="shapes-edit",
+        evaluate=edit_suite.evaluate,
+        save_grid=edit_suite.save_grid,
+        batches=lambda pipe, seed: edit_batches.edit_batches(pipe, seed=seed),
+        prompts=lambda n: [e.caption for e in edits.eval_edits(world.World(), n, 0)],
+        categories=edits.KINDS,
+        edits=True,
     )
 
 

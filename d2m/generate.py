@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from d2m.model.knobs import Knob
 
-Generate = Callable[[Sequence[str], Sequence[int]], "list[Image]"]
+Generate = Callable[..., "list[Image]"]
 
 
 def settings(directory: str | Path, **overrides: Any) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def generate_with(
 ) -> Generate:
     """A function (prompts, seeds) -> images; `values` are the fields of `generation_defaults`.
 
+    Of a pipeline that edits: (prompts, seeds, images), a PIL image a prompt.
+
     top_k, kappa: experts a token uses and blocks a group keeps meanwhile, or lists with one number
     for every denoising step; None: as the model has them. noise(seeds): the initial latents, an
     array [n, ...] as the pipeline takes them, in place of those of torch's generator.
@@ -106,7 +108,9 @@ def generate_with(
     with knobs(pipe.transformer, steps, **counts):
         pass  # a wrong number is answered before anything is generated
 
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+    def generate(
+        prompts: Sequence[str], seeds: Sequence[int], given: Sequence[Image] | None = None
+    ) -> list[Image]:
         if len(prompts) != len(seeds):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(seeds)} seeds, expected one seed a prompt"
@@ -121,6 +125,8 @@ def generate_with(
                     "generator": generators,
                 }
                 arguments |= {"callback_on_step_end": on_step_end, **values}
+                if given is not None:
+                    arguments["images"] = list(given[chunk])
                 if noise is not None:
                     given = torch.from_numpy(noise([int(seed) for seed in seeds[chunk]]))
                     arguments["latents"] = given.to(pipe.device, pipe.dtype)

@@ -12,6 +12,7 @@ step.
     samples         Samples for a batch, by its place in a run: read, decoded
     pixels          The file of a picture as pixels of the size that a model is trained at
     encodings       Pictures and captions as a transformer takes them
+    pairs           Pictures before and after an edit as an editor's transformer takes them
     encoding_cache  Encodings kept in a directory, so that a picture or a caption is encoded once
     trajectories    Data-free training data: latents that the dense model makes itself
 """

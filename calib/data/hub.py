@@ -6,32 +6,31 @@ so that one that is damaged is one sample less and not an error of a library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calib.data.folder import CAPTIONS
-from calib.data.source import Sample, Source, checked
+from calib.data.source import Files, Sample, Source, checked, checked_pair
 from d2m.plan.hub import reason_of
 from runtime.files.extras import need
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 
 
-def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
+def hub_source(name: str, columns: tuple[str, ...] | None = None) -> Source:
     """The dataset's split "train", or its only one, as a source.
 
-    columns: those of the picture and of the caption; None: found by their types and names.
+    columns: those of the picture and of the caption, or of the pictures before and after an edit
+    and of its instruction; None: picture and caption, found by their types and names.
     FileNotFoundError, ImportError or ValueError, in one sentence, if it cannot be opened, the
     library is missing, or no such columns are there.
     """
     data = _opened(name)
-    picture, caption = columns or ("", "")
     features: Mapping[str, Any] = data.features or next(iter(data), {})
-    if columns is None:
-        picture, caption = _columns(name, features)
-    for column in (picture, caption):
+    *pictures, caption = columns or _columns(name, features)
+    for column in (*pictures, caption):
         if column not in features:
             raise ValueError(
                 f"{name} has no column {column!r}; it has {', '.join(features)}: name two of them "
@@ -39,9 +38,10 @@ def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
             )
     import datasets
 
-    if _is_image(features[picture]):
-        data = data.cast_column(picture, datasets.Image(decode=False))
-    data = data.select_columns([picture, caption])
+    for picture in pictures:
+        if _is_image(features[picture]):
+            data = data.cast_column(picture, datasets.Image(decode=False))
+    data = data.select_columns([*pictures, caption])
     count = data.num_shards
     shards = tuple(f"{name} {i + 1} of {count}" for i in range(count))
     number = {shard: i for i, shard in enumerate(shards)}
@@ -49,13 +49,14 @@ def hub_source(name: str, columns: tuple[str, str] | None = None) -> Source:
     def rows(shard: str, first: int) -> Iterator[Sample]:
         part = data.shard(count, number[shard], contiguous=True)
         for row, values in enumerate(part.skip(first) if first else part, first):
-            yield Sample(f"{shard}, row {row}", partial(_read, values[picture], values[caption]))
+            files = [values[picture] for picture in pictures]
+            yield Sample(f"{shard}, row {row}", partial(_read, files, values[caption]))
 
     def length(shard: str) -> int:
         part = data.shard(count, number[shard], contiguous=True).select_columns([caption])
         return sum(1 for _ in part)
 
-    return Source(name, shards, rows, length)
+    return Source(name, shards, rows, length, pairs=len(pictures) > 1)
 
 
 def _opened(name: str) -> Any:
@@ -111,8 +112,14 @@ def _is_image(kind: Any) -> bool:
     return type(kind).__name__ == "Image"
 
 
-def _read(value: Any, caption: Any) -> tuple[bytes, str]:
-    """A sample: the bytes of its picture's file, and its caption."""
+def _read(values: Sequence[Any], caption: Any) -> tuple[Files, str]:
+    """A sample: the bytes of its picture's file, or of both of an edit, and its caption."""
+    first, *more = (_bytes(value) for value in values)
+    return checked_pair(first, more[0], None, caption) if more else checked(first, caption)
+
+
+def _bytes(value: Any) -> bytes:
+    """A picture's file."""
     data = value
     if isinstance(value, Mapping):
         data = value.get("bytes")
@@ -123,4 +130,4 @@ def _read(value: Any, caption: Any) -> tuple[bytes, str]:
                 data = file.read()
     if not isinstance(data, bytes):
         raise ValueError(f"the picture is a {type(value).__name__}, expected its file's bytes")
-    return checked(data, caption)
+    return data

@@ -21,7 +21,7 @@ from calib.data.shuffle import order
 from calib.data.source import UNREADABLE, Source
 from calib.shapes.batches import Batches
 from calib.suites import NAMES, suite_named
-from d2m.families import family_of, family_of_pipeline
+from d2m.families import family_of, family_of_pipeline, pairs_for
 from d2m.families.generation_defaults import generation_defaults
 from runtime.files.checked_json import read_json
 
@@ -38,7 +38,8 @@ class Data:
 
     batches: (pipeline, seed) -> batches; label: tells it from other data on a resume, None for
     shapes; prompts(count): captions for the report; categories: what a batch's `category` counts;
-    facts(): the source and the number of samples left out; kind: one of `family.SOURCES`.
+    facts(): the source and the number of samples left out; kind: one of `family.SOURCES` or
+    PAIRS.
     """
 
     batches: Callable[[DiffusionPipeline, int], Batches]
@@ -63,16 +64,17 @@ def open_data(
     """Open the data that `--data HOW` names.
 
     Args:
-        how: "shapes", "emoji", a file of prompts (.txt), a folder of pictures, .tar shards (path,
-            folder, glob or brace pattern), or a dataset of the datasets library (path or name on
-            the hub).
+        how: a name of calib.suites.NAMES, a file of prompts (.txt), a folder of pictures, .tar
+            shards (path, folder, glob or brace pattern), or a dataset of the datasets library (path
+            or name on the hub).
         settings: () -> `d2m.families.generation_defaults.generation_defaults` of the dense
             pipeline, by which pictures are cut and trajectories made; called when the pipeline is
             there.
         size: height and width in pixels, in place of those.
         cache: folder for encodings and trajectories; None keeps none.
         window: samples of a shard that are mixed. skip: unreadable samples before the run stops.
-        columns: "IMAGE,CAPTION", in place of those found by their names.
+        columns: "IMAGE,CAPTION", or "BEFORE,AFTER,INSTRUCTION" of a dataset, in place of those
+            found by their names.
 
     Raises FileNotFoundError, ImportError or ValueError, in one sentence, if there is no such data.
     """
@@ -93,7 +95,7 @@ def open_data(
         world = suite_named(how)
         label = None if how == SHAPES else how
         return Data(world.batches, label, world.prompts, world.categories, dict, how)
-    source = open_source(how, _pair(columns))
+    source = open_source(how, _names(columns))
     # One count for the whole conversion: calibration and training meet the same damaged samples.
     unreadable = Unreadable(source.name, skip, log)
 
@@ -116,7 +118,7 @@ def open_data(
         return {"source": source.name, "left_out": len(unreadable.reasons)}
 
     label = f"{source.digest}, {size or 'own'} pixels, windows of {window}"
-    kind = "pictures" if source.pictures else "prompts"
+    kind = "pairs" if source.pairs else "pictures" if source.pictures else "prompts"
     return Data(batches, label, prompts, (), facts, kind)
 
 
@@ -125,6 +127,8 @@ CURES = {
     "emoji": "emoji, for one that generates 64 pixels",
     "pictures": "pictures and captions (a folder, .tar shards or a dataset)",
     "prompts": "a .txt file of prompts",
+    "shapes-edit": "shapes-edit, for one that edits shapes",
+    "pairs": "pictures before and after with instructions (a folder, .tar shards or a dataset)",
 }
 
 
@@ -141,10 +145,13 @@ def check_data(dense: str | os.PathLike[str], data: Data) -> None:
         family = family_of(root)
     except ValueError:
         return
-    words = {kind: CURES[kind] for kind in family.data.sources}
+    edits = pairs_for(root)
+    words = {kind: CURES[kind] for kind in edits or family.data.sources}
     if data.kind not in words:
+        name = read_json(root / "model_index.json")["_class_name"]
+        title = f"{name} (it edits images)" if edits else family.names.title
         raise ValueError(
-            f"--data names {data.kind}, which {family.names.title} cannot learn from; expected "
+            f"--data names {data.kind}, which {title} cannot learn from; expected "
             f"{' or '.join(words.values())} as --data"
         )
     if data.kind not in NAMES:
@@ -172,24 +179,31 @@ def world_size(root: Path) -> int:
     return found if isinstance(found, int) else int(generation_defaults(root)["height"])
 
 
-def open_source(how: str, columns: tuple[str, str] | None = None) -> Source:
+def open_source(how: str, columns: tuple[str, ...] | None = None) -> Source:
     """The source that a path, pattern or name means; errors as `open_data`."""
     path = Path(how)
     if path.is_file() and path.suffix == ".txt":
         return prompts_source(path)
-    if ".tar" in path.name or (path.is_dir() and any(path.glob("*.tar"))):
+    tars = ".tar" in path.name or (path.is_dir() and any(path.glob("*.tar")))
+    if tars or (path.is_dir() and not _dataset_in(path)):
+        if columns is not None and len(columns) == 3:
+            raise ValueError(
+                f"--columns names three columns, but {how} is no dataset; its pairs are found by "
+                "their names, NAME.before.png and NAME.after.png: leave --columns out"
+            )
+        two = (columns[0], columns[1]) if columns else None
+        if not tars:
+            return folder_source(path, two)
         from calib.data.webdataset import tar_source
 
-        return tar_source(how, columns)
-    if path.is_dir() and not _dataset_in(path):
-        return folder_source(path, columns)
+        return tar_source(how, two)
     # `pictures/hous` next to a folder `pictures` is a mistyped path, nothing to ask the hub for.
     near = path.parent != Path() and path.parent.exists()
     if not path.is_dir() and (path.exists() or near or how.count("/") > 1 or how[:1] in ".~/"):
         raise FileNotFoundError(
-            f"--data is {how!r}, which is not there or of no known kind; expected shapes, emoji, "
-            "a .txt file of prompts, a folder of pictures, .tar shards, or a dataset's path or "
-            "name."
+            f"--data is {how!r}, which is not there or of no known kind; expected "
+            f"{', '.join(NAMES)}, a .txt file of prompts, a folder of pictures, .tar shards, or a "
+            "dataset's path or name."
         )
     from calib.data.hub import hub_source
 
@@ -202,13 +216,16 @@ def _dataset_in(path: Path) -> bool:
     return any(next(path.rglob(ending), None) is not None for ending in endings)
 
 
-def _pair(columns: str | None) -> tuple[str, str] | None:
+def _names(columns: str | None) -> tuple[str, ...] | None:
     if columns is None:
         return None
-    names = [name.strip() for name in columns.split(",")]
-    if len(names) != 2 or not all(names):
-        raise ValueError(f"--columns is {columns!r}, expected two names: IMAGE,CAPTION")
-    return names[0], names[1]
+    names = tuple(name.strip() for name in columns.split(","))
+    if len(names) not in (2, 3) or not all(names):
+        raise ValueError(
+            f"--columns is {columns!r}, expected two names, IMAGE,CAPTION, or three of a dataset "
+            "of edits: BEFORE,AFTER,INSTRUCTION"
+        )
+    return names
 
 
 def source_batches(
@@ -237,11 +254,17 @@ def source_batches(
     if source.pictures:
         from calib.data.encodings import collate, image_encoder, text_encoder
 
-        picture = image_encoder(pipe, height, width, cache, log)
+        picture: Callable[[Any], dict[str, Tensor]]
+        if source.pairs:
+            from calib.data.pairs import pair_encoder
+
+            picture = pair_encoder(pipe, height, width, cache, log)
+        else:
+            picture = image_encoder(pipe, height, width, cache, log)
         text = text_encoder(pipe, settings["max_sequence_length"], cache, log)
         dropped = caption_dropper(pipe, seed)
 
-        def decode(epoch: int, data: bytes, caption: str) -> dict[str, Tensor]:
+        def decode(epoch: int, data: Any, caption: str) -> dict[str, Tensor]:
             return picture(data) | text("" if dropped(epoch, caption) else caption)
 
         samples = feed(source, seed, window, lengths, unreadable, decode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from calib.data.shuffle import order
 from calib.data.source import UNREADABLE, Damaged, Sample, Source
@@ -61,11 +61,12 @@ def feed(
     window: int,
     lengths: MutableMapping[str, int],
     unreadable: Unreadable,
-    decode: Callable[[int, bytes, str], Decoded],
+    decode: Callable[[int, Any, str], Decoded],
 ) -> Callable[[int, int], list[Decoded]]:
     """A function (first position, count) -> so many decoded samples.
 
-    decode: (epoch, file of the picture, caption) -> anything; Damaged for a picture that is none.
+    decode: (epoch, file of the picture or a Pair, caption) -> anything; Damaged for a picture that
+    is none.
     Positions that follow those of the call before are read on, others sought. ValueError when more
     samples are unreadable than allowed, or next to all are.
     """

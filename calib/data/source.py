@@ -20,15 +20,29 @@ class Damaged(ValueError):
 
 
 @dataclass(frozen=True)
+class Pair:
+    """The files of an edit: the picture after, the one before, and where it may differ (a mask,
+    white there) if the data say so."""
+
+    after: bytes
+    before: bytes
+    mask: bytes | None = None
+
+
+Files = bytes | Pair  # of a sample: a picture's, or an edit's
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One row. key: where it lies, for messages; read() -> (file of the picture, caption).
+    """One row. key: where it lies, for messages; read() -> (file of the picture, caption), of a
+    source of pairs (Pair, instruction).
 
     `read` raises one of UNREADABLE, in a sentence, where the picture or the caption is missing. The
     bytes are empty where a source has prompts alone.
     """
 
     key: str
-    read: Callable[[], tuple[bytes, str]]
+    read: Callable[[], tuple[Files, str]]
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,23 @@ class Source:
     length: Callable[[str], int]
     pictures: bool = True  # False: prompts alone
     single: bool = False  # True: every shard is one sample
+    pairs: bool = False  # True: pictures before and after, with instructions
 
     @property
     def digest(self) -> str:
         """SHA-256 of the shards' names: a resumed run must find the same."""
         return hashlib.sha256("\n".join(self.shards).encode()).hexdigest()
+
+
+def checked_pair(
+    before: bytes | None, after: bytes | None, mask: bytes | None, caption: object
+) -> tuple[Pair, str]:
+    """(pair, instruction) of a sample; ValueError where one is missing, empty or no such thing."""
+    for name, data in (("before", before), ("after", after)):
+        if not data:
+            raise ValueError(f"the picture {name} is missing or empty")
+    assert before is not None and after is not None
+    return Pair(after, before, mask or None), checked(after, caption)[1]
 
 
 def checked(data: bytes, caption: object) -> tuple[bytes, str]:

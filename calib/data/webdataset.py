@@ -1,5 +1,8 @@
 """WebDataset shards: tar files of pictures and captions, `KEY.jpg` beside `KEY.txt` or `KEY.json`.
 
+Pairs for models that edit are `KEY.before.png`, `KEY.after.png` (or `KEY.png`), the instruction as
+a caption, and maybe `KEY.mask.png`.
+
 Read with the standard library, headers first: a sample is an offset into its file, so that a run
 goes on in the middle of a shard without reading what lies before, a window of samples holds no
 pictures, and nothing is decoded but pictures, text and JSON. (The webdataset library streams: it
@@ -18,9 +21,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from calib.data.folder import caption_in
+from calib.data.folder import AFTER, BEFORE, MASK, caption_in
 from calib.data.pixels import ENDINGS
-from calib.data.source import LARGEST, Sample, Source, checked
+from calib.data.source import LARGEST, Files, Sample, Source, checked, checked_pair
 
 TEXTS = (".txt", ".text", ".caption")
 Part = tuple[int, int]  # offset and size in bytes
@@ -75,9 +78,13 @@ def tar_source(pattern: str, columns: tuple[str, str] | None = None) -> Source:
         samples = members(shard)
         for number in range(first, len(samples)):
             key, parts = samples[number]
-            yield Sample(f"{shard}:{key}", lambda parts=parts: _sample(shard, parts, columns))  # type: ignore[misc]
+            yield Sample(f"{shard}:{key}", lambda parts=parts: read(shard, parts, columns))  # type: ignore[misc]
 
-    return Source(pattern, tuple(shards_of(pattern)), rows, lambda shard: len(members(shard)))
+    shards = tuple(shards_of(pattern))
+    first = members(shards[0])
+    pairs = bool(first) and any(end.startswith(BEFORE + ".") for end in first[0][1])
+    read = _edit if pairs else _sample
+    return Source(pattern, shards, rows, lambda shard: len(members(shard)), pairs=pairs)
 
 
 @lru_cache(maxsize=4)
@@ -107,20 +114,37 @@ def members(path: str) -> list[tuple[str, dict[str, Part]]]:
 
 def _sample(
     shard: str, parts: dict[str, Part], columns: tuple[str, str] | None
-) -> tuple[bytes, str]:
+) -> tuple[Files, str]:
     """(picture, caption) at these places of a shard."""
     endings = (f".{columns[0].lstrip('.')}",) if columns else ENDINGS
-    texts = (f".{columns[1].lstrip('.')}", *TEXTS) if columns else TEXTS
     image = next((part for end, part in parts.items() if end.endswith(endings)), None)
     if image is None:
         raise ValueError(f"there is no picture, only {', '.join(parts) or 'nothing'}")
+    return checked(_bytes(shard, image), _caption(shard, parts, columns))
+
+
+def _edit(shard: str, parts: dict[str, Part], columns: tuple[str, str] | None) -> tuple[Files, str]:
+    """(pair, instruction) at these places of a shard."""
+
+    def beside(*names: str) -> bytes | None:
+        ends = (name + ending for name in names for ending in ENDINGS)
+        found = next((parts[end] for end in ends if end in parts), None)
+        return _bytes(shard, found) if found else None
+
+    caption = _caption(shard, parts, columns)
+    return checked_pair(beside(BEFORE), beside(AFTER, ""), beside(MASK), caption)
+
+
+def _caption(shard: str, parts: dict[str, Part], columns: tuple[str, str] | None) -> object:
+    """The caption at these places of a shard, None where there is none."""
+    texts = (f".{columns[1].lstrip('.')}", *TEXTS) if columns else TEXTS
     caption: object = None
     if text := next((parts[end] for end in texts if end in parts), None):
         caption = _bytes(shard, text).decode("utf-8")
     elif fields := parts.get(".json"):
         row: Any = json.loads(_bytes(shard, fields))
         caption = caption_in(row, columns) if isinstance(row, dict) else None
-    return checked(_bytes(shard, image), caption)
+    return caption
 
 
 def _bytes(path: str, part: Part) -> bytes:

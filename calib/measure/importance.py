@@ -19,7 +19,7 @@ import torch
 from d2m.families import Site, family_of_model
 from d2m.families.ffn_sites import read_ffn, sites_of
 from d2m.families.flow import generator_at
-from d2m.families.inputs import noised, transformer_inputs
+from d2m.families.inputs import noised, prediction, transformer_inputs
 from d2m.families.site import up_rows
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def flow_matching_loss(
     """
     x, t, aim = noised(model, batch, generator, mean, std)
     inputs = transformer_inputs(model, batch, x, t.to(x.dtype))
-    prediction = family_of_model(model).data.predicted(model(**inputs, return_dict=False)[0])
-    dtype = torch.promote_types(prediction.dtype, torch.float32)  # bf16 would round the mean
-    return torch.nn.functional.mse_loss(prediction.to(dtype), aim.to(prediction.device, dtype))
+    found = prediction(model, model(**inputs, return_dict=False)[0], x)
+    dtype = torch.promote_types(found.dtype, torch.float32)  # bf16 would round the mean
+    return torch.nn.functional.mse_loss(found.to(dtype), aim.to(found.device, dtype))
 
 
 def taylor(

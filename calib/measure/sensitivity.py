@@ -16,7 +16,7 @@ import torch
 from d2m.families import Site, family_of_model
 from d2m.families.ffn_sites import neurons_at, sites_of
 from d2m.families.flow import generator_at
-from d2m.families.inputs import noised, transformer_inputs
+from d2m.families.inputs import noised, prediction, transformer_inputs
 from d2m.model.block_group import SkippedBlock
 from d2m.model.routing import route, routing_dtype
 from d2m.model.surgery import gate_weight, linear_at, split_neurons
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from d2m.recipe.recipe import Recipe
 
 
+Point = tuple[dict[str, Any], "Tensor"]  # a model's inputs, and the noisy latents among them
 QUARTER = 4  # ours: a relative error of the whole output needs fewer samples than neurons' scores
 
 
@@ -83,7 +84,7 @@ def sensitivity(
         return value
 
     with torch.no_grad():
-        expected = [_run(model, inputs) for inputs in data]
+        expected = [_run(model, point) for point in data]
         skipped: dict[str, dict[tuple[int, int], float]] = {}
         ffn: dict[str, list[list[float]]] = {}
         for kind, name in family.blocks.kinds:
@@ -102,11 +103,9 @@ def sensitivity(
     return Sensitivity(skipped, ffn)
 
 
-def damage(
-    model: nn.Module, data: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor]
-) -> float:
+def damage(model: nn.Module, data: Sequence[Point], expected: Sequence[Tensor]) -> float:
     """|y - expected|^2 / |expected|^2 over all batches."""
-    lost = sum(float((_run(model, x) - y).square().sum()) for x, y in zip(data, expected))
+    lost = sum(float((_run(model, at) - y).square().sum()) for at, y in zip(data, expected))
     return lost / sum(float(y.square().sum()) for y in expected)
 
 
@@ -178,16 +177,14 @@ def _hooks(
     return [fc1.register_forward_pre_hook(record_gates), fc2.register_forward_pre_hook(scale)]
 
 
-def _inputs(
-    model: nn.Module, batches: Batches, recipe: Recipe, index: int, seed: int
-) -> dict[str, Tensor]:
-    """One calibration batch as the model's inputs, at random noise levels."""
+def _inputs(model: nn.Module, batches: Batches, recipe: Recipe, index: int, seed: int) -> Point:
+    """One calibration batch as the model's inputs, at random noise levels; its noisy latents."""
     batch = batches(index, recipe.calibration.batch_size)
     generator = generator_at(seed, "sensitivity", index)
     x, t, _ = noised(model, batch, generator, recipe.t_mean, recipe.t_std)
-    return transformer_inputs(model, batch, x, t.to(x.dtype))
+    return transformer_inputs(model, batch, x, t.to(x.dtype)), x
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = model(**inputs, return_dict=False)[0]
-    return family_of_model(model).data.predicted(output).double()
+def _run(model: nn.Module, point: Point) -> Tensor:
+    inputs, x = point
+    return prediction(model, model(**inputs, return_dict=False)[0], x).double()

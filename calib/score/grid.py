@@ -43,7 +43,7 @@ def save_grid(
     rows = [(category, shown) for category, shown in rows if shown]
     side = samples[0].image.shape[0]
     zoom = max(1, 128 // side)  # 4 at 32 px
-    cell = max(CELL, side * zoom + PAD)
+    cell = max(CELL, _width(samples[0], side * zoom) + PAD)
     title, text = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)
     line = TEXT_SIZE + 4
     labels = [[_label(sample, cell - PAD, text) for sample in shown] for _, shown in rows]
@@ -68,8 +68,18 @@ def save_grid(
     write_bytes(Path(path), png.getvalue())
 
 
+def _width(sample: Sample[Any, Any], side: int) -> int:
+    """Pixels across of a sample with its borders, two images where one was edited."""
+    return 2 * side + PAD + 6 if sample.before is not None else side
+
+
 def paste(sheet: Image.Image, sample: Sample[Any, Any], x: int, y: int, side: int) -> None:
-    """The image, `side` pixels wide, with its border; top left at x, y."""
+    """The image, `side` pixels wide, with its border; top left at x, y. Of an edit the image
+    before stands to its left."""
+    if sample.before is not None:
+        before = Image.fromarray(sample.before).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(before, (x + 3, y + 3))
+        x += side + PAD
     border = (x, y, x + side + 5, y + side + 5)
     ImageDraw.Draw(sheet).rectangle(border, GOOD if sample.verdict.ok else BAD)
     image = Image.fromarray(sample.image)

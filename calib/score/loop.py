@@ -10,7 +10,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-Generate = Callable[[list[str], list[int]], Sequence[Image.Image]]
+# (prompts, seeds) -> images; of a suite of edits (prompts, seeds, images before) -> images
+Generate = Callable[..., Sequence[Image.Image]]
 Progress = Callable[[int, int], None]
 
 
@@ -40,12 +41,16 @@ V = TypeVar("V", bound=Judged)
 
 @dataclass(frozen=True)
 class Sample(Generic[S, V]):
-    """One prompt of a suite: scene, seed, the image (uint8 [S, S, 3]) and the verdict."""
+    """One prompt of a suite: scene, seed, the image (uint8 [S, S, 3]) and the verdict.
+
+    before: of an edit, the image that was given.
+    """
 
     scene: S
     seed: int
     image: np.ndarray
     verdict: V
+    before: np.ndarray | None = None
 
 
 def judged(
@@ -56,8 +61,11 @@ def judged(
     judge: Callable[[np.ndarray, S], V],
     batch: int,
     progress: Progress | None = None,
+    before: Callable[[S], Image.Image] | None = None,
 ) -> tuple[list[Sample[S, V]], float]:
     """All samples in order, and the seconds inside `generate`.
+
+    before(scene): the image that `generate` is given besides, for suites of edits.
 
     Prompt i gets image seed `seed * 1_000_000 + i`, whatever the batch, so that two models see
     the same captions and noise. `progress(done, n)` is called after every batch. Raises ValueError
@@ -70,14 +78,17 @@ def judged(
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         seeds = [seed * 1_000_000 + start + i for i in range(len(part))]
-        before = time.perf_counter()
-        images = generate([scene.caption for scene in part], seeds)
-        seconds += time.perf_counter() - before
+        given = [before(scene) for scene in part] if before else [None] * len(part)
+        started = time.perf_counter()
+        captions = [scene.caption for scene in part]
+        images = generate(captions, seeds, given) if before else generate(captions, seeds)
+        seconds += time.perf_counter() - started
         if len(images) != len(part):
             raise ValueError(f"generate returned {len(images)} images for {len(part)} prompts")
-        for scene, image_seed, generated in zip(part, seeds, images):
+        for scene, image_seed, generated, shown in zip(part, seeds, images, given):
             image = _pixels(generated, size)
-            samples.append(Sample(scene, image_seed, image, judge(image, scene)))
+            old = None if shown is None else np.asarray(shown)
+            samples.append(Sample(scene, image_seed, image, judge(image, scene), old))
         if progress:
             progress(len(samples), len(scenes))
     return samples, seconds

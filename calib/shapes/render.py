@@ -32,6 +32,7 @@ DIAMETERS = {
 RELATION_DISTANCE = 0.25
 RELATION_ACROSS = 0.6
 Box = tuple[int, int, int]  # left, top, diameter in quarter pixels
+Placed = tuple[str, str, Box]  # shape, colour, box
 
 GREY = np.array(BACKGROUND, np.float32)
 ROUNDED_GREY = GREY + 0.5  # so that the cast to uint8 rounds
@@ -62,18 +63,23 @@ def render_batch(
 
 def layout(
     scene: Scene, world: World, rng: np.random.Generator, split: Split = "train"
-) -> list[tuple[str, str, Box]]:
+) -> list[Placed]:
     """Shape, colour and box of every thing of an image: what `render` draws with this rng."""
     colours = _colours(scene, world, rng, split)
-    boxes = _places(scene, world, rng)
+    boxes = places(scene, world, rng)
     return [(t.shape, c, b) for t, c, b in zip(scene.things, colours, boxes, strict=True)]
 
 
 def _paint(
     image: np.ndarray, scene: Scene, world: World, rng: np.random.Generator, split: Split
 ) -> None:
+    paint(image, layout(scene, world, rng, split))
+
+
+def paint(image: np.ndarray, placed: Sequence[Placed]) -> None:
+    """Draw things on grey, in place: image uint8 [S, S, 3]; see `layout`."""
     image[...] = BACKGROUND
-    for shape, colour, (x, y, d) in layout(scene, world, rng, split):
+    for shape, colour, (x, y, d) in placed:
         alpha = sprite(shape, d, x % Q, y % Q)
         height, width = alpha.shape[:2]
         # Plain assignment, no blending with what is there: a gap of two pixels keeps sprites apart.
@@ -108,7 +114,7 @@ def _free_colours(world: World, shape: str, split: Split) -> tuple[str, ...]:
     return tuple(c for c in world.colour_names if (c, shape) not in held)
 
 
-def _places(scene: Scene, world: World, rng: np.random.Generator) -> list[Box]:
+def places(scene: Scene, world: World, rng: np.random.Generator) -> list[Box]:
     """The things' boxes, by rejection, or in a jittered grid if that jams."""
     n, side = len(scene.things), world.size * Q
     low, high = (int(round(share * side)) for share in DIAMETERS[n])
@@ -121,22 +127,21 @@ def _places(scene: Scene, world: World, rng: np.random.Generator) -> list[Box]:
             d = sizes[len(placed)]
             room = side - 2 * BORDER_Q - d + 1
             box = (BORDER_Q + int(draws.pop() * room), BORDER_Q + int(draws.pop() * room), d)
-            if all(_apart(box, other) for other in placed):
+            if all(apart(box, other) for other in placed):
                 placed.append(box)
-                related = len(placed) < 2 or _related(placed, scene.relation, side)
-                if not related:
+                if len(placed) > 1 and not related(placed, scene.relation, side):
                     placed.pop()
         if len(placed) == n:
             return placed
     return _grid(n, side, low, high, scene, rng)
 
 
-def _apart(a: Box, b: Box) -> bool:
+def apart(a: Box, b: Box) -> bool:
     (ax, ay, ad), (bx, by, bd) = a, b
     return max(bx - ax - ad, ax - bx - bd, by - ay - ad, ay - by - bd) >= GAP_Q
 
 
-def _related(boxes: list[Box], relation: str | None, side: int) -> bool:
+def related(boxes: list[Box], relation: str | None, side: int) -> bool:
     if relation is None:
         return True
     (ax, ay, ad), (bx, by, bd) = boxes

@@ -285,16 +285,23 @@ def _difference(found: tuple[DetectedObject, ...], scene: Scene, world: World) -
         return f"no {missing[0]} {missing[1]}"
     if scene.relation:
         first, second = (next(f for f in found if f.shape == t.shape) for t in scene.things)
-        right, down = second.x - first.x, second.y - first.y
-        along, across = {
-            "left of": (right, down),
-            "right of": (-right, down),
-            "above": (down, right),
-            "below": (-down, right),
-        }[scene.relation]
-        if along < MIN_ALONG * world.size or along <= abs(across):
+        if not relation_holds(first, second, scene.relation, world):
             return f"the {first.shape} is not {scene.relation} the {second.shape}"
     return None
+
+
+def relation_holds(
+    first: DetectedObject, second: DetectedObject, relation: str, world: World
+) -> bool:
+    """Whether the first is clearly left of, right of, above or below the second."""
+    right, down = second.x - first.x, second.y - first.y
+    along, across = {
+        "left of": (right, down),
+        "right of": (-right, down),
+        "above": (down, right),
+        "below": (-down, right),
+    }[relation]
+    return along >= MIN_ALONG * world.size and along > abs(across)
 
 
 def _listed(counts: Counter[str]) -> str:

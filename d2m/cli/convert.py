@@ -62,7 +62,8 @@ def convert(
     data: Annotated[
         str,
         typer.Option(
-            help="Training data: shapes, emoji, prompts.txt, a folder, .tar shards, a dataset."
+            help="Training data: shapes, shapes-edit, emoji, prompts.txt, a folder, .tar shards, a "
+            "dataset."
         ),
     ] = "shapes",
     cache: Annotated[Path | None, option("Folder for cached encodings of --data.")] = None,
@@ -72,12 +73,13 @@ def convert(
     shuffle: Annotated[int, option("Samples in the shuffle buffer.")] = 1000,
     skip: Annotated[int, option("Unreadable samples to skip before stopping with an error.")] = 100,
     columns: Annotated[
-        str | None, option("IMAGE,CAPTION: columns or file endings of --data.")
+        str | None,
+        option("IMAGE,CAPTION or BEFORE,AFTER,INSTRUCTION: columns (or file endings) of --data."),
     ] = None,
     score: Annotated[
         int | None,
         typer.Option(
-            help="Images to score for the report; by default 120 with shapes or emoji, else 0."
+            help="Images to score for the report; by default 120 with a world of ours, else 0."
         ),
     ] = None,
     compare: Annotated[
@@ -142,6 +144,7 @@ def convert(
     from calib.suites import NAMES, suite_named
     from d2m.convert.in_memory import Options, Report
     from d2m.convert.in_memory import convert as function
+    from d2m.families.family import PAIRS
     from d2m.families.generation_defaults import generation_defaults
     from d2m.plan.hub import locate
     from d2m.plan.presets import recipe_named
@@ -248,7 +251,8 @@ def convert(
     shown = Report(
         statistics=partial(routing_table, categories=taught.categories),
         score=(lambda generate: judge(generate, judged, 0)[0]) if judged else None,
-        prompts=taught.prompts(6) if report else (),
+        # What edits is given images, too, which the report does not show.
+        prompts=taught.prompts(6) if report and taught.kind not in PAIRS else (),
         other_models=known,
         write=report,
     )

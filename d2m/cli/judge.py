@@ -14,7 +14,7 @@ from d2m.cli.progress import progress_bars
 from d2m.cli.terminal import print_json, print_rich, print_table
 from runtime.files.checked_json import read_json
 
-Generate = Callable[[Sequence[str], Sequence[int]], Any]
+Generate = Callable[..., Any]
 
 
 def world_of(text: str) -> dict[str, int]:
@@ -36,7 +36,7 @@ def evaluate(
     path: Annotated[
         Path, typer.Argument(metavar="PIPELINE_OR_BUNDLE", help="Pipeline or bundle directory.")
     ],
-    suite: Annotated[str, option("Benchmark: shapes or emoji.")] = "shapes",
+    suite: Annotated[str, option("Benchmark: shapes, shapes-edit or emoji.")] = "shapes",
     n: options.Images = 600,
     seed: options.Seed = 0,
     out: Annotated[Path | None, option("JSON file to write.", "-o", "--out")] = None,
@@ -65,7 +65,7 @@ def evaluate(
     json_: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score generated images of held-out captions."""
+    """Score generated images of held-out captions, or edits by held-out instructions."""
     from calib.suites import suite_named
 
     judge = suite_named(suite)
@@ -86,6 +86,8 @@ def evaluate(
         if file is not None:
             check_writable(file)
     paths = [path] if vs is None else [path, vs]
+    for each in paths:
+        check_edits(each, suite, judge.edits)
     bundle = next((each for each in paths if (each / "manifest.json").is_file()), None)
     answers: list[dict[str, Any]] = []
     samples: list[list[Any]] = []
@@ -129,6 +131,27 @@ def evaluate(
             "of {n} captions both show {both}, {first} alone {first_only}, {second} alone "
             "{second_only}, neither {neither}".format(n=n, first=path, second=vs, **answer["pairs"])
         )
+
+
+def check_edits(path: Path, suite: str, edits: bool) -> None:
+    """ValueError where a suite of edits is asked of what edits nothing, or another of an editor."""
+    from d2m.families import pairs_for
+
+    if (path / "manifest.json").is_file():
+        if edits:
+            raise ValueError(
+                f"--suite is {suite}, which needs a pipeline directory, but {path} is a bundle; "
+                "score the pipeline that it was exported from"
+            )
+    elif (path / "model_index.json").is_file():
+        taken = pairs_for(path)
+        if suite not in taken if edits else taken:
+            name = read_json(path / "model_index.json")["_class_name"]
+            raise ValueError(
+                f"--suite is {suite}, which {name} in {path} cannot do; expected shapes-edit for a "
+                "pipeline that edits by instructions, shapes or emoji for one that is given no "
+                "image"
+            )
 
 
 def is_sparse(path: Path) -> bool:

@@ -31,7 +31,7 @@ from d2m.distill.processes import ALONE, Crew, any_process, broadcast
 from d2m.distill.stopping import interrupt, stop_on_signal
 from d2m.families import family_of_model
 from d2m.families.flow import generator_at, training_point
-from d2m.families.inputs import transformer_inputs
+from d2m.families.inputs import prediction, transformer_inputs
 from d2m.model.block_group import text_mask
 from d2m.model.grouping import dense_name
 from d2m.model.surgery import sparse_ffns
@@ -205,12 +205,13 @@ def _train(
                         inputs = transformer_inputs(teacher, batch, x, t)
                         with amp:
                             with torch.no_grad():
-                                target = calls.predicted(teacher(**inputs, return_dict=False)[0])
-                            prediction = calls.predicted(student(**inputs, return_dict=False)[0])
+                                answer = teacher(**inputs, return_dict=False)[0]
+                            own = student(**inputs, return_dict=False)[0]
+                        target, predicted = (prediction(teacher, y, x) for y in (answer, own))
                         # Outside autocast: losses are float32 whatever the passes ran in.
                         mask = text_mask(inputs)
                         both = features, wanted
-                        loss, figures = terms(stage, prediction, target, both, seen, crew, mask)
+                        loss, figures = terms(stage, predicted, target, both, seen, crew, mask)
                         (loss / run.parts).backward()
                         features.clear()  # or the graph of this part would live on into the next
                         wanted.clear()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         family_of,
         family_of_model,
         family_of_pipeline,
+        pairs_for,
     )
     from d2m.families.site import Site
 
@@ -38,7 +39,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "d2m.families.family": "Family",
         "d2m.families.known": "FAMILIES FLUX PIXART QWEN SD3"
-        " family_of family_of_model family_of_pipeline",
+        " pairs_for family_of family_of_model family_of_pipeline",
         "d2m.families.site": "Site",
     },
 )

@@ -9,7 +9,7 @@ transformer takes: FLUX's are packed [B, T, C], SD3's are [B, C, h, w].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from d2m.families.encoders import EncoderSize
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SOURCES = ("shapes", "emoji", "pictures", "prompts")
+PAIRS = ("shapes-edit", "pairs")  # what pipelines that are given an image learn from
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Names:
     """By what a family is known.
 
     name: in manifests and of preset folders; title: for people; pipelines: diffusers' pipeline
-    classes; dense_class, sparse_class: of its transformer; aliases: other names that the dense
-    class has in configs; tags: of the model card.
+    classes; editors: others, which are given an image besides the prompt -> which of PAIRS they
+    can learn from; dense_class, sparse_class: of its transformer; aliases: other names that the
+    dense class has in configs; tags: of the model card.
     title_of(config): the title of one model of the family.
     """
 
@@ -40,6 +42,7 @@ class Names:
     dense_class: str
     sparse_class: str
     title_of: Callable[[Config], str]
+    editors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
@@ -98,12 +101,15 @@ class Data:
         text_length(pipe): tokens of the longest text that it is trained with.
         encode_text(pipe, captions, length): conditions of a batch, each [B, ...].
         encode_images(pipe, uint8 [B, H, W, 3]): latents as the transformer takes them.
+        encode_given(pipe, uint8 [B, H, W, 3], mask bool [B, H, W]): what an editor's transformer
+            sees of the images before, [B, ...]; mask: where the images after differ.
         position_ids(pipe, batch, height, width): `img_ids` [T, 3] (row and column of every image
             token in columns 1 and 2) and whatever else all samples of a batch share.
         noise(pipe, height, width, generator): one sample's pure noise, [...] as latents.
         times(scheduler): [steps + 1], the times t of the last generation's points, from about 1
             to 0.
-        generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords.
+        generate(pipe, keywords): the pipeline's answer when called with FluxPipeline's keywords,
+            of an editor with `images` besides, a PIL image a prompt.
         guided(pipe): whether it generates with classifier-free guidance, where `unconditional` is
             not 0 but not all of the family's models do.
     prompt_embeds: the pipeline's keyword for an encoded prompt -> its name among the conditions.
@@ -119,6 +125,7 @@ class Data:
     position_ids: Callable[[Any, Batch, int, int], dict[str, Tensor]]
     noise: Callable[[Any, int, int, Any], Tensor]
     prompt_embeds: Mapping[str, str]
+    encode_given: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] | None = None
     random_text: Callable[[Config, int, Any], dict[str, Tensor]] = lambda config, n, generator: {}
     noised: Callable[..., tuple[Tensor, Tensor, Tensor]] = flow_matching
     predicted: Callable[[Tensor], Tensor] = lambda output: output

@@ -29,6 +29,15 @@ def transformer_inputs(
     return {n: each.to(device) if hasattr(each, "to") else each for n, each in inputs.items()}
 
 
+def prediction(model: nn.Module, output: Any, x: Tensor) -> Tensor:
+    """What `model` answers to noisy latents x, of x's shape: a pipeline throws the rest away.
+
+    An editor's reference tokens come after those of x and have outputs, too.
+    """
+    found = family_of_model(model).data.predicted(output)
+    return found[:, : x.shape[1]]
+
+
 def noised(
     model: nn.Module,
     batch: Mapping[str, Tensor],

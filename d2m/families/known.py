@@ -29,7 +29,17 @@ FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 
 
 def _known() -> str:
-    return ", ".join(f"{' or '.join(f.names.pipelines)} ({f.names.title})" for f in FAMILIES)
+    rows = ((f.names.title, (*f.names.pipelines, *f.names.editors)) for f in FAMILIES)
+    return ", ".join(f"{' or '.join(classes)} ({title})" for title, classes in rows)
+
+
+def pairs_for(directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Which of `family.PAIRS` a pipeline directory of a known family can learn from.
+
+    None unless it is given an image besides the prompt.
+    """
+    name = read_json(Path(directory) / "model_index.json").get("_class_name")
+    return family_of(directory).names.editors.get(name, ())
 
 
 def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
@@ -55,7 +65,7 @@ def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
 def _by_class(name: str, what: str) -> Family:
     for family in FAMILIES:
         own = family.names
-        if name in (*own.pipelines, own.dense_class, own.sparse_class, *own.aliases):
+        if name in (*own.pipelines, *own.editors, own.dense_class, own.sparse_class, *own.aliases):
             return family
     raise ValueError(f"{what} is of class {name}, which d2m does not know; known are {_known()}.")
 
@@ -74,6 +84,6 @@ def _by_object(found: Any, what: str) -> Family:
     for cls in type(found).__mro__:
         for family in FAMILIES:
             own = family.names
-            if cls.__name__ in (*own.pipelines, own.dense_class, own.sparse_class):
+            if cls.__name__ in (*own.pipelines, *own.editors, own.dense_class, own.sparse_class):
                 return family
     return _by_class(type(found).__name__, what)

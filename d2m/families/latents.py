@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from d2m.families.flow import Batch, Config
 
 
+DIFFERS = 16  # of 255 in any channel (ours): less is what saving an image as JPEG may do
+
+
 def pixels_of(pipe: Any, images: Tensor) -> Tensor:
     """Images uint8 [B, H, W, 3] -> [B, 3, H, W] in -1 to 1, where and as the VAE reads them."""
     vae = pipe.vae
@@ -32,6 +35,21 @@ def packed_latents(pipe: Any, images: Tensor) -> Tensor:
     latents = spatial_latents(pipe, images)
     packed: Tensor = pipe._pack_latents(latents, *latents.shape)
     return packed
+
+
+def changed_boxes(before: Tensor, after: Tensor) -> Tensor:
+    """The box of the pixels that differ, bool [B, H, W], of images uint8 [B, H, W, 3]; all of an
+    image where none does. What a model is told to paint where data have no mask.
+    """
+    differ = (after.int() - before.int()).abs().amax(-1) >= DIFFERS
+
+    def between(marks: Tensor) -> Tensor:
+        """bool [B, N]: from the first mark to the last."""
+        return (marks.int().cumsum(1) > 0) & (marks.int().flip(1).cumsum(1).flip(1) > 0)
+
+    rows, columns = between(differ.any(2)), between(differ.any(1))
+    boxes = rows[:, :, None] & columns[:, None, :]
+    return boxes | ~differ.any(2).any(1)[:, None, None]
 
 
 def packed_noise(pipe: Any, height: int, width: int, generator: Any) -> Tensor:

@@ -47,7 +47,8 @@ class Labelled(nn.Module):
 
     def label_loss(self, labels: Tensor) -> Tensor:
         """Cross entropy of both names of every patch [B, T, 2], in nats, of the last pass."""
-        parts = self.head(self.seen["image"].float()).split(self.classes, -1)
+        tokens = self.seen["image"][:, : labels.shape[1]]  # reference tokens come after them
+        parts = self.head(tokens.float()).split(self.classes, -1)
         losses = [
             F.cross_entropy(p.flatten(0, 1), labels[..., i].flatten()) for i, p in enumerate(parts)
         ]

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -32,10 +33,12 @@ def save_pipeline(
     tokenizers: Tokenizers,
     transformer: FluxTransformer2DModel,
     guidance: float = 3.5,
+    edits: bool = False,
 ) -> None:
     """Write `out` at once, bf16, with the world's defaults for generating in defaults.json.
 
-    guidance: the default scale; 1 where no guidance has been distilled yet.
+    guidance: the default scale; 1 where no guidance has been distilled yet. edits: the transformer
+    edits a reference image, so it is a FluxKontextPipeline.
 
     Transformers 5 loads an encoder in the dtype it was saved in, diffusers loads its models in
     float32: with the (small) encoders in float32, FluxPipeline.from_pretrained(out) generates
@@ -47,7 +50,8 @@ def save_pipeline(
     scheduler = FlowMatchEulerDiscreteScheduler(**shift)
     (clip, t5), models = tokenizers, {"vae": vae, "transformer": transformer}
     encoders = {"text_encoder": stage.clip, "text_encoder_2": stage.t5}
-    pipe = FluxPipeline(scheduler, tokenizer=clip, tokenizer_2=t5, **encoders, **models)
+    made = FluxKontextPipeline if edits else FluxPipeline
+    pipe = made(scheduler, tokenizer=clip, tokenizer_2=t5, **encoders, **models)
     half = copy.deepcopy(pipe).to(torch.bfloat16)
     half.text_encoder.float()
     half.text_encoder_2.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calib.shapes.batches import SHARES
-from calib.shapes.render import Q, layout, render_batch
+from calib.shapes.render import Placed, Q, layout, render_batch
 from calib.shapes.world import (
     CATEGORIES,
     COLOURS,
@@ -103,19 +103,21 @@ def attributes(scene: Scene | None) -> list[int]:
 
 
 def patch_labels(world: World, scenes: Sequence[Scene], seed: int) -> Tensor:
-    """Shape and colour of what fills most of each patch, int64 [N, GRID * GRID, 2].
-
-    For the pictures that `render_images` makes of the same scenes and seed.
-    """
+    """`patch_names` of the pictures that `render_images` makes of the same scenes and seed."""
     rng = np.random.default_rng(seed + 1)
+    return patch_names(world, [layout(scene, world, rng, "train") for scene in scenes])
+
+
+def patch_names(world: World, pictures: Sequence[Sequence[Placed]]) -> Tensor:
+    """Shape and colour of what fills most of each patch, int64 [N, GRID * GRID, 2]."""
     side = world.size * Q // GRID
     starts = np.arange(GRID) * side
     shapes, colours = list(SHAPES), list(COLOURS)
-    labels = np.empty((len(scenes), GRID, GRID, 2), np.uint8)
+    labels = np.empty((len(pictures), GRID, GRID, 2), np.uint8)
     labels[...] = np.array(LABELS) - 1
-    for rows, scene in zip(labels, scenes, strict=True):
+    for rows, placed in zip(labels, pictures, strict=True):
         most = np.full((GRID, GRID), SHOWS * side * side)
-        for shape, colour, (x, y, d) in layout(scene, world, rng, "train"):
+        for shape, colour, (x, y, d) in placed:
             across, down = (
                 (np.minimum(starts + side, p + d) - np.maximum(starts, p)).clip(0) for p in (x, y)
             )

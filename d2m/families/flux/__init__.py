@@ -1,7 +1,7 @@
 """FLUX.1 [dev] and [schnell]: the row, and how the model and its pipeline are called.
 
-Here too: `weights`, its list of weights for `d2m plan`; configs/, published configs;
-presets/.
+Here too: `weights`, its list of weights for `d2m plan`; `editing`: Kontext, Fill and Control,
+which are given an image, too; configs/, published configs; presets/.
 
 Both are one class; [schnell] has no guidance embedding and generates in 4 steps from texts of at
 most 256 tokens. Letters: B batch, T image tokens, C packed channels, L text tokens, D width.
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from d2m.families.encoders import CLIP_L, T5_XXL, VAE_16
 from d2m.families.family import BlockLayout, Data, Family, Names, Plan, longest_text
 from d2m.families.flow import Batch, Config
+from d2m.families.flux.editing import EDITORS, generate, given, noise, position_ids, with_given
 from d2m.families.flux.weights import weights
-from d2m.families.latents import joint_ids, packed_latents, packed_noise, random_pooled_text
+from d2m.families.latents import packed_latents, random_pooled_text
 from d2m.families.site import feed_forward, joint_output
 
 if TYPE_CHECKING:
@@ -61,13 +62,13 @@ def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
 def inputs(model: nn.Module, batch: Batch, x: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Keyword inputs of forward. x [B, T, C], t [B] in [0, 1]: the model multiplies by 1000.
 
-    batch: CONDITIONS, and `guidance` [B] where it should not be GUIDANCE (it is left out for a
-    model without guidance embedding).
+    batch: CONDITIONS, what an editor is given (`editing.given`), and `guidance` [B] where it should
+    not be GUIDANCE (it is left out for a model without guidance embedding).
     """
     import torch
 
     found = {name: batch[name] for name in CONDITIONS}
-    found |= {"hidden_states": x, "timestep": t}
+    found |= {"hidden_states": with_given(batch, x), "timestep": t}
     if model.config.guidance_embeds:  # type: ignore[union-attr]
         found["guidance"] = batch.get("guidance", torch.full_like(t, GUIDANCE))
     return found
@@ -105,7 +106,8 @@ FLUX = Family(
     names=Names(
         name="flux",
         title="FLUX.1",
-        pipelines=("FluxPipeline", "FluxFillPipeline", "FluxControlPipeline"),
+        pipelines=("FluxPipeline",),
+        editors=EDITORS,
         dense_class="FluxTransformer2DModel",
         sparse_class="SparseFluxTransformer2DModel",
         title_of=title_of,
@@ -127,8 +129,10 @@ FLUX = Family(
         text_length=text_length,
         encode_text=encode_text,
         encode_images=packed_latents,
-        position_ids=joint_ids,
-        noise=packed_noise,
+        encode_given=given,
+        position_ids=position_ids,
+        noise=noise,
+        generate=generate,
         prompt_embeds={
             "prompt_embeds": "encoder_hidden_states",
             "pooled_prompt_embeds": "pooled_projections",
