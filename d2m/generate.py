@@ -109,7 +109,7 @@ def generate_with(
         pass  # a wrong number is answered before anything is generated
 
     def generate(
-        prompts: Sequence[str], seeds: Sequence[int], given: Sequence[Image] | None = None
+        prompts: Sequence[str], seeds: Sequence[int], before: Sequence[Image] | None = None
     ) -> list[Image]:
         if len(prompts) != len(seeds):
             raise ValueError(
@@ -125,8 +125,8 @@ def generate_with(
                     "generator": generators,
                 }
                 arguments |= {"callback_on_step_end": on_step_end, **values}
-                if given is not None:
-                    arguments["images"] = list(given[chunk])
+                if before is not None:
+                    arguments["images"] = list(before[chunk])
                 if noise is not None:
                     given = torch.from_numpy(noise([int(seed) for seed in seeds[chunk]]))
                     arguments["latents"] = given.to(pipe.device, pipe.dtype)

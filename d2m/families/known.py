@@ -38,8 +38,8 @@ def pairs_for(directory: str | os.PathLike[str]) -> tuple[str, ...]:
 
     None unless it is given an image besides the prompt.
     """
-    name = read_json(Path(directory) / "model_index.json").get("_class_name")
-    return family_of(directory).names.editors.get(name, ())
+    editors = family_of(directory).names.editors
+    return editors.get(str(read_json(Path(directory) / "model_index.json")["_class_name"]), ())
 
 
 def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:

@@ -3,4 +3,5 @@
 subject  What it learns: instructions, the images before and after
 words    The text encoders of models/shapes-dense learn the words of instructions
 flow     Flow matching of the image after, beside the tokens of the image before
+difference  The teacher as it is kept: its difference from models/shapes-dense
 """

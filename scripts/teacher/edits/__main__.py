@@ -45,7 +45,7 @@ def main() -> None:
     from calib.shapes.world import World
     from scripts.teacher.cache import make_cache
     from scripts.teacher.edits.flow import Pairs, packed, train_edits
-    from scripts.teacher.edits.subject import edits_subject, images
+    from scripts.teacher.edits.subject import draw_edits, edits_subject, images
     from scripts.teacher.edits.words import train_words
     from scripts.teacher.loop import Run
     from scripts.teacher.pipeline import save_pipeline
@@ -72,7 +72,7 @@ def main() -> None:
         return
 
     print(f"rendering {args.edits} edits", flush=True)
-    edits = subject.draw(args.edits, run.seed)
+    edits = draw_edits(world, args.edits, run.seed)
     before, after = images(world, edits)
     shown = torch.arange(len(edits))
     vae = train_vae(run, subject, after, shown, 0, args.init)
