@@ -21,7 +21,7 @@ from d2m.families.generation_defaults import generation_defaults
 from d2m.families.inputs import prediction
 from d2m.recipe import recipe as recipes
 from tests.cases.conversions import converted
-from tests.tiny.editing import CHANNELS, build_editor, pairs
+from tests.tiny.editing import EDITORS, build_editor, pairs
 
 SIZE, TOKENS = 16, 16  # pixels; tokens of such an image
 PROMPTS = ["a red circle", "two blue squares"]
@@ -34,7 +34,7 @@ def images(mask):
     return found, shown, [Image.fromarray(each.astype(np.uint8) * 255) for each in mask]
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("name", EDITORS)
 def test_inputs_and_answers_are_those_of_diffusers(name, monkeypatch):
     """diffusers takes a sample of the VAE's distribution for Fill and Control, we its mean."""
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def test_inputs_and_answers_are_those_of_diffusers(name, monkeypatch):
     assert data.noise(pipe, SIZE, SIZE, torch.Generator()).shape == noise.shape[1:]
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("name", EDITORS)
 def test_a_conversion_by_pairs_learns_and_keeps_the_pipelines_class(name, tmp_path):
     dense, out = tmp_path / "dense", tmp_path / "sparse"
     build_editor(name).save_pretrained(dense)

@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny.data import CAPTIONS, png
-from tests.tiny.pipeline import build_pipeline, tiny_transformer
+from tests.tiny.image_models import CHANNELS, image_model
+from tests.tiny.pipeline import build_pipeline
 
-# Channels of the transformer's input: noise; with the masked image and its mask; with the control.
-CHANNELS = {"FluxKontextPipeline": 16, "FluxFillPipeline": 48, "FluxControlPipeline": 32}
+EDITORS = ("FluxKontextPipeline", *CHANNELS)
 
 
-def build_editor(name: str, seed: int = 0) -> Any:
-    """The pipeline of that class, of the parts of the tiny FluxPipeline."""
-    import diffusers
+def build_editor(name: str) -> Any:
+    """A pipeline of the class `name`, one of EDITORS."""
+    from diffusers import FluxKontextPipeline
 
-    parts = dict(build_pipeline(seed).components)
-    if CHANNELS[name] != 16:
-        parts["transformer"] = tiny_transformer(seed, in_channels=CHANNELS[name], out_channels=16)
-    parts |= {each: parts.pop(each) for each in ("image_encoder", "feature_extractor")}
-    if name != "FluxKontextPipeline":
-        del parts["image_encoder"], parts["feature_extractor"]
-    pipe = getattr(diffusers, name)(**parts)
+    kontext = name == EDITORS[0]
+    pipe = FluxKontextPipeline(**build_pipeline().components) if kontext else image_model(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

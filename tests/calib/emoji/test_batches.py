@@ -68,5 +68,7 @@ def test_a_model_of_another_size_is_told_so(tiny_dense_dir, monkeypatch, world):
 def test_suites_by_name():
     for name in NAMES:
         assert suite_named(name).name == name and suite_named(name).settings
-    with pytest.raises(ValueError, match="--suite is 'letters', expected one of shapes, shapes-edit, emoji"):
+    with pytest.raises(
+        ValueError, match="--suite is 'letters', expected one of shapes, shapes-edit, emoji"
+    ):
         suite_named("letters")
