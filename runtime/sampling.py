@@ -90,7 +90,8 @@ def generate_batch(
         seeds = [seed for seed in request.seeds[part] if seed is not None]
         noise = prepare_latents(model, seeds, request.latent_size)
     method, component = request.cache, model.bundle.component("transformer")
-    cache = StepCache(method, component) if method.skips else None
+    tokens = image_tokens(settings, request.latent_size)
+    cache = StepCache(method, component, tokens) if method.skips else None
     latents = denoise(
         model,
         noise[rows],
@@ -212,8 +213,8 @@ def denoise(
         conditions = {
             name: np.concatenate([negative[name], array]) for name, array in conditions.items()
         }
-    more = images.channels
-    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance, more)[start:]
+    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance, images)
+    feeds = feeds[start:]
     executor, component = model.executor("transformer"), model.bundle.component("transformer")
     starts: list[Any] = [None] * taken
     if can_forecast(component) and hasattr(executor, "block"):
@@ -225,13 +226,15 @@ def denoise(
     for index, feed in enumerate(feeds, start):
         if step:
             step(index - start, taken)
-        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions), more)}
+        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions), images)}
         if model.step_hook:
             model.step_hook(inputs, top_k[index], kappa[index])
         if cache is not None:
             cache.begin(levels[index])
         knobs = top_k[index], kappa[index], starts[index - start], cache
         (sample,) = model.execute("transformer", inputs, *knobs).values()
+        if images.references is not None:
+            sample = sample[:, : image_tokens(model.manifest["latents"], latent_size)]
         if negative is not None:
             sample = model.family.guide(sample, guidance)
         velocity = model.family.velocity(sample, model.manifest["latents"], latent_size)
@@ -247,15 +250,17 @@ def denoise(
 
 
 def hidden_states(
-    model: Opened, latents: np.ndarray, count: int, channels: np.ndarray | None = None
+    model: Opened, latents: np.ndarray, count: int, images: ImageLatents = NO_IMAGES
 ) -> np.ndarray:
     """hidden_states [count, T, C] of latents [n, ...], repeated for every n rows.
 
-    channels: what stands beside those of the latents, [n, T, C'].
+    images: whose channels stand beside those of the latents, whose references behind their tokens.
     """
     tokens = model.family.tokens(latents, model.manifest["latents"])
-    if channels is not None:
-        tokens = np.concatenate([tokens, channels], axis=-1)
+    if images.channels is not None:
+        tokens = np.concatenate([tokens, images.channels], axis=-1)
+    if images.references is not None:
+        tokens = images.references.behind(tokens)
     return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
 
 
@@ -266,11 +271,13 @@ def step_inputs(
     sigmas: np.ndarray,
     latent_size: tuple[int, int],
     guidance: float,
-    channels: np.ndarray | None = None,
+    images: ImageLatents = NO_IMAGES,
 ) -> list[dict[str, np.ndarray]]:
     """The transformer's inputs for every step, all with the noise as hidden_states."""
-    hidden = hidden_states(model, noise, rows(conditions), channels)
+    hidden = hidden_states(model, noise, rows(conditions), images)
     inputs = model.family.inputs(model.manifest, conditions, latent_size, guidance)
+    if images.references is not None:
+        inputs = images.references.placed(inputs, model.manifest["latents"])
     times = model.family.timesteps(model.manifest["scheduler"], sigmas)
     each = (np.full(len(hidden), time, np.float32) for time in times)
     return [{"hidden_states": hidden, **inputs, "timestep": timestep} for timestep in each]

@@ -21,6 +21,8 @@ from export.families.family import Encoder, Family
 from export.graph.attention import ExportAttention
 from export.graph.program import Environment, Row, Tracing
 from export.graph.trace import Spec
+from runtime.families.flux import REFERENCE
+from runtime.files.checked_json import read_json
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 BLOCK_INPUTS = (*STREAMS, "temb", "rope_cos", "rope_sin")
@@ -101,6 +103,15 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
     }
     sample = Spec(dtype, (*image, model.proj_out.out_features))
     return inputs | tables, inner | modulation.spec(model, dtype) | tables, {"sample": sample}
+
+
+def latents(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """The manifest's `latents`; Kontext sees an image beside the noise."""
+    found = packed_latents(transformer, vae, directory)
+    kind = read_json(directory / "model_index.json")["_class_name"]
+    return found | ({"condition": REFERENCE} if kind == "FluxKontextPipeline" else {})
 
 
 def lengths(directory: Path) -> dict[str, int]:
