@@ -36,7 +36,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
     built = FluxKontextPipeline(**build_pipeline().components)
     if request.param == "sparse":
-        groups = {"groups": FAMILIES["flux"].groups, "kappa": 1}
+        groups = {"groups": FAMILIES["schnell"].groups, "kappa": 1}
         facts = {"name": "t", "stages": [], "split": "magnitude", "blocks": groups}
         family, dense = family_of_pipeline(built), built.transformer
         made = sparse_model_of(
