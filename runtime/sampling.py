@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from runtime.bundle.block_groups import can_forecast
 from runtime.families.family import Arrays, rows
 from runtime.families.latents import image_tokens
 from runtime.images.latents import NO_IMAGES, ImageLatents, image_latents, no_channels
+from runtime.images.references import reference_tokens
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.program.step_cache import StepCache
@@ -288,8 +290,13 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
     size = request.latent_size
     sigmas = noise_levels(model, len(request.top_k), size)[:-1]
     noise, conditions = prepare_latents(model, [0], size), encode(model, request.prompts[:1])
-    channels = no_channels(model.manifest, noise)
-    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, channels)
+    encoded = partial(encode_image, model)
+    settings, seen = model.manifest["latents"], request.images.references
+    images = ImageLatents(
+        channels=no_channels(model.manifest, noise),
+        references=reference_tokens(seen, model.family, settings, encoded),
+    )
+    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, images)
     return [model.cast(feed) for feed in feeds]
 
 

@@ -24,6 +24,7 @@ from export.graph.trace import Spec
 from runtime.families.flux import REFERENCE
 from runtime.files.checked_json import read_json
 
+KONTEXT = "FluxKontextPipeline"  # whose transformer is [dev]'s by its config
 STREAMS = ("hidden_states", "encoder_hidden_states")
 BLOCK_INPUTS = (*STREAMS, "temb", "rope_cos", "rope_sin")
 
@@ -105,15 +106,6 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
     return inputs | tables, inner | modulation.spec(model, dtype) | tables, {"sample": sample}
 
 
-def latents(
-    transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
-) -> dict[str, Any]:
-    """The manifest's `latents`; Kontext sees an image beside the noise."""
-    found = packed_latents(transformer, vae, directory)
-    kind = read_json(directory / "model_index.json")["_class_name"]
-    return found | ({"condition": REFERENCE} if kind == "FluxKontextPipeline" else {})
-
-
 def lengths(directory: Path) -> dict[str, int]:
     """Tokens of CLIP and of T5."""
     clip = config(directory, "text_encoder")
@@ -126,9 +118,10 @@ def lengths(directory: Path) -> dict[str, int]:
 def latents(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
-    """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents.
+    """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents, or there are
+    more tokens than the noise has.
 
-    "control": the latents of a control image too, as FLUX.1 Canny and Depth read them; "fill":
+    "reference": those of an image behind them, as FLUX.1 Kontext sees one; "control": the latents of a control image too, as FLUX.1 Canny and Depth read them; "fill":
     those of the masked image and all pixels of the mask, as FLUX.1 Fill does. ValueError where
     numbers of channels are of neither.
     """
@@ -138,7 +131,9 @@ def latents(
     known = {2 * channels: "control", 2 * channels + pixels: "fill"}
     condition = known.get(transformer.get("in_channels", 0)) if written == channels else None
     if condition is None:
-        return packed_latents(transformer, vae, directory)
+        plain = packed_latents(transformer, vae, directory)
+        edits = read_json(directory / "model_index.json")["_class_name"] == KONTEXT
+        return plain | ({"condition": REFERENCE} if edits else {})
     plain = packed_latents({**transformer, "in_channels": channels}, vae, directory)
     return plain | {"condition": condition}
 
@@ -170,7 +165,10 @@ def model_inputs(
 
 
 def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
-    """Images for the pipelines of Fill, and of Canny and Depth: colours that run, a square."""
+    """Images for the pipelines of Kontext, Fill, and Canny and Depth: colours that run, a square.
+
+    Kontext keeps the size that it is asked for.
+    """
     import numpy as np
     from PIL import Image
 
@@ -182,6 +180,7 @@ def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
     kinds = {
         "FluxFillPipeline": {"image": image, "mask_image": Image.fromarray(mask, "L")},
         "FluxControlPipeline": {"control_image": image},
+        KONTEXT: {"image": image, "max_area": height * width, "_auto_resize": False},
     }
     return kinds.get(type(pipe).__name__, {})
 

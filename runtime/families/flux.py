@@ -41,11 +41,12 @@ def check(manifest: Mapping[str, Any]) -> None:
     settings = mapping(dict(manifest), "latents")
     more = {
         None: 0,
+        REFERENCE: 0,
         "control": 4 * settings["channels"],
         "fill": 4 * settings["channels"] + 4 * settings["vae_scale_factor"] ** 2,
     }
     if "condition" in settings:
-        one_of(settings, "condition", ("control", "fill"), "latents")
+        one_of(settings, "condition", ("control", "fill", REFERENCE), "latents")
     wanted = 4 * settings["channels"] + more[settings.get("condition")]
     read = manifest["components"]["transformer"]["inputs"].get("hidden_states", {}).get("shape")
     if not read or read[-1] != wanted:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.families import family_of
+from runtime.families.flux import REFERENCE
 from runtime.files.checked_json import show
 from runtime.images.pixels import read_image, read_mask, to_mask, to_pixels
 from runtime.images.references import NO_REFERENCES, References, check_references
@@ -84,7 +85,8 @@ def check_images(
     """The images of a call of `prompts` prompts, `n` images each, and the size to generate.
 
     `height`, `width`: as asked for, multiples of what the model takes, or None: the image's, made
-    smaller where the model does not take it, or that of the first reference. ValueError, one sentence.
+    smaller where the model does not take it, or that of the first reference. ValueError, one
+    sentence.
     """
     kind = manifest["latents"].get("condition")
     check_together(kind, image, mask, control, strength)
@@ -121,7 +123,7 @@ def check_images(
             "the image of %d x %d pixels was made %d x %d, which the model takes",
             *was, width, height,
         )  # fmt: skip
-    default = STRENGTH if masks == [] and kind != FILL else 1.0
+    default = STRENGTH if masks == [] and kind in (None, REFERENCE) else 1.0
     given = GivenImages(
         image=rows([to_pixels(each, height, width) for each in images], prompts, n),
         mask=rows([to_mask(each, height, width) for each in masks], prompts, n),
@@ -134,11 +136,15 @@ def check_images(
 
 
 def example_images(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Images for a call that only measures: those that the bundle's model cannot do without."""
+    """Images for a call that only measures: those that the bundle's model is made for."""
     height, width = (manifest["defaults"][name] for name in ("height", "width"))
     grey = np.full((height, width, 3), 127, np.uint8)
     half = np.arange(width)[None, :].repeat(height, axis=0) >= width // 2
-    kinds = {FILL: {"image": grey, "mask": half}, CONTROL: {"control": grey}}
+    kinds: dict[str, dict[str, Any]] = {
+        FILL: {"image": grey, "mask": half},
+        CONTROL: {"control": grey},
+        REFERENCE: {"references": [grey]},
+    }
     return kinds.get(manifest["latents"].get("condition", ""), {})
 
 

@@ -72,7 +72,7 @@ def image_latents(
 def no_channels(manifest: Mapping[str, Any], latents: np.ndarray) -> np.ndarray | None:
     """Zeros in place of the channels that a model reads beside packed `latents`, where it does."""
     read = manifest["components"]["transformer"]["inputs"]["hidden_states"]["shape"][-1]
-    if not manifest["latents"].get("condition"):
+    if read == latents.shape[-1] or not manifest["latents"].get("condition"):
         return None
     return np.zeros((*latents.shape[:-1], read - latents.shape[-1]), np.float32)
 

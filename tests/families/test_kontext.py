@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +53,18 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(pipe: Any, tmp_path_factory: pytest.TempPathFactory, pytestconfig: Any) -> Path:
-    sparse = sparse_ffns(pipe.transformer)
-    path = tmp_path_factory.mktemp("kontext") / f"kontext-{'sparse' if sparse else 'dense'}"
+def directory(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind = "sparse" if sparse_ffns(pipe.transformer) else "dense"
+    path = tmp_path_factory.mktemp("kontext") / f"kontext-{kind}"
     pipe.save_pretrained(path)
-    write_defaults(path, height=SIZE, width=SIZE)
-    return exported(pytestconfig, path, **({"top_k": (2,)} if sparse else {}))
+    write_defaults(path, height=SIZE, width=SIZE, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(pipe: Any, directory: Path, pytestconfig: pytest.Config) -> Path:
+    sparse = {"top_k": (2,)} if sparse_ffns(pipe.transformer) else {}
+    return exported(pytestconfig, directory, **sparse)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -100,3 +103,12 @@ def test_edits_as_diffusers_does(pipe: Any, bundle: Path, mode: str) -> None:
     assert np.abs(found[-1] - theirs).max() < 1e-4
     model(PROMPTS, **asked)  # it can go without
     assert np.abs(found[-1] - theirs).max() > 1e-2
+
+
+def test_every_part_is_torchs_with_a_reference(pipe: Any, bundle: Path, directory: Path) -> None:
+    """What `d2m parity` asks: blocks, routers and the trajectory, of noise and reference tokens."""
+    from export.parity.run import parity
+
+    answer = parity(directory, bundle, steps=2)
+    assert answer["passed"], answer["failures"]
+    assert answer["trajectory"]["steps"][-1]["relative_error"] < 1e-4
