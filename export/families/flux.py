@@ -121,9 +121,10 @@ def latents(
     """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents, or there are
     more tokens than the noise has.
 
-    "reference": those of an image behind them, as FLUX.1 Kontext sees one; "control": the latents of a control image too, as FLUX.1 Canny and Depth read them; "fill":
-    those of the masked image and all pixels of the mask, as FLUX.1 Fill does. ValueError where
-    numbers of channels are of neither.
+    "reference": those of an image behind them, as FLUX.1 Kontext sees one; "control": the latents
+    of a control image too, as FLUX.1 Canny and Depth read them; "fill": those of the masked image
+    and all pixels of the mask, as FLUX.1 Fill does. ValueError where numbers of channels are of
+    neither.
     """
     channels = 4 * vae["latent_channels"]
     pixels = 4 ** len(vae["block_out_channels"])  # of a mask in a token

@@ -1,8 +1,8 @@
 """FLUX.1 [dev], [schnell] and Kontext in the runtime: what FluxPipeline does around its models.
 
 [schnell] has no guidance embedding, so its transformer has no input `guidance`; its scheduler's
-shift is 1 and not dynamic, which the manifest says as it does for [dev]. Kontext is [dev] that sees an image beside the noise; the
-manifest's `latents.condition` says so.
+shift is 1 and not dynamic, which the manifest says as it does for [dev]. Kontext is [dev] that sees
+an image beside the noise; the manifest's `latents.condition` says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runtime.families.latents import Size
 from runtime.files.checked_json import mapping, one_of, wrong
 
 REFERENCE = "reference"  # the manifest's latents.condition of Kontext
-# read: diffusers' PREFERRED_KONTEXT_RESOLUTIONS, sizes of about AREA pixels that Kontext has learned
+# read: diffusers' PREFERRED_KONTEXT_RESOLUTIONS, sizes of about AREA pixels that Kontext learned
 SHORT = (672, 688, 720, 752, 800, 832, 880, 944, 1024)
 LONG = (1568, 1504, 1456, 1392, 1328, 1248, 1184, 1104, 1024)
 AREA = 1024 * 1024

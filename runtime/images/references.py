@@ -24,7 +24,7 @@ log = logging.getLogger("runtime")
 
 @dataclass(frozen=True)
 class References:
-    """The references of a checked call: [3, H, W] each, float32 from -1 to 1, of sizes of their own.
+    """The references of a checked call: [3, H, W] each, float32 from -1 to 1, of their own sizes.
 
     were: the width and height of each before it was made to fit.
     """

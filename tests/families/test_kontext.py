@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext, dense and sparse with groups: from diffusers' pipeline to the runtime's images."""
+"""FLUX.1 Kontext, dense and sparse with groups: from diffusers' pipeline to images."""
 
 from __future__ import annotations
 
