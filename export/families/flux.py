@@ -178,7 +178,7 @@ def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
     image = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8), "RGB")
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 :] = 255
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "FluxFillPipeline": {"image": image, "mask_image": Image.fromarray(mask, "L")},
         "FluxControlPipeline": {"control_image": image},
         KONTEXT: {"image": image, "max_area": height * width, "_auto_resize": False},

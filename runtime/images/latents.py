@@ -36,9 +36,10 @@ class ImageLatents:
 
     def take(self, rows: np.ndarray) -> ImageLatents:
         """Those rows of it."""
-        parts = (self.image, self.mask, self.channels)
-        taken = (None if each is None else each[rows] for each in parts)
-        return ImageLatents(*taken, references=self.references)
+        image, mask, channels = (
+            None if each is None else each[rows] for each in (self.image, self.mask, self.channels)
+        )
+        return ImageLatents(image, mask, channels, self.references)
 
 
 NO_IMAGES = ImageLatents()
