@@ -29,8 +29,9 @@ class Names:
     """By what a family is known.
 
     name: in manifests and of preset folders; title: for people; pipelines: diffusers' pipeline
-    classes; dense_class, sparse_class: of its transformer; aliases: other names that the dense
-    class has in configs; tags: of the model card.
+    classes; editors: those of them that are given an image besides the prompt; dense_class,
+    sparse_class: of its transformer; aliases: other names that the dense class has in configs;
+    tags: of the model card.
     title_of(config): the title of one model of the family.
     """
 
@@ -40,6 +41,7 @@ class Names:
     dense_class: str
     sparse_class: str
     title_of: Callable[[Config], str]
+    editors: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 

@@ -27,9 +27,32 @@ if TYPE_CHECKING:
 
 FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 
+_VISION = (
+    "whose text encoder sees the images by its vision part, which d2m does not export; expected"
+    " QwenImagePipeline, which changes an image too (d2m run --image)"
+)
+# Pipelines of known families that cannot be taken, and why.
+REFUSED = {
+    "QwenImageEditPipeline": _VISION,
+    "QwenImageEditPlusPipeline": _VISION,
+    "QwenImageEditInpaintPipeline": _VISION,
+    "Flux2KleinKVPipeline": "which keeps keys and values of reference images from step to step,"
+    " and d2m does not; expected Flux2KleinPipeline, which computes them in every step",
+}
+
 
 def _known() -> str:
-    return ", ".join(f"{' or '.join(f.names.pipelines)} ({f.names.title})" for f in FAMILIES)
+    rows = ((f.names.title, (*f.names.pipelines, *f.names.editors)) for f in FAMILIES)
+    return ", ".join(f"{' or '.join(classes)} ({title})" for title, classes in rows)
+
+
+def edits_images(source: Any) -> bool:
+    """Whether a pipeline, in memory or a directory of a known family, is given an image, too."""
+    if isinstance(source, (str, os.PathLike)):
+        name = read_json(Path(source) / "model_index.json").get("_class_name")
+        return name in family_of(source).names.editors
+    own = family_of_pipeline(source).names
+    return any(cls.__name__ in own.editors for cls in type(source).__mro__)
 
 
 def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
@@ -55,8 +78,10 @@ def family_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Family:
 def _by_class(name: str, what: str) -> Family:
     for family in FAMILIES:
         own = family.names
-        if name in (*own.pipelines, own.dense_class, own.sparse_class, *own.aliases):
+        if name in (*own.pipelines, *own.editors, own.dense_class, own.sparse_class, *own.aliases):
             return family
+    if name in REFUSED:
+        raise ValueError(f"{what} is of class {name}, {REFUSED[name]}.")
     raise ValueError(f"{what} is of class {name}, which d2m does not know; known are {_known()}.")
 
 
@@ -74,6 +99,6 @@ def _by_object(found: Any, what: str) -> Family:
     for cls in type(found).__mro__:
         for family in FAMILIES:
             own = family.names
-            if cls.__name__ in (*own.pipelines, own.dense_class, own.sparse_class):
+            if cls.__name__ in (*own.pipelines, *own.editors, own.dense_class, own.sparse_class):
                 return family
     return _by_class(type(found).__name__, what)

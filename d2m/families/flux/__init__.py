@@ -106,6 +106,7 @@ FLUX = Family(
         name="flux",
         title="FLUX.1",
         pipelines=("FluxPipeline", "FluxFillPipeline", "FluxControlPipeline"),
+        editors=("FluxKontextPipeline",),
         dense_class="FluxTransformer2DModel",
         sparse_class="SparseFluxTransformer2DModel",
         title_of=title_of,
