@@ -123,7 +123,7 @@ def check_images(
             "the image of %d x %d pixels was made %d x %d, which the model takes",
             *was, width, height,
         )  # fmt: skip
-    default = STRENGTH if masks == [] and kind in (None, REFERENCE) else 1.0
+    default = 1.0 if masks else STRENGTH
     given = GivenImages(
         image=rows([to_pixels(each, height, width) for each in images], prompts, n),
         mask=rows([to_mask(each, height, width) for each in masks], prompts, n),
