@@ -95,6 +95,7 @@ def run(
     strength: float | None = None,
     mask: Any = None,
     control: Any = None,
+    references: Any = None,
     progress: Progress | None = None,
     callback: StepCallback | None = None,
     cancel: Cancel | None = None,

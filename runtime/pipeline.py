@@ -46,6 +46,7 @@ class Pipeline(Opened):
         strength: float | None = None,
         mask: Any = None,
         control: Any = None,
+        references: Any = None,
         progress: Progress | None = None,
         callback: StepCallback | None = None,
         cancel: Cancel | None = None,
@@ -78,6 +79,8 @@ class Pipeline(Opened):
         mask     where the image is repainted: white (255, 1.0) of a PIL image or an array [H, W] of
                  the image's size; or a list, one per prompt
         control  for models that follow one, such as edges or depth: an image, as `image`
+        references images that the model sees beside the noise (FLUX.1 Kontext one, FLUX.2 several),
+                 as `image`, the same for every prompt; height and width left out are the first's
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
@@ -107,6 +110,7 @@ class Pipeline(Opened):
             mask=mask,
             control=control,
             strength=strength,
+            references=references,
         )
         if output_type not in OUTPUT_TYPES:
             expected = ", ".join(OUTPUT_TYPES)

@@ -20,7 +20,7 @@ ARGUMENTS = (
     *("prompt", "negative", "seed", "steps", "guidance"),
     *("height", "width", "top_k", "kappa", "sigmas", "cache", "strength"),
 )
-IMAGES = ("image", "mask", "control")
+IMAGES = ("image", "mask", "control", "references")
 
 
 def regenerate(
@@ -34,7 +34,7 @@ def regenerate(
 ) -> tuple[Image, dict[str, Any]]:
     """(the image, a comparison): generates what the PNG at `path` says that it is.
 
-    `images`: of one that was made from others ("image", "mask", "control"), those.
+    `images`: of one that was made from others (IMAGES), those.
     `backend` "auto" takes the one that the image was generated on; `options` (threads, experts,
     offload) are those of runtime.load. The comparison holds `same`, `pixels_that_differ`, the
     `largest_difference` of a colour value (of 255), and the settings. Raises FileNotFoundError,
@@ -87,9 +87,11 @@ def same_images(
     found = {name: image for name, image in given.items() if image is not None}
     for name in IMAGES:
         if name in settings and name not in found:
+            what = {"image": "an image", "references": "references"}.get(name, f"a {name}")
+            many = name == "references"
             raise ValueError(
-                f"{path} was generated from {'an' if name == 'image' else 'a'} {name}, expected the"
-                f" same file: name it with --{name}."
+                f"{path} was generated from {what}, expected the same"
+                f" {'files: name them' if many else 'file: name it'} with --{name.rstrip('s')}."
             )
         if name in found and name not in settings:
             raise ValueError(f"{path} was generated without {name}, expected none; leave it out.")
@@ -98,11 +100,17 @@ def same_images(
         other = [name for name in found if said[name] != settings[name]]
         if other:
             raise ValueError(
-                f"{path} was generated from another {other[0]} than the one that is given: its"
-                f" pixels have SHA-256 {printable(str(settings[other[0]]))[:12]}..., these"
-                f" {said[other[0]][:12]}...; name the file that it was generated from."
+                f"{path} was generated from another {other[0].rstrip('s')} than the one that is"
+                f" given: its pixels have SHA-256 {shown(settings[other[0]])}, these"
+                f" {shown(said[other[0]])}; name the file that it was generated from."
             )
     return found
+
+
+def shown(digests: Any) -> str:
+    """The beginning of a digest, or of each of a list."""
+    each = digests if isinstance(digests, list) else [digests]
+    return ", ".join(f"{printable(str(value))[:12]}..." for value in each[:10])
 
 
 def compare(path: str | os.PathLike[str], image: Image) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def check_request(
     mask: Any = None,
     control: Any = None,
     strength: float | None = None,
+    references: Any = None,
 ) -> Request:
     """Fill in the bundle's defaults; ValueError, one sentence, for what cannot be generated."""
     defaults = manifest["defaults"]
@@ -107,6 +108,7 @@ def check_request(
         for name, size in (("height", height), ("width", width))
     )
     given: Any = {"image": image, "mask": mask, "control": control, "strength": strength}
+    given["references"] = references
     images, height, width = check_images(manifest, len(prompts), n, height, width, **given)
     height, width = check_side(manifest, "height", height), check_side(manifest, "width", width)
     taken = steps - images.first_step(steps)

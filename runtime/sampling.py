@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from runtime.bundle.block_groups import can_forecast
 from runtime.families.family import Arrays, rows
 from runtime.families.latents import image_tokens
 from runtime.images.latents import NO_IMAGES, ImageLatents, image_latents, no_channels
+from runtime.images.references import reference_tokens
 from runtime.opened import Opened
 from runtime.program.block_forecast import forecast
 from runtime.program.step_cache import StepCache
@@ -90,7 +92,8 @@ def generate_batch(
         seeds = [seed for seed in request.seeds[part] if seed is not None]
         noise = prepare_latents(model, seeds, request.latent_size)
     method, component = request.cache, model.bundle.component("transformer")
-    cache = StepCache(method, component) if method.skips else None
+    tokens = image_tokens(settings, request.latent_size)
+    cache = StepCache(method, component, tokens) if method.skips else None
     latents = denoise(
         model,
         noise[rows],
@@ -212,8 +215,8 @@ def denoise(
         conditions = {
             name: np.concatenate([negative[name], array]) for name, array in conditions.items()
         }
-    more = images.channels
-    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance, more)[start:]
+    feeds = step_inputs(model, noise, conditions, levels[:-1], latent_size, guidance, images)
+    feeds = feeds[start:]
     executor, component = model.executor("transformer"), model.bundle.component("transformer")
     starts: list[Any] = [None] * taken
     if can_forecast(component) and hasattr(executor, "block"):
@@ -225,13 +228,15 @@ def denoise(
     for index, feed in enumerate(feeds, start):
         if step:
             step(index - start, taken)
-        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions), more)}
+        inputs = feed | {"hidden_states": hidden_states(model, latents, rows(conditions), images)}
         if model.step_hook:
             model.step_hook(inputs, top_k[index], kappa[index])
         if cache is not None:
             cache.begin(levels[index])
         knobs = top_k[index], kappa[index], starts[index - start], cache
         (sample,) = model.execute("transformer", inputs, *knobs).values()
+        if images.references is not None:
+            sample = sample[:, : image_tokens(model.manifest["latents"], latent_size)]
         if negative is not None:
             sample = model.family.guide(sample, guidance)
         velocity = model.family.velocity(sample, model.manifest["latents"], latent_size)
@@ -247,15 +252,17 @@ def denoise(
 
 
 def hidden_states(
-    model: Opened, latents: np.ndarray, count: int, channels: np.ndarray | None = None
+    model: Opened, latents: np.ndarray, count: int, images: ImageLatents = NO_IMAGES
 ) -> np.ndarray:
     """hidden_states [count, T, C] of latents [n, ...], repeated for every n rows.
 
-    channels: what stands beside those of the latents, [n, T, C'].
+    images: whose channels stand beside those of the latents, whose references behind their tokens.
     """
     tokens = model.family.tokens(latents, model.manifest["latents"])
-    if channels is not None:
-        tokens = np.concatenate([tokens, channels], axis=-1)
+    if images.channels is not None:
+        tokens = np.concatenate([tokens, images.channels], axis=-1)
+    if images.references is not None:
+        tokens = images.references.behind(tokens)
     return tokens if len(tokens) == count else np.tile(tokens, (count // len(tokens), 1, 1))
 
 
@@ -266,11 +273,13 @@ def step_inputs(
     sigmas: np.ndarray,
     latent_size: tuple[int, int],
     guidance: float,
-    channels: np.ndarray | None = None,
+    images: ImageLatents = NO_IMAGES,
 ) -> list[dict[str, np.ndarray]]:
     """The transformer's inputs for every step, all with the noise as hidden_states."""
-    hidden = hidden_states(model, noise, rows(conditions), channels)
+    hidden = hidden_states(model, noise, rows(conditions), images)
     inputs = model.family.inputs(model.manifest, conditions, latent_size, guidance)
+    if images.references is not None:
+        inputs = images.references.placed(inputs, model.manifest["latents"])
     times = model.family.timesteps(model.manifest["scheduler"], sigmas)
     each = (np.full(len(hidden), time, np.float32) for time in times)
     return [{"hidden_states": hidden, **inputs, "timestep": timestep} for timestep in each]
@@ -281,8 +290,13 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
     size = request.latent_size
     sigmas = noise_levels(model, len(request.top_k), size)[:-1]
     noise, conditions = prepare_latents(model, [0], size), encode(model, request.prompts[:1])
-    channels = no_channels(model.manifest, noise)
-    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, channels)
+    encoded = partial(encode_image, model)
+    settings, seen = model.manifest["latents"], request.images.references
+    images = ImageLatents(
+        channels=no_channels(model.manifest, noise),
+        references=reference_tokens(seen, model.family, settings, encoded),
+    )
+    feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, images)
     return [model.cast(feed) for feed in feeds]
 
 

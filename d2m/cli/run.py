@@ -63,6 +63,10 @@ def run(
     control: Annotated[
         Path | None, option("Image that the model follows, such as edges (FLUX.1 Canny, Depth).")
     ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        option("Image that the model sees (FLUX.1 Kontext one, FLUX.2 several: name each)."),
+    ] = None,
     height: options.Height = None,
     width: options.Width = None,
     n: options.Images = 1,
@@ -113,9 +117,11 @@ def run(
 
     how: dict[str, Any] = {"experts": experts, "offload": offload, "loras": dict(lora or ())}
     files_in = {"image": image, "mask": mask, "control": control}
-    images_in = {
+    images_in: dict[str, Any] = {
         name: open_image(file, f"--{name}") for name, file in files_in.items() if file is not None
     }
+    if reference:
+        images_in["references"] = [open_image(file, "--reference") for file in reference]
     if (png := regenerate or again) is not None:
         from runtime.regenerate import regenerate as function
 
@@ -149,8 +155,7 @@ def run(
     settings |= {"steps": steps, "height": height, "width": width, "budget": budget, "cache": cache}
     given = asked["prompt"]
     size = height, width
-    if images_in:
-        own = images_in.get("image") or images_in.get("control") or images_in["mask"]
+    if own := next((each for name, each in images_in.items() if name != "references"), None):
         size = height or own.height, width or own.width
     for clause in pipeline.warnings([given] if isinstance(given, str) else given, *size):
         say(f"warning: {clause}")

@@ -44,7 +44,7 @@ def serve(
     experts: options.Experts = "auto",
     debug: options.Debug = False,
 ) -> None:
-    """Serve BUNDLE to OpenAI's clients: POST /v1/images/generations.
+    """Serve BUNDLE to OpenAI's clients: POST /v1/images/generations and /v1/images/edits.
 
     There is a page on /, and /metrics for Prometheus.
 

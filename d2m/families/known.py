@@ -27,6 +27,19 @@ if TYPE_CHECKING:
 
 FAMILIES = (FLUX, FLUX2, SD3, PIXART, QWEN, ZIMAGE, CHROMA)
 
+_VISION = (
+    "whose text encoder sees the images by its vision part, which d2m does not export; expected"
+    " QwenImagePipeline, which changes an image too (d2m run --image)"
+)
+# Pipelines of known families that cannot be taken, and why.
+REFUSED = {
+    "QwenImageEditPipeline": _VISION,
+    "QwenImageEditPlusPipeline": _VISION,
+    "QwenImageEditInpaintPipeline": _VISION,
+    "Flux2KleinKVPipeline": "which keeps keys and values of reference images from step to step,"
+    " and d2m does not; expected Flux2KleinPipeline, which computes them in every step",
+}
+
 
 def _known() -> str:
     rows = ((f.names.title, (*f.names.pipelines, *f.names.editors)) for f in FAMILIES)
@@ -67,6 +80,8 @@ def _by_class(name: str, what: str) -> Family:
         own = family.names
         if name in (*own.pipelines, *own.editors, own.dense_class, own.sparse_class, *own.aliases):
             return family
+    if name in REFUSED:
+        raise ValueError(f"{what} is of class {name}, {REFUSED[name]}.")
     raise ValueError(f"{what} is of class {name}, which d2m does not know; known are {_known()}.")
 
 

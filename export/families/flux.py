@@ -21,7 +21,10 @@ from export.families.family import Encoder, Family
 from export.graph.attention import ExportAttention
 from export.graph.program import Environment, Row, Tracing
 from export.graph.trace import Spec
+from runtime.families.flux import REFERENCE
+from runtime.files.checked_json import read_json
 
+KONTEXT = "FluxKontextPipeline"  # whose transformer is [dev]'s by its config
 STREAMS = ("hidden_states", "encoder_hidden_states")
 BLOCK_INPUTS = (*STREAMS, "temb", "rope_cos", "rope_sin")
 
@@ -115,11 +118,13 @@ def lengths(directory: Path) -> dict[str, int]:
 def latents(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
-    """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents.
+    """The manifest's `latents`; `condition` where a token is more than 2 x 2 latents, or there are
+    more tokens than the noise has.
 
-    "control": the latents of a control image too, as FLUX.1 Canny and Depth read them; "fill":
-    those of the masked image and all pixels of the mask, as FLUX.1 Fill does. ValueError where
-    numbers of channels are of neither.
+    "reference": those of an image behind them, as FLUX.1 Kontext sees one; "control": the latents
+    of a control image too, as FLUX.1 Canny and Depth read them; "fill": those of the masked image
+    and all pixels of the mask, as FLUX.1 Fill does. ValueError where numbers of channels are of
+    neither.
     """
     channels = 4 * vae["latent_channels"]
     pixels = 4 ** len(vae["block_out_channels"])  # of a mask in a token
@@ -127,7 +132,9 @@ def latents(
     known = {2 * channels: "control", 2 * channels + pixels: "fill"}
     condition = known.get(transformer.get("in_channels", 0)) if written == channels else None
     if condition is None:
-        return packed_latents(transformer, vae, directory)
+        plain = packed_latents(transformer, vae, directory)
+        edits = read_json(directory / "model_index.json")["_class_name"] == KONTEXT
+        return plain | ({"condition": REFERENCE} if edits else {})
     plain = packed_latents({**transformer, "in_channels": channels}, vae, directory)
     return plain | {"condition": condition}
 
@@ -159,7 +166,10 @@ def model_inputs(
 
 
 def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
-    """Images for the pipelines of Fill, and of Canny and Depth: colours that run, a square."""
+    """Images for the pipelines of Kontext, Fill, and Canny and Depth: colours that run, a square.
+
+    Kontext keeps the size that it is asked for.
+    """
     import numpy as np
     from PIL import Image
 
@@ -168,9 +178,10 @@ def given(pipe: Any, height: int, width: int) -> dict[str, Any]:
     image = Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8), "RGB")
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2, width // 4 :] = 255
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "FluxFillPipeline": {"image": image, "mask_image": Image.fromarray(mask, "L")},
         "FluxControlPipeline": {"control_image": image},
+        KONTEXT: {"image": image, "max_area": height * width, "_auto_resize": False},
     }
     return kinds.get(type(pipe).__name__, {})
 

@@ -20,8 +20,11 @@ from export.parity.torch_recording import Recording, to_unit
 from runtime.bundle.block_groups import choosing_groups, groups_of, windows
 from runtime.bundle.directory import Bundle
 from runtime.bundle.manifest import OPTIONAL
+from runtime.families.flux import REFERENCE
+from runtime.families.latents import reference_positions
 from runtime.files.tensors import to_float32
 from runtime.images.latents import NO_IMAGES, ImageLatents
+from runtime.images.references import ReferenceTokens
 from runtime.pipeline import Pipeline
 from runtime.program.backends import PLAN_BACKENDS
 from runtime.program.executor import open_component
@@ -195,12 +198,18 @@ def compare_trajectory(
 ) -> dict[str, Any]:
     """Both generate from the same noise and torch's embeddings; the latents after each step.
 
-    Of a model that reads an image beside its latents, with torch's channels of it.
+    Of a model that reads an image beside its latents, with torch's channels or tokens of it.
     """
     found: list[np.ndarray] = []
     read = reference.components["transformer"][0]["hidden_states"]
     images = NO_IMAGES
-    if pipeline.manifest["latents"].get("condition"):
+    condition = pipeline.manifest["latents"].get("condition")
+    if condition == REFERENCE:  # of the image's own size, as export.families.flux gives it
+        family, axes = pipeline.family, len(pipeline.manifest["latents"]["rope_axes"])
+        rows_and_columns = [(latent[0] // 2, latent[1] // 2)]
+        positions = reference_positions(rows_and_columns, family.reference_place, axes)
+        images = ImageLatents(references=ReferenceTokens(read[:1, noise.shape[1] :], positions))
+    elif condition:
         images = ImageLatents(channels=read[: len(noise), :, noise.shape[-1] :])
     final = denoise(
         pipeline,

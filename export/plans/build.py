@@ -23,6 +23,7 @@ from export.plans.fuse import attentions, fuse
 from export.plans.layers import check_plan, host_tensors, layers
 from export.quant.products import PRODUCT
 from export.quant.tensorrt import spelled_out
+from runtime.families import FAMILIES as RUNTIME_FAMILIES
 from runtime.families import is_guided
 from runtime.files.atomic import write_bytes
 from runtime.files.checked_json import read_json
@@ -31,6 +32,8 @@ from runtime.trt.launch_schedule import dimension_size, dimension_terms, profile
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
 Profiles = Mapping[str, Sequence[int]]
+REFERENCES = 4  # of the largest size, which plans have room for
+SHAPES = ((7000, 7000), (7000, 3000), (3000, 7000))  # of references; Kontext's list ends at 7 : 3
 WORKERS = 2  # builds at a time; one takes about a second of one core and .3 GB
 
 
@@ -226,11 +229,27 @@ def default_profiles(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     lengths = {name: row["max_length"] for name, row in manifest["tokenizers"].items()}
     found = FAMILIES[manifest["family"]].text_tokens(lengths)
     text, an_image = found.pop(""), 1 + is_guided(manifest)  # rows an image
+    usual, most, longest = reference_room(manifest)
     return {
         "batch": [1, an_image, 8 * an_image],
-        "image_tokens": [max(1, image // 16), image, image * 9 // 4],
+        "image_tokens": [max(1, image // 16), image + usual, image * 9 // 4 + most],
         "text_tokens": [min(8, text), text, text],
         **{f"{name}.text_tokens": [length] * 3 for name, length in found.items()},
-        "latent_height": [max(2, rows // 4), rows, rows * 3 // 2],
-        "latent_width": [max(2, columns // 4), columns, columns * 3 // 2],
+        "latent_height": [max(2, rows // 4), rows, max(rows * 3 // 2, longest)],
+        "latent_width": [max(2, columns // 4), columns, max(columns * 3 // 2, longest)],
     }
+
+
+def reference_room(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Room for references behind the noise: tokens usually and at most, and the longest side of
+    one in latent pixels. A model that sees one is made for it; of several, plans take REFERENCES.
+    """
+    family, latents = RUNTIME_FAMILIES[manifest["family"]], manifest["latents"]
+    most = family.references(manifest)
+    if not most:
+        return 0, 0, 0
+    sizes = [family.reference_size(manifest, *shape)[1] for shape in SHAPES]
+    side = latents["vae_scale_factor"]
+    tokens = max(height * width for height, width in sizes) // (side * latents["patch"]) ** 2
+    longest = max(max(size) for size in sizes) // side
+    return tokens if most == 1 else 0, tokens * min(most, REFERENCES), longest

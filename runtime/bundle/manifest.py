@@ -240,6 +240,8 @@ def check_settings(manifest: dict[str, Any]) -> None:
     number(latents, "scaling_factor", 1e-6, 1e6, "latents")
     if latents.get("shift_factor") is not None:
         number(latents, "shift_factor", -1e6, 1e6, "latents")
+    if "condition" in latents and manifest["family"] != "flux":
+        raise wrong("latents.condition", latents["condition"], "none: FLUX.1 alone has it")
     FAMILIES[manifest["family"]].check(manifest)
     defaults = mapping(manifest, "defaults")
     integer(defaults, "steps", 1, 1000, "defaults")

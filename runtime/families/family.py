@@ -42,6 +42,11 @@ def guide(sample: np.ndarray, guidance: float) -> np.ndarray:
     return guided
 
 
+def no_reference_size(manifest: Mapping[str, Any], height: int, width: int) -> tuple[Size, Size]:
+    """Of a family that sees no references: never asked for."""
+    raise AssertionError(manifest["family"])
+
+
 def check_masked_text(manifest: Mapping[str, Any]) -> None:
     """ValueError (a clause) unless the text encoder gives its mask beside its states."""
     outputs = manifest["components"]["text_encoder"]["outputs"]
@@ -83,6 +88,11 @@ class Family:
     guide(sample [2 n, T, channels], guidance): what the model says of both -> one, [n, ...].
     velocity(sample, settings, (h, w)): the transformer's output as latents (or noise, as `sampler`
         takes it).
+    references(manifest): how many images the model may see beside the noise.
+    reference_size(manifest, height, width): what such an image is resized to, and the height and
+        width of the middle that is kept of it; ValueError, a sentence, for one of no use.
+    reference_place: where the first stands on the first axis of positions; the others at its
+        multiples.
     image_latents(latents, settings, (h, w)): [n, C, h, w] as the VAE decodes them;
     encoded(latents [n, C, h, w] as the VAE encodes them, settings): the inverse.
     """
@@ -107,6 +117,9 @@ class Family:
     tokens: Callable[[np.ndarray, Settings], np.ndarray] = patches
     velocity: Callable[[np.ndarray, Settings, Size], np.ndarray] = unpatchify
     guided: bool = False
+    references: Callable[[Mapping[str, Any]], int] = lambda manifest: 0
+    reference_size: Callable[[Mapping[str, Any], int, int], tuple[Size, Size]] = no_reference_size
+    reference_place: int = 0
     largest: Callable[[Mapping[str, Any]], int] = lambda manifest: MAX_SIDE
     guide: Callable[[np.ndarray, float], np.ndarray] = guide
     with_template: Callable[[str], str] = str

@@ -1,11 +1,13 @@
-"""FLUX.1 [dev] and [schnell] in the runtime: what FluxPipeline does around its models.
+"""FLUX.1 [dev], [schnell] and Kontext in the runtime: what FluxPipeline does around its models.
 
 [schnell] has no guidance embedding, so its transformer has no input `guidance`; its scheduler's
-shift is 1 and not dynamic, which the manifest says as it does for [dev].
+shift is 1 and not dynamic, which the manifest says as it does for [dev]. Kontext is [dev] that sees
+an image beside the noise; the manifest's `latents.condition` says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,12 @@ from runtime.families.family import Arrays, Family, Run, rows
 from runtime.families.flow_matching import sigmas, timesteps
 from runtime.families.latents import Size
 from runtime.files.checked_json import mapping, one_of, wrong
+
+REFERENCE = "reference"  # the manifest's latents.condition of Kontext
+# read: diffusers' PREFERRED_KONTEXT_RESOLUTIONS, sizes of about AREA pixels that Kontext learned
+SHORT = (672, 688, 720, 752, 800, 832, 880, 944, 1024)
+LONG = (1568, 1504, 1456, 1392, 1328, 1248, 1184, 1104, 1024)
+AREA = 1024 * 1024
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -33,11 +41,12 @@ def check(manifest: Mapping[str, Any]) -> None:
     settings = mapping(dict(manifest), "latents")
     more = {
         None: 0,
+        REFERENCE: 0,
         "control": 4 * settings["channels"],
         "fill": 4 * settings["channels"] + 4 * settings["vae_scale_factor"] ** 2,
     }
     if "condition" in settings:
-        one_of(settings, "condition", ("control", "fill"), "latents")
+        one_of(settings, "condition", ("control", "fill", REFERENCE), "latents")
     wanted = 4 * settings["channels"] + more[settings.get("condition")]
     read = manifest["components"]["transformer"]["inputs"].get("hidden_states", {}).get("shape")
     if not read or read[-1] != wanted:
@@ -68,6 +77,23 @@ def inputs(
     return found
 
 
+def references(manifest: Mapping[str, Any]) -> int:
+    """Kontext sees one image."""
+    return int(manifest["latents"].get("condition") == REFERENCE)
+
+
+def reference_size(manifest: Mapping[str, Any], height: int, width: int) -> tuple[Size, Size]:
+    """The size of Kontext's list whose shape is nearest; of a model that generates another area
+    than AREA by default, as much larger or smaller (ours)."""
+    settings, defaults = manifest["latents"], manifest["defaults"]
+    pairs = (*zip(SHORT, LONG), *zip(LONG, SHORT))
+    _, columns, rows = min((abs(width / height - w / h), w, h) for w, h in pairs)
+    scale = math.sqrt(defaults["height"] * defaults["width"] / AREA)
+    side = settings["vae_scale_factor"] * settings["patch"]
+    rows, columns = (max(1, int(each * scale + 1e-6) // side) * side for each in (rows, columns))
+    return (rows, columns), (rows, columns)
+
+
 FLUX = Family(
     name="flux",
     components={"text_encoder": 1, "text_encoder_2": 1, "transformer": 0, "vae_decoder": 1},
@@ -87,4 +113,7 @@ FLUX = Family(
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=shared.unpacked,
     encoded=shared.scaled_and_packed,
+    references=references,
+    reference_size=reference_size,
+    reference_place=1,
 )

@@ -8,6 +8,7 @@ latent pixels, T = (h / 2)(w / 2) tokens, L text tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from runtime.files.checked_json import mapping
 # read: compute_empirical_mu, lines through image tokens at 10 steps and at 200 (slope, height);
 # above so many tokens the second one holds for any number of steps
 AT_10, AT_200, MANY = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666), 4300
+
+REFERENCES = 10  # at once, as many as [dev]'s makers name
+LARGEST = 4096  # tokens of one; read: a larger one is made 1024 x 1024 pixels, in tokens of 16 x 16
 
 
 def title_of(config: Mapping[str, Any]) -> str:
@@ -93,6 +97,22 @@ def encoded(latents: np.ndarray, settings: Settings) -> np.ndarray:
     return packed
 
 
+def reference_size(manifest: Mapping[str, Any], height: int, width: int) -> tuple[Size, Size]:
+    """Its own where that is at most LARGEST tokens; cut to whole tokens."""
+    side = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
+    area = LARGEST * side * side
+    rows, columns = height, width
+    if height * width > area:
+        scale = math.sqrt(area / (width * height))
+        rows, columns = int(height * scale), int(width * scale)
+    if min(rows, columns) < side:
+        raise ValueError(
+            f"a reference has {width} x {height} pixels, expected a side of at least {side} where"
+            f" it has at most {area:,} pixels in all; give another part of it."
+        )
+    return (rows, columns), (rows // side * side, columns // side * side)
+
+
 FLUX2 = Family(
     name="flux2",
     title="FLUX.2",
@@ -112,4 +132,7 @@ FLUX2 = Family(
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=image_latents,
     encoded=encoded,
+    references=lambda manifest: REFERENCES,
+    reference_size=reference_size,
+    reference_place=10,
 )

@@ -79,6 +79,19 @@ def position_ids(text_tokens: int, height: int, width: int) -> np.ndarray:
     return np.concatenate([text, image.reshape(-1, 3)])
 
 
+def reference_positions(sizes: Sequence[Size], place: int, axes: int) -> np.ndarray:
+    """Positions [R, axes] of references of `sizes` (rows and columns of tokens) one after another:
+    (place, row, column, 0 ...), the second's 2 place on the first axis, and so on."""
+    found = []
+    for index, (height, width) in enumerate(sizes, 1):
+        one = np.zeros((height, width, axes), np.float32)
+        one[..., 0] = place * index
+        one[..., 1] = np.arange(height)[:, None]
+        one[..., 2] = np.arange(width)[None, :]
+        found.append(one.reshape(-1, axes))
+    return np.concatenate(found)
+
+
 def rope(
     positions: np.ndarray, axes: Sequence[int], theta: float = 10000.0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 pixels  Images that are given, as arrays: files opened, PIL and numpy read, resized
 given   The images of a call, checked against the bundle: sizes, masks, strength
+references Images that a model sees beside the noise, as tokens
 latents Encoded images in the denoising: where it starts, what a mask keeps, more channels
 """
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from runtime.families import family_of
+from runtime.families.flux import REFERENCE
 from runtime.files.checked_json import show
 from runtime.images.pixels import read_image, read_mask, to_mask, to_pixels
+from runtime.images.references import NO_REFERENCES, References, check_references
 
 log = logging.getLogger("runtime")
 STRENGTH = 0.6  # of image to image, as diffusers has it
@@ -36,6 +38,7 @@ class GivenImages:
     control: np.ndarray | None = None
     strength: float = 1.0
     was: tuple[int, int] | None = None
+    references: References = NO_REFERENCES
 
     def first_step(self, steps: int) -> int:
         """The first of `steps` that is taken; rounded as diffusers does."""
@@ -50,6 +53,10 @@ class GivenImages:
                 found[name] = digest(pixels[index])
         if self.image is not None:
             found["strength"] = self.strength
+        if self.references.pixels:
+            found["references"] = [digest(each) for each in self.references.pixels]
+        if self.references.resized:
+            found["reference_sizes"] = [list(size) for size in self.references.were]
         return found | ({} if self.was is None else {"image_size": list(self.was)})
 
 
@@ -73,21 +80,28 @@ def check_images(
     mask: Any = None,
     control: Any = None,
     strength: float | None = None,
+    references: Any = None,
 ) -> tuple[GivenImages, int | None, int | None]:
     """The images of a call of `prompts` prompts, `n` images each, and the size to generate.
 
     `height`, `width`: as asked for, multiples of what the model takes, or None: the image's, made
-    smaller where the model does not take it. ValueError, one sentence.
+    smaller where the model does not take it, or that of the first reference. ValueError, one
+    sentence.
     """
     kind = manifest["latents"].get("condition")
     check_together(kind, image, mask, control, strength)
-    if image is None and control is None:
+    seen = check_references(manifest, references)
+    if image is None and control is None and not seen.pixels:
         return NOTHING, height, width
     if "vae_encoder" not in manifest["components"]:
         raise ValueError(
             "this bundle has no vae_encoder, which images as inputs need; add it with d2m export"
             " PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
         )
+    if image is None and control is None:
+        first_seen = seen.pixels[0].shape  # [3, H, W]
+        height, width = height or first_seen[1], width or first_seen[2]
+        return GivenImages(references=seen), height, width
     images = read_all("image", image, prompts, read_image)
     controls = read_all("control", control, prompts, read_image)
     masks = read_all("mask", mask, prompts, read_mask)
@@ -109,23 +123,28 @@ def check_images(
             "the image of %d x %d pixels was made %d x %d, which the model takes",
             *was, width, height,
         )  # fmt: skip
-    default = STRENGTH if masks == [] and kind is None else 1.0
+    default = 1.0 if masks else STRENGTH
     given = GivenImages(
         image=rows([to_pixels(each, height, width) for each in images], prompts, n),
         mask=rows([to_mask(each, height, width) for each in masks], prompts, n),
         control=rows([to_pixels(each, height, width) for each in controls], prompts, n),
         strength=(default if image is not None else 1.0) if strength is None else float(strength),
         was=was,
+        references=seen,
     )
     return given, height, width
 
 
 def example_images(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Images for a call that only measures: those that the bundle's model cannot do without."""
+    """Images for a call that only measures: those that the bundle's model is made for."""
     height, width = (manifest["defaults"][name] for name in ("height", "width"))
     grey = np.full((height, width, 3), 127, np.uint8)
     half = np.arange(width)[None, :].repeat(height, axis=0) >= width // 2
-    kinds = {FILL: {"image": grey, "mask": half}, CONTROL: {"control": grey}}
+    kinds: dict[str, dict[str, Any]] = {
+        FILL: {"image": grey, "mask": half},
+        CONTROL: {"control": grey},
+        REFERENCE: {"references": [grey]},
+    }
     return kinds.get(manifest["latents"].get("condition", ""), {})
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from runtime.families.family import Family
 from runtime.families.latents import Settings, pack
 from runtime.images.given import CONTROL, FILL, GivenImages
+from runtime.images.references import ReferenceTokens, reference_tokens
 
 Encode = Callable[[np.ndarray], np.ndarray]  # pixels [n, 3, H, W] -> latents as denoised
 
@@ -24,17 +25,21 @@ class ImageLatents:
 
     image [n, ...]: without noise, from which denoising starts; mask, of latents' shape but for
     channels: 1 where they are denoised and 0 where they stay the image's; channels [n, T, C']:
-    beside those of the latents in every step. None: there is none.
+    beside those of the latents in every step; references: tokens behind theirs, the same for all n.
+    None: there is none.
     """
 
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     channels: np.ndarray | None = None
+    references: ReferenceTokens | None = None
 
     def take(self, rows: np.ndarray) -> ImageLatents:
         """Those rows of it."""
-        parts = (self.image, self.mask, self.channels)
-        return ImageLatents(*(None if each is None else each[rows] for each in parts))
+        image, mask, channels = (
+            None if each is None else each[rows] for each in (self.image, self.mask, self.channels)
+        )
+        return ImageLatents(image, mask, channels, self.references)
 
 
 NO_IMAGES = ImageLatents()
@@ -61,13 +66,14 @@ def image_latents(
         image=None if image is None else encode(image),
         mask=None if mask is None else latent_mask(mask, family, settings),
         channels=channels,
+        references=reference_tokens(given.references, family, settings, encode),
     )
 
 
 def no_channels(manifest: Mapping[str, Any], latents: np.ndarray) -> np.ndarray | None:
     """Zeros in place of the channels that a model reads beside packed `latents`, where it does."""
     read = manifest["components"]["transformer"]["inputs"]["hidden_states"]["shape"][-1]
-    if not manifest["latents"].get("condition"):
+    if read == latents.shape[-1] or not manifest["latents"].get("condition"):
         return None
     return np.zeros((*latents.shape[:-1], read - latents.shape[-1]), np.float32)
 

@@ -94,7 +94,11 @@ class StepCache:
     `skipped` counts the steps that were left out, [rows].
     """
 
-    def __init__(self, method: Method, component: Mapping[str, Any]) -> None:
+    def __init__(
+        self, method: Method, component: Mapping[str, Any], tokens: int | None = None
+    ) -> None:
+        """tokens: how many of TENSOR decide, the first ones: references stand behind them."""
+        self.tokens = tokens
         blocks = blocks_of(component)
         self.method = method
         first, self.tail = (blocks[0], blocks[-1] + 1) if blocks else (0, 0)
@@ -167,7 +171,7 @@ class StepCache:
         if self.method.threshold is None:
             due = self._step % self.method.interval == 0
             return np.array([due or row not in self._known for row in rows])
-        residual = entry - self._before
+        residual = entry[:, : self.tokens] - self._before[:, : self.tokens]
         computed = np.array([self.changed(residual[row], row) for row in rows])
         for row in np.flatnonzero(computed).tolist():
             self._first[row] = residual[row]

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's images API, health, metrics and a page to try a prompt."""
+"""The routes: OpenAI's images API and a page, health and metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,10 @@ from starlette.types import ASGIApp
 
 from runtime.request import one_or_list
 from runtime.serve.batch import usage
+from runtime.serve.edits.edit_request import form_schema, read_edit, refuse_other_site
+from runtime.serve.edits.upload import EDITS, read_form
 from runtime.serve.guard import Guard
-from runtime.serve.image_request import MAX_BODY, Refused, fields_of, read_request
+from runtime.serve.image_request import MAX_BODY, TOO_LARGE, ImageRequest, Refused, fields_of, parse
 from runtime.serve.jobs import Generated, Job
 from runtime.serve.page import read_page
 from runtime.serve.service import Service
@@ -49,6 +52,8 @@ def make_app(
     get = partial(app.api_route, methods=["GET", "HEAD"], include_in_schema=False)
     schema = fields_of(service.limits).model_json_schema()
     body = {"content": {"application/json": {"schema": schema}}, "required": True}
+    form = {"schema": form_schema(service.limits)}
+    form_body = {"content": {"multipart/form-data": form}, "required": True}
 
     @app.post("/v1/images/generations", openapi_extra={"requestBody": body})
     async def generate(request: Request) -> Response:
@@ -62,9 +67,24 @@ def make_app(
             content = await read_body(request)
         except ClientDisconnect:
             raise service.client_left() from None
-        manifest, limits = service.pipeline.manifest, service.limits
-        pick, aliases = service.pipeline.pick_knobs, service.names[1:]
-        image_request = read_request(content, manifest, limits, pick, aliases, service.loras)
+        return await answered(request, service.check(parse(content, service.limits)), ExitStack())
+
+    @app.post(EDITS, openapi_extra={"requestBody": form_body})
+    async def edit(request: Request) -> Response:
+        """Change the images of a multipart body as it asks for (see edits/)."""
+        refuse_other_site(request, origins)
+        with ExitStack() as kept:
+            with service.held.take(service.retry_after) as keep:
+                try:
+                    form = await read_form(request, keep)
+                except ClientDisconnect:
+                    raise service.client_left() from None
+                image_request = await read_edit(form, service)
+            kept.enter_context(service.held.take(service.retry_after))(image_request.nbytes)
+            return await answered(request, image_request, kept)
+
+    async def answered(request: Request, image_request: ImageRequest, kept: ExitStack) -> Response:
+        """The answer once the images were generated; or a stream, at whose end `kept` closes."""
         arguments = image_request.arguments
         if log_prompts:
             negative = f", negative {arguments.negative[0]!r}" if arguments.negative else ""
@@ -79,6 +99,8 @@ def make_app(
             work = service.generate(image_request, disconnect, on_step)
             task: Task = asyncio.ensure_future(work)
             task.add_done_callback(lambda _: disconnect.cancel())
+            close = kept.pop_all().close
+            task.add_done_callback(lambda _: close())
             await begun(task, steps)
             return StreamingResponse(
                 events(task, steps, partial(finished, service)),
@@ -171,7 +193,7 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > MAX_BODY:
+                if len(body) > MAX_BODY or TOO_LARGE in request.scope:
                     raise too_large
     except TimeoutError:
         raise Refused(408, f"the body was not complete within {BODY_SECONDS:g} seconds.") from None
@@ -213,6 +235,7 @@ def answer_of(service: Service, job: Job, generated: Generated) -> dict[str, Any
             "cache": request.cache.text,
             "steps_skipped": generated.steps_skipped,
             **usage(manifest, request, generated.steps_skipped),
+            **job.request.edit,
             "notes": [*job.request.notes, *generated.notes],
             "seconds_queued": round(generated.began - job.entered, 4),
             "seconds_generating": round(generated.ended - generated.began, 4),

@@ -17,7 +17,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from runtime.serve.image_request import MAX_BODY
+from runtime.serve.edits.upload import EDITS, MAX_UPLOAD
+from runtime.serve.image_request import MAX_BODY, TOO_LARGE
 
 log = logging.getLogger("runtime.serve")
 HEAD_SECONDS = 10.0  # from a connection's beginning, or a request's first byte, to its headers' end
@@ -53,11 +54,14 @@ class Connection(H11Protocol):  # type: ignore[misc]
         """What came: of a request's headers, of its body."""
         super().data_received(data)
         self.watch()
-        # h11 reads a chunk's size and does not pass it on. A chunk that is too large counts as
-        # received, so that the route refuses it now and not when its time is over.
+        # h11 reads a chunk's size and does not pass it on. A chunk that is too large is told to the
+        # route, with a byte that wakes it, so that it refuses now and not when its time is over.
         size = getattr(getattr(self.conn, "_reader", None), "_bytes_in_chunk", 0)
-        if size > MAX_BODY and not self.waiting and len(self.cycle.body) <= MAX_BODY:
-            self.cycle.body += bytes(MAX_BODY + 1)
+        if size <= MAX_BODY or self.waiting or TOO_LARGE in self.scope:
+            return
+        if size > (MAX_UPLOAD if self.scope["path"] == EDITS else MAX_BODY):
+            self.scope[TOO_LARGE] = True
+            self.cycle.body += b"\0"
             self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:

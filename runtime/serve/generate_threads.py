@@ -141,7 +141,8 @@ class GenerateThreads:
         pipeline, sampler = self.meter.sampled_pipeline()
         pipeline.min_batch = min_batch
         began = last = time.monotonic()
-        before, steps = "", len(request.top_k)
+        before = ""
+        steps = len(request.top_k) - request.images.first_step(len(request.top_k))
 
         def progress(phase: str, done: int, total: int) -> None:
             nonlocal last, before

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
@@ -20,12 +21,18 @@ from runtime.lora.folder import read_loras
 from runtime.request import Request, check_request, whole_number, with_knobs
 from runtime.serve.batch import batch_key
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MAX_BODY = 64 << 10  # bytes
+TOO_LARGE = "d2m.too_large"  # in a request's scope: a chunk was announced that is over the limit
 # Sizes that OpenAI's clients send without knowing what the model makes.
 SIZES = "256x256 512x512 1024x1024 1024x1536 1536x1024 1024x1792 1792x1024".split()
-IGNORED = ("quality", "style", "moderation")  # taken, since OpenAI's clients send them
+# Taken, since OpenAI's clients send them.
+IGNORED = "quality style moderation input_fidelity complexity".split()
 PICKED = ("steps", "top_k", "kappa")  # a budget picks those that are left out
 KNOBS = (*PICKED, "guidance", "sigmas", "cache")
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"]
 # A request, its budget in seconds, knobs that were given -> all that a budget picks.
 PickKnobs = Callable[[Request, float, Mapping[str, Any]], dict[str, Any]]
 
@@ -71,6 +78,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class EditImages:
+    """What a client wants changed: an image, decoded, and what of it."""
+
+    image: Image
+    mask: np.ndarray | None = None  # [H, W], 255 where it is repainted
+    rule: str | None = None  # by which the mask was read: "alpha" or "grey"
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """A request that can be generated. Requests of equal `key` may share a batch.
 
@@ -87,6 +103,14 @@ class ImageRequest:
     notes: tuple[str, ...] = ()
     stream: bool = False
     loras: tuple[tuple[Path, float], ...] = ()  # files and strengths
+    edit: Mapping[str, Any] = field(default_factory=dict)  # of an edit: what its answer says
+
+    @property
+    def nbytes(self) -> int:
+        """Of its images, of which one that is for several counts once."""
+        given = self.arguments.images
+        rows = (given.image, given.mask, given.control)
+        return sum(r.nbytes if all(r.strides) else r[0].nbytes for r in rows if r is not None)
 
 
 @cache
@@ -137,7 +161,9 @@ def fields_of(limits: Limits) -> type[BaseModel]:
         background: Literal["auto", "opaque"] | None = None
         moderation: Literal["auto", "low"] | None = None
         partial_images: Literal[0] | None = None
-        quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+        complexity: Literal["low", "medium", "high"] | None = None
+        quality: Quality | None = None
+        safety_identifier: Any = None
         stream: bool | None = None
         style: Literal["natural", "vivid"] | None = None
         user: Any = None
@@ -153,25 +179,41 @@ def read_request(
     aliases: Sequence[str] = (),
     loras: Path | None = None,
 ) -> ImageRequest:
-    """Parse and check; what is left out comes from the bundle, the seed at random.
+    """Parse a JSON body and check it; see `check_fields`."""
+    return check_fields(parse(body, limits), manifest, limits, pick_knobs, aliases, loras)
 
-    `pick_knobs` picks knobs for a budget (a pipeline's); `aliases`: names of the model besides the
-    bundle's; `loras`: the folder of those that may be named. Raises Refused: 404 for another model,
-    400 for anything else.
+
+def check_fields(
+    given: Mapping[str, Any],
+    manifest: dict[str, Any],
+    limits: Limits,
+    pick_knobs: PickKnobs | None = None,
+    aliases: Sequence[str] = (),
+    loras: Path | None = None,
+    images: EditImages | None = None,
+) -> ImageRequest:
+    """Check fields of the right types; those left out come from the bundle, the seed at random.
+
+    `images`: of an edit, whose size is that of its image unless another is given; `pick_knobs`
+    picks knobs for a budget (a pipeline's); `aliases`: names of the model besides the bundle's;
+    `loras`: the folder of those that may be named. Raises Refused: 404 for another model, 400 for
+    anything else.
     """
-    given = parse(body, limits)
     names = [manifest["name"], *aliases]
     if given.get("model", names[0]) not in names:
         known = ", ".join(map(repr, names))
         message = f"the model is {show(given['model'])}, expected {known} or none."
         raise Refused(404, message, param="model", code="model_not_found")
-    height, width, notes = read_size(given.get("size", "auto"), manifest, limits)
+    height, width, notes = read_size(given.get("size", "auto"), manifest, limits, images)
     for name in IGNORED:
         if given.get(name, "auto") != "auto":
             notes.append(f"{name} {given[name]} has no effect")
     call: dict[str, Any] = {"seed": secrets.randbelow(1 << 32), "height": height, "width": width}
     call["negative"] = given.get("negative_prompt")
     call |= {name: given[name] for name in ("seed", "n", *KNOBS) if name in given}
+    if images is not None:
+        name = "control" if manifest["latents"].get("condition") == "control" else "image"
+        call |= {name: images.image, "mask": images.mask, "strength": given.get("strength")}
     budget = given.get("budget")
     try:
         chosen = read_loras(given.get("lora", {}), loras)
@@ -190,9 +232,9 @@ def read_request(
         ) from None
     except ValueError as error:
         raise bad_request(param_of(str(error), limits), str(error)) from None
-    if request.height * request.width > limits.pixels:
-        size = f"{request.width}x{request.height}"
-        raise bad_request("size", f"the size is {size}, expected at most {limits.pixels} pixels.")
+    made = f"{request.width}x{request.height}"
+    if images is not None and given.get("size", "auto") == "auto" and request.images.was:
+        notes.append(f"the image's size {images.image.width}x{images.image.height} became {made}")
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
@@ -202,11 +244,22 @@ def read_request(
         tuple(notes),
         bool(given.get("stream", False)),
         chosen,
+        said_of(request, images),
     )
 
 
+def said_of(request: Request, images: EditImages | None) -> dict[str, Any]:
+    """What the answer of an edit says of it; nothing of what is none."""
+    if images is None:
+        return {}
+    steps = len(request.top_k)
+    taken = steps - request.images.first_step(steps)
+    found = {"strength": request.images.strength, "steps_taken": taken}
+    return found | {"mask": images.rule, "image_size": list(images.image.size)}
+
+
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
-    """The fields that were given, with their types; raises Refused 400."""
+    """The fields of a JSON body that were given, with their types; raises Refused 400."""
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -215,8 +268,15 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise bad_request(None, f"the body is {show(fields)}, expected a JSON object.")
     model = fields_of(limits)
+    return typed(fields, model, model.model_validate)
+
+
+def typed(
+    fields: dict[str, Any], model: type[BaseModel], validate: Callable[[Any], BaseModel]
+) -> dict[str, Any]:
+    """The fields that were given, as `validate` of `model` reads them; raises Refused 400."""
     try:
-        return model.model_validate(fields).model_dump(exclude_none=True)
+        return validate(fields).model_dump(exclude_none=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
@@ -231,30 +291,42 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def read_size(
-    size: str, manifest: dict[str, Any], limits: Limits
+    size: str, manifest: dict[str, Any], limits: Limits, images: EditImages | None = None
 ) -> tuple[int | None, int | None, list[str]]:
-    """'WIDTHxHEIGHT' -> height, width, notes; 'auto' -> the bundle's own size.
+    """'WIDTHxHEIGHT' -> height, width, notes; 'auto' -> None: the image's size or the bundle's.
 
-    Of a size that OpenAI's clients send and that is larger than this server makes, the shape is
-    kept: the sides nearest below, of about as many pixels as the bundle's own size.
+    Of a size that OpenAI's clients send, or an image has, and that is larger than this server
+    makes, the shape is kept: the sides nearest below, of about as many pixels as the bundle's own
+    size. Raises Refused, 400, for more pixels than are allowed.
     """
     if size == "auto":
-        return None, None, []
-    width, height = map(int, size.split("x"))
-    if size not in SIZES or width * height <= limits.pixels:
-        return height, width, []
+        if images is None:
+            return None, None, []
+        width, height = images.image.size
+        if width * height <= limits.pixels:
+            return None, None, []
+        what = ""  # said of every image that does not keep its size
+    else:
+        width, height = map(int, size.split("x"))
+        if width * height <= limits.pixels:
+            return height, width, []
+        if size not in SIZES:
+            most = f"expected at most {limits.pixels} pixels."
+            raise bad_request("size", f"the size is {width}x{height}, {most}")
+        what = f"size {size}"
     factor = manifest["latents"]["vae_scale_factor"] * manifest["latents"]["patch"]
     own = manifest["defaults"]["height"] * manifest["defaults"]["width"]
     scale = math.sqrt(own / (width * height)) / factor
     width, height = (max(1, int(side * scale)) * factor for side in (width, height))
-    return height, width, [f"size {size} became {width}x{height}"]
+    return height, width, [f"{what} became {width}x{height}"] if what else []
 
 
 def param_of(sentence: str, limits: Limits) -> str | None:
     """The field that an error of the runtime's is about, by the word that it begins with."""
     first = sentence.removeprefix("the ").partition(" ")[0].removesuffix("'s")
     field = {"height": "size", "width": "size", "negative": "negative_prompt"}.get(first, first)
-    return field if field in fields_of(limits).model_fields else None
+    known = {*fields_of(limits).model_fields, "image", "mask", "strength"}
+    return field if field in known else None
 
 
 def bad_request(param: str | None, message: str) -> Refused:

@@ -45,6 +45,7 @@ class Metrics:
         )
         self.waiting = Gauge("d2m_queue_requests", "Requests that wait.", registry=registry)
         self.active = Gauge("d2m_generating_requests", "Requests at work.", registry=registry)
+        self.held = Gauge("d2m_edit_bytes", "Bodies and images of edits.", registry=registry)
         self.info = Gauge(
             "d2m_bundle_info", "The bundle.", ["name", "digest", "backend"], registry=registry
         )

@@ -40,6 +40,7 @@ def serve(
     """Serve until a signal; port 0 takes a free one. Raises OSError where it is taken."""
     if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable()):
         raise ValueError("the API key is too short or not plain ASCII, expected 8 letters or more.")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of clients' mistakes
     with listen(host, port) as listener:
         name, port = listener.getsockname()[:2]
         local = ipaddress.ip_address(name.partition("%")[0]).is_loopback

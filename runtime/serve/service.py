@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from runtime.program.threads import thread_count
 from runtime.request import check_request, whole_number
 from runtime.sampling import Cancelled
 from runtime.serve.batch_invariance import MinBatches
+from runtime.serve.edits.upload import Held
 from runtime.serve.generate_threads import GenerateThreads
-from runtime.serve.image_request import ImageRequest, Limits, Refused
+from runtime.serve.image_request import EditImages, ImageRequest, Limits, Refused, check_fields
 from runtime.serve.jobs import Full, Generated, Job, Jobs
 from runtime.serve.metrics import Metrics
 
@@ -114,6 +115,9 @@ class Service:
         self.jobs = Jobs(whole_number(max_queue, "max-queue", 1, 100_000))
         self.meter = Meter(self.pipeline)
         self.metrics.watch(self.jobs, self.meter)
+        self.held = Held()
+        self.metrics.held.set_function(lambda: float(self.held.bytes))
+        self.decoding = asyncio.Lock()  # one file at a time is large in memory
         self.min_batches = MinBatches(self.pipeline)
         self.threads = GenerateThreads(
             self.meter, self.jobs, self.min_batches, self.metrics, workers
@@ -131,6 +135,12 @@ class Service:
         self.metrics.info.labels(bundle.name, bundle.digest[:12], self.pipeline.backend).set(1)
         self.threads.start()
         self.ready = True
+
+    def check(self, given: Mapping[str, Any], images: EditImages | None = None) -> ImageRequest:
+        """Fields of the right types as a request; see `check_fields`."""
+        pipeline = self.pipeline
+        rules = pipeline.manifest, self.limits, pipeline.pick_knobs, self.names[1:], self.loras
+        return check_fields(given, *rules, images)
 
     async def generate(
         self,
@@ -228,6 +238,7 @@ class Service:
             "bundle": self.pipeline.bundle.digest,
             "backend": self.pipeline.backend,
             "defaults": manifest["defaults"],
+            "edits": "vae_encoder" in manifest["components"],  # whether it takes images
             "negative_prompt": is_guided(self.pipeline.manifest),  # whether it takes one
             "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),

@@ -1,7 +1,7 @@
 """An answer as server-sent events: how far generating is, then every image, as OpenAI streams it.
 
 : step 3 of 16                      a comment, which clients pass over and the page shows
-event: image_generation.completed   one for every image, with b64_json
+event: image_generation.completed   one for every image, with b64_json (image_edit.completed)
 event: error                        in place of what cannot be generated any more
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.serve.jobs import Generated, Job
 
 COMPLETED = "image_generation.completed"  # read: OpenAI's API
+EDITED = "image_edit.completed"
 Steps = asyncio.Queue[tuple[int, int]]
 Task = asyncio.Task[tuple["Job", "Generated"]]
 
@@ -47,11 +48,12 @@ async def events(task: Task, steps: Steps, answer: Any) -> AsyncIterator[bytes]:
             yield f": step {done} of {total}\n\n".encode()
         job, generated = await task
         whole = answer(job, generated)
+        name = EDITED if job.request.edit else COMPLETED
         for item in whole["data"]:
             yield event(
-                COMPLETED,
+                name,
                 {
-                    "type": COMPLETED,
+                    "type": name,
                     **item,
                     "created_at": whole["created"],
                     "output_format": whole["output_format"],

@@ -644,6 +644,46 @@ def test_changes_an_image_as_diffusers_does(
     assert np.abs(found[-1][2] - expected.numpy()).max() < 1e-4
 
 
+def test_sees_references_as_diffusers_does(tiny: Tiny, bundle: Path, sparse_dir: Path) -> None:
+    """Two, of which one is cut to whole tokens, with guidance; or none."""
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    import runtime
+
+    drawer, rng = runtime.load(bundle, "ort", threads=1), np.random.default_rng(0)
+    sizes = [(66, 73), (80, 64)]  # diffusers takes none with a side below 64
+    seen = [Image.fromarray(rng.integers(0, 256, (*each, 3), np.uint8)) for each in sizes]
+    if not drawer.family.references(drawer.manifest):
+        with pytest.raises(ValueError, match="references are given, expected none: .*--image"):
+            drawer(PROMPTS[0], references=seen[:1])
+        return
+    pipe = DiffusionPipeline.from_pretrained(sparse_dir, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    set_top_k(pipe.transformer, 2)
+    data = family_of_pipeline(pipe).data
+    noise = torch.stack([data.noise(pipe, *tiny.size, generator_at(0, "draw")) for _ in PROMPTS])
+    found: list[np.ndarray] = []
+    height, width = tiny.size
+    options: dict[str, Any] = {"height": height, "width": width}
+    drawer(
+        PROMPTS,
+        references=seen,
+        negative="a black star",
+        latents=noise.numpy(),
+        steps=2,
+        guidance=4.0,
+        callback=lambda done, steps, latents: found.append(latents),
+        **options,
+    )
+    with torch.no_grad():
+        options |= {"prompt": PROMPTS, "negative_prompt": ["a black star"] * 2, "image": seen}
+        options |= {"latents": noise, "num_inference_steps": 2, "guidance_scale": 4.0}
+        options |= {"max_sequence_length": data.text_length(pipe), "output_type": "latent"}
+        expected = data.generate(pipe, options).images.numpy()
+    assert np.abs(found[-1] - expected).max() < 1e-4
+
+
 def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
     """Where a family masks its text: the masks are diffusers', and they are exact."""
     import runtime

@@ -94,6 +94,18 @@ def test_every_part_is_torchs(build: Any, bundle: Path, directory: Path) -> None
     assert min(answer["trajectory"]["image_psnr"]) > 80
 
 
+def test_an_image_is_encoded_as_by_the_pipeline(pipe: Any, bundle: Path) -> None:
+    """Patched, normalised and packed."""
+    from runtime.pipeline import Pipeline
+    from runtime.sampling import encode_image
+
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 12, 16)).astype(np.float32)
+    with torch.no_grad():
+        expected = pipe._pack_latents(pipe._encode_vae_image(torch.from_numpy(image), None))
+    found = encode_image(Pipeline(bundle, "ort", threads=1), image)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
 def test_a_bundle_has_the_layers_that_are_read(pipe: Any, bundle: Path) -> None:
     """Traced once each, weights as inputs; what follows the last layer read is left out."""
     from runtime.bundle.directory import open_bundle

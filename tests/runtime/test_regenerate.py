@@ -50,6 +50,26 @@ def test_sigmas_are_said_and_drawn_again(pipeline: Pipeline, tmp_path: Path) -> 
     assert told["same"] and to_png(again) == path.read_bytes()
 
 
+def test_a_changed_image_is_made_again_from_the_same_files(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Image and mask are known by their pixels' hashes; others, or none, are refused."""
+    first = np.random.default_rng(0).integers(0, 256, (40, 33, 3), np.uint8)
+    mask = np.eye(40, 33) > 0
+    given = {"image": first, "mask": mask}
+    path = save(pipeline(PROMPT, seed=5, steps=3, strength=0.7, **given), tmp_path / "a.png")
+    assert settings_of(path)["image_size"] == [33, 40]
+    again, told = regenerate(path, threads=1, images=given)
+    assert told["same"] and to_png(again) == path.read_bytes()
+    with pytest.raises(ValueError, match="generated from an image.*--image"):
+        regenerate(path, threads=1)
+    with pytest.raises(ValueError, match="from another mask than the one that is given"):
+        regenerate(path, threads=1, images={"image": first, "mask": ~mask})
+    plain = save(pipeline(PROMPT, seed=5, steps=1), tmp_path / "b.png")
+    with pytest.raises(ValueError, match="was generated without image, expected none"):
+        regenerate(plain, threads=1, images={"image": first})
+
+
 def test_a_callback_sees_every_step(pipeline: Pipeline) -> None:
     """Latents of every batch, the filling rows left out; the last ones are what is decoded."""
     seen: list[tuple[int, int, np.ndarray]] = []

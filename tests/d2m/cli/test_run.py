@@ -185,3 +185,32 @@ def test_what_the_model_may_not_know(
     said = capsys.readouterr().err
     assert "warning: tokenizer has no tokens for 'zebra', 'Qwop'" in said
     assert "warning: 32 x 32 is far from 16 x 16" in said
+
+
+def test_an_image_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the embedded bundle; bad files are refused before it opens, one sentence each."""
+    first, mask = tmp_path / "first.png", tmp_path / "mask.png"
+    values = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(values).save(first)
+    Image.fromarray(np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(32, 0)).save(
+        mask
+    )
+    out = tmp_path / "out.png"
+    assert run("a red circle", "--image", first, "--mask", mask, "-o", out) == 0
+    kept = np.asarray(Image.open(out), int)[:, 20:] - values[:, 20:]
+    painted = np.asarray(Image.open(out), int)[:, :12] - values[:, :12]
+    assert np.abs(kept).mean() < np.abs(painted).mean()
+    assert {"image", "mask", "strength"} <= settings_of(out).keys()
+    (tmp_path / "bad.png").write_text("no image")
+    refused = {
+        ("--image", tmp_path / "absent.png"): "is no file, expected an image",
+        ("--image", tmp_path / "bad.png"): "is no image that can be read",
+        ("--mask", mask): "a mask is given but no image",
+        ("--image", first, "--strength", "1.5"): "strength is 1.5, expected",
+        ("--control", first): "this bundle's model reads no such image",
+    }
+    for arguments, sentence in refused.items():
+        capsys.readouterr()
+        assert run("a red circle", *arguments, "-o", out) != 0
+        said = capsys.readouterr().err.strip().splitlines()
+        assert sentence in said[-1], said

@@ -86,5 +86,7 @@ def test_unknown_pipelines(tmp_path, text, error, words):
 def test_missing_directory_and_foreign_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no directory"):
         family_of(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="QwenImageEditPlusPipeline, whose text encoder sees"):
+        family_of({"_class_name": "QwenImageEditPlusPipeline"})
     with pytest.raises(ValueError, match="class Linear, which d2m does not know"):
         family_of_model(torch.nn.Linear(2, 2))

@@ -118,6 +118,20 @@ def test_default_profiles_hold_the_default_picture():
     assert all(low <= opt <= high for low, opt, high in profiles.values())
 
 
+def test_profiles_have_room_for_references():
+    """One of Kontext's, of which the longest has 672 x 1568 pixels; four of FLUX.2's largest."""
+    size = {"height": 1024, "width": 1024}
+    latents = {"vae_scale_factor": 8, "patch": 2}
+    tokenizers = {name: {"max_length": 512} for name in ("tokenizer", "tokenizer_2")}
+    manifest = {"defaults": size, "family": "flux", "latents": latents, "tokenizers": tokenizers}
+    kontext = default_profiles(manifest | {"latents": latents | {"condition": "reference"}})
+    assert kontext["image_tokens"] == [256, 4096 + 42 * 98, 9216 + 42 * 98]
+    assert kontext["latent_height"] == kontext["latent_width"] == [32, 128, 196]
+    several = default_profiles(manifest | {"family": "flux2"})
+    assert several["image_tokens"] == [256, 4096, 9216 + 4 * 4096]
+    assert several["latent_width"] == [32, 128, 194]
+
+
 def test_load_graph_is_the_graph_with_body_and_fused(tmp_path):
     path = save(tmp_path, "attention", attention())
     io = tensors(load_graph(path, tokens=16))

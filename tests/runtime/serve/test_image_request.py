@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.bundle.directory import open_bundle
+from runtime.images.given import NOTHING
 from runtime.latency_budget import NotMeasured
 from runtime.opened import default_bundle
 from runtime.serve.batch import usage
@@ -222,6 +223,7 @@ def test_usage_leaves_out_what_groups_leave_out() -> None:
     class Kept:
         top_k = (2, 2)
         kappa = (1, 2)
+        images = NOTHING
 
     found = usage(manifest, Kept())  # type: ignore[arg-type]
     assert found["blocks_of"] == 36 and found["blocks"] == 36 - (2 + 1) - (1 + 0)

@@ -1,6 +1,7 @@
 """The page: self-contained, under a strict policy, and working in a browser."""
 
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -13,7 +14,11 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+import numpy as np
+from PIL import Image
+
 from runtime.image import settings_of
+from runtime.serve.edits.edit_request import read_edit
 from runtime.serve.page import read_page
 from tests.stand_ins.http import running, until
 
@@ -147,6 +152,71 @@ def test_a_negative_prompt_is_asked_for_where_the_family_takes_one(
         assert facts_of(page)["experts used"] == "none: a dense model"
         page.screenshot(path=tmp_path / "negative.png", full_page=True)
         page.close()
+
+
+@pytest.mark.browser
+def test_a_person_changes_a_part_of_an_image(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms: list[dict[str, list[bytes]]] = []
+
+    def keep(form: Any, service: Any) -> Any:
+        forms.append({name: list(files) for name, files in form.files.items()})
+        return read_edit(form, service)
+
+    monkeypatch.setattr("runtime.serve.app.read_edit", keep)
+    with running() as (url, _):
+        page = browser.new_page()
+        told: list[str] = []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(url)
+        until(lambda: page.is_visible("#drop"))
+        page.fill("#steps", "3")
+        page.fill("#seed", "7")
+        page.dispatch_event("#prompt", "drop", {"dataTransfer": page.evaluate_handle(DROPPED)})
+        until(lambda: page.is_visible("#source"))
+        assert page.input_value("#strength") == "0.6"
+        box = page.locator("#mask").bounding_box()
+        side, x, y = box["width"], box["x"], box["y"]
+        page.evaluate("document.getElementById('brush').value = 96")
+        for column in (0.75, 0.9):  # two strokes down the right of the image
+            page.mouse.move(x + column * side, y + 0.1 * side)
+            page.mouse.down()
+            page.mouse.move(x + column * side, y + 0.9 * side, steps=4)
+            page.mouse.up()
+        assert page.input_value("#strength") == "1"
+        page.screenshot(path=tmp_path / "mask.png", full_page=True)
+        page.fill("#prompt", "a photo of a red circle")
+        page.click("#generate")
+        until(lambda: page.query_selector("#images img"), 120)
+        assert page.inner_text("#error") == "" and told == []
+        assert facts_of(page)["changed"] == "strength 1, where the mask says"
+        mask = np.asarray(Image.open(io.BytesIO(forms[0]["mask"][0])))
+        assert mask.shape == (32, 32, 4)  # as large as the image, and transparent where painted
+        assert (mask[8:24, 23:31, 3] == 0).all() and (mask[:, :16, 3] == 255).all()
+
+        slider = page.locator("#images input[type=range]")
+        slider.evaluate("s => { s.value = 25; s.dispatchEvent(new Event('input')); }")
+        assert "75%" in page.evaluate("document.images[0].style.clipPath")
+        assert page.evaluate("document.querySelector('#images canvas').width") == 32  # that before
+        page.screenshot(path=tmp_path / "compared.png", full_page=True)
+        page.click("#images button")  # what was made is what is changed next
+        until(lambda: page.input_value("#strength") == "0.6")
+        page.click("#remove")
+        assert not page.is_visible("#source") and told == []
+        page.close()
+
+
+DROPPED = """async () => {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 32;
+  canvas.getContext("2d").fillRect(4, 4, 24, 24);
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve));
+  const data = new DataTransfer();
+  data.items.add(new File([blob], "a.png", {type: "image/png"}));
+  return data;
+}"""
 
 
 PIXELS = """async () => {

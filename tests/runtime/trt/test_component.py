@@ -40,7 +40,7 @@ def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 
 def test_plans_give_what_onnx_runtime_gives(bundle: Bundle) -> None:
     """Every component; sizes that grow, shrink and come back; every number of experts."""
-    for component in ("text_encoder", "text_encoder_2", "vae_decoder"):
+    for component in ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"):
         given = inputs(bundle, component)
         close(plans_of(bundle, component)(given), open_ort(bundle, component, threads=1)(given))
     executor, blocks = plans_of(bundle), open_ort(bundle, "transformer", threads=1, mode="blocks")
