@@ -29,6 +29,10 @@ DIFFUSERS_NAMES = {
     "num_images_per_prompt": "n=",
     "generator": "seed=, a number (or latents=, the noise itself)",
     "callback_on_step_end": "callback=",
+    "control_image": "control=",
+    "controlnet_conditioning_scale": "control_scale=",
+    "control_guidance_start": "control_range=",
+    "control_guidance_end": "control_range=",
 }
 
 

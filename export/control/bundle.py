@@ -66,6 +66,9 @@ def export_controlnet(
     """
     folder_in, final = Path(source), Path(out)
     opened = open_bundle(base, check="sizes")
+    if not (folder_in / "config.json").is_file():
+        cure = "give it as diffusers saves it, with config.json and safetensors"
+        raise FileNotFoundError(not_a("a ControlNet's directory", folder_in, cure))
     compute: str = opened.manifest["compute_dtype"]
     dtype = next(short for short, name in DTYPES.items() if name == compute)
     check_arguments(folder_in, final, dtype, storage, plan_dtype, sm, trt or trt_rtx)
@@ -132,11 +135,7 @@ def export_controlnet(
 
 def control_of(directory: Path) -> Control:
     """The row of a ControlNet's class; ValueError for a class that export does not know."""
-    file = directory / "config.json"
-    if not file.is_file():
-        cure = "as diffusers saves it, with config.json and safetensors"
-        raise FileNotFoundError(not_a("a ControlNet's directory", directory, cure))
-    name = read_json(file).get("_class_name")
+    name = read_json(directory / "config.json").get("_class_name")
     if name not in CLASSES:
         raise ValueError(
             f"{directory} is a {name}, expected one of {', '.join(CLASSES)}: other ControlNets are"

@@ -19,7 +19,7 @@ from export.graph.program import Program, Tracing
 from export.graph.trace import Spec
 from runtime.bundle.control_record import ADD, residual_name
 
-SCALE = Spec(torch.float32, (1,))
+SCALE = Spec(torch.float32, (1, 1, 1))  # as TensorRT's plans take what they multiply with
 Progress = Callable[[str, int, int], None]
 
 

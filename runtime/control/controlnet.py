@@ -50,7 +50,7 @@ class ControlNet:
         count = len(feed["hidden_states"])
         own = {
             "control": control,
-            "scale": np.array([scale], np.float32),
+            "scale": np.full((1, 1, 1), scale, np.float32),
             "guidance": np.full(count, guidance, np.float32),
             "mode": np.full(count, mode or 0, np.int64),
         }
