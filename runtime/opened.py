@@ -285,6 +285,7 @@ class Opened:
     def setting(self) -> dict[str, Any]:
         """What the time of a call depends on, beside its arguments: bundle, backend, options."""
         size = self.manifest["files"][self.bundle.component("transformer")["weights"]]["size"]
+        nets = self.controlnets
         return {
             "bundle": self.bundle.digest,
             "backend": self.backend,
@@ -294,4 +295,5 @@ class Opened:
             "mode": self.mode,
             "max_batch": self.max_batch,
             "min_batch": self.min_batch,
+            **({"controlnets": [net.bundle.digest for net in nets]} if nets else {}),
         }
