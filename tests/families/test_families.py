@@ -684,6 +684,31 @@ def test_sees_references_as_diffusers_does(tiny: Tiny, bundle: Path, sparse_dir:
     assert np.abs(found[-1] - expected).max() < 1e-4
 
 
+def test_outside_a_mask_latents_are_the_images(tiny: Tiny, bundle: Path) -> None:
+    """Of families that diffusers has no pipeline for, too: the same rule for all."""
+    import runtime
+    from runtime.sampling import encode_image
+
+    height, width = tiny.size
+    image = np.random.default_rng(0).uniform(0, 1, (height, width, 3)).astype(np.float32)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
+    drawer, found = runtime.load(bundle, "ort", threads=1), []
+    after = {"callback": lambda done, steps, latents: found.append(latents)}
+    drawer(PROMPTS[0], image=image, mask=mask, steps=3, strength=0.7, **after)
+    family, settings = drawer.family, drawer.manifest["latents"]
+    pixels = (2 * image - 1).transpose(2, 0, 1)[None]
+    kept, made = (
+        family.image_latents(latents, settings, (height // 2, width // 2))[..., : width // 4]
+        for latents in (encode_image(drawer, pixels), found[-1])
+    )
+    np.testing.assert_allclose(made, kept, atol=1e-6)
+    first, last = (
+        family.image_latents(each, settings, (height // 2, width // 2)) for each in found[::2]
+    )
+    assert np.abs((last - first)[..., width // 4 :]).max() > 1e-3
+
+
 def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:
     """Where a family masks its text: the masks are diffusers', and they are exact."""
     import runtime
