@@ -20,6 +20,7 @@ import numpy as np
 
 from runtime.bundle.block_groups import largest_kappa
 from runtime.bundle.directory import open_bundle
+from runtime.images.given import example_images
 from runtime.pipeline import Pipeline
 
 log = logging.getLogger("runtime")
@@ -58,8 +59,9 @@ def try_bundle(job: Mapping[str, Any]) -> None:
         pipeline = Pipeline(
             bundle, job["backend"], threads=job["threads"], mode=mode, offload=job["offload"]
         )
+        given = small_size(pipeline.manifest) | example_images(pipeline.manifest)
         for knobs in all_knobs(pipeline.manifest, mode):
-            pipeline(PROMPT, steps=1, **small_size(pipeline.manifest), **knobs)
+            pipeline(PROMPT, steps=1, **given, **knobs)
         for name in bundle.manifest["components"]:
             if name not in pipeline.family.components:
                 run_on_zeros(pipeline, name)
