@@ -147,6 +147,36 @@ class ImageToImage:
         return (call(model, prompts, image=images, strength=strength, **knobs),)
 
 
+class Edit:
+    """Images that a prompt makes of others."""
+
+    CATEGORY = "d2m"
+    FUNCTION = "edit"
+    RETURN_TYPES = ("IMAGE",)
+    DESCRIPTION = "For models that see references: FLUX.1 Kontext one, FLUX.2 several."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        count = {"default": 1, "min": 1, "max": 64}
+        types = with_knobs(image=("IMAGE",), batch_size=("INT", count))
+        more = {"image2": ("IMAGE",), "image3": ("IMAGE",)}
+        return {**types, "optional": {**more, **types["optional"]}}
+
+    def edit(
+        self,
+        model: Model,
+        prompt: str,
+        image: Any,
+        batch_size: int,
+        image2: Any = None,
+        image3: Any = None,
+        **knobs: Any,
+    ) -> tuple[Any]:
+        given = [each for each in (image, image2, image3) if each is not None]
+        seen = [one for each in given for one in to_images(each)]
+        return (call(model, [prompt] * batch_size, references=seen, **knobs),)
+
+
 class Inpaint:
     """Images of which a part is made anew."""
 
@@ -243,6 +273,7 @@ NODE_CLASS_MAPPINGS = {
     "D2MGenerate": Generate,
     "D2MImageToImage": ImageToImage,
     "D2MInpaint": Inpaint,
+    "D2MEdit": Edit,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "D2MLoadBundle": "Load bundle (d2m)",
@@ -250,4 +281,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "D2MGenerate": "Generate (d2m)",
     "D2MImageToImage": "Image to image (d2m)",
     "D2MInpaint": "Inpaint (d2m)",
+    "D2MEdit": "Edit (d2m)",
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle.block_groups import blocks_of
+from runtime.images.given import digest
 from runtime.program.step_cache import StepCache
 from runtime.request import Request, one_or_list
 
@@ -22,7 +23,8 @@ def batch_key(request: Request) -> tuple[Any, ...]:
     knobs = tuple(request.top_k), tuple(request.kappa), request.sigmas, request.cache
     images = request.images
     given = tuple(getattr(images, name) is not None for name in IMAGES)
-    return (request.height, request.width, request.guidance, *knobs, *given, images.strength)
+    seen = tuple(map(digest, images.references.pixels))  # by every image of a batch
+    return (request.height, request.width, request.guidance, *knobs, *given, images.strength, *seen)
 
 
 def batch_call(requests: Sequence[Request]) -> dict[str, Any]:
@@ -47,6 +49,8 @@ def batch_call(requests: Sequence[Request]) -> dict[str, Any]:
         if getattr(first.images, name) is not None:
             rows = (row for request in requests for row in getattr(request.images, name))
             call[name] = [to_bytes(row) for row in rows]
+    if first.images.references.pixels:
+        call["references"] = list(map(to_bytes, first.images.references.pixels))
     if first.images.image is not None:
         call["strength"] = first.images.strength
     # None: the bundle has no experts, or no groups.

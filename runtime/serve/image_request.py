@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
+from runtime.families import family_of
 from runtime.files.checked_json import show
+from runtime.images.given import CONTROL
 from runtime.latency_budget import NotMeasured
 from runtime.lora.folder import read_loras
 from runtime.request import Request, check_request, whole_number, with_knobs
@@ -79,9 +81,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class EditImages:
-    """What a client wants changed: an image, decoded, and what of it."""
+    """What a client wants changed: images, decoded, and what of the first."""
 
-    image: Image
+    images: tuple[Image, ...]
     mask: np.ndarray | None = None  # [H, W], 255 where it is repainted
     rule: str | None = None  # by which the mask was read: "alpha" or "grey"
 
@@ -109,7 +111,7 @@ class ImageRequest:
     def nbytes(self) -> int:
         """Of its images, of which one that is for several counts once."""
         given = self.arguments.images
-        rows = (given.image, given.mask, given.control)
+        rows = (given.image, given.mask, given.control, *given.references.pixels)
         return sum(r.nbytes if all(r.strides) else r[0].nbytes for r in rows if r is not None)
 
 
@@ -212,8 +214,7 @@ def check_fields(
     call["negative"] = given.get("negative_prompt")
     call |= {name: given[name] for name in ("seed", "n", *KNOBS) if name in given}
     if images is not None:
-        name = "control" if manifest["latents"].get("condition") == "control" else "image"
-        call |= {name: images.image, "mask": images.mask, "strength": given.get("strength")}
+        call |= image_arguments(manifest, images, given.get("strength"))
     budget = given.get("budget")
     try:
         chosen = read_loras(given.get("lora", {}), loras)
@@ -233,8 +234,12 @@ def check_fields(
     except ValueError as error:
         raise bad_request(param_of(str(error), limits), str(error)) from None
     made = f"{request.width}x{request.height}"
-    if images is not None and given.get("size", "auto") == "auto" and request.images.was:
-        notes.append(f"the image's size {images.image.width}x{images.image.height} became {made}")
+    if request.height * request.width > limits.pixels:  # the bundle's own, or a reference's
+        message = f"the size is {made}, expected at most {limits.pixels} pixels."
+        raise bad_request("size", message)
+    if images is not None and given.get("size", "auto") == "auto":
+        had = "x".join(map(str, images.images[0].size))
+        notes += [] if had == made else [f"the image's size {had} became {made}"]
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
@@ -248,14 +253,41 @@ def check_fields(
     )
 
 
+def image_arguments(
+    manifest: dict[str, Any], images: EditImages, strength: float | None
+) -> dict[str, Any]:
+    """The images of an edit as the arguments of a pipeline's call, by what the model reads.
+
+    A model that sees references sees all of them, and begins with the first where a mask or a
+    strength says how much of it is kept.
+    """
+    first = images.images[0]
+    call: dict[str, Any] = {"mask": images.mask, "strength": strength}
+    if manifest["latents"].get("condition") == CONTROL:
+        return call | {"control": first}
+    if family_of(manifest).references(manifest):
+        call["references"] = list(images.images)
+        if images.mask is None and strength is None:
+            return call
+    return call | {"image": first}
+
+
+def image_count(manifest: dict[str, Any]) -> int:
+    """How many images an edit may have; 0 where the bundle has no VAE encoder."""
+    if "vae_encoder" not in manifest["components"]:
+        return 0
+    return max(1, family_of(manifest).references(manifest))
+
+
 def said_of(request: Request, images: EditImages | None) -> dict[str, Any]:
     """What the answer of an edit says of it; nothing of what is none."""
     if images is None:
         return {}
     steps = len(request.top_k)
     taken = steps - request.images.first_step(steps)
-    found = {"strength": request.images.strength, "steps_taken": taken}
-    return found | {"mask": images.rule, "image_size": list(images.image.size)}
+    strength = None if request.images.image is None else request.images.strength
+    found = {"strength": strength, "steps_taken": taken, "mask": images.rule}
+    return found | {"image_size": list(images.images[0].size)}
 
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -302,7 +334,7 @@ def read_size(
     if size == "auto":
         if images is None:
             return None, None, []
-        width, height = images.image.size
+        width, height = images.images[0].size
         if width * height <= limits.pixels:
             return None, None, []
         what = ""  # said of every image that does not keep its size

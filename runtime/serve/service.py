@@ -25,7 +25,14 @@ from runtime.sampling import Cancelled
 from runtime.serve.batch_invariance import MinBatches
 from runtime.serve.edits.upload import Held
 from runtime.serve.generate_threads import GenerateThreads
-from runtime.serve.image_request import EditImages, ImageRequest, Limits, Refused, check_fields
+from runtime.serve.image_request import (
+    EditImages,
+    ImageRequest,
+    Limits,
+    Refused,
+    check_fields,
+    image_count,
+)
 from runtime.serve.jobs import Full, Generated, Job, Jobs
 from runtime.serve.metrics import Metrics
 
@@ -238,7 +245,7 @@ class Service:
             "bundle": self.pipeline.bundle.digest,
             "backend": self.pipeline.backend,
             "defaults": manifest["defaults"],
-            "edits": "vae_encoder" in manifest["components"],  # whether it takes images
+            "edits": image_count(manifest),  # how many images it takes; 0: none
             "negative_prompt": is_guided(self.pipeline.manifest),  # whether it takes one
             "kappa": manifest.get("kappa"),
             "top_k": manifest.get("top_k"),

@@ -76,7 +76,7 @@ def pack(models: Path) -> Iterator[tuple[Any, Any]]:
 
 def test_every_node_keeps_the_interface(pack: tuple[Any, Any]) -> None:
     nodes = pack[0].NODE_CLASS_MAPPINGS
-    assert set(nodes) == set(pack[0].NODE_DISPLAY_NAME_MAPPINGS) and len(nodes) == 5
+    assert set(nodes) == set(pack[0].NODE_DISPLAY_NAME_MAPPINGS) and len(nodes) == 6
     for node in nodes.values():
         check_node(node)
     assert titles_of_nodes() == pack[0].NODE_DISPLAY_NAME_MAPPINGS
@@ -132,6 +132,8 @@ def test_a_wire_without_a_lora_stays_without(pack: tuple[Any, Any]) -> None:
     made = [nodes["D2MGenerate"]().generate(each, **settings)[0] for each in (plain, styled, plain)]
     assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
     assert not torch.equal(made[0][0], made[0][1])  # seed + i
+    with pytest.raises(ValueError, match="this model sees no images beside the noise"):
+        nodes["D2MEdit"]().edit(plain, "a", made[0], 1, made[1], seed=3, steps=2, guidance=-1.0)
     bars = pack[1]
     bars.cancel = True
     with pytest.raises(Interrupted):
@@ -168,7 +170,9 @@ print(tuple(image.shape), image.dtype)
 """
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    names = sorted(["D2MLoadBundle", "D2MAddLoRA", "D2MGenerate", "D2MImageToImage", "D2MInpaint"])
+    names = sorted(
+        ["D2MLoadBundle", "D2MAddLoRA", "D2MGenerate", "D2MImageToImage", "D2MInpaint", "D2MEdit"]
+    )
     assert answer.stdout.splitlines() == [str(names), "(1, 32, 32, 3) torch.float32"], answer.stderr
 
 

@@ -14,7 +14,15 @@ from starlette.requests import Request
 
 from runtime.serve.edits.image_file import open_image, read_mask
 from runtime.serve.edits.upload import Form
-from runtime.serve.image_request import EditImages, ImageRequest, Limits, Refused, fields_of, typed
+from runtime.serve.image_request import (
+    EditImages,
+    ImageRequest,
+    Limits,
+    Refused,
+    fields_of,
+    image_count,
+    typed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +62,7 @@ async def read_edit(form: Form, service: Service) -> ImageRequest:
         if name not in FILES:
             message = f"the file {name[:60]!r} is not known; leave it out."
             raise Refused(400, message, param=name[:60])
-    if not service.facts(service.names[0])["edits"]:
+    if not image_count(service.pipeline.manifest):
         raise Refused(
             400,
             "this model takes no images: its bundle has no VAE encoder, which whoever runs this"
@@ -67,22 +75,20 @@ async def read_edit(form: Form, service: Service) -> ImageRequest:
 
 def read_images(given: dict[str, Any], form: Form, service: Service) -> ImageRequest:
     """The files decoded, and all of it checked."""
-    files = form.files.pop("image", [])
+    files, masks = form.files.pop("image", []), form.files.pop("mask", [])
     if not files:
         raise Refused(400, "image is left out, expected a PNG, JPEG or WebP file.", param="image")
-    if len(files) > 1:
-        raise Refused(
-            400,
-            f"there are {len(files)} images, expected one: this model changes one.",
-            param="image",
-        )
-    image = open_image(files.pop(), "image")
+    if len(masks) > 1:
+        raise Refused(400, f"there are {len(masks)} masks, expected one.", param="mask")
+    most = image_count(service.pipeline.manifest)
+    if len(files) > most:
+        message = f"there are {len(files)} images, expected at most {most}, which this model sees."
+        raise Refused(400, message, param="image")
+    images = tuple(open_image(data, "image") for data in files)
     mask, rule = None, None
-    if masks := form.files.pop("mask", []):
-        if len(masks) > 1:
-            raise Refused(400, f"there are {len(masks)} masks, expected one.", param="mask")
-        mask, rule = read_mask(open_image(masks.pop(), "mask"), image.size)
-    return service.check(given, EditImages(image, mask, rule))
+    if masks:
+        mask, rule = read_mask(open_image(masks[0], "mask"), images[0].size)
+    return service.check(given, EditImages(images, mask, rule))
 
 
 def parse_form(fields: dict[str, Any], limits: Limits) -> dict[str, Any]:

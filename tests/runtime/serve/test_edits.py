@@ -21,10 +21,12 @@ from PIL import Image, ImageFile
 
 from runtime.image import settings_of, to_png
 from runtime.images.given import digest
+from runtime.request import check_request
+from runtime.serve.batch import batch_call
 from runtime.serve.edits.edit_request import parse_form, read_images
 from runtime.serve.edits.image_file import MAX_SCANS, open_image, webp_size
 from runtime.serve.edits.upload import EDITS, MAX_IMAGES, MAX_UPLOAD, Form, Held
-from runtime.serve.image_request import Limits, Refused
+from runtime.serve.image_request import EditImages, Limits, Refused, check_fields
 from runtime.serve.jobs import Job
 from runtime.serve.service import Service
 from tests.stand_ins.http import running, until
@@ -124,7 +126,7 @@ def test_the_model_says_that_it_takes_images(
     server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [model] = client.models.list()
-    assert model.edits is True
+    assert model.edits == 1
     manifest = server[1].pipeline.manifest
     components = {n: row for n, row in manifest["components"].items() if n != "vae_encoder"}
     monkeypatch.setitem(manifest, "components", components)
@@ -154,6 +156,29 @@ def test_edits_share_a_batch_and_stay_what_they_are_alone(server: Server) -> Non
     together, *_ = service.threads.images([Job(request) for request in three], rows)
     apart = [service.threads.images([Job(request)], rows)[0][0] for request in three]
     assert together == apart
+
+
+def test_a_model_that_sees_references_sees_all_images(server: Server) -> None:
+    """FLUX.1 Kontext's one; which is denoised too where a mask says what of it is kept."""
+    manifest = json.loads(json.dumps(server[1].pipeline.manifest))
+    manifest["latents"]["condition"] = "reference"
+    picture = Image.fromarray(PIXELS)
+
+    def wanted(images: EditImages, **fields: Any) -> Any:
+        return check_fields({"prompt": "a", **fields}, manifest, Limits(), images=images)
+
+    plain = wanted(EditImages((picture,)), n=2)
+    given = plain.arguments.images
+    assert given.image is None and len(given.references.pixels) == 1 and given.strength == 1.0
+    assert plain.edit["strength"] is None and plain.nbytes == given.references.pixels[0].nbytes
+    assert plain.key == wanted(EditImages((picture,))).key
+    assert plain.key != wanted(EditImages((Image.fromarray(PIXELS[::-1]),))).key
+    again = check_request(manifest, **batch_call([plain.arguments, plain.arguments]))
+    assert len(again.prompts) == 4  # what a batch gives again is the same to the last bit
+    assert np.array_equal(again.images.references.pixels[0], given.references.pixels[0])
+    masked = wanted(EditImages((picture,), HALF, "grey")).arguments.images
+    assert masked.image is not None and masked.mask is not None and masked.references.pixels
+    assert wanted(EditImages((picture,)), strength=0.5).arguments.images.strength == 0.5
 
 
 def test_a_forms_texts_become_their_fields_types() -> None:
@@ -298,7 +323,7 @@ def test_what_is_no_form(server: Server) -> None:
     many = httpx.post(url + EDITS, data={"prompt": "a"}, files=files)
     assert many.status_code == 400 and "too many files" in many.json()["error"]["message"]
     several = httpx.post(url + EDITS, data={"prompt": "a"}, files=files[:2])
-    assert "there are 2 images, expected one" in several.json()["error"]["message"]
+    assert "there are 2 images, expected at most 1" in several.json()["error"]["message"]
     other = httpx.post(url + EDITS, data={"prompt": "a"}, files={"markup": file()})
     assert "the file 'markup' is not known" in other.json()["error"]["message"]
     same = httpx.post(url + EDITS, data={"prompt": ""}, files={"mask": file()},
