@@ -36,7 +36,7 @@ SETTINGS = ("foreign", "never")
 # What a trial may use: so much, and more by the bytes of the bundle's files. A model's weights are
 # read, widened from 16 bits, packed, and multiplied by some hundred tokens a few times over.
 SECONDS, SECONDS_PER_GIB = 60, 90  # of processor time
-WAITING = 5  # times as long by the clock, on a busy machine
+WAITING = 10  # times as long by the clock, on a busy machine
 MEMORY, MEMORY_PER_BYTE = 4 << 30, 5
 
 
