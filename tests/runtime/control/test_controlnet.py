@@ -371,6 +371,7 @@ def test_the_command_line(
 
 
 @pytest.mark.tensorrt
+@pytest.mark.slow
 def test_plans_build_without_a_gpu(
     tiny_dense_bundle: Path, flux_nets: Nets, tmp_path: Path
 ) -> None:
