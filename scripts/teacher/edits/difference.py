@@ -4,14 +4,15 @@
     python -m scripts.teacher.edits.difference out/shapes-edit          # models/shapes-edit, whole
     python -m scripts.teacher.edits.difference runs/shapes-edit --pack    # and back
 
-Both are one architecture, so a quarter of the bytes holds what training changed: matrices in 4 bits
-with a float16 scale a row, vectors in bfloat16; tables of embeddings, which have other words, are
-whole. VAE and scheduler are those of shapes-dense.
+Both are one architecture, so a fifth of the bytes holds what training changed: matrices in 15
+levels with a float16 scale a row, compressed; vectors in bfloat16; tables of embeddings, which have
+other words, whole. VAE and scheduler are those of shapes-dense.
 """
 
 from __future__ import annotations
 
 import argparse
+import lzma
 import shutil
 from pathlib import Path
 
@@ -39,19 +40,23 @@ SHARED = (
     *("scheduler/scheduler_config.json", "transformer/config.json"),
 )
 LEVELS = 7  # of each sign
+# Single bytes without any context: 3.4 bits a level, of an entropy of 3.3.
+CODER = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
 
 
 def packed(difference: Tensor) -> dict[str, Tensor]:
-    """A matrix [N, M] of even M as `levels` uint8 [N, M / 2] and `scale` [N]."""
+    """A matrix [N, M] as `scale` [N] and `levels`: a byte each, compressed to three bits or so."""
     scale = (difference.abs().amax(1) / LEVELS).clamp_min(1e-7).half()
     levels = (difference / scale.float()[:, None]).round().clamp(-LEVELS, LEVELS).int() + 8
-    return {"levels": (levels[:, ::2] | levels[:, 1::2] << 4).byte(), "scale": scale}
+    data = lzma.compress(levels.byte().numpy().tobytes(), lzma.FORMAT_RAW, filters=CODER)
+    return {"levels": torch.frombuffer(bytearray(data), dtype=torch.uint8), "scale": scale}
 
 
 def unpacked(levels: Tensor, scale: Tensor) -> Tensor:
     """Undo `packed`, but for rounding: float32 [N, M]."""
-    pairs = torch.stack([levels & 15, levels >> 4], -1).flatten(1).float() - 8
-    return pairs * scale.float()[:, None]
+    data = bytearray(lzma.decompress(levels.numpy().tobytes(), lzma.FORMAT_RAW, None, CODER))
+    found = torch.frombuffer(data, dtype=torch.uint8).view(len(scale), -1)
+    return (found.float() - 8) * scale.float()[:, None]
 
 
 def pack(whole: Path, out: Path = KEPT, dense: Path = DENSE) -> None:
@@ -65,7 +70,7 @@ def pack(whole: Path, out: Path = KEPT, dense: Path = DENSE) -> None:
                 kept[f"{key}:whole"] = value.bfloat16()
                 continue
             difference = value.float() - old.float()
-            if value.ndim == 2 and value.shape[1] % 2 == 0:
+            if value.ndim == 2:
                 kept |= {f"{key}:{name}": each for name, each in packed(difference).items()}
             else:
                 kept[f"{key}:vector"] = difference.bfloat16()
