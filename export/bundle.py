@@ -118,6 +118,11 @@ def export_bundle(
         hashes = {}
         for component in components:
             program = component.trace(torch_dtype(graph_dtype(component.name, dtype)))
+            if program.beside and (apis or quant != "none"):
+                raise ValueError(
+                    f"{source} keeps keys and values of reference images, expected no plans and no"
+                    " --quant, which export does not make of such a model; leave them out."
+                )
             if component.name == "transformer" and quant != "none":
                 program, manifest["quant"] = quantise(program, quant, keep)
             shards, digest = write_weights(folder, component, program, storage, link, progress)
@@ -125,6 +130,10 @@ def export_bundle(
             manifest["components"][component.name] = write_graphs(
                 folder, component.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
+            for name, other in program.beside.items():
+                manifest["components"][name] = write_graphs(
+                    folder, name, other, manifest["top_k"], None, shards, component.name
+                )
             if component.name == "transformer" and quant == "none":
                 wanted = place(program, component.checkpoint.dtype)
                 manifest["lora"] = write_lora_map(folder, source, wanted)
@@ -270,8 +279,12 @@ def write_graphs(
     top_k: int | None,
     kappa: int | None = None,
     shards: Sequence[str] = (),
+    of: str | None = None,
 ) -> dict[str, Any]:
-    """The block graphs and <component>.onnx, checked; returns the component's record."""
+    """The block graphs and <component>.onnx, checked; returns the component's record.
+
+    of: the component whose weights it has, where they are not its own.
+    """
     import onnx
 
     from export.graph.compose import compose
@@ -284,7 +297,7 @@ def write_graphs(
             paths[key] = f"blocks/{plan_key(name, kind, key)}.onnx"
             write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
         types[kind] = type_record(row, paths)
-    weights = folder / f"{name}.safetensors"
+    weights = folder / f"{of or name}.safetensors"
     model = compose(program, weights, top_k, kappa, [folder / shard for shard in shards])
     path = folder / f"{name}.onnx"
     write_bytes(path, model.SerializeToString(deterministic=True))

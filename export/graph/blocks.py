@@ -89,7 +89,8 @@ def transformer_program(
         groups[name] = Group(kind, f"{name}.", tuple(indices), router.alpha)
     if progress is not None:
         progress("trace transformer", len(steps), len(steps))
-    return Program(types, calls, inputs, outputs, groups)
+    beside = tracing.beside(model, dtype, top_k)
+    return Program(types, calls, inputs, outputs, groups, beside)
 
 
 def block_type(

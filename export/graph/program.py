@@ -6,7 +6,7 @@ every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,8 @@ class BlockType:
 class Program:
     """A component: block types by name and the calls (type, weight prefix) in order.
 
-    `groups`: name in the model -> the calls of which a router chooses.
+    `groups`: name in the model -> the calls of which a router chooses. `beside`: name of a
+    component -> its program, which has this one's weights.
     """
 
     types: dict[str, BlockType]
@@ -71,6 +72,7 @@ class Program:
     inputs: dict[str, Spec]
     outputs: dict[str, Spec]
     groups: dict[str, Group] = field(default_factory=dict)
+    beside: dict[str, Program] = field(default_factory=dict)
 
     @property
     def weighted(self) -> list[tuple[str, str]]:
@@ -100,6 +102,7 @@ class Tracing:
         has shared modulation, unless the row names that too.
     processor(): the attention processor that blocks are traced with.
     prepare(model): what else is changed, in place, in a model that is about to be traced.
+    beside(prepared model, dtype, top_k): other programs that have its weights.
     """
 
     environment: Callable[[Any, torch.dtype], Environment]
@@ -108,4 +111,7 @@ class Tracing:
     row: Callable[[nn.Module], Row]
     processor: Callable[[], Any]
     prepare: Callable[[Any], None] = lambda model: None
+    beside: Callable[[Any, torch.dtype, Sequence[int]], dict[str, Program]] = (
+        lambda model, dtype, top_k: {}
+    )
     final_inputs: tuple[str, ...] = ("hidden_states", "temb")
