@@ -11,6 +11,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +119,10 @@ def export_bundle(
         hashes = {}
         for component in components:
             program = component.trace(torch_dtype(graph_dtype(component.name, dtype)))
-            if program.beside and (apis or quant != "none"):
+            if program.beside and apis:
                 raise ValueError(
-                    f"{source} keeps keys and values of reference images, expected no plans and no"
-                    " --quant, which export does not make of such a model; leave them out."
+                    f"{source} keeps keys and values of reference images, expected no plans, which"
+                    " would hold the transformer's weights twice; leave --trt and --trt-rtx out."
                 )
             if component.name == "transformer" and quant != "none":
                 program, manifest["quant"] = quantise(program, quant, keep)
@@ -157,7 +158,8 @@ def quantise(program: Program, quant: str, keep: Sequence[str]) -> tuple[Program
     from export.quant.program import quantised
 
     kind = FORMATS[quant]
-    program = quantised(program, kind, keep)
+    beside = {name: quantised(each, kind, keep) for name, each in program.beside.items()}
+    program = replace(quantised(program, kind, keep), beside=beside)
     names = {
         prefix + part.weight
         for name, prefix in program.calls

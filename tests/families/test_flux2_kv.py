@@ -92,8 +92,24 @@ def test_every_part_without_references_is_torchs(bundle: Path, directory: Path) 
     assert answer["trajectory"]["steps"][-1]["relative_error"] < 1e-4
 
 
-def test_what_export_does_not_make_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_quantised_references_are_near_and_plans_are_refused(
+    pipe: Any, bundle: Path, directory: Path, pytestconfig: pytest.Config, tmp_path: Path
+) -> None:
+    """Both programs read the same quantised weights."""
+    pytest.importorskip("tensorrt_rtx")
     from export.bundle import export_bundle
+    from runtime.pipeline import Pipeline
 
-    with pytest.raises(ValueError, match="keeps keys and values .* no plans and no --quant"):
-        export_bundle(directory, tmp_path / "out", quant="int8", top_k=(2,))
+    if sparse_ffns(pipe.transformer):
+        pytest.skip("as dense")
+    seen = [Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))]
+    quantised = exported(pytestconfig, directory, quant="int8")
+    images = [
+        Pipeline(path, "ort", threads=1, mode="blocks")(
+            PROMPTS[0], references=seen, steps=2, height=16, width=16, output_type="np"
+        )
+        for path in (bundle, quantised)
+    ]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 0.02
+    with pytest.raises(ValueError, match="keeps keys and values .* expected no plans"):
+        export_bundle(directory, tmp_path / "out", trt_rtx=True)
