@@ -23,7 +23,7 @@ PROMPTS = ["a red circle", "two blue squares and a green ring"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
+@pytest.fixture(scope="module", params=[pytest.param("dense", marks=pytest.mark.slow), "sparse"])
 def pipe(request: pytest.FixtureRequest) -> Any:
     built = klein_kv()
     if request.param == "sparse":
@@ -92,6 +92,7 @@ def test_every_part_without_references_is_torchs(bundle: Path, directory: Path) 
     assert answer["trajectory"]["steps"][-1]["relative_error"] < 1e-4
 
 
+@pytest.mark.tensorrt
 def test_quantised_references_are_near_and_plans_are_refused(
     pipe: Any, bundle: Path, directory: Path, pytestconfig: pytest.Config, tmp_path: Path
 ) -> None:
