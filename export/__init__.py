@@ -3,7 +3,7 @@
 `bundle` is the list of steps. Folders from the ground up: `op/` the op d2m::RoutedExperts in ONNX;
 `graph/` a transformer as block graphs and a program that calls them; `families/` what each family
 needs; `checkpoint/` the directory that is read and the weights that are written; `plans/` TensorRT;
-`parity/` the bundle against torch.
+`parity/` the bundle against torch; `control/` ControlNets, to bundles of their own.
 
     bundle    `d2m export`
     requantise  `d2m export BUNDLE --quant`: a bundle quantised without its pipeline

@@ -311,8 +311,14 @@ def write_graphs(
         "inputs": {key: spec.json() for key, spec in program.inputs.items()},
         "outputs": {key: spec.json() for key, spec in program.outputs.items()},
         "types": types,
-        "program": [{"type": kind, "prefix": prefix} for kind, prefix in program.calls],
+        "program": [
+            {"type": kind, "prefix": prefix}
+            | ({"outputs": list(program.names[index])} if index in program.names else {})
+            for index, (kind, prefix) in enumerate(program.calls)
+        ],
     }
+    if program.depths:
+        record["depths"] = program.depths
     groups = {
         key: {**vars(group), "calls": list(group.calls)} for key, group in program.groups.items()
     }
@@ -463,7 +469,11 @@ def lowered(
 
 
 def write_manifest(
-    folder: Path, manifest: dict[str, Any], hashes: Mapping[str, str], progress: Progress | None
+    folder: Path,
+    manifest: dict[str, Any],
+    hashes: Mapping[str, str],
+    progress: Progress | None,
+    controlnet: bool = False,
 ) -> None:
     """Hash every file that is not in `hashes`, write manifest.json, open the result as runtime."""
     from runtime.bundle.directory import open_bundle
@@ -477,6 +487,6 @@ def write_manifest(
         files[name] = {"sha256": hashes.get(name) or sha256(path), "size": path.stat().st_size}
     manifest["files"] = files
     write_json(folder / "manifest.json", manifest)
-    open_bundle(folder, check="sizes")
+    open_bundle(folder, check="sizes", controlnet=controlnet)
     if progress is not None:
         progress("hash", len(paths), len(paths))

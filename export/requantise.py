@@ -119,4 +119,5 @@ def program_of(bundle: Bundle, component: str) -> Program:
         for name, row in record.get("groups", {}).items()
     }
     calls = [(call["type"], call["prefix"]) for call in record["program"]]
-    return Program(types, calls, specs(record["inputs"]), specs(record["outputs"]), groups)
+    ends = specs(record["inputs"]), specs(record["outputs"])
+    return Program(types, calls, *ends, groups, depths=record.get("depths", {}))

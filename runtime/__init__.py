@@ -14,6 +14,7 @@ seconds; `trial` the process that tries foreign bundles; `nvtriton` an old name 
     families/  what a family's pipeline does around its models, in numpy
     images/    images as inputs
     bundle/    a bundle is data: opened, checked, signed
+    control/   ControlNets
     cuda/      a CUDA device and its memory
     program/   what every backend shares, and the choice of one
     ort/       ONNX Runtime
@@ -52,6 +53,7 @@ def load(
     key: str | os.PathLike[str] | None = None,
     offload: str | None = None,
     loras: Mapping[str | os.PathLike[str], float] | None = None,
+    controlnets: Sequence[str | os.PathLike[str]] = (),
 ) -> Pipeline:
     """Open a bundle (None: the one that ships with the package) as a reusable pipeline.
 
@@ -63,13 +65,14 @@ def load(
     environment variable D2M_PUBLIC_KEY, if it is set). `offload` "block" streams the
     transformer's weights block by block, for models larger than memory (ort, ort-cuda). `loras`:
     files of LoRAs of the dense model and their strengths, {"style.safetensors": 0.8};
-    `pipeline.set_loras` changes them between calls.
+    `pipeline.set_loras` changes them between calls. `controlnets`: bundles of ControlNets, which
+    `d2m export CONTROLNET --base BUNDLE` makes; calls then take `control=`.
     Raises FileNotFoundError, ValueError, ImportError or OSError with one sentence.
     """
     from runtime.pipeline import Pipeline
 
     options: dict[str, Any] = {"threads": threads, "experts": experts, "offload": offload}
-    options["loras"] = loras
+    options |= {"loras": loras, "controlnets": controlnets}
     return Pipeline(bundle, backend, verify=verify, key=key, **options)
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.bundle.control_record import COMPONENT
 from runtime.bundle.directory import Bundle, open_bundle, required_key
 from runtime.bundle.lora_record import placement_of
 from runtime.bundle.tokenizer_file import MAX_BYTES
+from runtime.control.controlnet import ControlNet, open_controlnet
 from runtime.families import family_of, is_guided
 from runtime.families.flux2 import STATES
 from runtime.files.hashes import sha256
@@ -28,6 +30,7 @@ from runtime.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from runtime.bundle.block_groups import Starts
     from runtime.lora.changes import Change
+    from runtime.program.residuals import Residuals
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
@@ -68,7 +71,8 @@ class Opened:
     `min_batch` is filled up with copies of its last one, which are thrown away; 1 and more say
     that from so many rows on nothing changes (runtime.serve.batch_invariance). With `offload`
     "block" the transformer's weights are streamed block by block (see runtime.ort.block_weights),
-    and the other components are open only while they run. `loras`: see `set_loras`.
+    and the other components are open only while they run. `loras`: see `set_loras`; `controlnets`:
+    bundles of ControlNets, checked as `bundle` is.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Opened:
         key: str | os.PathLike[str] | None = None,
         offload: str | None = None,
         loras: Mapping[Any, float] | None = None,
+        controlnets: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         if isinstance(bundle, Bundle):
             opened = bundle
@@ -104,13 +109,13 @@ class Opened:
         check_experts(experts, self.backend)
         check_offload(self.offload, self.backend)
         self.threads, self.mode, self.experts = threads, mode, experts
-        limit = batch_limit(opened, self.backend) // (
-            1 + is_guided(opened.manifest)
-        )  # rows an image
+        self.controlnets = tuple(open_controlnet(path, opened, verify, key) for path in controlnets)
+        limits = (batch_limit(each, self.backend) for each in self.bundles())
+        limit = min(limits) // (1 + is_guided(opened.manifest))  # rows an image
         self.max_batch = min(max_batch, max(1, limit))
         self.min_batch = min(min_batch, self.max_batch)
         self.step_hook: StepHook | None = None  # called with every step's inputs, top_k and kappa
-        self._executors: dict[str, Executor] = {}
+        self._executors: dict[str, Executor] = {}  # by component, or a ControlNet's digest
         self.loras: tuple[LoRA, ...] = ()
         self._adapters: Adapters | None = None
         self._placement: Placement | None = None
@@ -131,6 +136,7 @@ class Opened:
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """Run a component: inputs cast to the dtypes it declares, outputs to float32.
 
@@ -140,7 +146,7 @@ class Opened:
         if isinstance(inputs, np.ndarray):
             (name,) = row["inputs"]
             inputs = {name: inputs}
-        knobs = top_k, kappa, starts, cache
+        knobs = top_k, kappa, starts, cache, residuals
         outputs = self.executor(component)(self.cast(inputs, component), *knobs)
         if self.offload == "block" and len(row["program"]) == 1:
             self._executors.pop(component, None)  # its memory is the next one's
@@ -159,23 +165,37 @@ class Opened:
         "auto" that chose a GPU goes over to ONNX Runtime, with a warning, where it cannot open.
         """
         if component not in self._executors:
-            options: dict[str, Any] = {"mode": self.mode, "offload": self.offload}
-            if self.backend in PLAN_BACKENDS:
-                options = {"experts": self.experts}
-            try:
-                self._executors[component] = open_component(
-                    self.bundle, component, self.backend, threads=self.threads, **options
-                )
-            except (ImportError, OSError, ValueError) as error:
-                if self.requested != "auto" or self.backend not in GPU_BACKENDS:
-                    raise
-                log.warning("backend ort in place of %s: %s", self.backend, error)
-                self.backend = "ort"
-                self._executors.clear()
-                return self.executor(component)
+            self._open(component, self.bundle, component, self.experts)
             if component in ADAPTED and self._adapters is not None:
                 self._adapt(self._adapters)
         return self._executors[component]
+
+    def control_executor(self, net: ControlNet) -> Any:
+        """A ControlNet's executor (runtime.program.residuals.Adder), on the same backend."""
+        digest = net.bundle.digest
+        if digest not in self._executors:
+            self._open(digest, net.bundle, COMPONENT, "auto")
+        return self._executors[digest]
+
+    def _open(self, key: str, bundle: Bundle, component: str, experts: str) -> None:
+        options: dict[str, Any] = {"mode": self.mode, "offload": self.offload}
+        if self.backend in PLAN_BACKENDS:
+            options = {"experts": experts}
+        try:
+            self._executors[key] = open_component(
+                bundle, component, self.backend, threads=self.threads, **options
+            )
+        except (ImportError, OSError, ValueError) as error:
+            if self.requested != "auto" or self.backend not in GPU_BACKENDS:
+                raise
+            log.warning("backend ort in place of %s: %s", self.backend, error)
+            self.backend = "ort"
+            self._executors.clear()
+            self._open(key, bundle, component, experts)
+
+    def bundles(self) -> list[Bundle]:
+        """The bundle, and those of its ControlNets."""
+        return [self.bundle, *(net.bundle for net in self.controlnets)]
 
     def set_loras(self, loras: Mapping[Any, float] | None = None) -> None:
         """Generate with these LoRAs from the next call on: file -> strength, times its own.
@@ -258,6 +278,8 @@ class Opened:
         for component in self.family.components:
             if self.offload != "block" or len(self.bundle.component(component)["program"]) > 1:
                 self.executor(component)
+        for net in self.controlnets:
+            self.control_executor(net)
 
     def close(self) -> None:
         """Give the executors' memory back; what needs one afterwards opens it again."""
@@ -266,6 +288,7 @@ class Opened:
     def setting(self) -> dict[str, Any]:
         """What the time of a call depends on, beside its arguments: bundle, backend, options."""
         size = self.manifest["files"][self.bundle.component("transformer")["weights"]]["size"]
+        nets = self.controlnets
         return {
             "bundle": self.bundle.digest,
             "backend": self.backend,
@@ -275,4 +298,5 @@ class Opened:
             "mode": self.mode,
             "max_batch": self.max_batch,
             "min_batch": self.min_batch,
+            **({"controlnets": [net.bundle.digest for net in nets]} if nets else {}),
         }

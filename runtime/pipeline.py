@@ -47,6 +47,9 @@ class Pipeline(Opened):
         mask: Any = None,
         control: Any = None,
         references: Any = None,
+        control_scale: float | Sequence[float] | None = None,
+        control_range: Any = None,
+        control_mode: int | Sequence[int] | None = None,
         progress: Progress | None = None,
         callback: StepCallback | None = None,
         cancel: Cancel | None = None,
@@ -78,9 +81,14 @@ class Pipeline(Opened):
                  with a mask 1
         mask     where the image is repainted: white (255, 1.0) of a PIL image or an array [H, W] of
                  the image's size; or a list, one per prompt
-        control  for models that follow one, such as edges or depth: an image, as `image`
         references images that the model sees beside the noise (FLUX.1 Kontext one, FLUX.2 several),
                  as `image`, the same for every prompt; height and width left out are the first's
+        control  for models that follow one, such as edges or depth: an image, as `image`. With
+                 ControlNets: a list of one for each of them (None leaves it out), or of a union's
+                 as many as there are kinds in `control_mode`
+        control_scale how strongly a ControlNet's image is followed, 1 unless said; or a list
+        control_range in which share of the steps: (0, 0.6) are the first 60 %; or a list of them
+        control_mode of a union: which kind of image it is, a whole number; or a list
         progress called as progress(phase, done, total)
         callback called after every step of a batch as callback(done, steps, latents), latents
                  [images of the batch, ...] as the family denoises them, not to be changed
@@ -111,6 +119,10 @@ class Pipeline(Opened):
             control=control,
             strength=strength,
             references=references,
+            controlnets=self.controlnets,
+            control_scale=control_scale,
+            control_range=control_range,
+            control_mode=control_mode,
         )
         if output_type not in OUTPUT_TYPES:
             expected = ", ".join(OUTPUT_TYPES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.files.checked_json import printable
+from runtime.files.checked_json import printable, show
 from runtime.image import MAX_SCALE, enlarge, settings_of
 from runtime.pipeline import Pipeline
 from runtime.request import check_request, whole_number
@@ -68,7 +68,11 @@ def regenerate(
             " at the same strengths; name them with --lora FILE:STRENGTH."
         )
     arguments: dict[str, Any] = {name: settings[name] for name in ARGUMENTS if name in settings}
-    arguments |= same_images(path, settings, arguments, images or {}, pipeline.manifest)
+    given = dict(images or {})
+    if "controlnets" in settings:
+        arguments |= same_controls(path, settings, arguments, given, pipeline)
+        given.pop("control", None)
+    arguments |= same_images(path, settings, arguments, given, pipeline)
     scale = whole_number(settings.get("scale", 1), f"the scale that {path} names", 1, MAX_SCALE)
     image = pipeline(**arguments, progress=progress)
     assert not isinstance(image, list | np.ndarray)
@@ -81,7 +85,7 @@ def same_images(
     settings: Mapping[str, Any],
     arguments: Mapping[str, Any],
     given: Mapping[str, Any],
-    manifest: dict[str, Any],
+    pipeline: Pipeline,
 ) -> dict[str, Any]:
     """The images that were given; ValueError unless the file at `path` was generated from them."""
     found = {name: image for name, image in given.items() if image is not None}
@@ -96,7 +100,8 @@ def same_images(
         if name in found and name not in settings:
             raise ValueError(f"{path} was generated without {name}, expected none; leave it out.")
     if found:
-        said = check_request(manifest, **arguments, **found).settings(0)
+        nets = pipeline.controlnets if "control" in arguments else ()
+        said = check_request(pipeline.manifest, **arguments, **found, controlnets=nets).settings(0)
         other = [name for name in found if said[name] != settings[name]]
         if other:
             raise ValueError(
@@ -111,6 +116,37 @@ def shown(digests: Any) -> str:
     """The beginning of a digest, or of each of a list."""
     each = digests if isinstance(digests, list) else [digests]
     return ", ".join(f"{printable(str(value))[:12]}..." for value in each[:10])
+
+
+def same_controls(
+    path: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+    pipeline: Pipeline,
+) -> dict[str, Any]:
+    """The arguments about ControlNets; ValueError unless the file was generated with these."""
+    rows = settings["controlnets"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} says controlnets {show(rows)}, expected a list of them.")
+    named = printable(", ".join(str(row.get("name"))[:60] for row in rows))
+    if given.get("control") is None or not pipeline.controlnets:
+        raise ValueError(
+            f"{path} was generated with the ControlNets {named}, expected the same and the same"
+            " images: name them with --controlnet and --control, in this order."
+        )
+    found = {"control": given["control"]}
+    for name in ("scale", "range", "mode"):
+        values = [row.get(name) for row in rows]
+        found[f"control_{name}"] = None if values == [None] * len(rows) else values
+    asked = {**arguments, **given, **found, "controlnets": pipeline.controlnets}
+    made = check_request(pipeline.manifest, **asked)
+    if made.settings(0).get("controlnets") != rows:
+        raise ValueError(
+            f"{path} was generated with other ControlNets or images than those that are given,"
+            f" expected {named} with their images in this order."
+        )
+    return found
 
 
 def compare(path: str | os.PathLike[str], image: Image) -> dict[str, Any]:

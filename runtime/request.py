@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from runtime.bundle.block_groups import largest_kappa
+from runtime.control.controlnet import ControlNet
+from runtime.control.given import Control, control_size, fit_controls, read_controls
 from runtime.families import family_of, is_guided
 from runtime.files.checked_json import show
 from runtime.images.given import NOTHING, GivenImages, check_images
@@ -27,6 +29,10 @@ DIFFUSERS_NAMES = {
     "num_images_per_prompt": "n=",
     "generator": "seed=, a number (or latents=, the noise itself)",
     "callback_on_step_end": "callback=",
+    "control_image": "control=",
+    "controlnet_conditioning_scale": "control_scale=",
+    "control_guidance_start": "control_range=",
+    "control_guidance_end": "control_range=",
 }
 
 
@@ -47,6 +53,7 @@ class Request:
     negative: list[str] | None = None  # negative prompt per image; None: no guidance by one
     cache: Method = Method()  # of steps
     images: GivenImages = NOTHING  # that it starts from or follows
+    controls: tuple[Control, ...] = ()  # images that ControlNets follow
 
     def settings(self, index: int) -> dict[str, Any]:
         """What the text chunk of image `index` says: enough to generate it again."""
@@ -67,6 +74,8 @@ class Request:
             settings["negative"] = self.negative[index]
         if self.cache.text != "none":
             settings["cache"] = self.cache.text
+        if self.controls:
+            settings["controlnets"] = [control.settings(index) for control in self.controls]
         return settings | self.images.settings(index)
 
 
@@ -90,6 +99,10 @@ def check_request(
     control: Any = None,
     strength: float | None = None,
     references: Any = None,
+    controlnets: Sequence[ControlNet] = (),
+    control_scale: Any = None,
+    control_range: Any = None,
+    control_mode: Any = None,
 ) -> Request:
     """Fill in the bundle's defaults; ValueError, one sentence, for what cannot be generated."""
     defaults = manifest["defaults"]
@@ -107,9 +120,17 @@ def check_request(
         None if size is None else check_side(manifest, name, size)
         for name, size in (("height", height), ("width", width))
     )
-    given: Any = {"image": image, "mask": mask, "control": control, "strength": strength}
-    given["references"] = references
+    knobs = control_scale, control_range, control_mode
+    controls = read_controls(controlnets, control, knobs, len(prompts), manifest)
+    given: Any = {"image": image, "mask": mask, "strength": strength}
+    given |= {"control": None if controlnets else control, "references": references}
+    if controls and references is not None:
+        raise ValueError(
+            "references are given with a ControlNet's image, expected one of them: ControlNets know"
+            " no image tokens but the noise's; leave one out."
+        )
     images, height, width = check_images(manifest, len(prompts), n, height, width, **given)
+    height, width = control_size(manifest, controls, height, width)
     height, width = check_side(manifest, "height", height), check_side(manifest, "width", width)
     taken = steps - images.first_step(steps)
     guidance = defaults["guidance"] if guidance is None else guidance
@@ -131,6 +152,7 @@ def check_request(
         negative=check_negative(manifest, negative, len(prompts), n, float(guidance)),
         cache=check_cache(manifest, cache, taken),
         images=images,
+        controls=fit_controls(controls, len(prompts), n, height, width),
     )
 
 

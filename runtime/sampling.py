@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.bundle.block_groups import can_forecast
+from runtime.control.steps import ControlSteps
 from runtime.families.family import Arrays, rows
 from runtime.families.flux2 import STATES
 from runtime.families.latents import image_tokens, rope
@@ -107,6 +108,7 @@ def generate_batch(
         guidance=request.guidance,
         sigmas=request.sigmas,
         images=images,
+        controls=control_steps(model, request, part, rows),
         start=request.images.first_step(len(request.top_k)),
         cache=cache,
         step=step,
@@ -194,6 +196,7 @@ def denoise(
     kappa: Sequence[int | None] | None = None,
     sigmas: Sequence[float] | None = None,
     images: ImageLatents = NO_IMAGES,
+    controls: ControlSteps | None = None,
     start: int = 0,
     cache: StepCache | None = None,
     step: Callable[[int, int], None] | None = None,
@@ -205,9 +208,9 @@ def denoise(
     classifier-free guidance (both run together, its rows first). `latent_size` is (h, w) in
     latent pixels; `kappa` has an entry per step, None throughout means the bundle's; `sigmas`
     see `Pipeline.__call__`; `images`: those that are denoised instead of noise alone, from the step
-    `start` on, as a mask or more channels of theirs say; `cache`: a new one, which may leave steps
-    out; `step(done, steps)` is called before the first step and after each,
-    `after(done, steps, latents)` after each, both of the steps that are taken.
+    `start` on, as a mask or more channels of theirs say; `controls`: what ControlNets add;
+    `cache`: a new one, which may leave steps out; `step(done, steps)` is called before the first
+    step and after each, `after(done, steps, latents)` after each, both of the steps that are taken.
     """
     steps, taken = len(top_k), len(top_k) - start
     images = with_states(model, images, top_k[0])
@@ -236,7 +239,10 @@ def denoise(
             model.step_hook(inputs, top_k[index], kappa[index])
         if cache is not None:
             cache.begin(levels[index])
-        knobs = top_k[index], kappa[index], starts[index - start], cache
+        added = None
+        if controls is not None and not (cache is not None and cache.idle):
+            added = controls.at(index - start, taken, inputs)
+        knobs = top_k[index], kappa[index], starts[index - start], cache, added
         (sample,) = model.execute("transformer", inputs, *knobs).values()
         if images.references is not None:
             sample = sample[:, : image_tokens(model.manifest["latents"], latent_size)]
@@ -322,11 +328,14 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
     return [model.cast(feed) for feed in feeds]
 
 
-def encode_image(model: Opened, pixels: np.ndarray) -> np.ndarray:
+def encode_image(
+    model: Opened, pixels: np.ndarray, settings: Mapping[str, Any] | None = None
+) -> np.ndarray:
     """Pixels [n, 3, H, W], -1 to 1 -> latents as the family denoises them, without noise.
 
     The mean of what the VAE gives, not a sample. One image at a time, so that it does not depend on
-    others of its batch. ValueError where the bundle has no VAE encoder.
+    others of its batch. settings: the manifest's `latents`, or others. ValueError where the bundle
+    has no VAE encoder.
     """
     if "vae_encoder" not in model.manifest["components"]:
         raise ValueError(
@@ -340,8 +349,21 @@ def encode_image(model: Opened, pixels: np.ndarray) -> np.ndarray:
         else:
             row = np.ascontiguousarray(pixels[index : index + 1])
             (latents,) = model.execute("vae_encoder", row).values()
-            found.append(model.family.encoded(latents, model.manifest["latents"]))
+            found.append(model.family.encoded(latents, settings or model.manifest["latents"]))
     return np.concatenate(found)
+
+
+def control_steps(
+    model: Opened, request: Request, part: slice, rows: np.ndarray
+) -> ControlSteps | None:
+    """The ControlNets of a request for `rows` of its images `part`; None without any."""
+    if not request.controls:
+        return None
+    settings, tokens = model.manifest["latents"], []
+    for control in request.controls:
+        encoded = encode_image(model, control.pixels[part], control.net.settings(settings))
+        tokens.append(model.family.tokens(encoded, settings)[rows])
+    return ControlSteps(request.controls, tokens, model.control_executor, request.guidance)
 
 
 def decode(model: Opened, latents: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:

@@ -19,8 +19,12 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle.block_groups import largest_kappa
-from runtime.bundle.directory import open_bundle
+from runtime.bundle.control_record import COMPONENT
+from runtime.bundle.control_record import KIND as CONTROLNET
+from runtime.bundle.directory import Bundle, open_bundle
+from runtime.files.tensors import numpy_dtype
 from runtime.pipeline import Pipeline
+from runtime.program.executor import open_component
 
 log = logging.getLogger("runtime")
 PROMPT = "a photo of a cat"
@@ -50,11 +54,14 @@ def set_limits(seconds: int, memory: int | None) -> None:
 
 def try_bundle(job: Mapping[str, Any]) -> None:
     """Generate with every graph; ValueError, OSError or ImportError, one sentence."""
-    bundle = open_bundle(job["bundle"])
+    bundle = open_bundle(job["bundle"], controlnet=None)
     if bundle.digest != job["digest"]:
         raise ValueError(f"bundle {bundle.path} changed while it was checked; open it again.")
     whole = job["backend"] == "ort" and job["offload"] is None
     for mode in ["graph", "blocks"] if whole else [None]:
+        if bundle.manifest["kind"] == CONTROLNET:
+            try_controlnet(bundle, job, mode)
+            continue
         pipeline = Pipeline(
             bundle, job["backend"], threads=job["threads"], mode=mode, offload=job["offload"]
         )
@@ -64,6 +71,19 @@ def try_bundle(job: Mapping[str, Any]) -> None:
             if name not in pipeline.family.components:
                 run_on_zeros(pipeline, name)
         pipeline.close()
+
+
+def try_controlnet(bundle: Bundle, job: Mapping[str, Any], mode: str | None) -> None:
+    """A ControlNet's graphs, on zeros for a small image."""
+    options = {"threads": job["threads"], "mode": mode, "offload": job["offload"]}
+    executor: Any = open_component(bundle, COMPONENT, job["backend"], **options)
+    sizes = {"batch": 1, "image_tokens": SIDE**2, "text_tokens": SIDE, "tokens": SIDE**2 + SIDE}
+    inputs = {}
+    for name, row in bundle.component(COMPONENT)["inputs"].items():
+        shape = [sizes.get(size, SIDE) if isinstance(size, str) else size for size in row["shape"]]
+        inputs[name] = np.zeros(shape, numpy_dtype(row["dtype"]))
+    first = next(iter(executor.values(inputs).values()))
+    executor.add([first, first])
 
 
 def small_size(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LAYERS = {
         families cuda image
         bundle
         program tokenizer images
+        control
         request
         ort trt latency_budget
         opened
@@ -66,7 +67,7 @@ LAYERS = {
         plans
         parity checks triton
         bundle
-        requantise add_encoder""",
+        control requantise add_encoder""",
     "calib": """
         score measure
         shapes emoji

@@ -20,6 +20,16 @@ def capabilities(text: str) -> tuple[tuple[int, ...], bool]:
     return options.numbers(",".join(named)), len(named) < len(parts)
 
 
+def is_controlnet(directory: Path) -> bool:
+    """Whether a directory is what diffusers saves of a ControlNet, of whatever class."""
+    from runtime.files.checked_json import read_json
+
+    file = directory / "config.json"
+    if not file.is_file() or (directory / "model_index.json").is_file():
+        return False
+    return "ControlNet" in str(read_json(file).get("_class_name"))
+
+
 def export(
     sparse: Annotated[
         Path, typer.Argument(metavar="PIPELINE", help="Sparse or dense pipeline directory.")
@@ -66,6 +76,9 @@ def export(
         Path | None,
         option("Add PIPELINE's VAE encoder to this bundle, made before; no other file changes."),
     ] = None,
+    base: Annotated[
+        Path | None, option("Of a ControlNet as PIPELINE: the bundle that it is to control.")
+    ] = None,
     triton_repo: Annotated[
         Path | None, option("Also write a model repository for NVIDIA Triton Inference Server.")
     ] = None,
@@ -82,6 +95,7 @@ def export(
 
     A bundle holds ONNX graphs, TensorRT plans, weights, tokenizers and a manifest.
     With --triton-repo DIR or --quant, PIPELINE may be a bundle that is already exported.
+    With --base BUNDLE, PIPELINE is a ControlNet's directory (docs/controlnet.md).
     """
     if add_vae_encoder is not None:
         from export.add_encoder import add_vae_encoder as add
@@ -109,6 +123,26 @@ def export(
             print_answer(write_repository(sparse, triton_repo, **repository), json_)
             return
     assert out is not None
+    plans: dict[str, Any] = {"trt": trt, "trt_rtx": trt_rtx, "plan_dtype": plan_dtype}
+    plans |= dict(zip(("sm", "portable"), sm, strict=True))
+    if base is not None or is_controlnet(sparse):
+        from export.control.bundle import export_controlnet
+
+        if base is None:
+            raise ValueError(
+                f"{str(sparse)!r} is a ControlNet; add --base BUNDLE, which it controls"
+            )
+        if quant != "none" or plugin or cubins or link or triton_repo is not None:
+            raise ValueError(
+                "a ControlNet is exported without --quant, --plugin, --cubins, --link and"
+                " --triton-repo; leave them out"
+            )
+        with progress_bars() as progress:
+            answer = export_controlnet(
+                sparse, out, base, storage=storage, **plans, progress=progress
+            )
+        print_answer(answer, json_)
+        return
     if ready:
         from export.requantise import quantise_bundle
 
@@ -125,8 +159,7 @@ def export(
     sets = (trt or trt_rtx) * (1 + (portable and bool(targets)))
     check_export(sparse, out, top_k=len(top_k), plans=sets, link=link, storage=storage)
 
-    plans: dict[str, Any] = {"trt": trt, "trt_rtx": trt_rtx, "plugin": plugin, "cubins": cubins}
-    plans |= {"sm": targets, "portable": portable, "plan_dtype": plan_dtype}
+    plans |= {"plugin": plugin, "cubins": cubins}
     weights: dict[str, Any] = {"dtype": dtype, "storage": storage, "link": link}
     weights |= {"quant": quant, "keep": keep or ()}
     with progress_bars() as progress:

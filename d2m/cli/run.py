@@ -61,7 +61,22 @@ def run(
     ] = None,
     mask: Annotated[Path | None, option("Image that is white where --image is repainted.")] = None,
     control: Annotated[
-        Path | None, option("Image that the model follows, such as edges (FLUX.1 Canny, Depth).")
+        list[Path] | None,
+        option("Image that the model follows, such as edges; one for each --controlnet."),
+    ] = None,
+    controlnet: Annotated[
+        list[Path] | None, option("Bundle of a ControlNet; may be repeated (docs/controlnet.md).")
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None,
+        option("How strongly --control is followed, 1 unless said; or one each."),
+    ] = None,
+    control_range: Annotated[
+        list[Any] | None,
+        option("Share of the steps that follow it: 0,0.6.", metavar="FROM,TO", parser=levels),
+    ] = None,
+    control_mode: Annotated[
+        list[int] | None, option("Kind of image, for ControlNets that know several.")
     ] = None,
     reference: Annotated[
         list[Path] | None,
@@ -116,10 +131,15 @@ def run(
     from runtime.images import open_image
 
     how: dict[str, Any] = {"experts": experts, "offload": offload, "loras": dict(lora or ())}
-    files_in = {"image": image, "mask": mask, "control": control}
+    how["controlnets"] = controlnet or ()
+    files_in = {"image": image, "mask": mask}
     images_in: dict[str, Any] = {
         name: open_image(file, f"--{name}") for name, file in files_in.items() if file is not None
     }
+    if followed := [open_image(file, "--control") for file in control or ()]:
+        if not controlnet and len(followed) > 1:
+            raise ValueError("--control is given twice without --controlnet; leave one out")
+        images_in["control"] = followed if controlnet else followed[0]
     if reference:
         images_in["references"] = [open_image(file, "--reference") for file in reference]
     if (png := regenerate or again) is not None:
@@ -155,11 +175,16 @@ def run(
     settings |= {"steps": steps, "height": height, "width": width, "budget": budget, "cache": cache}
     given = asked["prompt"]
     size = height, width
-    if own := next((each for name, each in images_in.items() if name != "references"), None):
+    given_images = images_in.get("image"), *followed, images_in.get("mask")
+    if own := next((each for each in given_images if each is not None), None):
         size = height or own.height, width or own.width
     for clause in pipeline.warnings([given] if isinstance(given, str) else given, *size):
         say(f"warning: {clause}")
     settings |= {**images_in, "strength": strength}
+    knobs = {"scale": control_scale, "range": control_range, "mode": control_mode}
+    for knob, values in knobs.items():
+        if values:
+            settings[f"control_{knob}"] = values if len(values) > 1 else values[0]
     with progress_bars() as progress:
         answer = pipeline(**asked, **settings, sigmas=sigmas, progress=progress)
     images: list[Any] = answer if isinstance(answer, list) else [answer]

@@ -83,6 +83,15 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
     timestep (sigma in [0, 1]), guidance and the rotary tables are float32 in any bundle. A model
     without guidance_embeds has no guidance, one in AdaLN mode full no shared modulation.
     """
+    inputs, inner = tensors_before_the_end(model, dtype)
+    image = inputs["hidden_states"].shape[:2]
+    return inputs, inner, {"sample": Spec(dtype, (*image, model.proj_out.out_features))}
+
+
+def tensors_before_the_end(
+    model: Any, dtype: torch.dtype
+) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """Inputs and tensors between blocks, of the transformer or a ControlNet."""
     config = model.config
     width = config.num_attention_heads * config.attention_head_dim
     image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
@@ -102,8 +111,7 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
         "encoder_hidden_states": Spec(dtype, (*text, width)),
         "temb": Spec(dtype, ("batch", width)),
     }
-    sample = Spec(dtype, (*image, model.proj_out.out_features))
-    return inputs | tables, inner | modulation.spec(model, dtype) | tables, {"sample": sample}
+    return inputs | tables, inner | modulation.spec(model, dtype) | tables
 
 
 def lengths(directory: Path) -> dict[str, int]:

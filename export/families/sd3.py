@@ -60,12 +60,16 @@ class Embed(nn.Module):
         hidden_states [B, T, C p p]: patches, a channel after the other; positions [T]: rows of the
         table; timestep [B]: 0 to 1000.
         """
-        patches = self.pos_embed
-        image = F.linear(hidden_states, patches.proj.weight.flatten(1), patches.proj.bias)
-        image = (image + patches.pos_embed[0][positions]).to(image.dtype)
+        image = embed_patches(self.pos_embed, hidden_states, positions)
         temb = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)
         return image, text, temb, *modulation.output(self, temb)
+
+
+def embed_patches(patches: Any, hidden_states: Tensor, positions: Tensor) -> Tensor:
+    """Patches [B, T, C p p] -> tokens [B, T, D], with the table's rows `positions` [T] added."""
+    image = F.linear(hidden_states, patches.proj.weight.flatten(1), patches.proj.bias)
+    return (image + patches.pos_embed[0][positions]).to(image.dtype)
 
 
 class JointAttention:
@@ -112,13 +116,18 @@ def prepare(model: Any) -> None:
     Of the last block the image's norm reads shared modulation [B, r] and the text's temb [B, D],
     but a block has one argument for both: they lie side by side there.
     """
-    patches, block = model.pos_embed, model.transformer_blocks[-1]
-    patches.pos_embed = nn.Parameter(patches._buffers.pop("pos_embed"), requires_grad=False)
+    table_as_weight(model.pos_embed)
+    block = model.transformer_blocks[-1]
     if not isinstance(block, SkippedBlock) and isinstance(block.norm1, SharedAdaLN):
         size = model.modulation.linear.out_features
         taken: Any = lambda emb: emb[:, :size]  # noqa: E731
         block.norm1._shared = (taken,)
         block.norm1_context.register_forward_pre_hook(lambda _, args: (args[0], args[1][:, size:]))
+
+
+def table_as_weight(patches: Any) -> None:
+    """A PatchEmbed's table of positions becomes a parameter, in place."""
+    patches.pos_embed = nn.Parameter(patches._buffers.pop("pos_embed"), requires_grad=False)
 
 
 def call_block(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m.families import family_of_model
+from d2m.model.block_group import BlockGroup, SkippedBlock
 from export.graph.program import BODY, MODULATION, BlockType, Program, Row, Tracing
 from export.graph.routers import ExportRouter, Group, placed_blocks
 from export.graph.trace import Spec, linear_weights, trace, weight_specs
@@ -24,6 +25,8 @@ from export.op.top_k import with_top_k
 
 log = logging.getLogger("export")
 Progress = Callable[[str, int, int], None]
+# Weight prefix, type's name, module, how to call it, what it reads, what it writes.
+Step = tuple[str, str, nn.Module, Any, Mapping[str, Spec], Mapping[str, Spec]]
 
 
 def reads(row: Row, inner: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -51,8 +54,7 @@ def transformer_program(
     embedded = {name: inner[name] for name in inner if name not in passed}
     last = {name: inner[name] for name in tracing.final_inputs}
     embed, final = tracing.embed(model), tracing.final(model)
-    # A step: weight prefix, type's name, module, how to call it, what it reads, what it writes.
-    steps: list[tuple[Any, ...]] = [("", "embed", embed, call_by_name, first, embedded)]
+    steps: list[Step] = [("", "embed", embed, call_by_name, first, embedded)]
     members: dict[str, list[int]] = {}
     for _, blocks in family_of_model(model).blocks.kinds:
         for prefix, block, group in placed_blocks(model, blocks):
@@ -63,34 +65,60 @@ def transformer_program(
             steps.append((prefix, row.type, block, row.call, reads(row, inner), written))
     steps.append(("", "final", final, call_by_name, last, outputs))
 
-    # Steps of one structure share a type, which is traced once.
-    types: dict[str, BlockType] = {}
-    found: dict[Any, str] = {}
-    stems: Counter[str] = Counter()
-    calls: list[tuple[str, str]] = []
-
-    def type_of(stem: str, module: nn.Module, call: Any, read: Any, written: Any) -> str:
-        key = structure(module, dtype)
-        if key not in found:
-            stems[stem] += 1
-            name = stem if stems[stem] == 1 else f"{stem}_{stems[stem]}"
-            found[key] = name
-            types[name] = block_type(name, module, call, read, written, dtype, top_k)
-        return found[key]
-
-    for done, (prefix, *step) in enumerate(steps):
-        if progress is not None:
-            progress("trace transformer", done, len(steps))
-        calls.append((type_of(*step), prefix))
+    types = Types(dtype, top_k)
+    calls = types.calls(steps, "trace transformer", progress)
     groups = {}
     for name, indices in members.items():
         router = ExportRouter(model.get_submodule(name).router)
-        kind = type_of("router", router, call_by_name, router.inputs(inner), router.outputs())
+        kind = types.of("router", router, call_by_name, router.inputs(inner), router.outputs())
         groups[name] = Group(kind, f"{name}.", tuple(indices), router.alpha)
-    if progress is not None:
-        progress("trace transformer", len(steps), len(steps))
+    depths = {
+        kind: len(getattr(model, kind))
+        for _, kind in family_of_model(model).blocks.kinds
+        if left_out_last(getattr(model, kind))
+    }
     beside = tracing.beside(model, dtype, top_k)
-    return Program(types, calls, inputs, outputs, groups, beside)
+    return Program(types.known, calls, inputs, outputs, groups, depths=depths, beside=beside)
+
+
+def left_out_last(blocks: Sequence[nn.Module]) -> bool:
+    """Whether the last block of a list was left out for good: no program tells of it."""
+    held = {i for block in blocks if isinstance(block, BlockGroup) for i in block.indices}
+    last = len(blocks) - 1
+    return bool(blocks) and isinstance(blocks[last], SkippedBlock) and last not in held
+
+
+class Types:
+    """Block types by name: modules of one structure share a type, which is traced once."""
+
+    def __init__(self, dtype: torch.dtype, top_k: Sequence[int] = ()) -> None:
+        self.dtype, self.top_k = dtype, top_k
+        self.known: dict[str, BlockType] = {}
+        self._names: dict[Any, str] = {}
+        self._stems: Counter[str] = Counter()
+
+    def of(self, stem: str, module: nn.Module, call: Any, read: Any, written: Any) -> str:
+        """The name of a module's type: `stem`, numbered where that is another structure's."""
+        key = structure(module, self.dtype)
+        if key not in self._names:
+            self._stems[stem] += 1
+            name = stem if self._stems[stem] == 1 else f"{stem}_{self._stems[stem]}"
+            self._names[key] = name
+            made = block_type(name, module, call, read, written, self.dtype, self.top_k)
+            self.known[name] = made
+        return self._names[key]
+
+    def calls(
+        self, steps: Sequence[Step], phase: str, progress: Progress | None
+    ) -> list[tuple[str, str]]:
+        """(type, weight prefix) of every step."""
+        report = progress or (lambda phase, done, total: None)
+        made = []
+        for done, (prefix, *step) in enumerate(steps):
+            report(phase, done, len(steps))
+            made.append((self.of(*step), prefix))
+        report(phase, len(steps), len(steps))
+        return made
 
 
 def block_type(

@@ -61,11 +61,7 @@ def compose(
     env = {name: name for name in program.inputs}
     inputs = [value_info(name, spec) for name, spec in program.inputs.items()]
     # The call that writes a tensor last, which gives the component's output its name.
-    last = {
-        name: index
-        for index, (kind, _) in enumerate(program.calls)
-        for name in program.types[kind].outputs
-    }
+    last = {name: index for index in range(len(program.calls)) for name in program.written(index)}
     opening = {group.calls[0]: name for name, group in program.groups.items()}
     member = {call: name for name, group in program.groups.items() for call in group.calls}
 
@@ -103,11 +99,11 @@ def compose(
             nodes += choice(group, logits, BLOCKS)
         # Every call writes names of its own; the last writer of a program's output has that name.
         before, results = dict(env), []
-        for name in program.types[kind].outputs:
+        for name in program.written(index):
             closing = name in program.outputs and last[name] == index
             results.append(name if closing else f"{name}.{index}")
         made = call(kind, prefix, results)
-        env |= zip(program.types[kind].outputs, results, strict=True)
+        env |= zip(program.written(index), results, strict=True)
         if group := member.get(index):
             offset = index - program.groups[group].calls[0]
             specs = program.types[kind].outputs.items()

@@ -63,8 +63,10 @@ class BlockType:
 class Program:
     """A component: block types by name and the calls (type, weight prefix) in order.
 
-    `groups`: name in the model -> the calls of which a router chooses. `beside`: name of a
-    component -> its program, which has this one's weights.
+    `groups`: name in the model -> the calls of which a router chooses. `names`: calls whose outputs
+    have other names than their type's, so that a later call of the type does not replace them.
+    `depths`: list of blocks -> its length in the dense model, where its last was left out for good.
+    `beside`: name of a component -> its program, which has this one's weights.
     """
 
     types: dict[str, BlockType]
@@ -72,7 +74,13 @@ class Program:
     inputs: dict[str, Spec]
     outputs: dict[str, Spec]
     groups: dict[str, Group] = field(default_factory=dict)
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
     beside: dict[str, Program] = field(default_factory=dict)
+
+    def written(self, index: int) -> tuple[str, ...]:
+        """The tensors that a call writes, in its type's order."""
+        return self.names.get(index) or tuple(self.types[self.calls[index][0]].outputs)
 
     @property
     def weighted(self) -> list[tuple[str, str]]:

@@ -10,15 +10,15 @@ Shape letters: B batch, R reference tokens, N blocks, H heads, C channels of a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from export.graph.attention import attended, heads, rms_norm, rotate
-from export.graph.blocks import block_type, call_by_name, structure
-from export.graph.program import BlockType, Program
+from export.graph.blocks import Types, call_by_name
+from export.graph.program import Program
 from export.graph.routers import placed_blocks
 from export.graph.trace import VECTORS, Spec
 from runtime.families.flux2 import STATES
@@ -154,20 +154,14 @@ def reference_program(model: Any, dtype: torch.dtype, top_k: Sequence[int]) -> P
         "modulation_single": Spec(dtype, ("batch", 3 * width)),
         STATES: states_spec(model, dtype, "image_tokens"),
     }
-    types: dict[str, BlockType] = {}
-    found: dict[Any, str] = {}
+    types = Types(dtype, top_k)
     calls: list[tuple[str, str]] = []
 
     def call(
         stem: str, prefix: str, module: nn.Module, read: Mapping[str, Spec], written: Sequence[str]
     ) -> None:
-        key = structure(module, dtype)
-        if key not in found:
-            found[key] = stem if stem not in types else f"{stem}_{len(types)}"
-            outputs = {name: inner[name] for name in written}
-            given: tuple[Callable[..., Any], Any, Any] = (call_by_name, read, outputs)
-            types[found[key]] = block_type(found[key], module, *given, dtype, top_k)
-        calls.append((found[key], prefix))
+        outputs = {name: inner[name] for name in written}
+        calls.append((types.of(stem, module, call_by_name, read, outputs), prefix))
 
     call("embed", "", Embed(model), inputs, list(inner))
     for prefix, block, _ in blocks_of(model):
@@ -177,4 +171,4 @@ def reference_program(model: Any, dtype: torch.dtype, top_k: Sequence[int]) -> P
         read[STATES] = inner[STATES]
         module = Double(block) if double else Single(block)
         call("double" if double else "single", prefix, module, read, ("hidden_states", STATES))
-    return Program(types, calls, inputs | tables, {STATES: inner[STATES]})
+    return Program(types.known, calls, inputs | tables, {STATES: inner[STATES]})

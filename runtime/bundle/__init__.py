@@ -8,6 +8,7 @@ A directory enters, a `Bundle` leaves: its manifest, files whose hashes hold, si
     onnx_file       An ONNX file read as far as safety needs, before ONNX Runtime opens it
     onnx_constants  Memory that ONNX Runtime takes for the constants of a graph
     tokenizer_file  A tokenizer.json checked as data before the tokenizers library opens it
+    control_record  A ControlNet's bundle: one component, and what its manifest says of it
     lora_record     Where every Linear of the dense model lies in it, for LoRAs
     block_groups    Mixture of Blocks in a program: which calls of a group run
     kernel_package  A package of kernels (`python -m d2m.kernels build`)

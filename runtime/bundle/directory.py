@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle import manifest as manifests
+from runtime.bundle.control_record import KIND as CONTROLNET
 from runtime.bundle.reading import broken, check_file, read_small, wrong_hash
 from runtime.files.checked_json import parse_json
 from runtime.files.hashes import Stamp, first_mismatch
@@ -82,13 +83,17 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | os.PathLike[str], check: str = "cached", key: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    check: str = "cached",
+    key: str | os.PathLike[str] | None = None,
+    controlnet: bool | None = False,
 ) -> Bundle:
     """Open and check a bundle directory.
 
     `check` "cached" compares every file's SHA-256, computed once for as long as the file stays
     (see runtime.files.hashes), "full" computes all of them anew, "sizes" compares sizes only: for
     looking, not for generating. With `key`, a public key's file, the manifest must be signed by it.
+    `controlnet`: whether it must be a ControlNet's; None: either will do.
     Raises FileNotFoundError, ValueError or ImportError with one sentence.
     """
     if check not in CHECKS:
@@ -112,6 +117,14 @@ def open_bundle(
         manifests.check(manifest)
     except ValueError as error:
         raise broken(root, str(error)) from None
+    if controlnet is not None and controlnet != (manifest["kind"] == CONTROLNET):
+        raise ValueError(
+            f"{root} holds no ControlNet but a whole model, expected the bundle of a ControlNet;"
+            " make one with: d2m export CONTROLNET --base BUNDLE -o NEW"
+            if controlnet
+            else f"{root} holds a ControlNet, expected a bundle that generates images; name that"
+            f" one, and this with --controlnet {root}."
+        )
     files = manifest["files"]
     for name, row in files.items():
         check_file(root, name, row, full=False)  # sizes first: they are known at once

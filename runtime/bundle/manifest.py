@@ -11,6 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from runtime.bundle.block_groups import check_groups, check_kappa
+from runtime.bundle.control_record import COMPONENT, check_control
+from runtime.bundle.control_record import KIND as CONTROLNET
 from runtime.families import FAMILIES
 from runtime.files.checked_json import (
     array,
@@ -26,7 +28,7 @@ from runtime.files.checked_json import (
 from runtime.files.tensors import naturals
 
 FORMAT = 1
-KINDS = ("sparse", "dense")
+KINDS = ("sparse", "dense", CONTROLNET)
 QUANTISED = ("int8", "uint8", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", *QUANTISED)
 FLOATS = ("float32", "bfloat16", "float16")
@@ -52,7 +54,7 @@ def check(manifest: Any) -> None:
             f" of d2m; use that version"
         )
     family = FAMILIES[one_of(manifest, "family", tuple(FAMILIES))]
-    one_of(manifest, "kind", KINDS)
+    controlnet = one_of(manifest, "kind", KINDS) == CONTROLNET
     one_of(manifest, "compute_dtype", FLOATS)
     one_of(manifest, "storage_dtype", FLOATS)
     text(manifest, "d2m")
@@ -61,10 +63,16 @@ def check(manifest: Any) -> None:
         text(manifest, "model")
     files = check_files(mapping(manifest, "files"))
     components = mapping(manifest, "components")
-    for name in family.components:
+    for name in (COMPONENT,) if controlnet else family.components:
         mapping(components, name, "components")
     for name in components:
         check_component(mapping(components, name, "components"), f"components.{name}", files)
+    plans = mapping(manifest, "plans") if "plans" in manifest else {}
+    for target in plans:
+        check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)
+    if controlnet:
+        check_control(manifest)
+        return
     present = {name: count for name, count in OPTIONAL.items() if name in components}
     for name, count in {**family.components, **present}.items():
         for side, wanted in (("inputs", 1), ("outputs", count)) if count else ():
@@ -93,9 +101,6 @@ def check(manifest: Any) -> None:
         record = mapping(manifest, "lora")
         listed(record, "map", files, "lora")
         check_suffix(listed(record, "indices", files, "lora"), "lora.indices", ".safetensors")
-    plans = mapping(manifest, "plans") if "plans" in manifest else {}
-    for target in plans:
-        check_plan(mapping(plans, target, "plans"), f"plans.{target}", files)
 
 
 def check_template(row: dict[str, Any], where: str) -> None:
@@ -165,10 +170,18 @@ def check_component(row: dict[str, Any], where: str, files: dict[str, Any]) -> N
         for name in types[call["type"]]["inputs"]:
             if name not in known:
                 raise wrong(here, name, "an input of the component or output of an earlier call")
-        known.update(types[call["type"]]["outputs"])
+        own = types[call["type"]]["outputs"]
+        names = own
+        if "outputs" in call:
+            names = array(call, "outputs", len(own), len(own), "tensor names", here)
+        if not all(isinstance(name, str) for name in names):
+            raise wrong(f"{here}.outputs", names, "a list of tensor names")
+        known.update(names)
     for name in row["outputs"]:
         if name not in known:
             raise wrong(f"{where}.outputs", name, "a tensor that the program writes")
+    for stem in mapping(row, "depths", where) if "depths" in row else ():
+        integer(row["depths"], stem, 1, MAX_CALLS, f"{where}.depths")
     if "groups" in row:
         check_groups(row, where)
 

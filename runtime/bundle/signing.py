@@ -43,7 +43,7 @@ def sign(bundle: str | os.PathLike[str], key: str | os.PathLike[str]) -> dict[st
     """Check every file of a bundle, then sign its manifest; returns bundle, digest, fingerprint."""
     ed25519, serialization = library()
     private = load(key, serialization.load_pem_private_key, ed25519.Ed25519PrivateKey, "a private")
-    opened = open_bundle(bundle, check="full")
+    opened = open_bundle(bundle, check="full", controlnet=None)
     data = read_small(opened.path, "manifest.json")
     if hashlib.sha256(data).hexdigest() != opened.digest:
         raise broken(opened.path, "its manifest.json changed while it was checked")
@@ -66,7 +66,7 @@ def verify(
     With `key` (a public key's file) the signature must be of that key. Without, a signature that
     is there must be right; `signed_by` is its key's fingerprint, or None. Raises ValueError.
     """
-    opened = open_bundle(bundle, check="full")
+    opened = open_bundle(bundle, check="full", controlnet=None)
     signed = (opened.path / FILE).exists()
     by = check_signature(opened.path, opened.digest, key) if key is not None or signed else None
     return {

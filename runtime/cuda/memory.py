@@ -18,7 +18,8 @@ class Memory:
 
     weights   (name in the safetensors file, dtype) -> address; uploaded once, never moved
     regions   "arena": the tensors between launches, "scratch": plans' working memory. Both are
-              used by one launch after the other, so the largest need is enough for all.
+              used by one launch after the other, so the largest need is enough for all. Others are
+              what executors hand to one another.
     `moved(region)` is called when a region has grown, and so lies elsewhere.
     """
 
@@ -33,7 +34,7 @@ class Memory:
 
     def reserve(self, region: str, size: int, *, keep: bool = False) -> int:
         """The region's address, with room for `size` bytes at least; `keep`: with its contents."""
-        address, have = self.regions[region]
+        address, have = self.regions.get(region, (0, 0))
         if address and size <= have:
             return address
         if address and keep:

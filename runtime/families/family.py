@@ -75,6 +75,8 @@ class Family:
     noise(seeds, channels, h, w): initial latents, one stream a seed.
     layouts(images, channels, h, w): the shapes that given latents may have, the family's own first;
     arrange(latents): one of the others -> its own.
+    residuals(blocks, residuals): of a ControlNet, which of its residuals is added behind each block
+        of a list, None for none; None where no ControlNets of the family are known.
     check_scheduler(scheduler): ValueError, a sentence, for a config that is not supported.
     sigmas(scheduler, steps, T, given): noise levels [steps + 1].
     sampler(scheduler, noise levels): the step of one generation, (index, latents, prediction as
@@ -125,6 +127,7 @@ class Family:
     with_template: Callable[[str], str] = str
     masked: bool = False
     dropped: int = 0
+    residuals: Callable[[int, int], Sequence[int | None]] | None = None
     check_scheduler: Callable[[dict[str, Any]], None] = check_scheduler
     sampler: Callable[[dict[str, Any], np.ndarray], Step] = sampler
     noised: Callable[[np.ndarray, np.ndarray, np.floating], np.ndarray] = noised

@@ -94,6 +94,11 @@ def reference_size(manifest: Mapping[str, Any], height: int, width: int) -> tupl
     return (rows, columns), (rows, columns)
 
 
+def residuals(blocks: int, count: int) -> list[int | None]:
+    """Each residual for so many neighbours, rounded up (read: FluxTransformer2DModel.forward)."""
+    return [index // math.ceil(blocks / count) for index in range(blocks)]
+
+
 FLUX = Family(
     name="flux",
     components={"text_encoder": 1, "text_encoder_2": 1, "transformer": 0, "vae_decoder": 1},
@@ -112,6 +117,7 @@ FLUX = Family(
     tokens=lambda latents, settings: latents,
     velocity=lambda sample, settings, latent_size: sample,
     image_latents=shared.unpacked,
+    residuals=residuals,
     encoded=shared.scaled_and_packed,
     references=references,
     reference_size=reference_size,

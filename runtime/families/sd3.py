@@ -106,6 +106,11 @@ def image_latents(latents: np.ndarray, settings: Settings, latent_size: Size) ->
     return unscale(latents, settings["scaling_factor"], settings.get("shift_factor"))
 
 
+def residuals(blocks: int, count: int) -> list[int | None]:
+    """Spread evenly, none for the last block (read: SD3Transformer2DModel.forward)."""
+    return [*(int(index / (blocks / count)) for index in range(blocks - 1)), None]
+
+
 SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3",
@@ -127,4 +132,5 @@ SD3 = Family(
     inputs=inputs,
     timesteps=timesteps,
     image_latents=image_latents,
+    residuals=residuals,
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.bundle.control_record import KIND as CONTROLNET
 from runtime.bundle.directory import Bundle, open_bundle
 from runtime.bundle.manifest import inside
 from runtime.families import family_of, title_of
@@ -21,6 +22,7 @@ from runtime.files.parameters import block_count, modulation, totals
 from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
 from runtime.inspect.backends_here import backends, onnx_body
 from runtime.inspect.block_table import group_rows
+from runtime.inspect.controlnet import controlnet_lines, inspect_controlnet
 from runtime.program.executor import choose_backend
 from runtime.trt.plan_choice import dotted
 
@@ -35,7 +37,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     root = Path(path)
     if (root / "manifest.json").is_file():
-        return inspect_bundle(open_bundle(root, check="sizes"))
+        bundle = open_bundle(root, check="sizes", controlnet=None)
+        controls = bundle.manifest["kind"] == CONTROLNET
+        return inspect_controlnet(bundle) if controls else inspect_bundle(bundle)
     if (root / "model_index.json").is_file():
         return inspect_pipeline(root)
     cure = "d2m convert and d2m export write them"
@@ -183,6 +187,8 @@ def experts_of(bundle: Bundle, row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def summary_lines(info: Mapping[str, Any]) -> list[str]:
     """`inspect`'s answer for people, one fact a line."""
+    if "residuals" in info:
+        return controlnet_lines(dict(info))
     total = info["parameters"]["transformer"]["total"]
     active = info["parameters"]["transformer"]["activated"]
     named = " + ".join(f"{count} {kind}" for kind, count in info["blocks"].items())

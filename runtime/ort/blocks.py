@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.bundle.block_groups import first_calls, rows_by_call, sections
+from runtime.bundle.control_record import ADD
 from runtime.files.tensors import cast
 from runtime.ort.block_weights import HeldWeights, StreamedWeights, Weights
 from runtime.ort.memory_places import ELEMENTS, NAMES, Host, Place
 from runtime.ort.sessions import check_session, errors_of, open_session
 from runtime.program.backends import check_offload
 from runtime.program.executor import check_inputs, graph_key, run_program
-from runtime.program.step_cache import TENSOR
+from runtime.program.residuals import TENSOR
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
     from runtime.lora.placement import Adapters
+    from runtime.program.residuals import Residuals
     from runtime.program.step_cache import StepCache
 
 
@@ -70,12 +72,31 @@ class Blocks:
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor."""
+        found = self.locked(inputs, top_k, kappa, starts, cache, residuals)
+        return {name: self.place.fetch(value) for name, value in found.items()}
+
+    def values(self, inputs: Mapping[str, np.ndarray], slot: int = 0) -> dict[str, Any]:
+        """See runtime.program.residuals.Adder: OrtValues, of new memory each time."""
+        return self.locked(inputs, None, None, None)
+
+    def add(self, inputs: list[Any]) -> list[Any]:
+        """See runtime.program.residuals.Adder."""
+        key = (ADD, "", "")
+        with self._lock:
+            block = self._bound[key] = self._bound.get(key) or self.bind(ADD, "", [])
+            return self.launch(block, self.component["types"][ADD], inputs, ADD)
+
+    def locked(
+        self, inputs: Mapping[str, np.ndarray], *knobs: Any
+    ) -> dict[str, onnxruntime.OrtValue]:
+        """The component's outputs; one call at a time."""
         check_inputs(self.component, inputs)
         with self._lock:
             try:
-                return self.run(inputs, top_k, kappa, starts, cache)
+                return self.run(inputs, *knobs)
             except BaseException:
                 self.weights.forget()
                 raise
@@ -87,13 +108,16 @@ class Blocks:
         kappa: int | None,
         starts: Starts | None,
         cache: StepCache | None = None,
-    ) -> dict[str, np.ndarray]:
+        residuals: Residuals | None = None,
+    ) -> dict[str, onnxruntime.OrtValue]:
         """The program section by section; the lock is held."""
         rows = self.component["inputs"]
         env = {name: self.place.value(array, rows[name]["dtype"]) for name, array in inputs.items()}
         top_k = self.default if top_k is None else top_k
         kappa = self.kappa if kappa is None else kappa
-        starts = dict(starts or {})
+        starts, call = dict(starts or {}), self.call
+        if residuals is not None:
+            env, call = env | dict(residuals.values), residuals.calls(call)
         for begin, end, group in sections(
             self.component, kappa, starts, cache.cuts if cache else ()
         ):
@@ -102,7 +126,8 @@ class Blocks:
                 runs = cache.restrict(runs, begin, end) if cache else runs
                 self.weights.expect(self.coming(begin, end, group, runs))
                 bounds: dict[str, Any] = {"begin": begin, "end": end, "runs": runs}
-                env = run_program(self.component, env, top_k, self.call, **bounds, rows=self.place)
+                bounds |= {"rows": self.place, "added": residuals.added if residuals else None}
+                env = run_program(self.component, env, top_k, call, **bounds)
                 if group is not None and kappa is not None:
                     logits = self.run_router(self.component["groups"][group], env)
                     starts[group] = first_calls(logits, kappa)
@@ -111,7 +136,7 @@ class Blocks:
                 changed = cache.reach(self.place.fetch(value))
                 if changed is not None:
                     env[TENSOR] = self.place.value(changed, NAMES[value.element_type()])
-        return {name: self.place.fetch(env[name]) for name in self.component["outputs"]}
+        return {name: env[name] for name in self.component["outputs"]}
 
     def adapt(self, adapters: Adapters | None) -> None:
         """See runtime.program.executor.Adaptable."""
@@ -161,19 +186,26 @@ class Blocks:
         found = self._bound.get((kind, key, where))
         block = found if found and found.addresses == addresses else self.bind(kind, key, addresses)
         self._bound[kind, key, where] = block
-        for position, name in enumerate(row["inputs"]):
+        outputs = self.launch(block, row, inputs, prefix or kind)
+        self.weights.release(where)
+        return outputs
+
+    def launch(
+        self, block: Bound, row: Mapping[str, Any], inputs: list[Any], name: str
+    ) -> list[onnxruntime.OrtValue]:
+        """Run a bound block on OrtValues; `row`: its type."""
+        for position, tensor in enumerate(row["inputs"]):
             if block.values[position] is not inputs[position]:  # rope and temb are bound already
-                block.binding.bind_ortvalue_input(name, inputs[position])
+                block.binding.bind_ortvalue_input(tensor, inputs[position])
                 block.values[position] = inputs[position]
         # New outputs each time, or those of the call before would be overwritten.
-        for name in block.outputs:
-            block.binding.bind_output(name, self.place.kind)
-        with errors_of(self.bundle, f"block {prefix or kind}"):
+        for output in block.outputs:
+            block.binding.bind_output(output, self.place.kind)
+        with errors_of(self.bundle, f"block {name}"):
             block.session.run_with_iobinding(block.binding)
         outputs: list[onnxruntime.OrtValue] = block.binding.get_outputs()
         if self.streamed:  # few rooms: a binding would hold its outputs until the next step
             block.binding.clear_binding_outputs()
-        self.weights.release(where)
         return outputs
 
     def session(self, graph: str) -> onnxruntime.InferenceSession:

@@ -4,9 +4,9 @@
 it packs and folds them, once. "blocks" makes one session per block type and number of experts
 and binds each block's weights to it: the same program that a GPU backend runs. The graph has the
 default number of experts compiled in, holds its weights packed and runs every step whole; any other
-top_k, step caching and LoRAs are run by blocks, opened at the first such call. (Composing a graph
-per top_k would need onnx in the runtime and hold the weights once per k; block sessions hold no
-weights, so all of them share one set.)
+top_k, step caching, LoRAs and ControlNets are run by blocks, opened at the first such call.
+(Composing a graph per top_k would need onnx in the runtime and hold the weights once per k; block
+sessions hold no weights, so all of them share one set.)
 
 Measured (one core; transformers of 18 blocks at width 128, of 3 at width 1024): graphs step 10 to
 20 % faster than blocks, for their weights are packed beforehand; blocks open in .1 s, graphs of
@@ -25,7 +25,7 @@ import io
 import logging
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
     from runtime.lora.placement import Adapters
     from runtime.program.executor import Executor
+    from runtime.program.residuals import Residuals
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
@@ -116,7 +117,7 @@ def preload() -> None:
 
 
 class Graph:
-    """<component>.onnx in one session; other top_k, step caching and LoRAs through Blocks."""
+    """<component>.onnx in one session; other top_k, caching, LoRAs, ControlNets through Blocks."""
 
     def __init__(self, bundle: Bundle, component: str, threads: int, *, arena: bool = True) -> None:
         self.bundle, self.name, self.threads = bundle, component, threads
@@ -139,11 +140,12 @@ class Graph:
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor; `starts` is ignored: the graph has its routers."""
         other = self.routed and top_k is not None and top_k != self.default
-        if other or self.adapted or cache is not None:
-            return self.blocks()(inputs, top_k, kappa, starts, cache)
+        if other or self.adapted or cache is not None or residuals is not None:
+            return self.blocks()(inputs, top_k, kappa, starts, cache, residuals)
         check_inputs(self.component, inputs)
         feed = dict(inputs)
         if kappa is not None and self.grouped:
@@ -157,6 +159,15 @@ class Graph:
         if adapters is not None or self._blocks is not None:
             self.blocks().adapt(adapters)
         self.adapted = adapters is not None
+
+    def values(self, inputs: Mapping[str, np.ndarray], slot: int = 0) -> dict[str, Any]:
+        """See runtime.program.residuals.Adder."""
+        place = self.blocks().place
+        return {name: place.value(array, "") for name, array in self(inputs).items()}
+
+    def add(self, inputs: list[Any]) -> list[Any]:
+        """See runtime.program.residuals.Adder."""
+        return self.blocks().add(inputs)
 
     def blocks(self) -> Blocks:
         """The same component block by block, opened once."""

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime.bundle.block_groups import per_sample
+from runtime.bundle.control_record import ADD
 from runtime.bundle.trial import try_foreign
 from runtime.files.extras import need
 from runtime.files.tensors import numpy_dtype
 from runtime.program.backends import BACKENDS, CUDA_LIBRARIES, GPU_BACKENDS, MODULES, PLAN_BACKENDS
+from runtime.program.residuals import TENSOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from runtime.bundle.block_groups import Runs, Starts
     from runtime.bundle.directory import Bundle
     from runtime.lora.placement import Adapters
+    from runtime.program.residuals import Added, Residuals
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
@@ -53,11 +56,13 @@ class Executor(Protocol):
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """Outputs by name; None of `top_k` and `kappa` means the bundle's default.
 
         `starts`: what groups chose before the first step (runtime.program.block_forecast); their
         routers are not run again. `cache`: the generation's, which may leave blocks out.
+        `residuals`: what ControlNets add in this step.
         """
 
 
@@ -186,6 +191,7 @@ def run_program(
     end: int | None = None,
     runs: Runs | None = None,
     rows: Rows[Value] | None = None,
+    added: Added | None = None,
 ) -> dict[str, Value]:
     """Run a component's program; returns the whole environment, the component's outputs in it.
 
@@ -196,26 +202,29 @@ def run_program(
 
     With `begin` and `end` the calls between them alone. A call in `runs` is made with its samples'
     rows, which `rows` takes from and puts back into values, or left out where none chose it.
+    After a call, made or left out, the values that `added` names for it are added to TENSOR in
+    every row, by calls of the type ADD.
     """
     values = dict(env)
     for index, step in enumerate(component["program"][begin:end], begin):
         kind = component["types"][step["type"]]
         chosen = runs.get(index) if runs else None
-        if chosen is not None and not len(chosen):
-            continue
-        names = kind["inputs"]
-        inputs = [values[name] for name in names]
-        if chosen is not None:
-            assert rows is not None, "a choice of samples needs a way to take them"
-            inputs = [
-                rows.take(value, chosen) if per_sample(component, name) else value
-                for name, value in zip(names, inputs)
-            ]
-        outputs = call(index, step["type"], graph_key(kind, top_k), step["prefix"], inputs)
-        if chosen is not None and rows is not None:
-            old = (values[name] for name in kind["outputs"])
-            outputs = [rows.put(*pair, chosen) for pair in zip(old, outputs, strict=True)]
-        values.update(zip(kind["outputs"], outputs, strict=True))
+        if chosen is None or len(chosen):
+            names, written = kind["inputs"], step.get("outputs", kind["outputs"])
+            inputs = [values[name] for name in names]
+            if chosen is not None:
+                assert rows is not None, "a choice of samples needs a way to take them"
+                inputs = [
+                    rows.take(value, chosen) if per_sample(component, name) else value
+                    for name, value in zip(names, inputs)
+                ]
+            outputs = call(index, step["type"], graph_key(kind, top_k), step["prefix"], inputs)
+            if chosen is not None and rows is not None:
+                old = (values[name] for name in written)
+                outputs = [rows.put(*pair, chosen) for pair in zip(old, outputs, strict=True)]
+            values.update(zip(written, outputs, strict=True))
+        for name in added.get(index, ()) if added else ():
+            (values[TENSOR],) = call(-1, ADD, "", "", [values[TENSOR], values[name]])
     return values
 
 

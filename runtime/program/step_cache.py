@@ -33,7 +33,6 @@ from runtime.files.checked_json import show
 from runtime.files.tensors import cast, to_float32
 
 AUTO, LEAST = "first-block:0.1", 12
-TENSOR = "hidden_states"  # what blocks hand on in every family
 MAX_ORDER = 4
 FORMS = (
     "none, auto, first-block:THRESHOLD such as first-block:0.1, interval:N such as interval:2, or"
@@ -128,6 +127,12 @@ class StepCache:
         """A step begins; `level`: its noise level."""
         self._step, self._level = self._step + 1, float(level)
         self._waiting, self._rows = list(self.cuts), None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is known before a step runs that none of its blocks will."""
+        never = self.method.threshold is None and self._step % self.method.interval != 0
+        return never and 0 < len(self._known) == self._count
 
     def wants(self, begin: int, end: int) -> bool:
         """Whether a section is run at all."""

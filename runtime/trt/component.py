@@ -13,19 +13,21 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.bundle.block_groups import Runs, Starts, first_calls, rows_by_call, sections
-from runtime.cuda.arena import Buffer
+from runtime.bundle.control_record import ADD, COMPONENT
+from runtime.cuda.arena import Buffer, aligned
 from runtime.cuda.device import Device, bindings, capability
 from runtime.cuda.memory import Memory
 from runtime.files.extras import need
 from runtime.files.tensors import cast, numpy_dtype
 from runtime.lora.placement import Adapted, Adapters
 from runtime.program.executor import check_inputs, graph_key
-from runtime.program.step_cache import TENSOR
+from runtime.program.residuals import TENSOR, Added
 from runtime.trt.expert_kernels import Cubins
 from runtime.trt.experts import ExpertsContext, experts_of
 from runtime.trt.launch_schedule import (
@@ -42,6 +44,7 @@ from runtime.trt.plan_loader import Loader
 
 if TYPE_CHECKING:
     from runtime.bundle.directory import Bundle
+    from runtime.program.residuals import Residuals
     from runtime.program.step_cache import StepCache
 
 log = logging.getLogger("runtime")
@@ -87,6 +90,15 @@ def shared_device() -> Device:
     return Device()
 
 
+@dataclass(frozen=True)
+class DeviceValue:
+    """A tensor in a device's memory, the memory of another executor."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
 MAX_READY = 256  # launch schedules; every choice of blocks is one, a hundred kilobytes at most
 
 
@@ -124,6 +136,7 @@ class Plans:
         self.memory = Memory(device, self.tensors, lambda region: drop_addresses(me(), region))
         self.launcher = Launcher(device, self.memory, target, graphs=graphs)
         self._lock = threading.Lock()
+        self._adder: Any = None  # the executor of the ControlNet whose plan adds residuals
 
     def __call__(
         self,
@@ -132,13 +145,32 @@ class Plans:
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """See runtime.program.executor.Executor; with all groups in `starts` no step waits for the
         host."""
         check_inputs(self.component, inputs)
         kappa = self.kappa if kappa is None else kappa
         with self._lock:
-            return self.run(self.component, inputs, top_k, (), kappa, starts, cache)
+            return self.run(self.component, inputs, top_k, (), kappa, starts, cache, residuals)
+
+    def values(self, inputs: Mapping[str, np.ndarray], slot: int = 0) -> dict[str, DeviceValue]:
+        """See runtime.program.residuals.Adder; outputs are moved to a region of the slot's own."""
+        check_inputs(self.component, inputs)
+        with self._lock:
+            outputs = self.launched(self.component, inputs, None, ())
+            arena, region = self.memory.regions["arena"][0], f"values {slot}"
+            sizes = [aligned(buffer.size) for buffer in outputs.values()]
+            address, found = self.memory.reserve(region, sum(sizes)), {}
+            for (name, buffer), size in zip(outputs.items(), sizes):
+                self.device.move(address, arena + buffer.offset, buffer.size)
+                found[name] = DeviceValue(address, buffer.shape, buffer.dtype)
+                address += size
+        return found
+
+    def add(self, inputs: list[Any]) -> list[Any]:
+        """See runtime.program.residuals.Adder."""
+        raise NotImplementedError("plans are launched by the transformer's executor")
 
     def adapt(self, adapters: Adapters | None) -> None:
         """See runtime.program.executor.Adaptable; weights change where they are on the device."""
@@ -165,11 +197,34 @@ class Plans:
         kappa: int | None = None,
         starts: Starts | None = None,
         cache: StepCache | None = None,
+        residuals: Residuals | None = None,
     ) -> dict[str, np.ndarray]:
         """Upload, launch section by section, download; `block`: (type, prefix) of one run alone."""
+        found = self.launched(component, inputs, top_k, block, kappa, starts, cache, residuals)
+        return {
+            name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
+            for name, buffer in found.items()
+        }
+
+    def launched(
+        self,
+        component: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        top_k: int | None,
+        block: tuple[str, ...],
+        kappa: int | None = None,
+        starts: Starts | None = None,
+        cache: StepCache | None = None,
+        residuals: Residuals | None = None,
+    ) -> Mapping[str, Buffer]:
+        """As `run`, but outputs stay in the arena."""
         sizes = sizes_of(component, inputs)
         top_k = self.default if top_k is None else top_k
-        starts, env = dict(starts or {}), None
+        starts, env, added = dict(starts or {}), None, None
+        if residuals is not None:
+            self._adder, added = residuals.adder, residuals.added
+            component = with_residuals(component, residuals)
+            inputs = {**inputs, **residuals.values}
         for begin, end, group in sections(component, kappa, starts, cache.cuts if cache else ()):
             if cache is None or cache.wants(begin, end):
                 chosen: Runs = rows_by_call(component, starts, kappa)
@@ -177,10 +232,9 @@ class Plans:
                 runs = {call: rows for call, rows in chosen.items() if begin <= call < end}
                 router = None if group is None else component["groups"][group]
                 section = Section(begin, end, runs, env, router)
-                bound = self.prepare(component, sizes, top_k, block, section)
-                base = self.memory.regions["arena"][0]
+                bound = self.prepare(component, sizes, top_k, block, section, added)
                 for name, buffer in bound.schedule.inputs.items():
-                    self.device.upload(base + buffer.offset, cast(inputs[name], buffer.dtype))
+                    self.bring(inputs[name], buffer)
                 self.launcher.run(bound)
                 env = bound.schedule.env
                 # What the router at the section's end chose decides which launches come next.
@@ -192,10 +246,20 @@ class Plans:
                 if changed is not None:
                     base = self.memory.regions["arena"][0]
                     self.device.upload(base + buffer.offset, changed)
-        return {
-            name: cast(self.fetch(buffer), component["outputs"][name]["dtype"])
-            for name, buffer in bound.schedule.outputs.items()
-        }
+        return bound.schedule.outputs
+
+    def bring(self, value: Any, buffer: Buffer) -> None:
+        """An input into the arena: from the host, or from another executor's memory."""
+        address = self.memory.regions["arena"][0] + buffer.offset
+        if not isinstance(value, DeviceValue):
+            self.device.upload(address, cast(value, buffer.dtype))
+        elif value.dtype == buffer.dtype:
+            self.device.move(address, value.address, buffer.size)
+        else:
+            raise ValueError(
+                f"the ControlNet's plans compute in {value.dtype}, the transformer's in"
+                f" {buffer.dtype}, expected the same; export the ControlNet with --plan-dtype."
+            )
 
     def fetch(self, buffer: Buffer) -> np.ndarray:
         """A tensor of the arena, after everything queued has run."""
@@ -210,16 +274,23 @@ class Plans:
         top_k: int | None,
         block: tuple[str, ...] = (),
         section: Section | None = None,
+        added: Added | None = None,
     ) -> BoundSchedule:
         """The launch schedule for these sizes with weights, contexts and addresses; made once."""
         section = section or Section()
-        key = (tuple(sorted(sizes.items())), top_k, block, section.key)
+        places = tuple((call, *names) for call, names in sorted((added or {}).items()))
+        key = (tuple(sorted(sizes.items())), top_k, block, section.key, places)
         if key in self._ready:
             self._ready[key] = self._ready.pop(key)  # the newest is last
             return self._ready[key]
         check_profiles(self.target, self.name, self.plans, sizes)
+        plans = self.plans
+        if added:
+            row = self._adder.plans["tensors"][f"{COMPONENT}/{ADD}"]
+            plans = {**plans, "tensors": {**plans["tensors"], f"{self.name}/{ADD}": row}}
+        options: dict[str, Any] = {"section": section, "added": added}
         schedule = make_launch_schedule(
-            self.name, component, self.plans, sizes, top_k, self.segments, section=section
+            self.name, component, plans, sizes, top_k, self.segments, **options
         )
         # What the sections before have left in the arena is read further on.
         keep = section.env is not None
@@ -236,6 +307,8 @@ class Plans:
         if plan in self.plans["files"]:
             file = self.plans["files"][plan]
             return self.load(self.bundle.read(file), str(self.bundle.file(file)))
+        if plan == f"{self.name}/{ADD}":
+            return self._adder.open(f"{COMPONENT}/{ADD}")
         assert self.cubins is not None, plan  # only segments name such launches
         row, tensors = self.plans["experts"][plan], self.plans["tensors"][plan]
         return ExpertsContext(self.cubins[row["kernels"]], tensors, row["top_k"])
@@ -252,3 +325,18 @@ def drop_addresses(executor: Plans | None, region: str) -> None:
     if region == "arena":
         executor._ready.clear()
     executor.launcher.shapes.clear()
+
+
+def with_residuals(component: Mapping[str, Any], residuals: Residuals) -> dict[str, Any]:
+    """A component that reads residuals as inputs, and has the type that adds them."""
+    shape = ["batch", "image_tokens"]
+    read = {
+        name: {"dtype": value.dtype, "shape": [*shape, value.shape[-1]]}
+        for name, value in residuals.values.items()
+    }
+    types: Mapping[str, Any] = residuals.adder.component["types"]
+    return {
+        **component,
+        "inputs": {**component["inputs"], **read},
+        "types": {**component["types"], ADD: types[ADD]},
+    }

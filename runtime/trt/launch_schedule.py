@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime.cuda.arena import Buffer, place_buffers
 from runtime.program.executor import graph_key, run_program
+from runtime.program.residuals import Added
 from runtime.trt.launches import BufferRows, Copy, Launch, Section
 
 
@@ -128,13 +129,15 @@ def make_launch_schedule(
     segments: Mapping[str, Sequence[str]] | None = None,
     *,
     section: Section | None = None,
+    added: Added | None = None,
 ) -> LaunchSchedule:
     """The launches of component `name` at `sizes` with `top_k`, and where its tensors lie.
 
     `plans` is a target's row of the manifest; its `tensors` give every plan's inputs and outputs
     in order. `segments` names the launches that a block's whole plan is replaced with: a later one
     reads earlier ones' outputs by name, the last one's outputs are the block's. `section`: of the
-    program, that alone. Raises ValueError where the program and the plans do not go together.
+    program, that alone; `added`: see run_program. Raises ValueError where the program and the plans
+    do not go together.
     """
     section = section or Section()
     launches: list[Launch | Copy] = []
@@ -193,7 +196,7 @@ def make_launch_schedule(
     before = inputs if section.env is None else dict(section.env)
     rows = BufferRows(launches)
     part: dict[str, Any] = {"begin": section.begin, "end": section.end, "runs": section.runs}
-    env = run_program(component, before, top_k, call, **part, rows=rows)
+    env = run_program(component, before, top_k, call, **part, rows=rows, added=added)
     # Inputs that no launch of this section reads: later sections do, or nothing.
     for tensor, row in component["inputs"].items():
         read = read_as(name, component, plans, top_k, tensor)

@@ -89,10 +89,11 @@ class Transformer:
         kappa: int | None = None,
         starts: Any = None,
         cache: Any = None,
+        residuals: Any = None,
     ) -> dict[str, Any]:
         kappas = {group.kappa for group in block_groups(self.model).values()}
         others = {top_k} - {None, self.model.size.top_k} or {kappa} - {None} - kappas
-        if others or starts or cache:
+        if others or starts or cache or residuals:
             raise ValueError(
                 f"top_k is {top_k}, kappa {kappa}; this transformer was loaded with its bundle's"
             )

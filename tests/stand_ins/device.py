@@ -149,7 +149,7 @@ def bundle_with_plans(source: Path, root: Path) -> Bundle:
     from export.plans.build import load_graph, tensors
 
     shutil.copytree(source, root)
-    opened = open_bundle(root)
+    opened = open_bundle(root, controlnet=None)
     row: dict[str, Any] = {
         "api": "tensorrt_rtx",
         "version": "1.7.1.116",
