@@ -23,6 +23,7 @@ from runtime.bundle.control_record import COMPONENT
 from runtime.bundle.control_record import KIND as CONTROLNET
 from runtime.bundle.directory import Bundle, open_bundle
 from runtime.files.tensors import numpy_dtype
+from runtime.images.given import example_images
 from runtime.pipeline import Pipeline
 from runtime.program.executor import open_component
 
@@ -65,8 +66,9 @@ def try_bundle(job: Mapping[str, Any]) -> None:
         pipeline = Pipeline(
             bundle, job["backend"], threads=job["threads"], mode=mode, offload=job["offload"]
         )
+        given = small_size(pipeline.manifest) | example_images(pipeline.manifest)
         for knobs in all_knobs(pipeline.manifest, mode):
-            pipeline(PROMPT, steps=1, **small_size(pipeline.manifest), **knobs)
+            pipeline(PROMPT, steps=1, **given, **knobs)
         for name in bundle.manifest["components"]:
             if name not in pipeline.family.components:
                 run_on_zeros(pipeline, name)

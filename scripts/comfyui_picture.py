@@ -31,13 +31,14 @@ def picture(workflow: dict[str, Any], titles: dict[str, str]) -> str:
         ' font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#202020"/>',
     ]
-    for node in nodes.values():
-        lines += box(node, titles.get(node["type"], node["type"]))
+    # Links first: nodes lie over them, as in ComfyUI.
     for _, start, out, end, into, kind in workflow["links"]:
         (x1, y1), (x2, y2) = slot(nodes[start], "outputs", out), slot(nodes[end], "inputs", into)
         bend = max(40, abs(x2 - x1) // 2)
         path = f"M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"
         lines.append(f'<path d="{path}" fill="none" stroke="{COLOURS[kind]}" stroke-width="2"/>')
+    for node in nodes.values():
+        lines += box(node, titles.get(node["type"], node["type"]))
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def readable(folder: Path, files: list[Path], dtype: str) -> str:
+    """How weights of another dtype can be had, a clause."""
+    if dtype.startswith("F8_") and folder.name == "transformer" and len(files) == 1:
+        command = shlex.join(["d2m", "convert", str(files[0]), "--base", str(folder.parent)])
+        return f"as a single file it is read, in bfloat16: {command} -o NEW"
+    return "take the weights in bfloat16 or float16"
+
+
 def check_weights(folder: Path, cls: Any) -> None:
     """As `check_components`, of one model's directory."""
     files = weight_files(folder)
@@ -138,7 +147,7 @@ def check_weights(folder: Path, cls: Any) -> None:
         if tensor.dtype not in FLOATS and weight:
             raise ValueError(
                 f"{folder} stores the tensor {name} as {tensor.dtype}, expected one of "
-                f"{', '.join(FLOATS)}; take the weights that are not quantized."
+                f"{', '.join(FLOATS)}; {readable(folder, files, tensor.dtype)}."
             )
     # Two names of one tensor (T5's embedding) need one that is stored.
     held = {id(tensors[name]) for name in stored if name in tensors}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle.block_groups import blocks_of
-from runtime.images.given import digest
 from runtime.program.step_cache import StepCache
 from runtime.request import Request, one_or_list
 
@@ -23,8 +22,7 @@ def batch_key(request: Request) -> tuple[Any, ...]:
     knobs = tuple(request.top_k), tuple(request.kappa), request.sigmas, request.cache
     images = request.images
     given = tuple(getattr(images, name) is not None for name in IMAGES)
-    seen = tuple(map(digest, images.references.pixels))  # by every image of a batch
-    return (request.height, request.width, request.guidance, *knobs, *given, images.strength, *seen)
+    return (request.height, request.width, request.guidance, *knobs, *given, images.strength)
 
 
 def batch_call(requests: Sequence[Request]) -> dict[str, Any]:

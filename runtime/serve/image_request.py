@@ -93,8 +93,9 @@ class ImageRequest:
     """A request that can be generated. Requests of equal `key` may share a batch.
 
     `key` None: generated alone, since its budget was measured so, or with cached steps, where
-    which blocks run depends on every bit, or with LoRAs, which change the weights. `notes`: what is
-    not done as requested, a clause each.
+    which blocks run depends on every bit, or with LoRAs, which change the weights, or with
+    references, whose tokens batches were not tried with. `notes`: what is not done as requested, a
+    clause each.
     """
 
     arguments: Request
@@ -240,10 +241,11 @@ def check_fields(
     if images is not None and given.get("size", "auto") == "auto":
         had = "x".join(map(str, images.images[0].size))
         notes += [] if had == made else [f"the image's size {had} became {made}"]
+    alone = budget is not None or request.cache.skips or chosen or request.images.references.pixels
     return ImageRequest(
         request,
         float(given.get("deadline", limits.deadline)),
-        None if budget is not None or request.cache.skips or chosen else batch_key(request),
+        None if alone else batch_key(request),
         given.get("output_format", "png"),
         given.get("output_compression", 100),
         tuple(notes),

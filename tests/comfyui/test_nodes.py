@@ -16,7 +16,7 @@ import pytest
 
 import runtime
 from scripts.comfyui_picture import picture, titles_of_nodes
-from tests.stand_ins.comfyui import Interrupted, check_node, comfyui, load_pack, run_workflow
+from tests.stand_ins.comfyui import CORE, Interrupted, check_node, comfyui, load_pack, run_workflow
 from tests.tiny.lora import factors, peft, write
 from tests.tiny.pipeline import tiny_transformer
 
@@ -24,37 +24,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "docs/comfyui/workflow.json"
 SHIPPED = "(the bundle that ships with d2m)"
-
-
-class LoadImage:
-    """ComfyUI's own, here of random pixels and a mask of its right half."""
-
-    RETURN_TYPES, FUNCTION = ("IMAGE", "MASK"), "load"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"image": (["example.png"], {"image_upload": True})}}
-
-    def load(self, image: str) -> tuple[Any, Any]:
-        pixels = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(5))
-        mask = torch.zeros(1, 32, 32)
-        mask[:, :, 16:] = 1.0
-        return pixels, mask
-
-
-class PreviewImage:
-    """ComfyUI's own: the end of a workflow."""
-
-    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "show", True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"images": ("IMAGE",)}}
-
-    def show(self, images: Any) -> tuple[()]:
-        assert images.dtype == torch.float32 and images.ndim == 4 and images.shape[-1] == 3
-        assert float(images.min()) >= 0 and float(images.max()) <= 1
-        return ()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +58,7 @@ def test_every_node_keeps_the_interface(pack: tuple[Any, Any]) -> None:
 
 def test_the_workflow_makes_what_the_pipeline_makes(pack: tuple[Any, Any], models: Path) -> None:
     nodes, bars = pack[0].NODE_CLASS_MAPPINGS, pack[1]
-    nodes = {**nodes, "LoadImage": LoadImage, "PreviewImage": PreviewImage}
+    nodes = {**nodes, **CORE}
     workflow = json.loads(WORKFLOW.read_text())
 
     def small(given: dict[str, Any]) -> None:

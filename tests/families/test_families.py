@@ -580,6 +580,14 @@ CHANGING = {
 }
 
 
+def joint_mask(
+    self: Any, batch_size: int, sequence_length: int, dtype: Any, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Of text and image, true and false."""
+    image = torch.ones(batch_size, sequence_length, dtype=torch.bool)
+    return torch.cat([attention_mask.bool(), image], dim=1)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_changes_an_image_as_diffusers_does(
     tiny: Tiny, bundle: Path, sparse_dir: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
@@ -624,6 +632,11 @@ def test_changes_an_image_as_diffusers_does(
         theirs["negative_prompt"] = ["a black star"] * 2
     if tiny.family == "sd3":
         changed.transformer.register_to_config(in_channels=16)  # it paints for these alone
+    if tiny.family == "chroma":
+        # As released it asks for a field that Chroma's config lacks, and makes floats of masks,
+        # which mask nothing (diffusers' issue 12116).
+        changed.transformer.register_to_config(guidance_embeds=False)
+        monkeypatch.setattr(type(changed), "_prepare_attention_mask", joint_mask)
     with torch.no_grad():
         expected = data.generate(
             changed,
@@ -641,7 +654,9 @@ def test_changes_an_image_as_diffusers_does(
         ).images
     assert [row[:2] for row in found] == [(i, len(found)) for i in range(1, len(found) + 1)]
     assert len(found) == (3 if masked else 4)
-    assert np.abs(found[-1][2] - expected.numpy()).max() < 1e-4
+    # Chroma's tiny model errs most: 3.4e-4 of latents over 6, at this guidance.
+    size = np.abs(expected.numpy()).max() if tiny.family == "chroma" else 1.0
+    assert np.abs(found[-1][2] - expected.numpy()).max() < 1e-4 * size
 
 
 def test_sees_references_as_diffusers_does(tiny: Tiny, bundle: Path, sparse_dir: Path) -> None:
@@ -682,6 +697,31 @@ def test_sees_references_as_diffusers_does(tiny: Tiny, bundle: Path, sparse_dir:
         options |= {"max_sequence_length": data.text_length(pipe), "output_type": "latent"}
         expected = data.generate(pipe, options).images.numpy()
     assert np.abs(found[-1] - expected).max() < 1e-4
+
+
+def test_outside_a_mask_latents_are_the_images(tiny: Tiny, bundle: Path) -> None:
+    """Of families that diffusers has no pipeline for, too: the same rule for all."""
+    import runtime
+    from runtime.sampling import encode_image
+
+    height, width = tiny.size
+    image = np.random.default_rng(0).uniform(0, 1, (height, width, 3)).astype(np.float32)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
+    drawer, found = runtime.load(bundle, "ort", threads=1), []
+    after = {"callback": lambda done, steps, latents: found.append(latents)}
+    drawer(PROMPTS[0], image=image, mask=mask, steps=3, strength=0.7, **after)
+    family, settings = drawer.family, drawer.manifest["latents"]
+    pixels = (2 * image - 1).transpose(2, 0, 1)[None]
+    kept, made = (
+        family.image_latents(latents, settings, (height // 2, width // 2))[..., : width // 4]
+        for latents in (encode_image(drawer, pixels), found[-1])
+    )
+    np.testing.assert_allclose(made, kept, atol=1e-6)
+    first, last = (
+        family.image_latents(each, settings, (height // 2, width // 2)) for each in found[::2]
+    )
+    assert np.abs((last - first)[..., width // 4 :]).max() > 1e-3
 
 
 def test_what_stands_at_padding_is_not_seen(pipe: Any, bundle: Path) -> None:

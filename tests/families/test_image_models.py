@@ -105,3 +105,18 @@ def test_what_the_model_needs_is_asked_for(pipe: Any, bundle: Path) -> None:
     else:
         with pytest.raises(ValueError, match="no control image is given"):
             pipeline("a star", image=picture)
+
+
+def test_what_measures_and_tries_gives_it_images(pipe: Any, bundle: Path) -> None:
+    """Callers without an image of their own: bench, measure, the server's start, a trial."""
+    from runtime.measure.bench import first_inputs, time_images
+    from runtime.serve.batch_invariance import find_min_batch
+    from runtime.trial import try_bundle
+
+    pipeline = runtime.load(bundle, "ort", threads=1)
+    channels = CHANNELS[type(pipe).__name__]
+    assert first_inputs(pipeline, {})["hidden_states"].shape[-1] == channels
+    assert time_images(pipeline, 2, 0, {"steps": 2})["step_s"]
+    assert find_min_batch(pipeline, (6, 8), None) in (1, 2, None)
+    job = {"bundle": str(bundle), "digest": pipeline.bundle.digest, "backend": "ort"}
+    try_bundle(job | {"threads": 1, "offload": None})

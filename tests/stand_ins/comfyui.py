@@ -138,6 +138,87 @@ def run_workflow(
     return done
 
 
+def prompt_of(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A workflow as ComfyUI's page sends it to run: by node, values and [node, output] of links."""
+    links = {row[0]: (row[1], row[2]) for row in workflow["links"]}
+    rows = {row["id"]: row for row in workflow["nodes"]}
+
+    def origin(link: int) -> list[Any]:
+        number, slot = links[link]
+        row = rows[number]
+        if row["mode"] != BYPASSED:
+            return [str(number), slot]
+        kind = row["outputs"][slot]["type"]
+        return origin(next(each["link"] for each in row["inputs"] if each["type"] == kind))
+
+    found = {}
+    for number, row in rows.items():
+        if row["mode"] == BYPASSED:
+            continue
+        linked = {each["name"]: each["link"] for each in row["inputs"] if "widget" not in each}
+        values = widgets(nodes[row["type"]], row["widgets_values"], set(linked))
+        inputs = values | {name: origin(link) for name, link in linked.items()}
+        found[str(number)] = {"class_type": row["type"], "inputs": inputs}
+    return found
+
+
+def object_info(nodes: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
+    """What /object_info tells ComfyUI's page of the nodes."""
+    return {
+        name: {
+            "input": (types := node.INPUT_TYPES()),
+            "input_order": {side: list(names) for side, names in types.items()},
+            "output": list(node.RETURN_TYPES),
+            "output_is_list": [False] * len(node.RETURN_TYPES),
+            "output_name": list(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)),
+            "name": name,
+            "display_name": titles.get(name, name),
+            "description": getattr(node, "DESCRIPTION", ""),
+            "python_module": "custom_nodes.d2m",
+            "category": node.CATEGORY,
+            "output_node": getattr(node, "OUTPUT_NODE", False),
+        }
+        for name, node in nodes.items()
+    }
+
+
+class LoadImage:
+    """ComfyUI's own, here of random pixels and a mask of their right half."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE", "MASK"), "load", "image"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"image": (["example.png"], {"image_upload": True})}}
+
+    def load(self, image: str) -> tuple[Any, Any]:
+        import torch
+
+        pixels = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(5))
+        mask = torch.zeros(1, 32, 32)
+        mask[:, :, 16:] = 1.0
+        return pixels, mask
+
+
+class PreviewImage:
+    """ComfyUI's own: the end of a workflow."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "show", "image", True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",)}}
+
+    def show(self, images: Any) -> tuple[()]:
+        assert str(images.dtype) == "torch.float32"
+        assert images.ndim == 4 and images.shape[-1] == 3
+        assert float(images.min()) >= 0 and float(images.max()) <= 1
+        return ()
+
+
+CORE = {"LoadImage": LoadImage, "PreviewImage": PreviewImage}
+
+
 def inputs_of(node: Any) -> dict[str, Any]:
     """Name -> (type, options) of all inputs, in the order of their widgets."""
     types = node.INPUT_TYPES()

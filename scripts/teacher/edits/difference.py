@@ -28,10 +28,12 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
-OWN = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
-OWN += tuple(name.replace("/", "_2/", 1) for name in OWN)
-OWN += ("text_encoder/config.json", "text_encoder_2/config.json")
-OWN += ("model_index.json", "defaults.json")
+OWN = (
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    *("tokenizer_2/tokenizer.json", "tokenizer_2/tokenizer_config.json"),
+    *("text_encoder/config.json", "text_encoder_2/config.json"),
+    *("model_index.json", "defaults.json"),
+)
 SHARED = (
     *("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
     *("scheduler/scheduler_config.json", "transformer/config.json"),
@@ -71,6 +73,7 @@ def pack(whole: Path, out: Path = KEPT, dense: Path = DENSE) -> None:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(whole / name, out / name)
     save_file(kept, out / FILE)
+    shutil.copymode(out / "model_index.json", out / FILE)  # whatever safetensors made it
 
 
 def unpack(out: Path, kept: Path = KEPT, dense: Path = DENSE) -> None:

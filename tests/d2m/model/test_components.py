@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from d2m.lora.fuse import lora
 from d2m.model.components import check_components, check_weights, model_classes, read_config
 from d2m.plan.model_config import sizes
 from d2m.recipe.recipe import preset
+from d2m.unpack.single_file import unpack_single_file
 from export.bundle import export_bundle
 from export.checkpoint.pipeline import empty_transformer, manifest_entries
 from export.checkpoint.weights import Checkpoint
@@ -121,6 +124,22 @@ def test_on_every_path(name, change, broken, tmp_path):
         with pytest.raises(ValueError, match=words.format(key=key)):
             run()
         assert not (tmp_path / "out").exists()
+
+
+def test_the_cure_for_float8_weights(broken, tmp_path):
+    """The transformer's is a command that reads them; an encoder's are to be had elsewhere."""
+    folder = broken(
+        "transformer", cast("transformer_blocks.1.attn.to_k.weight", torch.float8_e4m3fn)
+    )
+    with pytest.raises(ValueError, match=r"in bfloat16: d2m convert .* -o NEW\.$") as caught:
+        check_components(folder)
+    command = shlex.split(str(caught.value).rpartition(": ")[2])
+    file, base = Path(command[2]), Path(command[4])
+    found = unpack_single_file(file, base, tmp_path / "out", str(base), log=print)
+    check_components(found)
+    folder = broken("text_encoder_2", cast("SelfAttention.k.weight", torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="take the weights in bfloat16 or float16"):
+        check_components(folder)
 
 
 def test_a_family_without_the_transformer(broken):

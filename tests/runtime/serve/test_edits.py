@@ -171,8 +171,7 @@ def test_a_model_that_sees_references_sees_all_images(server: Server) -> None:
     given = plain.arguments.images
     assert given.image is None and len(given.references.pixels) == 1 and given.strength == 1.0
     assert plain.edit["strength"] is None and plain.nbytes == given.references.pixels[0].nbytes
-    assert plain.key == wanted(EditImages((picture,))).key
-    assert plain.key != wanted(EditImages((Image.fromarray(PIXELS[::-1]),))).key
+    assert plain.key is None  # what batches do to its bits was not tried
     again = check_request(manifest, **batch_call([plain.arguments, plain.arguments]))
     assert len(again.prompts) == 4  # what a batch gives again is the same to the last bit
     assert np.array_equal(again.images.references.pixels[0], given.references.pixels[0])

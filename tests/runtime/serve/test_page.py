@@ -1,10 +1,7 @@
 """The page: self-contained, under a strict policy, and working in a browser."""
 
-import importlib.util
 import io
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,8 @@ from PIL import Image
 from runtime.image import settings_of
 from runtime.serve.edits.edit_request import read_edit
 from runtime.serve.page import read_page
+from tests.stand_ins.browser import launched
 from tests.stand_ins.http import running, until
-
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def test_it_loads_nothing_from_elsewhere() -> None:
@@ -43,29 +39,10 @@ def test_a_changed_script_has_another_hash(monkeypatch: pytest.MonkeyPatch) -> N
     assert read_page()[1] != before
 
 
-def browser_path() -> str | None:
-    """A Chromium: playwright's own, D2M_CHROMIUM, or one that is installed."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    found = [os.environ.get("D2M_CHROMIUM"), own, *map(shutil.which, CHROMIUM)]
-    return next((path for path in found if path and Path(path).is_file()), None)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("no playwright: pip install playwright")
-    path = browser_path()
-    if path is None:
-        pytest.skip("no Chromium: install one, or name it in D2M_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with launched() as started:
         yield started
-        started.close()
 
 
 @pytest.mark.browser
