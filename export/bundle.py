@@ -11,6 +11,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,11 @@ def export_bundle(
         hashes = {}
         for component in components:
             program = component.trace(torch_dtype(graph_dtype(component.name, dtype)))
+            if program.beside and apis:
+                raise ValueError(
+                    f"{source} keeps keys and values of reference images, expected no plans, which"
+                    " would hold the transformer's weights twice; leave --trt and --trt-rtx out."
+                )
             if component.name == "transformer" and quant != "none":
                 program, manifest["quant"] = quantise(program, quant, keep)
             shards, digest = write_weights(folder, component, program, storage, link, progress)
@@ -125,6 +131,10 @@ def export_bundle(
             manifest["components"][component.name] = write_graphs(
                 folder, component.name, program, manifest["top_k"], manifest.get("kappa"), shards
             )
+            for name, other in program.beside.items():
+                manifest["components"][name] = write_graphs(
+                    folder, name, other, manifest["top_k"], None, shards, component.name
+                )
             if component.name == "transformer" and quant == "none":
                 wanted = place(program, component.checkpoint.dtype)
                 manifest["lora"] = write_lora_map(folder, source, wanted)
@@ -148,7 +158,8 @@ def quantise(program: Program, quant: str, keep: Sequence[str]) -> tuple[Program
     from export.quant.program import quantised
 
     kind = FORMATS[quant]
-    program = quantised(program, kind, keep)
+    beside = {name: quantised(each, kind, keep) for name, each in program.beside.items()}
+    program = replace(quantised(program, kind, keep), beside=beside)
     names = {
         prefix + part.weight
         for name, prefix in program.calls
@@ -270,8 +281,12 @@ def write_graphs(
     top_k: int | None,
     kappa: int | None = None,
     shards: Sequence[str] = (),
+    of: str | None = None,
 ) -> dict[str, Any]:
-    """The block graphs and <component>.onnx, checked; returns the component's record."""
+    """The block graphs and <component>.onnx, checked; returns the component's record.
+
+    of: the component whose weights it has, where they are not its own.
+    """
     import onnx
 
     from export.graph.compose import compose
@@ -284,7 +299,7 @@ def write_graphs(
             paths[key] = f"blocks/{plan_key(name, kind, key)}.onnx"
             write_bytes(folder / paths[key], graph.SerializeToString(deterministic=True))
         types[kind] = type_record(row, paths)
-    weights = folder / f"{name}.safetensors"
+    weights = folder / f"{of or name}.safetensors"
     model = compose(program, weights, top_k, kappa, [folder / shard for shard in shards])
     path = folder / f"{name}.onnx"
     write_bytes(path, model.SerializeToString(deterministic=True))

@@ -17,6 +17,7 @@ from runtime.bundle.lora_record import placement_of
 from runtime.bundle.tokenizer_file import MAX_BYTES
 from runtime.control.controlnet import ControlNet, open_controlnet
 from runtime.families import family_of, is_guided
+from runtime.families.flux2 import STATES
 from runtime.files.hashes import sha256
 from runtime.files.tensors import cast, to_float32
 from runtime.lora.file import read_lora
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("runtime")
 StepHook = Callable[[Mapping[str, np.ndarray], int | None, int | None], None]
 VERIFY = ("cached", "full")
+ADAPTED = ("transformer", STATES)  # components that LoRAs change
 MAX_LORAS = 8  # that stay read
 
 
@@ -164,7 +166,7 @@ class Opened:
         """
         if component not in self._executors:
             self._open(component, self.bundle, component, self.experts)
-            if component == "transformer" and self._adapters is not None:
+            if component in ADAPTED and self._adapters is not None:
                 self._adapt(self._adapters)
         return self._executors[component]
 
@@ -217,9 +219,10 @@ class Opened:
         self.loras, self._adapters = tuple(found), adapters
 
     def _adapt(self, adapters: Adapters | None) -> None:
-        executor: Any = self._executors.get("transformer")  # every backend's is Adaptable
-        if executor is not None:
-            executor.adapt(adapters)
+        for name in ADAPTED:
+            executor: Any = self._executors.get(name)  # every backend's is Adaptable
+            if executor is not None:
+                executor.adapt(adapters)
 
     def read_lora(self, path: Path, strength: float) -> LoRA:
         """A LoRA's changes; the last few stay read."""

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,7 +20,8 @@ import numpy as np
 from runtime.bundle.block_groups import can_forecast
 from runtime.control.steps import ControlSteps
 from runtime.families.family import Arrays, rows
-from runtime.families.latents import image_tokens
+from runtime.families.flux2 import STATES
+from runtime.families.latents import image_tokens, rope
 from runtime.images.latents import NO_IMAGES, ImageLatents, image_latents, no_channels
 from runtime.images.references import reference_tokens
 from runtime.opened import Opened
@@ -211,6 +213,7 @@ def denoise(
     step and after each, `after(done, steps, latents)` after each, both of the steps that are taken.
     """
     steps, taken = len(top_k), len(top_k) - start
+    images = with_states(model, images, top_k[0])
     kappa = [model.manifest.get("kappa")] * steps if kappa is None else kappa
     levels = noise_levels(model, steps, latent_size, sigmas)
     advance = model.family.sampler(model.manifest["scheduler"], levels)
@@ -284,11 +287,29 @@ def step_inputs(
     """The transformer's inputs for every step, all with the noise as hidden_states."""
     hidden = hidden_states(model, noise, rows(conditions), images)
     inputs = model.family.inputs(model.manifest, conditions, latent_size, guidance)
+    if images.states is not None:
+        inputs[STATES] = np.repeat(images.states, len(hidden), axis=0)
     if images.references is not None:
         inputs = images.references.placed(inputs, model.manifest["latents"])
     times = model.family.timesteps(model.manifest["scheduler"], sigmas)
     each = (np.full(len(hidden), time, np.float32) for time in times)
     return [{"hidden_states": hidden, **inputs, "timestep": timestep} for timestep in each]
+
+
+def with_states(model: Opened, images: ImageLatents, top_k: int | None) -> ImageLatents:
+    """`images` with the keys and values of references in place of their tokens, where the model
+    keeps them: they are the same in every step."""
+    if STATES not in model.manifest["components"]:
+        return images
+    seen, settings = images.references, model.manifest["latents"]
+    if seen is None:
+        _, blocks, _, width = model.bundle.component("transformer")["inputs"][STATES]["shape"]
+        return replace(images, states=np.zeros((1, blocks, 0, width), np.float32))
+    cos, sin = rope(seen.positions, settings["rope_axes"], settings["rope_theta"])
+    inputs = {"hidden_states": seen.tokens, "timestep": np.zeros(1, np.float32)}
+    inputs |= {"rope_cos": cos, "rope_sin": sin}
+    (states,) = model.execute(STATES, inputs, top_k).values()
+    return replace(images, references=None, states=states)
 
 
 def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray]]:
@@ -302,6 +323,7 @@ def request_inputs(model: Opened, request: Request) -> list[dict[str, np.ndarray
         channels=no_channels(model.manifest, noise),
         references=reference_tokens(seen, model.family, settings, encoded),
     )
+    images = with_states(model, images, request.top_k[0])
     feeds = step_inputs(model, noise, conditions, sigmas, size, request.guidance, images)
     return [model.cast(feed) for feed in feeds]
 

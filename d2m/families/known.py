@@ -36,8 +36,6 @@ REFUSED = {
     "QwenImageEditPipeline": _VISION,
     "QwenImageEditPlusPipeline": _VISION,
     "QwenImageEditInpaintPipeline": _VISION,
-    "Flux2KleinKVPipeline": "which keeps keys and values of reference images from step to step,"
-    " and d2m does not; expected Flux2KleinPipeline, which computes them in every step",
 }
 
 

@@ -204,6 +204,7 @@ def empty_transformer(directory: Path) -> Any:
     from export.graph.trace import keep_float32
 
     model = empty_model(directory / "transformer", dict(model_classes(directory))["transformer"])
+    model.pipeline = read_json(directory / "model_index.json")["_class_name"]
     keep_float32(model)
     return prepare(model, FAMILIES[family_of(directory).names.name].tracing)
 

@@ -7,7 +7,8 @@ in place of temb. Single blocks are called with both streams apart, which diffus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,22 @@ from export.families.encoders import (
 )
 from export.families.ends import Final, check_packed
 from export.families.family import Encoder, Family
-from export.graph.attention import ExportAttention, attended, heads, rms_norm, rotate
+from export.graph import references
+from export.graph.attention import (
+    ExportAttention,
+    attended,
+    heads,
+    rms_norm,
+    rotate,
+    with_references,
+)
 from export.graph.program import Environment, Program, Row, Tracing
-from export.graph.trace import Spec
+from export.graph.trace import VECTORS, Spec
 from export.text.chat_template import chat_record
 from export.text.decoder import decoder_program
+from runtime.families.flux2 import STATES
 
+KEPT = "Flux2KleinKVPipeline"  # whose reference tokens' keys and values are kept
 STREAMS = ("hidden_states", "encoder_hidden_states")
 ROPE = ("rope_cos", "rope_sin")
 # Tensor of the program -> the model's submodule that makes it of temb, and its vectors of D.
@@ -91,24 +102,55 @@ class ParallelAttention:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        references: Tensor | None = None,
+        kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """hidden_states [B, T, D] -> the same shape; image_rotary_emb: cos, sin [T, C]."""
+        """hidden_states [B, T, D] -> the same shape; image_rotary_emb: cos, sin [T, C].
+
+        references: see export.graph.attention.with_references; kept: gets the keys and values.
+        """
         assert image_rotary_emb is not None
         sizes = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
         qkv, hidden = attn.to_qkv_mlp_proj(hidden_states).split(sizes, dim=-1)
         query, key, value = heads(qkv, attn.head_dim)
         query, key = rms_norm(query, attn.norm_q), rms_norm(key, attn.norm_k)
         query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
+        if kept is not None:
+            kept.extend((key, value))
+        if references is not None:
+            key, value = with_references(key, value, references)
         output = attended(query, key, value)
         joined: Tensor = attn.to_out(torch.cat([output, attn.mlp_act_fn(hidden)], dim=-1))
         return joined
 
 
 def prepare(model: Any) -> None:
-    """Single blocks have a processor of their own."""
+    """Single blocks have a processor of their own; blocks that read STATES a number."""
     for module in model.modules():
         if hasattr(module, "to_qkv_mlp_proj"):
             module.set_processor(ParallelAttention())
+    if keeps_references(model):
+        references.number(model)
+
+
+def keeps_references(model: Any) -> bool:
+    """Whether keys and values of reference tokens are kept from step to step: the transformer's
+    config does not say so, its pipeline's class does, and the processors that this sets."""
+    attention = getattr(model.transformer_blocks[0], "attn", None)
+    processor = type(getattr(attention, "processor", None)).__name__
+    return processor == "Flux2KVAttnProcessor" or getattr(model, "pipeline", None) == KEPT
+
+
+def beside(model: Any, dtype: torch.dtype, top_k: Sequence[int]) -> dict[str, Program]:
+    """The program of STATES, where a model has one."""
+    if not keeps_references(model):
+        return {}
+    return {STATES: references.reference_program(model, dtype, top_k)}
+
+
+def seen(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A block's keyword for STATES."""
+    return {"joint_attention_kwargs": {STATES: tensors[STATES]}} if STATES in tensors else {}
 
 
 def call_double(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
@@ -119,6 +161,7 @@ def call_double(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
         temb_mod_img=tensors["modulation_image"],
         temb_mod_txt=tensors["modulation_text"],
         image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
+        **seen(tensors),
     )
 
 
@@ -130,6 +173,7 @@ def call_single(run: Callable[..., Any], tensors: dict[str, Tensor]) -> Any:
         temb_mod=tensors["modulation_single"],
         image_rotary_emb=(tensors["rope_cos"], tensors["rope_sin"]),
         split_hidden_states=True,
+        **seen(tensors),
     )
 
 
@@ -142,6 +186,12 @@ ROWS = {
 }
 
 
+def row(block: Any) -> Row:
+    """How a block is called; one that has a number reads STATES too."""
+    found = ROWS[type(block).__name__]
+    return replace(found, inputs=(*found.inputs, STATES)) if hasattr(block, VECTORS) else found
+
+
 def environment(model: Any, dtype: torch.dtype) -> Environment:
     """The tensors of the program.
 
@@ -151,6 +201,8 @@ def environment(model: Any, dtype: torch.dtype) -> Environment:
     image, text = ("batch", "image_tokens"), ("batch", "text_tokens")
     scalar = Spec(torch.float32, ("batch",))
     tables = dict.fromkeys(ROPE, Spec(torch.float32, ("tokens", config.attention_head_dim)))
+    if keeps_references(model):
+        tables[STATES] = references.states_spec(model, dtype, "reference_tokens")
     inputs = {
         "hidden_states": Spec(dtype, (*image, config.in_channels)),
         "encoder_hidden_states": Spec(dtype, (*text, config.joint_attention_dim)),
@@ -200,7 +252,7 @@ def lengths(directory: Path) -> dict[str, int]:
 
 def tokens_record(tokenizer: Any, length: int, index: Mapping[str, Any]) -> dict[str, Any]:
     """The chat template, as the pipelines ask for it."""
-    if index["_class_name"] == "Flux2KleinPipeline":
+    if index["_class_name"] in ("Flux2KleinPipeline", KEPT):
         return chat_record(
             tokenizer,
             length,
@@ -268,7 +320,16 @@ def model_inputs(
     """The forward's keywords, with rotary tables in place of positions."""
     names = (*STREAMS, "timestep", "guidance")
     found = {name: keywords[name] for name in names if keywords.get(name) is not None}
-    return found | {name: first[name] for name in ROPE}
+    return found | {name: first[name] for name in (*ROPE, STATES) if name in first}
+
+
+def told(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
+    """STATES of no reference, of a model that keeps them: parity gives it none."""
+    if not keeps_references(model):
+        return {}
+    tokens = keywords["hidden_states"]
+    count = len(references.blocks_of(model))
+    return {STATES: tokens.new_zeros(len(tokens), count, 0, 2 * model.inner_dim)}
 
 
 def unread(model: Any, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -316,9 +377,10 @@ FLUX2 = Family(
         environment=environment,
         embed=Embed,
         final=Final,
-        row=lambda block: ROWS[type(block).__name__],
+        row=row,
         processor=ExportAttention,
         prepare=prepare,
+        beside=beside,
     ),
     lengths=lengths,
     latents=latents,
@@ -326,6 +388,7 @@ FLUX2 = Family(
     block_inputs=block_inputs,
     model_inputs=model_inputs,
     unread=unread,
+    told=told,
     spatial=spatial,
     tokens_record=tokens_record,
     guided=is_guided,

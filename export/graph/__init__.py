@@ -11,5 +11,6 @@ A torch model and its family's row enter; block types, traced once, and the call
     clean         A traced graph made fit to ship: constants folded, rules applied
     routers       Groups of blocks in a program: which calls belong to one
     block_choice  Which blocks of a group run, as ONNX: the choice as a function
+    references    Keys and values of reference tokens, kept from step to step
     compose       A component as one ONNX model: a function per block type, a call per block
 """

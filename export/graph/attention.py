@@ -34,10 +34,12 @@ class ExportAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         reach: Tensor | None = None,
+        references: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hidden_states [B, T, D] (and text [B, Tt, D]) -> outputs of the same shapes.
 
         reach [B, Tt + T]: 0 at tokens that nothing attends to and that attend to nothing, else 1.
+        references: see `with_references`.
         """
         query, key, value = heads(attn.to_qkv(hidden_states), attn.head_dim)
         query, key = rms_norm(query, attn.norm_q), rms_norm(key, attn.norm_k)
@@ -52,6 +54,8 @@ class ExportAttention:
             value = torch.cat([text_value, value], dim=2)
         if image_rotary_emb is not None:
             query, key = rotate(query, *image_rotary_emb), rotate(key, *image_rotary_emb)
+        if references is not None:
+            key, value = with_references(key, value, references)
         if reach is None:
             output = attended(query, key, value)
         else:
@@ -60,6 +64,16 @@ class ExportAttention:
             return output
         length = encoder_hidden_states.shape[1]
         return attn.to_out[0](output[:, length:]), attn.to_add_out(output[:, :length])
+
+
+def with_references(key: Tensor, value: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, T, C], and behind them those of R more tokens that are attended to.
+
+    references [B, R, 2 H C]: the keys, rotated, and the values side by side.
+    """
+    size = key.shape[-1]
+    more = references.unflatten(-1, (2, -1, size)).permute(2, 0, 3, 1, 4)
+    return torch.cat([key, more[0]], dim=2), torch.cat([value, more[1]], dim=2)
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -77,7 +77,8 @@ def transformer_program(
         for _, kind in family_of_model(model).blocks.kinds
         if left_out_last(getattr(model, kind))
     }
-    return Program(types.known, calls, inputs, outputs, groups, depths=depths)
+    beside = tracing.beside(model, dtype, top_k)
+    return Program(types.known, calls, inputs, outputs, groups, depths=depths, beside=beside)
 
 
 def left_out_last(blocks: Sequence[nn.Module]) -> bool:

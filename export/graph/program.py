@@ -6,7 +6,7 @@ every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Program:
     `groups`: name in the model -> the calls of which a router chooses. `names`: calls whose outputs
     have other names than their type's, so that a later call of the type does not replace them.
     `depths`: list of blocks -> its length in the dense model, where its last was left out for good.
+    `beside`: name of a component -> its program, which has this one's weights.
     """
 
     types: dict[str, BlockType]
@@ -75,6 +76,7 @@ class Program:
     groups: dict[str, Group] = field(default_factory=dict)
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
+    beside: dict[str, Program] = field(default_factory=dict)
 
     def written(self, index: int) -> tuple[str, ...]:
         """The tensors that a call writes, in its type's order."""
@@ -108,6 +110,7 @@ class Tracing:
         has shared modulation, unless the row names that too.
     processor(): the attention processor that blocks are traced with.
     prepare(model): what else is changed, in place, in a model that is about to be traced.
+    beside(prepared model, dtype, top_k): other programs that have its weights.
     """
 
     environment: Callable[[Any, torch.dtype], Environment]
@@ -116,4 +119,7 @@ class Tracing:
     row: Callable[[nn.Module], Row]
     processor: Callable[[], Any]
     prepare: Callable[[Any], None] = lambda model: None
+    beside: Callable[[Any, torch.dtype, Sequence[int]], dict[str, Program]] = (
+        lambda model, dtype, top_k: {}
+    )
     final_inputs: tuple[str, ...] = ("hidden_states", "temb")

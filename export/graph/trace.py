@@ -31,10 +31,11 @@ EXAMPLE = {
     "image_tokens": 9,
     "text_tokens": 5,
     "tokens": 14,
+    "reference_tokens": 7,
     "latent_height": 6,
     "latent_width": 10,
 }
-VECTORS = "vectors"  # a block's weight that export adds: indices of its vectors of modulation
+VECTORS = "vectors"  # a block's weight that export adds: indices of its own rows of a tensor
 OUT = "out_"  # graph outputs are named so: a graph cannot read and write one name
 
 

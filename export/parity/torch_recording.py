@@ -89,7 +89,8 @@ def as_stored(pipe: Any, bundle: Bundle) -> None:
     halves = {"BF16": torch.bfloat16, "F16": torch.float16}
     models = FAMILIES[bundle.manifest["family"]].components
     folders = {model.name: model.folder for model in models if model is not None}
-    for component in bundle.manifest["components"]:
+    own = {"transformer", *folders}  # others have the transformer's weights
+    for component in own & bundle.manifest["components"].keys():
         stored = bundle.weights(component).tensors
         if not any(row.dtype in halves for row in stored.values()):
             continue

@@ -18,12 +18,15 @@ from runtime.families import flow_matching
 from runtime.families import latents as shared
 from runtime.families.family import Arrays, Family, Run, rows
 from runtime.families.latents import Settings, Size
-from runtime.files.checked_json import mapping
+from runtime.files.checked_json import mapping, wrong
 
 # read: compute_empirical_mu, lines through image tokens at 10 steps and at 200 (slope, height);
 # above so many tokens the second one holds for any number of steps
 AT_10, AT_200, MANY = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666), 4300
 
+# The component that writes the keys and values of reference tokens, and its output, which is an
+# input of the transformer: of a bundle whose model keeps them from step to step.
+STATES = "references"
 REFERENCES = 10  # at once, as many as [dev]'s makers name
 LARGEST = 4096  # tokens of one; read: a larger one is made 1024 x 1024 pixels, in tokens of 16 x 16
 
@@ -37,6 +40,13 @@ def check(manifest: Mapping[str, Any]) -> None:
     """ValueError (a clause) unless there are four rotary axes, a mean and deviation a channel."""
     shared.check_packed(manifest, 4)
     shared.check_statistics(manifest, 4 * mapping(dict(manifest), "latents")["channels"])
+    components = manifest["components"]
+    kept = components["transformer"]["inputs"].get(STATES)
+    written = components.get(STATES, {}).get("outputs", {})
+    if (kept is None) != (STATES not in components) or (kept and set(written) != {STATES}):
+        raise wrong(f"components.{STATES}", sorted(written), f"{STATES}, as the transformer reads")
+    if kept and (len(kept["shape"]) != 4 or type(kept["shape"][1]) is not int):
+        raise wrong(f"components.transformer.inputs.{STATES}", kept["shape"], "four dimensions")
 
 
 def encode(run: Run, prompts: Sequence[str]) -> dict[str, np.ndarray]:

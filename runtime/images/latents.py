@@ -25,21 +25,22 @@ class ImageLatents:
 
     image [n, ...]: without noise, from which denoising starts; mask, of latents' shape but for
     channels: 1 where they are denoised and 0 where they stay the image's; channels [n, T, C']:
-    beside those of the latents in every step; references: tokens behind theirs, the same for all n.
-    None: there is none.
+    beside those of the latents in every step; references: tokens behind theirs, the same for all n;
+    states [1, N, R, 2 D]: keys and values in their place. None: there is none.
     """
 
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     channels: np.ndarray | None = None
     references: ReferenceTokens | None = None
+    states: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> ImageLatents:
         """Those rows of it."""
         image, mask, channels = (
             None if each is None else each[rows] for each in (self.image, self.mask, self.channels)
         )
-        return ImageLatents(image, mask, channels, self.references)
+        return ImageLatents(image, mask, channels, self.references, self.states)
 
 
 NO_IMAGES = ImageLatents()

@@ -172,6 +172,13 @@ def klein(distilled: bool = True) -> Any:
     )
 
 
+def klein_kv() -> Any:
+    """[klein] KV: keys and values of reference tokens are kept from step to step."""
+    from diffusers import Flux2KleinKVPipeline
+
+    return Flux2KleinKVPipeline(**klein().components)
+
+
 def klein_base() -> Any:
     """[klein] base: guided by a negative prompt."""
     return klein(distilled=False)

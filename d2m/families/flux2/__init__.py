@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONDITIONS = ("encoder_hidden_states", "img_ids", "txt_ids")
+KEPT = "Flux2KleinKVPipeline"  # distilled, without an argument for guidance
 LONGEST = 512  # read: the pipelines' max_sequence_length
 SIDE = 128  # read: the pipelines' default_sample_size, in latents
 GUIDANCE = 4.0  # read: the pipelines' default
@@ -51,7 +52,7 @@ def is_guided(index: Config) -> bool:
 def generation_defaults(read: Callable[[str], Config]) -> dict[str, Any]:
     """See d2m.families.generation_defaults."""
     index = read("model_index.json")
-    distilled = bool(index.get("is_distilled"))
+    distilled = bool(index.get("is_distilled")) or index.get("_class_name") == KEPT
     side = SIDE * 2 ** vae_halvings(read("vae/config.json"))
     return {
         "height": side,
@@ -164,6 +165,8 @@ def generate(pipe: Any, keywords: dict[str, Any]) -> Any:
     A negative prompt is encoded here, and left out where the pipeline is not guided by one.
     """
     given = dict(keywords)
+    if type(pipe).__name__ == KEPT:
+        given.pop("guidance_scale", None)
     negative = given.pop("negative_prompt", None)
     if not guided(pipe):
         given.pop("negative_prompt_embeds", None)
@@ -184,7 +187,7 @@ FLUX2 = Family(
     names=Names(
         name="flux2",
         title="FLUX.2",
-        pipelines=("Flux2KleinPipeline", "Flux2Pipeline"),
+        pipelines=("Flux2KleinPipeline", "Flux2Pipeline", KEPT),
         dense_class="Flux2Transformer2DModel",
         sparse_class="SparseFlux2Transformer2DModel",
         title_of=title_of,
