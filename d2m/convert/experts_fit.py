@@ -199,14 +199,14 @@ def scaled_gate(
 
 @torch.no_grad()
 def ffn_inputs(
-    dense: nn.Module, batches: Batches, recipe: Recipe, family: Family
+    dense: nn.Module, batches: Batches, recipe: Recipe, family: Family, rows: int = ROWS
 ) -> dict[str, Tensor]:
-    """Random rows of what enters every dense FFN on the calibration batches: site -> [ROWS, D]."""
+    """Random rows of what enters every dense FFN on the calibration batches: site -> [rows, D]."""
     kept: dict[str, list[Tensor]] = {}
     count = recipe.calibration.batches
     with ExitStack() as hooks:
         for name, block, site in sites_of([n for n, _ in dense.named_parameters()], family):
-            hook = _keep(kept.setdefault(name, []), ROWS // count, recipe.seed, name)
+            hook = _keep(kept.setdefault(name, []), rows // count, recipe.seed, name)
             linear = dense.get_submodule(f"{block}.{site.fc1}")
             hooks.enter_context(linear.register_forward_pre_hook(hook))
         for i in range(count):

@@ -20,6 +20,8 @@ from runtime.files.atomic import write_json, write_text
 from scripts.figures import machine
 from scripts.reproduce import baselines
 
+ROWS = 65536  # inputs of the FFN, of which an eighth are held out
+
 
 def kinds(recipe: Recipe) -> dict[str, Recipe]:
     """What is compared, by label: the MoE in two ways, and FFNs cut to two widths."""
@@ -62,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--world", default="emoji", help="(%(default)s)")
     parser.add_argument("--ffn", default="transformer_blocks.2.ff", help="(%(default)s)")
-    parser.add_argument("--steps", default="100,400,1600", help="with commas (%(default)s)")
+    parser.add_argument("--steps", default="400,3200", help="with commas (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4096, help="of the teacher (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="(%(default)s)")
     parser.add_argument("--results", type=Path, help="default: results/WORLD")
     options = parser.parse_args()
@@ -79,11 +83,14 @@ def main() -> None:
 
     folder = Path("models") / f"{options.world}-dense"
     recipe = recipe_named("L", folder)
+    # Inputs enough that no FFN learns them by heart.
+    calibration = replace(recipe.calibration, batches=max(1, options.samples // 64), batch_size=64)
     pipe = load_pipeline(folder, dtype="fp32")
     model = pipe.transformer.requires_grad_(False)
     family = family_of_model(model)
     batches = suite_named(options.world).batches(pipe, recipe.seed + CALIBRATION)
-    x = ffn_inputs(model, batches, recipe, family)[options.ffn]
+    looked_at = replace(recipe, calibration=calibration)
+    x = ffn_inputs(model, batches, looked_at, family, ROWS)[options.ffn]
     sites = sites_of([name for name, _ in model.named_parameters()], family)
     block, site = next(each[1:] for each in sites if each[0] == options.ffn)
     dense = read_ffn(model.get_parameter, block, site)
@@ -95,13 +102,13 @@ def main() -> None:
             for done, steps in enumerate(counts):
                 progress("trainings", number * len(counts) + done, len(counts) * 4)
                 balance = 0.01 if made.top_k else 0.0
-                local = Local(steps=steps, tokens=512, lr=options.lr, balance=balance)
+                local = Local(steps=steps, tokens=options.tokens, lr=options.lr, balance=balance)
                 errors = learnt(x, dense, site, options.ffn, made, family, local)
                 found[label]["0"] = errors["before"]
                 found[label][str(steps)] = errors["after"]
         progress("trainings", len(counts) * 4, len(counts) * 4)
     results = options.results or Path("results") / options.world
-    given = {"ffn": options.ffn, "lr": options.lr, "tokens": 512, "rows": len(x)}
+    given = {"ffn": options.ffn, "lr": options.lr, "tokens": options.tokens, "rows": len(x)}
     facts = machine(torch.get_num_threads(), "torch", "diffusers")
     write_json(results / "ffn-alone.json", {"errors": found, "settings": given, "machine": facts})
     lines = [
