@@ -49,11 +49,36 @@ def check_signature(root: Path, digest: str, key: str | os.PathLike[str] | None)
         )
     from cryptography.exceptions import InvalidSignature
 
+    if is_small(named):
+        raise broken(root, f"its {FILE} names a key with which anyone can sign")
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(named).verify(signature, CONTEXT + data)
     except InvalidSignature:
         raise broken(root, f"its {FILE} is no signature of its manifest.json") from None
     return fingerprint(named)
+
+
+def is_small(key: bytes) -> bool:
+    """Whether a public key is a point of an order of at most 8, or of no curve.
+
+    Signatures of such a key fit many texts and need no private key; OpenSSL takes them.
+
+    Three doublings lead to the neutral point (0, 1); a point's y and x^2 are enough for them
+    (derived from the addition law of RFC 8032, section 5.1.4).
+    """
+    p = 2**255 - 19
+    d = -121665 * pow(121666, -1, p) % p
+    y = (int.from_bytes(key, "little") & (1 << 255) - 1) % p
+    square = (y * y - 1) * pow(d * y * y + 1, -1, p) % p
+    for _ in range(3):
+        cross = d * square * y * y
+        if (cross * cross - 1) % p == 0:  # of no point of the curve
+            return True
+        square, y = (
+            4 * square * y * y * pow(1 + cross, -2, p) % p,
+            (y * y + square) * pow(1 - cross, -1, p) % p,
+        )
+    return y == 1 and square == 0
 
 
 def read_signature(root: Path) -> tuple[bytes, bytes]:

@@ -77,6 +77,8 @@ def small_manifest() -> dict[str, Any]:
         "onnx": "f.onnx", "weights": "f.safetensors", "inputs": {"a": tensor},
         "outputs": {"b": tensor}, "types": {"t": kind}, "program": [{"type": "t", "prefix": ""}],
     }  # fmt: skip
+    transformer = {**component, "inputs": {
+        "a": tensor, "hidden_states": {"dtype": "float32", "shape": ["batch", 16]}}}  # fmt: skip
     routed = {**kind, "graphs": {"1": "f.onnx", "2": "f.onnx"}, "body": "tiles"}
     plan = {
         "api": "tensorrt_rtx", "version": "1.7", "compute_capabilities": [89], "files": {
@@ -93,7 +95,7 @@ def small_manifest() -> dict[str, Any]:
         "num_experts": 12, "top_k": 2, "top_k_choices": [1, 2], "plans": {"p": plan},
         "files": {name: {"sha256": "0" * 64, "size": 8} for name in names},
         "components": dict.fromkeys(manifest.FAMILIES["flux"].components, component)
-        | {"transformer": {**component, "types": {"t": routed}}},
+        | {"transformer": {**transformer, "types": {"t": routed}}},
         "tokenizers": dict.fromkeys(
             ("tokenizer", "tokenizer_2"), {"file": "t.json", "max_length": 16, "pad_id": 1}
         ),

@@ -52,13 +52,13 @@ def test_a_teacher_that_fails_or_is_left_stops_all_threads(
     _, kept = next(left)
     assert {len(x) for x in kept.values()} == {30}
     left.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # others may have ended meanwhile
     with pytest.raises(RuntimeError, match="the model runs transformer_blocks.0 after, expected"):
         list(inputs(blocks[::-1]))
     calls[1] = {**calls[1], "hidden_states": calls[1]["hidden_states"][..., :3]}
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         list(inputs(blocks))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def ffn_of(activation: str, bias: bool, width: int = 16, neurons: int = 64) -> DenseFFN:

@@ -13,7 +13,7 @@ pytest.importorskip("cryptography")
 
 import runtime
 from runtime.bundle.directory import open_bundle
-from runtime.bundle.signature import FILE
+from runtime.bundle.signature import FILE, is_small
 from runtime.bundle.signing import make_key, sign, verify
 from runtime.opened import default_bundle
 
@@ -104,6 +104,25 @@ def test_a_signature_that_is_none(bundle: Path, public: Path, text: str) -> None
         ) as info:
             verify(bundle, wanted)
         assert "\n" not in str(info.value)
+
+
+SMALL = [
+    "00" * 32, "00" * 31 + "80", "01" + "00" * 31, "ec" + "ff" * 30 + "7f", "ed" + "ff" * 30 + "7f",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+]  # fmt: skip
+
+
+def test_keys_with_which_anyone_can_sign(bundle: Path, key: Path, public: Path) -> None:
+    """All points of small order, some written in two ways; a true key is none of them."""
+    for text in SMALL:
+        assert is_small(bytes.fromhex(text)), text
+        row = {"algorithm": "ed25519", "key": text, "signature": "0" * 128}
+        (bundle / FILE).write_text(json.dumps(row))
+        with pytest.raises(ValueError, match="names a key with which anyone can sign"):
+            verify(bundle, None)
+    sign(bundle, key)
+    assert not is_small(bytes.fromhex(json.loads((bundle / FILE).read_text())["key"]))
 
 
 def test_a_signature_beside_the_bundle(bundle: Path, key: Path, public: Path) -> None:
