@@ -113,7 +113,7 @@ def check_images(
                 f"the mask has {other.shape[1]} x {other.shape[0]} pixels and the image"
                 f" {one.shape[1]} x {one.shape[0]}, expected the same size."
             )
-    given_sizes = [each.shape[:2] for each in images or controls]
+    given_sizes = [(each.shape[0], each.shape[1]) for each in images or controls]
     height, width = fitting(manifest, *given_sizes[0], height, width)
     fitted_masks = [to_mask(each, height, width) for each in masks]
     if not all(each.any() for each in fitted_masks):

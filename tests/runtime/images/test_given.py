@@ -9,7 +9,7 @@ from PIL import Image
 
 import runtime
 from runtime.bundle.directory import open_bundle
-from runtime.images.given import check_images, example_images
+from runtime.images.given import check_images, example_images, taken_images
 from runtime.opened import default_bundle
 from runtime.request import check_request
 from runtime.sampling import encode_image
@@ -129,6 +129,11 @@ def pipeline_pixels(images: list[np.ndarray]) -> np.ndarray:
 
 def test_examples_are_what_a_model_cannot_do_without(manifest: dict[str, Any]) -> None:
     assert example_images(manifest) == {}
+    assert taken_images(manifest) == {"image": 1, "mask": 1}
+    kontext = manifest | {"latents": manifest["latents"] | {"condition": "reference"}}
+    assert taken_images(kontext) == {"image": 1, "mask": 1, "references": 1}
+    without = {k: v for k, v in manifest["components"].items() if k != "vae_encoder"}
+    assert taken_images(kontext | {"components": without}) == {}
     for kind, names in (("fill", {"image", "mask"}), ("control", {"control"})):
         other = manifest | {"latents": manifest["latents"] | {"condition": kind}}
         given = example_images(other)
