@@ -269,7 +269,8 @@ class Opened:
         if area >= 4 or area <= 1 / 8:
             clauses.append(
                 f"{width} x {height} is far from {usual['width']} x {usual['height']}, the size "
-                "that this bundle generates by default: the model may not have learned it"
+                "that this bundle generates by default: the model may not have learned it; height"
+                " and width choose another"
             )
         return clauses
 

@@ -140,6 +140,8 @@ def run(
         if not controlnet and len(followed) > 1:
             raise ValueError("--control is given twice without --controlnet; leave one out")
         images_in["control"] = followed if controlnet else followed[0]
+    elif controlnet and not (regenerate or again):
+        raise ValueError("--controlnet is given without --control; name the image that it follows")
     if reference:
         images_in["references"] = [open_image(file, "--reference") for file in reference]
     if (png := regenerate or again) is not None:

@@ -29,20 +29,20 @@ class GivenImages:
     """The images of a checked call, one an image that is generated; None: none was given.
 
     image, control: [n, 3, H, W], float32 from -1 to 1; mask [n, 1, H, W], 1 where it is repainted.
-    strength: how much of the denoising is done, 0 to 1. was: the width and height of `image` (or
-    `control`) before it was made to fit; None where it fitted.
+    strength: how much of the denoising is done, 0 to 1. were: the width and height of each `image`
+    (or `control`) before it was made to fit; None where it fitted.
     """
 
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     control: np.ndarray | None = None
     strength: float = 1.0
-    was: tuple[int, int] | None = None
+    were: tuple[tuple[int, int] | None, ...] = ()
     references: References = NO_REFERENCES
 
     def first_step(self, steps: int) -> int:
-        """The first of `steps` that is taken; rounded as diffusers does."""
-        return int(max(steps - min(steps * self.strength, steps), 0))
+        """The first of `steps` that is taken; rounded as diffusers does, but the last always is."""
+        return min(int(max(steps - min(steps * self.strength, steps), 0)), steps - 1)
 
     def settings(self, index: int) -> dict[str, Any]:
         """What image `index` says of the images that it was made from."""
@@ -57,7 +57,8 @@ class GivenImages:
             found["references"] = [digest(each) for each in self.references.pixels]
         if self.references.resized:
             found["reference_sizes"] = [list(size) for size in self.references.were]
-        return found | ({} if self.was is None else {"image_size": list(self.was)})
+        was = self.were[index] if self.were else None
+        return found | ({} if was is None else {"image_size": list(was)})
 
 
 NOTHING = GivenImages()
@@ -112,24 +113,27 @@ def check_images(
                 f"the mask has {other.shape[1]} x {other.shape[0]} pixels and the image"
                 f" {one.shape[1]} x {one.shape[0]}, expected the same size."
             )
-    if masks and not all(each.any() for each in masks):
-        raise ValueError("the mask is black, expected white where the image is to be repainted.")
-    first = (images or controls)[0]
-    height, width = fitting(manifest, first.shape[0], first.shape[1], height, width)
-    was = None
-    if first.shape[:2] != (height, width):
-        was = first.shape[1], first.shape[0]
-        log.warning(
-            "the image of %d x %d pixels was made %d x %d, which the model takes",
-            *was, width, height,
-        )  # fmt: skip
+    given_sizes = [(each.shape[0], each.shape[1]) for each in images or controls]
+    height, width = fitting(manifest, *given_sizes[0], height, width)
+    fitted_masks = [to_mask(each, height, width) for each in masks]
+    if not all(each.any() for each in fitted_masks):
+        raise ValueError(
+            "the mask is black, expected white where the image is to be repainted (of uint8: 255)."
+        )
+    for own_height, own_width in dict.fromkeys(given_sizes):
+        if (own_height, own_width) != (height, width):
+            log.warning(
+                "the image of %d x %d pixels was made %d x %d, which the model takes",
+                own_width, own_height, width, height,
+            )  # fmt: skip
+    were = [None if size == (height, width) else size[::-1] for size in given_sizes]
     default = 1.0 if masks else STRENGTH
     given = GivenImages(
         image=rows([to_pixels(each, height, width) for each in images], prompts, n),
-        mask=rows([to_mask(each, height, width) for each in masks], prompts, n),
+        mask=rows(fitted_masks, prompts, n),
         control=rows([to_pixels(each, height, width) for each in controls], prompts, n),
         strength=(default if image is not None else 1.0) if strength is None else float(strength),
-        was=was,
+        were=tuple(were[0 if len(were) == 1 else i // n] for i in range(prompts * n)),
         references=seen,
     )
     return given, height, width
@@ -146,6 +150,16 @@ def example_images(manifest: Mapping[str, Any]) -> dict[str, Any]:
         REFERENCE: {"references": [grey]},
     }
     return kinds.get(manifest["latents"].get("condition", ""), {})
+
+
+def taken_images(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """What images a bundle takes for one that it generates, by argument, and how many of each."""
+    if "vae_encoder" not in manifest["components"]:
+        return {}
+    most = family_of(manifest).references(manifest)
+    if manifest["latents"].get("condition") == CONTROL:
+        return {"image": 1, "mask": 1, "control": 1}
+    return {"image": 1, "mask": 1} | ({"references": most} if most else {})
 
 
 def check_together(kind: str | None, image: Any, mask: Any, control: Any, strength: Any) -> None:

@@ -20,6 +20,7 @@ from runtime.files.checked_json import printable, read_json
 from runtime.files.kinds import not_a
 from runtime.files.parameters import block_count, modulation, totals
 from runtime.files.tensors import Tensor, read_header, shapes_of, weight_files
+from runtime.images.given import taken_images
 from runtime.inspect.backends_here import backends, onnx_body
 from runtime.inspect.block_table import group_rows
 from runtime.inspect.controlnet import controlnet_lines, inspect_controlnet
@@ -126,6 +127,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             name: totals(shapes_of(bundle.weights(name).tensors), *knobs)
             for name in manifest["components"]
         },
+        "images_in": taken_images(manifest),
         "defaults": manifest["defaults"],
         "scores": manifest.get("scores"),
         "plans": [
@@ -216,6 +218,9 @@ def summary_lines(info: Mapping[str, Any]) -> list[str]:
     for field in fields.split():
         if info.get(field):
             out.append(f"{field.replace('_', ' ')}: {info[field]}")
+    if "images_in" in info:
+        taken = (f"{name} (up to {n})" if n > 1 else name for name, n in info["images_in"].items())
+        out.append(f"images in: {', '.join(taken) or 'none, there is no vae_encoder'}")
     if info.get("defaults"):
         out.append("defaults: " + ", ".join(f"{k} {v}" for k, v in info["defaults"].items()))
     for row in info.get("plans", ()):

@@ -93,6 +93,10 @@ def read_images(given: dict[str, Any], form: Form, service: Service) -> ImageReq
 
 def parse_form(fields: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """A form's texts with the types of their fields; raises Refused 400."""
+    for name in FILES:
+        if name in fields:
+            message = f"{name} is a text, expected a file (with curl: -F {name}=@FILE)."
+            raise Refused(400, message, param=name)
     model = edit_fields_of(limits)
     known = model.model_fields
     values = {

@@ -208,6 +208,7 @@ def test_an_image_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--mask", mask): "a mask is given but no image",
         ("--image", first, "--strength", "1.5"): "strength is 1.5, expected",
         ("--control", first): "this bundle's model reads no such image",
+        ("--controlnet", tmp_path): "--controlnet is given without --control",
         ("--reference", tmp_path / "absent.png"): "--reference",
         ("--reference", first): "references are given, expected none",
     }

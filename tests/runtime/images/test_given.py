@@ -9,7 +9,7 @@ from PIL import Image
 
 import runtime
 from runtime.bundle.directory import open_bundle
-from runtime.images.given import check_images, example_images
+from runtime.images.given import check_images, example_images, taken_images
 from runtime.opened import default_bundle
 from runtime.request import check_request
 from runtime.sampling import encode_image
@@ -35,6 +35,14 @@ def test_sizes_are_snapped_and_said(
     assert request.settings(0)["image_size"] == [31, 45]
     same = check_request(manifest, "a", image=grey(40, 24))
     assert "image_size" not in same.settings(0)
+    # Of several images each is said that is made to fit the first.
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "runtime"):
+        two = check_request(manifest, ["a", "b"], n=2, image=[grey(40, 24), grey(16, 32)])
+    assert [record.getMessage() for record in caplog.records] == [
+        "the image of 32 x 16 pixels was made 24 x 40, which the model takes"
+    ]
+    assert [two.settings(i).get("image_size") for i in range(4)] == [None, None, *[[32, 16]] * 2]
     given = check_request(manifest, "a", image=grey(45, 31), height=16)
     assert (given.height, given.width) == (16, 24)
     with pytest.raises(ValueError, match="height is 17, expected a multiple of 8"):
@@ -47,12 +55,13 @@ def test_sizes_are_snapped_and_said(
 
 
 @pytest.mark.parametrize(
-    ("strength", "steps", "first"), [(0.6, 28, 11), (0.5, 5, 2), (1.0, 4, 0), (0.001, 3, 2)]
+    ("strength", "steps", "first"),
+    [(0.6, 28, 11), (0.5, 5, 2), (1.0, 4, 0), (0.001, 3, 2), (1e-300, 3, 2)],
 )
 def test_strength_keeps_the_last_steps(
     manifest: dict[str, Any], strength: float, steps: int, first: int
 ) -> None:
-    """As diffusers rounds: t_start = int(steps - steps * strength)."""
+    """As diffusers rounds: t_start = int(steps - steps * strength); one is always taken."""
     request = check_request(manifest, "a", steps=steps, image=grey(8, 8), strength=strength)
     assert request.images.first_step(steps) == first
     assert request.settings(0)["strength"] == strength
@@ -82,6 +91,8 @@ def test_images_of_a_batch_and_their_hashes(manifest: dict[str, Any]) -> None:
         ({"mask": np.ones((8, 8))}, "a mask is given but no image"),
         ({"mask": np.ones((8, 9)), "image": grey(8, 8)}, "the mask has 9 x 8 pixels and the image"),
         ({"mask": np.zeros((8, 8)), "image": grey(8, 8)}, "the mask is black"),
+        # A point that is lost where the image is made smaller.
+        ({"mask": np.eye(1, 4096).reshape(64, 64), "image": grey(64, 64), "height": 8}, "is black"),
         ({"control": grey(8, 8)}, "a control image is given, expected none"),
         ({"image": [grey(8, 8)] * 3}, "image lists 3 images for 1 prompts"),
     ],
@@ -118,6 +129,11 @@ def pipeline_pixels(images: list[np.ndarray]) -> np.ndarray:
 
 def test_examples_are_what_a_model_cannot_do_without(manifest: dict[str, Any]) -> None:
     assert example_images(manifest) == {}
+    assert taken_images(manifest) == {"image": 1, "mask": 1}
+    kontext = manifest | {"latents": manifest["latents"] | {"condition": "reference"}}
+    assert taken_images(kontext) == {"image": 1, "mask": 1, "references": 1}
+    without = {k: v for k, v in manifest["components"].items() if k != "vae_encoder"}
+    assert taken_images(kontext | {"components": without}) == {}
     for kind, names in (("fill", {"image", "mask"}), ("control", {"control"})):
         other = manifest | {"latents": manifest["latents"] | {"condition": kind}}
         given = example_images(other)

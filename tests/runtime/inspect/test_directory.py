@@ -84,6 +84,7 @@ def test_a_bundle(tiny_bundle: Path, tiny_sparse_dir: Path) -> None:
     assert json.loads(json.dumps(info)) == info
     text = "\n".join(summary_lines(info))
     assert "sparse bundle" in text and "transformer.onnx" in text
+    assert "images in: image, mask\n" in text
     assert "backend ort: run on x86 CPUs" in text and "backend ort-cuda: run on no GPU" in text
     assert "experts: body either" in text and "bench_bodies.json" in text
 
