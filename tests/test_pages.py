@@ -36,6 +36,7 @@ def run_all(page: str) -> None:
             run(command, {}, short=True)
 
 
+@pytest.mark.slow
 def test_the_page_about_data(place: Path) -> None:
     """Afterwards four conversions, a report with the data's captions and a cache are there."""
     pytest.importorskip("datasets", reason="the extra data is not installed")

@@ -74,10 +74,13 @@ def read_image(value: Any, name: str) -> np.ndarray:
 
     if isinstance(value, images.Image):
         check_area(*value.size, name)
+        if value.mode.startswith("I;16"):  # as depth often comes
+            grey = np.asarray(ImageOps.exif_transpose(value)).astype(np.float32) / 65535
+            return np.repeat(grey[..., None], 3, axis=-1)
         if value.mode in ("I", "F") or value.mode.startswith("I;"):
             raise ValueError(
                 f"{name} is a PIL image of mode {value.mode}, expected RGB or another mode of 8"
-                " bits; convert it first."
+                " bits; scale it to 0 to 255 and convert it."
             )
         image = ImageOps.exif_transpose(value)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

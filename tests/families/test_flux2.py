@@ -33,7 +33,7 @@ PROMPTS = ["a red circle", "", " ".join(["two blue squares and a green ring"] * 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=[klein, flux2_dev])
+@pytest.fixture(scope="module", params=[klein, pytest.param(flux2_dev, marks=pytest.mark.slow)])
 def build(request: pytest.FixtureRequest) -> Callable[[], Any]:
     found: Callable[[], Any] = request.param
     return found

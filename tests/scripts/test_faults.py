@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
+@pytest.mark.slow
 def test_a_few_of_every_fault(tiny_sparse_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     report = tmp_path / "faults.json"
     like = ["--like", str(tiny_sparse_dir), str(tiny_bundle)]

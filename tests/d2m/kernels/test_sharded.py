@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parents[2]
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch was built without gloo",
 )
+@pytest.mark.slow
 def test_sharded_weights():
     names = {"sorted", "grouped_mm"}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}

@@ -191,6 +191,7 @@ def test_no_weights_and_no_config(broken):
         check_components(folder)
 
 
+@pytest.mark.slow
 def test_old_position_ids_do_not_hinder_an_export(broken, tmp_path):
     ids = {"text_model.embeddings.position_ids": torch.arange(16)[None]}
     folder = broken("text_encoder", lambda tensors: tensors | ids)
@@ -257,6 +258,7 @@ def test_an_early_flux_without_its_rope_axes(tmp_path):
         assert list(empty_transformer(folder).config.axes_dims_rope) == [16, 56, 56]
 
 
+@pytest.mark.slow
 def test_the_class_that_published_pixart_configs_name(tmp_path):
     """Transformer2DModel, with fields that PixArtTransformer2DModel does not have."""
     folder = tmp_path / "dense"

@@ -148,6 +148,7 @@ def test_parity_finds_a_wrong_modulation(
     assert bad == {"transformer_blocks.1 (step 0)"} and not result["passed"]
 
 
+@pytest.mark.slow
 def test_lowrank_at_full_rank_is_full(tiny_sparse_dir: Path, tmp_path: Path) -> None:
     """The dense modulation through a rotation: the composed graph gives the full model's sample."""
     full = model_of(tiny_sparse_dir)
@@ -191,8 +192,9 @@ def test_plans_give_what_onnx_runtime_gives(
     assert "modulation" not in launches[-1].inputs
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("kind", ["double", pytest.param("single", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["double", "single"])
 def test_plans_are_fused_as_those_of_full(
     tiny_sparse_dir: Path, pipelines: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:

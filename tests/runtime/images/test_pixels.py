@@ -43,6 +43,15 @@ def test_pixels_and_masks_are_those_of_diffusers(size: tuple[int, int]) -> None:
             assert np.array_equal(to_mask(read_mask(other), *size), wanted)
 
 
+def test_sixteen_bits_of_grey_are_scaled() -> None:
+    """As depth comes: half of the range is half grey, not white."""
+    stream = io.BytesIO()
+    Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(stream, "PNG")
+    found = read_image(open_image(stream.getvalue()), "control")
+    assert found.shape == (1, 3, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0, :, 0], [0, 0.5, 1], atol=1e-5)
+
+
 def test_a_camera_turn_is_undone_and_transparent_is_white() -> None:
     image = Image.fromarray(picture(4, 6))
     turned = Image.Exif()
@@ -93,7 +102,7 @@ def test_files_are_refused_before_they_are_decoded(
         (np.zeros((4, 4, 3), np.int64), "an array of int64"),
         (np.full((4, 4, 3), 255.0), "outside 0 to 1"),
         (np.full((4, 4, 3), np.nan), "outside 0 to 1"),
-        (Image.new("I;16", (4, 4)), "mode I;16, expected RGB"),
+        (Image.new("F", (4, 4)), "mode F, expected RGB"),
     ],
 )
 def test_what_is_no_image_is_refused(value: object, sentence: str) -> None:

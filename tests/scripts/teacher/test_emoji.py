@@ -93,6 +93,7 @@ def test_a_pairs_words_tell_of_the_emoji_they_name_and_of_its_place(subject):
     assert len(set(number.values())) == len(names)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_a_few_steps_and_one_that_goes_on_from_it(art, tmp_path, monkeypatch):
     from diffusers import FluxPipeline
 
