@@ -12,7 +12,7 @@ from runtime.bundle.block_groups import largest_kappa
 from runtime.control.controlnet import ControlNet
 from runtime.control.given import Control, control_size, fit_controls, read_controls
 from runtime.families import family_of, is_guided
-from runtime.files.checked_json import show
+from runtime.files.checked_json import is_number, is_whole, show
 from runtime.images.given import NOTHING, GivenImages, check_images
 from runtime.program.step_cache import Method, check_method, read_method
 
@@ -332,16 +332,6 @@ def read_latents(latents: Any, request: Request, manifest: dict[str, Any]) -> np
         raise ValueError("latents holds NaN or infinity, expected finite numbers.")
     values = latents.astype(np.float32)
     return values if latents.shape == known[0] else family.arrange(values)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, of Python or numpy."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, of Python or numpy."""
-    return is_whole(value) or isinstance(value, float | np.floating)
 
 
 def whole_number(value: Any, name: str, low: int, high: int) -> int:

@@ -22,6 +22,7 @@ from runtime.control.steps import ControlSteps
 from runtime.families.family import Arrays, rows
 from runtime.families.flux2 import STATES
 from runtime.families.latents import image_tokens, rope
+from runtime.images.given import check_encoder
 from runtime.images.latents import NO_IMAGES, ImageLatents, image_latents, no_channels
 from runtime.images.references import reference_tokens
 from runtime.opened import Opened
@@ -337,11 +338,7 @@ def encode_image(
     others of its batch. settings: the manifest's `latents`, or others. ValueError where the bundle
     has no VAE encoder.
     """
-    if "vae_encoder" not in model.manifest["components"]:
-        raise ValueError(
-            f"bundle {model.bundle.path} has no vae_encoder, which images as inputs need; add it"
-            " with d2m export PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
-        )
+    check_encoder(model.manifest, f"bundle {model.bundle.path}")
     found: list[np.ndarray] = []
     for index in range(len(pixels)):
         if index and np.array_equal(pixels[index], pixels[index - 1]):

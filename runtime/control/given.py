@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtime.control.controlnet import ControlNet
-from runtime.files.checked_json import show
-from runtime.images.given import digest, fitting, read_all, rows
+from runtime.files.checked_json import is_number, is_whole, show
+from runtime.images.given import check_encoder, digest, fitting, read_all, rows
 from runtime.images.pixels import read_image, to_pixels
 
 log = logging.getLogger("runtime")
@@ -77,11 +77,7 @@ def read_controls(
             raise ValueError(f"{name} is {show(value)} but there is no {lacks}, expected one.")
     if control is None or not nets:
         return []
-    if "vae_encoder" not in manifest["components"]:
-        raise ValueError(
-            "this bundle has no vae_encoder, which control images need; add it with d2m export"
-            " PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
-        )
+    check_encoder(manifest, what="control images need")
     images = list(control) if isinstance(control, list | tuple) else [control]
     if len(nets) == 1 and nets[0].modes:
         nets = [nets[0]] * len(images)  # a union answers for every kind of image
@@ -139,12 +135,6 @@ def spread(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, of Python or numpy."""
-    known = isinstance(value, int | float | np.integer | np.floating)
-    return known and not isinstance(value, bool)
-
-
 def check_scale(value: Any) -> float:
     """A number; 1 unless it is given."""
     value = 1.0 if value is None else value
@@ -174,8 +164,7 @@ def check_mode(value: Any, net: ControlNet) -> int | None:
                 " of one kind."
             )
         return None
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not 0 <= value < net.modes:
+    if not is_whole(value) or not 0 <= value < net.modes:
         raise ValueError(
             f"control_mode is {show(value)}, expected a whole number from 0 to {net.modes - 1}: the"
             f" kind of image that the union {net.bundle.name} gets (its model card names them)."

@@ -6,6 +6,8 @@ import json
 import os
 from typing import Any
 
+import numpy as np
+
 MAX_BYTES = 64 << 20  # of a file
 MAX_VALUES = 2_000_000  # brackets and commas of a JSON text: some 100 bytes of memory each
 
@@ -157,3 +159,13 @@ def show(value: Any) -> str:
     """A value of unknown size as at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or numpy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of Python or numpy."""
+    return is_whole(value) or isinstance(value, float | np.floating)

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.families import family_of
 from runtime.families.flux import REFERENCE
-from runtime.files.checked_json import show
+from runtime.files.checked_json import is_number, show
 from runtime.images.pixels import read_image, read_mask, to_mask, to_pixels
 from runtime.images.references import NO_REFERENCES, References, check_references
 
@@ -94,11 +94,7 @@ def check_images(
     seen = check_references(manifest, references)
     if image is None and control is None and not seen.pixels:
         return NOTHING, height, width
-    if "vae_encoder" not in manifest["components"]:
-        raise ValueError(
-            "this bundle has no vae_encoder, which images as inputs need; add it with d2m export"
-            " PIPELINE --add-vae-encoder BUNDLE, or export the pipeline again."
-        )
+    check_encoder(manifest)
     if image is None and control is None:
         first_seen = seen.pixels[0].shape  # [3, H, W]
         height, width = height or first_seen[1], width or first_seen[2]
@@ -162,11 +158,21 @@ def taken_images(manifest: Mapping[str, Any]) -> dict[str, int]:
     return {"image": 1, "mask": 1} | ({"references": most} if most else {})
 
 
+def check_encoder(
+    manifest: Mapping[str, Any], whose: str = "this bundle", what: str = "images as inputs need"
+) -> None:
+    """ValueError, one sentence, where a bundle has no VAE encoder for images that are given."""
+    if "vae_encoder" not in manifest["components"]:
+        raise ValueError(
+            f"{whose} has no vae_encoder, which {what}; add it with d2m export PIPELINE"
+            " --add-vae-encoder BUNDLE, or export the pipeline again."
+        )
+
+
 def check_together(kind: str | None, image: Any, mask: Any, control: Any, strength: Any) -> None:
     """ValueError unless what is given belongs together and to a model of this kind."""
     if strength is not None:
-        number = isinstance(strength, int | float | np.floating | np.integer)
-        if not number or isinstance(strength, bool) or not 0 < strength <= 1:
+        if not is_number(strength) or not 0 < strength <= 1:
             raise ValueError(f"strength is {show(strength)}, expected a number above 0, at most 1.")
         if image is None:
             raise ValueError(
